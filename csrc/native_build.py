@@ -1,0 +1,106 @@
+"""Compile csrc/ with ninja, incrementally and in parallel.
+
+setup.py calls it for the module `sslkern._cpu`; run as a script it builds the stand-alone C++ tests under sanitizers
+and runs them:
+
+    python csrc/native_build.py address,undefined
+    python csrc/native_build.py thread
+
+`csrc/cpu/kernels/*.cpp` are compiled once per instruction set with -DSSLKERN_ISA=<name>, all other sources once with
+the compiler's baseline flags and one -DSSLKERN_HAS_<NAME> for each instruction set that was built.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from ninja import ninja_syntax
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Not -ffast-math: NaN and infinities must stay what they are.
+FLAGS = ["-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", f"-I{ROOT / 'csrc'}"]
+RELEASE_FLAGS = ["-O3", "-DNDEBUG"]
+
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+X86_ISAS = {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"]}
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler, as the start of a command line: $CXX, else what built this Python, else `c++`."""
+    for candidate in (os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++"):
+        if candidate and shutil.which(shlex.split(candidate)[0]):
+            return shlex.split(candidate)
+    raise RuntimeError("no C++ compiler found: install g++ or clang++, or name one in the environment variable CXX")
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    command = [*compiler, *flags, "-Werror", "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input=b"int main() {}", capture_output=True).returncode == 0
+
+
+def supported_isas(compiler: list[str]) -> dict[str, list[str]]:
+    """Flags by the name of each instruction set to compile the kernels for; the baseline comes first."""
+    isas = {"baseline": []}
+    if platform.machine() in ("x86_64", "AMD64"):
+        isas |= {name: flags for name, flags in X86_ISAS.items() if accepts(compiler, flags)}
+        for name in X86_ISAS.keys() - isas.keys():
+            print(f"sslkern: left out the {name} kernels, unknown to {shlex.join(compiler)}", file=sys.stderr)
+    return isas
+
+
+def build(output: Path, sources: list[Path], flags: list[str], *, source_flags=(), link_flags=()) -> None:
+    """Compile `sources` (with `source_flags`) and csrc/cpu, all with `flags`, and link them into `output`."""
+    compiler = find_compiler()
+    isas = supported_isas(compiler)
+    has_isas = [f"-DSSLKERN_HAS_{isa.upper()}" for isa in isas]
+    once = [(source, "once", [*has_isas, *source_flags]) for source in sources]
+    once += [(source, "once", has_isas) for source in sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    kernels = sorted(ROOT.glob("csrc/cpu/kernels/*.cpp"))
+    per_isa = [(k, isa, [f"-DSSLKERN_ISA={isa}", *isas[isa]]) for isa in isas for k in kernels]
+
+    objects_dir = output.parent / f"{output.stem}.objects"
+    objects_dir.mkdir(parents=True, exist_ok=True)
+    with (objects_dir / "build.ninja").open("w") as file:
+        ninja = ninja_syntax.Writer(file)
+        command = f"{shlex.join(compiler)} {shlex.join([*FLAGS, *flags])}"
+        ninja.rule("compile", f"{command} $flags -MMD -MF $out.d -c $in -o $out", "compile $out", "$out.d", deps="gcc")
+        ninja.rule("link", f"{command} $in -o $out $flags", "link $out")
+        objects = []
+        for source, variant, extra in once + per_isa:
+            objects.append(f"{variant}/{source.relative_to(ROOT).with_suffix('.o')}")
+            ninja.build(objects[-1], "compile", str(source), variables={"flags": shlex.join(extra)})
+        # The linker keeps the first copy of an inline function: those compiled for the baseline run everywhere.
+        ninja.build(str(output), "link", objects, variables={"flags": shlex.join(link_flags)})
+    subprocess.run([sys.executable, "-m", "ninja", "-C", str(objects_dir)], check=True)
+
+
+def build_module(output: Path) -> None:
+    """Compile the Python module `sslkern._cpu` into `output`."""
+    import pybind11
+
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    openmp = ["-fopenmp"] if accepts(find_compiler(), ["-fopenmp"]) else []
+    link_flags = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    bindings = sorted(ROOT.glob("csrc/bindings/*.cpp"))
+    build(output, bindings, RELEASE_FLAGS + openmp, source_flags=includes, link_flags=link_flags)
+
+
+def run_sanitized_tests(sanitizers: str) -> None:
+    """Compile and run tests/cpp/*.cpp under e.g. "address,undefined" or "thread"."""
+    output = ROOT / "build" / f"cpptest-{sanitizers.replace(',', '-')}"
+    # Without OpenMP the kernels use std::thread, which ThreadSanitizer understands (libgomp it does not).
+    flags = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    build(output, sorted(ROOT.glob("tests/cpp/*.cpp")), flags)
+    subprocess.run([str(output)], check=True)
+
+
+if __name__ == "__main__":
+    run_sanitized_tests(*sys.argv[1:])
