@@ -18,13 +18,14 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 class BuildNative(build_ext):
     def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.unlink(missing_ok=True)  # an old module must not pass for the result of a failed build
         try:
             from native_build import build_module
 
             # Not setuptools' own build directory, which an editable install throws away: rebuilds stay cheap.
             module = ROOT / "build" / sys.implementation.cache_tag / "_cpu.so"
             build_module(module)
-            target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(module, target)
         except Exception as error:

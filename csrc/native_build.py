@@ -35,10 +35,10 @@ X86_ISAS = {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "avx512_bf16": [*AVX512_
 
 def find_compiler() -> list[str]:
     """The C++ compiler, as the start of a command line: $CXX, else what built this Python, else `c++`."""
-    for candidate in (os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++"):
+    for candidate in [os.environ["CXX"]] if "CXX" in os.environ else [sysconfig.get_config_var("CXX"), "c++"]:
         if candidate and shutil.which(shlex.split(candidate)[0]):
             return shlex.split(candidate)
-    raise RuntimeError("no C++ compiler found: install g++ or clang++, or name one in the environment variable CXX")
+    raise RuntimeError("no C++ compiler found; install g++ or clang++, or name one in the environment variable CXX")
 
 
 def accepts(compiler: list[str], flags: list[str]) -> bool:
@@ -79,7 +79,8 @@ def build(output: Path, sources: list[Path], flags: list[str], *, source_flags=(
             ninja.build(objects[-1], "compile", str(source), variables={"flags": shlex.join(extra)})
         # The linker keeps the first copy of an inline function: those compiled for the baseline run everywhere.
         ninja.build(str(output), "link", objects, variables={"flags": shlex.join(link_flags)})
-    subprocess.run([sys.executable, "-m", "ninja", "-C", str(objects_dir)], check=True)
+    if subprocess.run([sys.executable, "-m", "ninja", "-C", str(objects_dir)]).returncode != 0:
+        raise RuntimeError("csrc did not compile; the compiler's messages stand above")
 
 
 def build_module(output: Path) -> None:

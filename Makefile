@@ -1,0 +1,75 @@
+# The verbs of the project; `make help` lists them.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := setup.py csrc/native_build.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+RESULTS = benchmarks/results/$(shell $(BIN)/python benchmarks/harness.py)
+
+# A native module that does not compile is an error here, not a reason to go on without it.
+export SSLKERN_REQUIRE_NATIVE = 1
+
+.PHONY: help setup build demo test test-all lint format sanitize bench-setup bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.setup  ## .venv with torch (yours if PYTHON has one, else TORCH), sslkern in place, and what tests need
+
+# The constraint keeps every later install from replacing torch.
+$(VENV)/constraints.txt:
+	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q '$(TORCH)'
+	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $@.tmp && mv $@.tmp $@
+
+INSTALL = $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt
+
+$(VENV)/.setup: $(VENV)/constraints.txt pyproject.toml $(NATIVE)
+	$(INSTALL) -e '.[train,test]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.setup
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml | $(VENV)/.setup
+	$(INSTALL) -e '.[bench]'
+	@touch $@
+
+build: $(VENV)/.dev  ## recompile what changed in csrc/
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $(VENV)/.setup
+
+demo: setup  ## train SimCLR on MNIST-5k, print the accuracies and where the report is
+	$(BIN)/ssltrain simclr
+
+test: setup  ## the tests, without the slow ones
+	$(BIN)/python -m pytest
+
+test-all: setup  ## all tests
+	$(BIN)/python -m pytest -m ''
+
+lint: $(VENV)/.dev  ## ruff and clang-format, nothing is changed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.dev  ## what lint asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+sanitize: $(VENV)/.dev  ## the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer
+	$(BIN)/python csrc/native_build.py address,undefined
+	$(BIN)/python csrc/native_build.py thread
+
+bench-setup: $(VENV)/.bench  ## the packages that the benchmarks compare with
+
+bench: bench-setup  ## all benchmarks: JSON, tables and plots into benchmarks/results/<cpu>
+	for name in similarity_lse nt_xent info_nce queue; do \
+		$(BIN)/python -m pytest benchmarks/bench_$$name.py --benchmark-json=$(RESULTS)/$$name.json || exit 1; \
+	done
+	$(BIN)/python benchmarks/plots.py $(RESULTS)
+
+clean:  ## remove what was built, keep .venv
+	rm -rf build *.egg-info sslkern/_cpu*.so
