@@ -1,0 +1,3 @@
+from ssltrain.cli import main
+
+main()

@@ -1,0 +1,35 @@
+"""The console script `ssltrain`: see that the extra is installed, run the commands, tell a mistake in one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from ssltrain import UsageError
+
+REQUIRED = ("typer", "rich", "kornia", "sklearn", "matplotlib", "PIL", "mlxtend")  # the extra `train`
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `ssltrain` on `arguments`, by default the command line, and exit: 0, 2 for a mistake, 130 if stopped."""
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        _fail(f"{', '.join(missing)} not found; install what the trainers need with: pip install 'sslkern[train]'")
+    from ssltrain.commands import app
+
+    try:
+        sys.exit(app(args=arguments, prog_name="ssltrain", standalone_mode=False))
+    except UsageError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        # The parser's own exceptions; click or a copy of it inside typer, by version, so known by what they can do.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message() or "see ssltrain --help")
+
+
+def _fail(sentence: str) -> None:
+    print(f"ssltrain: {sentence}", file=sys.stderr)
+    sys.exit(2)

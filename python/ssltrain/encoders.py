@@ -1,0 +1,92 @@
+"""Encoders for small images: a conv net of 0.1 M parameters, and ResNet-18 with the CIFAR stem."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Standardize(nn.Module):
+    """Subtract the mean and divide by the standard deviation of each channel of the training images."""
+
+    def __init__(self, images: Tensor):  # uint8 [N, C, H, W]
+        super().__init__()
+        # Summed per channel over the 256 grey levels: exact, and a float copy of the whole set is not needed.
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        counts = [torch.bincount(images[:, c].flatten(), minlength=256).double() for c in range(images.shape[1])]
+        mean = torch.stack([(n * levels).sum() / n.sum() for n in counts])
+        var = torch.stack([(n * levels**2).sum() / n.sum() for n in counts]) - mean**2
+        self.register_buffer("mean", mean.float().view(-1, 1, 1))
+        self.register_buffer("std", var.clamp_min(1e-6).sqrt().float().view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def _conv(c_in: int, c_out: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out)]
+
+
+class ConvNet(nn.Sequential):
+    """Three 3 x 3 convolutions of stride 2 and a global average. [B, C, H, W] -> [B, 4 * width]."""
+
+    def __init__(self, channels: int, width: int = 32):
+        self.features = 4 * width
+        super().__init__(
+            *_conv(channels, width, 2),
+            nn.ReLU(),
+            *_conv(width, 2 * width, 2),
+            nn.ReLU(),
+            *_conv(2 * width, 4 * width, 2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+
+
+class _Block(nn.Module):
+    """The basic residual block (He et al. 2016, arXiv 1512.03385, figure 2), its shortcut a 1 x 1 convolution."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int):
+        super().__init__()
+        self.body = nn.Sequential(*_conv(c_in, c_out, stride), nn.ReLU(), *_conv(c_out, c_out, 1))
+        self.shortcut = nn.Identity()
+        if stride != 1 or c_in != c_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+class ResNet18(nn.Sequential):
+    """ResNet-18 for small images: a 3 x 3 stem of stride 1 and no max-pooling, as SimCLR's appendix B.9 does for CIFAR.
+
+    [B, C, H, W] -> [B, 8 * width]; 11 M parameters at width 64.
+    """
+
+    def __init__(self, channels: int, width: int = 64):
+        self.features = 8 * width
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        blocks = []
+        for stage in range(4):
+            blocks += [
+                _Block(widths[stage], widths[stage + 1], 1 if stage == 0 else 2),
+                _Block(widths[stage + 1], widths[stage + 1], 1),
+            ]
+        super().__init__(*_conv(channels, width, 1), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+ENCODERS = {"convnet": ConvNet, "resnet18": ResNet18}
+
+
+def build(name: str, images: Tensor) -> nn.Sequential:
+    """The named encoder for images like these, uint8 [N, C, H, W]: float [B, C, H, W] in [0, 1] -> float [B, features].
+
+    >>> encoder = build("convnet", torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    >>> encoder(torch.rand(5, 3, 32, 32)).shape, encoder.features
+    (torch.Size([5, 128]), 128)
+    """
+    network = ENCODERS[name](images.shape[1])
+    encoder = nn.Sequential(Standardize(images), network).to(memory_format=torch.channels_last)
+    encoder.features = network.features
+    return encoder

@@ -1,0 +1,60 @@
+"""How good are frozen features: a linear probe and nearest neighbours. Both are fitted on the training set alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def features(encoder: nn.Module, images: Tensor, device: torch.device, batch: int = 512) -> Tensor:
+    """Features of uint8 images [N, C, H, W] under an encoder in evaluation mode: float32 [N, F] on `device`."""
+    training = encoder.training
+    encoder.eval()
+    out = torch.cat([encoder(part.to(device).float() / 255).float() for part in images.split(batch)])
+    encoder.train(training)
+    return out
+
+
+def linear_probe(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, iterations: int = 200
+) -> float:
+    """Test accuracy in [0, 1] of multinomial logistic regression on standardised features, float [N, F] and [M, F].
+
+    The L2 penalty is that of scikit-learn's default (C = 1: half the squared weights over N); nothing is tuned. The
+    problem is convex and solved by full-batch L-BFGS from zero, so the result does not depend on a seed.
+    """
+    mean, std = train.mean(0), train.std(0, correction=0)
+    std = torch.where(std > 1e-6, std, torch.ones_like(std))  # a feature that never moves says nothing
+    train, test = (train - mean) / std, (test - mean) / std
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    weight = train.new_zeros(classes, train.shape[1], requires_grad=True)
+    bias = train.new_zeros(classes, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=iterations, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(F.linear(train, weight, bias), train_labels)
+        loss = loss + weight.square().sum() / (2 * len(train))
+        loss.backward()
+        return loss
+
+    solver.step(objective)
+    with torch.no_grad():
+        return (F.linear(test, weight, bias).argmax(1) == test_labels).float().mean().item()
+
+
+@torch.no_grad()
+def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, neighbours: int = 20) -> float:
+    """Test accuracy in [0, 1] of the plain majority among the `neighbours` training features nearest by cosine."""
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    right = 0
+    for queries, labels in zip(test.split(1024), test_labels.split(1024), strict=True):
+        nearest = (queries @ train.T).topk(min(neighbours, len(train)), dim=1).indices
+        votes = F.one_hot(train_labels[nearest], classes).sum(1)
+        right += int((votes.argmax(1) == labels).sum())
+    return right / len(test)

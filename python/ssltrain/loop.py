@@ -1,0 +1,362 @@
+"""The training loop that every method shares: batches from memory, a cosine schedule, checkpoints, a progress line.
+
+A run of `--epochs` is a function of its configuration: with the same precision and the same number of threads it ends
+at the same bits, interrupted and resumed or not. A run of `--minutes` follows the clock and cannot promise that.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ssltrain import UsageError
+from ssltrain.encoders import ENCODERS
+
+DEFAULT_EPOCHS = 40
+WARMUP = 0.05  # of the schedule
+SAVE_EVERY = 30.0  # seconds between checkpoints
+READ_EVERY = 10  # steps
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run is. Two runs with equal configurations are the same run."""
+
+    method: str
+    data: str = "mnist5k"
+    limit: int | None = None  # training images
+    image_size: int | None = None
+    encoder: str = "convnet"
+    epochs: int | None = None
+    minutes: float | None = None
+    batch_size: int = 256
+    temperature: float = 0.2
+    dim: int = 128
+    lr: float = 2e-3
+    weight_decay: float = 1e-4
+    flip: bool | None = None
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+    precision: str = "auto"
+
+    def check(self) -> Config:
+        """The same with what is left open filled in; raises `UsageError` for a value that cannot be."""
+
+        def need(ok: bool, flag: str, what: str) -> None:
+            if not ok:
+                raise UsageError(f"{flag} {getattr(self, flag[2:].replace('-', '_'))}: {what}.")
+
+        need(self.encoder in ENCODERS, "--encoder", f"choose one of {', '.join(ENCODERS)}")
+        need(self.epochs is None or self.minutes is None, "--epochs", "give --epochs or --minutes, not both")
+        need(self.epochs is None or self.epochs > 0, "--epochs", "must be 1 or more")
+        need(self.minutes is None or 0 < self.minutes < math.inf, "--minutes", "must be more than 0")
+        need(self.batch_size > 1, "--batch-size", "must be 2 or more, for a pair needs others to differ from")
+        need(0 < self.temperature < math.inf, "--temperature", "must be more than 0; 0.1 to 0.5 is usual")
+        need(self.dim > 0, "--dim", "must be 1 or more")
+        need(0 < self.lr < math.inf, "--lr", "must be more than 0; 0.001 to 0.005 is usual")
+        need(0 <= self.weight_decay < math.inf, "--weight-decay", "must be 0 or more")
+        need(0 <= self.seed < 2**63, "--seed", "must be 0 or more")
+        need(self.threads is None or self.threads > 0, "--threads", "must be 1 or more")
+        need(self.limit is None or self.limit > 0, "--limit", "must be 1 or more")
+        need(self.image_size is None or 4 <= self.image_size <= 1024, "--image-size", "must be from 4 to 1024 pixels")
+        need(self.precision in ("auto", "fp32", "bf16"), "--precision", "choose auto, fp32 or bf16")
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"--device {device}: torch cannot use it here; try --device cpu.") from error
+        epochs = DEFAULT_EPOCHS if self.epochs is None and self.minutes is None else self.epochs
+        threads = self.threads or torch.get_num_threads()
+        return dataclasses.replace(self, epochs=epochs, threads=threads, device=device)
+
+
+@dataclass
+class State:
+    """Everything about a run that changes while it goes, apart from the method and the optimiser themselves."""
+
+    precision: str
+    step: int = 0
+    seconds: float = 0.0  # of training
+    loss_seconds: float = 0.0  # of these, in the criterion, forward and backward
+    images: int = 0
+    losses: list[float] = field(default_factory=list)  # one a step
+    stats: dict[str, list[float]] = field(default_factory=dict)  # the method's own figures, one a step
+    finished: bool = False
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images / max(self.seconds, 1e-9)
+
+    @property
+    def loss_share(self) -> float:
+        return self.loss_seconds / max(self.seconds, 1e-9)
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal, after its checkpoint was written."""
+
+
+def train(
+    method: nn.Module,
+    images: Tensor,
+    config: Config,
+    out: Path,
+    checkpoint: dict | None = None,
+    report: Callable[[State, float], None] = lambda state, progress: None,
+) -> State:
+    """Train `method` in place on `images`, uint8 [N, C, H, W], and leave its last checkpoint in the folder `out`.
+
+    `checkpoint`, from `load_checkpoint`, continues that run. `report(state, progress)` is called after every step,
+    `progress` in [0, 1]. On SIGINT or SIGTERM the step is finished, a checkpoint written, and `Interrupted` raised.
+    """
+    device = torch.device(config.device)
+    if len(images) < config.batch_size:
+        raise UsageError(
+            f"--batch-size {config.batch_size}: there are {len(images)} training images; use that many or fewer."
+        )
+    images = images.to(device)
+    method.to(device).train()
+    optimizer = _optimizer(method, config)
+    if checkpoint is None:
+        precision = config.precision
+        if precision == "auto":
+            precision = faster_precision(method, images[: config.batch_size])
+        state = State(precision)
+    else:
+        method.load_state_dict(checkpoint["method"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        state = State(**checkpoint["state"])
+        _set_rng(checkpoint["rng"], device)
+
+    pending: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def read() -> None:
+        """Fetch the figures of the last steps: together, since on a GPU each fetch waits for the queued work."""
+        for loss, stats in pending:
+            state.losses.append(loss.item())
+            for name, value in stats.items():
+                state.stats.setdefault(name, []).append(value.item())
+        pending.clear()
+        state.loss_seconds += stopwatch.read()
+        if state.losses and not math.isfinite(state.losses[-1]):
+            raise UsageError(f"the loss became {state.losses[-1]}; try a smaller --lr or a larger --temperature.")
+
+    def save() -> None:
+        read()
+        save_checkpoint(out / CHECKPOINT, method, optimizer, state, config, device)
+
+    steps_per_epoch = len(images) // config.batch_size
+    progress = _progress(state, config, steps_per_epoch)
+    saved = start = time.perf_counter()
+    with Stopwatch(method.criterion, device) as stopwatch, _signals() as stop_requested:
+        for batch in _batches(images, config, state.step):
+            if progress >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * _cosine_with_warmup(progress)
+            views = method.views(batch)
+            with torch.autocast(device.type, torch.bfloat16, enabled=state.precision == "bf16"):
+                loss, stats = method.loss(views)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+            pending.append((loss.detach(), stats))
+            state.step += 1
+            state.images += len(batch)
+            if state.step % READ_EVERY == 0:
+                read()
+            now = time.perf_counter()
+            state.seconds, start = state.seconds + now - start, now
+            progress = _progress(state, config, steps_per_epoch)
+            report(state, progress)
+            if stop_requested() and progress < 1:
+                save()
+                raise Interrupted
+            if now - saved > SAVE_EVERY:
+                save()
+                saved = start = time.perf_counter()  # writing is no training
+        state.finished = True
+        save()
+
+    return state
+
+
+def _optimizer(method: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW; biases and normalisation parameters, the vectors, are not decayed."""
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def _progress(state: State, config: Config, steps_per_epoch: int) -> float:
+    """The part of the run that is done, by steps or by the clock, in [0, 1]."""
+    if config.epochs is not None:
+        return min(1.0, state.step / (config.epochs * steps_per_epoch))
+    return min(1.0, state.seconds / (60 * config.minutes))
+
+
+def _cosine_with_warmup(progress: float) -> float:
+    """The factor of the learning rate: linear warm-up to 1, then half a cosine to 0 (Loshchilov and Hutter 2017)."""
+    if progress < WARMUP:
+        return (progress + 0.01) / (WARMUP + 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
+
+
+def _batches(images: Tensor, config: Config, step: int) -> Iterator[Tensor]:
+    """Batches without end from `step` on. The order of an epoch depends only on its number and the seed."""
+    steps_per_epoch = len(images) // config.batch_size
+    while True:
+        epoch, first = divmod(step, steps_per_epoch)
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        for rows in order.split(config.batch_size)[first:steps_per_epoch]:  # the uneven rest waits for another order
+            yield images[rows]
+            step += 1
+
+
+def faster_precision(method: nn.Module, batch: Tensor, trials: int = 3) -> str:
+    """`bf16` if a training step under bf16 autocast is at least a tenth faster than in fp32 on this device, by trial.
+
+    The method and the random state are left as they were.
+    """
+    method = copy.deepcopy(method)
+    device = batch.device
+    times: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        views = method.views(batch)
+        for trial in range(trials + 1):
+            for precision, measured in times.items():
+                start = time.perf_counter()
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    loss, _ = method.loss(views)
+                loss.backward()
+                loss.item()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if trial > 0:  # the first one warms up
+                    measured.append(time.perf_counter() - start)
+    return "bf16" if statistics.median(times["bf16"]) < 0.9 * statistics.median(times["fp32"]) else "fp32"
+
+
+class Stopwatch:
+    """Seconds spent in a module, forward and backward, by hooks; on a GPU by events, without waiting for it."""
+
+    def __init__(self, module: nn.Module, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list = []
+        self.hooks = [
+            module.register_forward_pre_hook(self._mark),
+            module.register_forward_hook(self._mark),
+            module.register_full_backward_pre_hook(self._mark),
+            module.register_full_backward_hook(self._mark),
+        ]
+
+    def __enter__(self) -> Stopwatch:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _mark(self, *_) -> None:
+        if self.cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self.marks.append(mark)
+
+    def read(self) -> float:
+        """Seconds since the last reading."""
+        marks, self.marks = self.marks, []
+        pairs = zip(marks[::2], marks[1::2], strict=True)
+        if self.cuda:
+            torch.cuda.synchronize()
+            return sum(a.elapsed_time(b) for a, b in pairs) / 1e3
+        return sum(b - a for a, b in pairs)
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Ask for a stop at the next whole step on the first SIGINT or SIGTERM; the second one acts at once."""
+    received: list[int] = []
+    previous: dict[int, object] = {}
+
+    def note(number: int, frame) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.getsignal(number)
+            signal.signal(number, note)
+    except ValueError:  # only the main thread may set handlers; elsewhere the caller's stay
+        pass
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            if signal.getsignal(number) is note:
+                signal.signal(number, handler)
+
+
+def save_checkpoint(
+    path: Path, method: nn.Module, optimizer: torch.optim.Optimizer, state: State, config: Config, device: torch.device
+) -> None:
+    """Write a checkpoint atomically: a kill leaves the old one or the new one, never half of one."""
+    rng = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(device)
+    content = {
+        "method": method.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "state": dataclasses.asdict(state),
+        "config": dataclasses.asdict(config),
+        "rng": rng,
+    }
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def load_checkpoint(out: Path) -> dict | None:
+    """The checkpoint in the folder `out`, on the CPU, or None; raises `UsageError` if it cannot be read."""
+    path = out / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: checkpoint[key] for key in ("method", "optimizer", "state", "config", "rng")}
+    except Exception as error:  # unpickling a foreign or damaged file may raise nearly anything
+        raise UsageError(
+            f"--out {out}: {path.name} is no checkpoint that can be read; choose another folder."
+        ) from error
+
+
+def _set_rng(rng: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(rng["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(rng["cuda"], device)

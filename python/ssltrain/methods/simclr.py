@@ -1,0 +1,59 @@
+"""SimCLR: Chen, Kornblith, Norouzi and Hinton, "A Simple Framework for Contrastive Learning", 2020, arXiv 2002.05709.
+
+Two random views of every image go through one encoder f and a small projection head g. The loss, NT-Xent (equation 1),
+asks of each projection to find its partner among all other projections of the batch:
+
+    loss_i = -log( exp(sim(z_i, z_j) / T) / sum over k != i of exp(sim(z_i, z_k) / T) ),    z = g(f(view))
+
+Afterwards g is thrown away: the features of f serve better (section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import sslkern
+
+
+class SimCLR(nn.Module):
+    """SimCLR around any encoder that has the attribute `features`, its output width.
+
+    `augment` maps float [B, C, H, W] in [0, 1] to the same, each image by a draw of its own. `dim` is the width of the
+    projections, `temperature` the T of equation 1.
+
+    >>> from ssltrain import augment, encoders
+    >>> images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
+    >>> method = SimCLR(encoders.build("convnet", images), augment.build(1, (28, 28)))
+    >>> loss, stats = method.loss(method.views(images))
+    >>> loss.backward()
+    """
+
+    def __init__(
+        self, encoder: nn.Module, augment: Callable[[Tensor], Tensor], dim: int = 128, temperature: float = 0.2
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.augment = augment
+        self.head = nn.Sequential(
+            nn.Linear(encoder.features, encoder.features, bias=False),
+            nn.BatchNorm1d(encoder.features),
+            nn.ReLU(),
+            nn.Linear(encoder.features, dim, bias=False),
+        )
+        self.criterion = sslkern.NTXentLoss(temperature=temperature, stats=True)
+
+    @torch.no_grad()
+    def views(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] -> float [2B, C, H, W]: the first views of all images, then the second ones."""
+        pixels = images.float() / 255
+        return self.augment(torch.cat([pixels, pixels]))
+
+    def loss(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean of NT-Xent over the 2B views, and `top1`: how many of them find their partner first."""
+        z0, z1 = self.head(self.encoder(views)).chunk(2)
+        with torch.autocast(views.device.type, enabled=False):  # the engine chooses its own precision
+            loss, top1 = self.criterion(z0, z1)
+        return loss, {"top1": top1}
