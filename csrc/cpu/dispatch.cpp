@@ -1,0 +1,89 @@
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "kernels.h"
+#include "memory.h"
+
+namespace sslkern {
+
+#define SSLKERN_KERNELS(isa)                                                                                             \
+  namespace isa {                                                                                                        \
+  void similarity_lse_fwd(const SimilarityLse&, float*, float*, float*);                                                 \
+  void similarity_lse_frozen_fwd(const SimilarityLse&, float*, float*, float*);                                          \
+  void similarity_lse_bwd(const SimilarityLse&, const float*, const float*, const float*, const float*, float*, float*,  \
+                          float*, float*);                                                                               \
+  void queue_push(DType, DType, int64_t, int64_t, int64_t, void*, int64_t*, const void*, int);                           \
+  const Kernels table = {#isa, similarity_lse_fwd, similarity_lse_frozen_fwd, similarity_lse_bwd, queue_push};           \
+  }
+
+#ifdef SSLKERN_HAS_AVX512_BF16
+SSLKERN_KERNELS(avx512_bf16)
+#endif
+#ifdef SSLKERN_HAS_AVX512
+SSLKERN_KERNELS(avx512)
+#endif
+#ifdef SSLKERN_HAS_AVX2
+SSLKERN_KERNELS(avx2)
+#endif
+SSLKERN_KERNELS(baseline)
+
+namespace {
+
+struct Choice {
+  const Kernels* runnable[5] = {};
+  const Kernels* current;
+
+  Choice() {
+    const Kernels** next = runnable;
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    [[maybe_unused]] const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    [[maybe_unused]] const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                             __builtin_cpu_supports("avx512vl");
+#ifdef SSLKERN_HAS_AVX512_BF16
+    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) *next++ = &avx512_bf16::table;
+#endif
+#ifdef SSLKERN_HAS_AVX512
+    if (has_avx512) *next++ = &avx512::table;
+#endif
+#ifdef SSLKERN_HAS_AVX2
+    if (has_avx2) *next++ = &avx2::table;
+#endif
+#endif
+    *next = &baseline::table;
+    current = runnable[0];
+    if (const char* wanted = getenv("SSLKERN_CPU_ISA")) use(wanted);
+  }
+
+  bool use(const char* name) {
+    for (const Kernels* const* one = runnable; *one != nullptr; ++one)
+      if (strcmp((*one)->name, name) == 0) {
+        current = *one;
+        return true;
+      }
+    return false;
+  }
+};
+
+Choice& choice() {
+  static Choice one;
+  return one;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *choice().current; }
+const Kernels* const* all_kernels() { return choice().runnable; }
+bool use_kernels(const char* name) { return choice().use(name); }
+
+void* allocate(size_t bytes) {
+  void* p = aligned_alloc(64, (bytes + 64) / 64 * 64);
+  if (p == nullptr) throw std::bad_alloc();
+  return p;
+}
+void release(void* p) { free(p); }
+
+}  // namespace sslkern

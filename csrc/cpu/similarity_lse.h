@@ -1,0 +1,25 @@
+// row_i = logsumexp_j s_ij and col_j = logsumexp_i s_ij of s = scale * q k^T + k_bias, without storing s; and the gradients.
+#pragma once
+
+#include <cstdint>
+
+namespace sslkern {
+
+enum class DType : int { F32 = 0, BF16 = 1, FP16 = 2 };
+
+// Every array is dense and row-major. Optional ones are null.
+struct SimilarityLse {
+  DType dtype;
+  int64_t groups, n, m, d;  // q (groups, n, d), k (groups, m, d)
+  const void* q;
+  const void* k;  // null: q with itself, without the pairs (i, i)
+  float scale;
+  const int64_t* q_ids;  // (groups, n)
+  const int64_t* k_ids;  // (groups, m)
+  bool same;             // keep the pairs with equal ids, not those with different ones
+  const float* k_bias;   // (groups, m)
+  const float* q_limit;  // (groups, n): pairs with s_ij > q_limit_i are left out
+  int threads;
+};
+
+}  // namespace sslkern
