@@ -1,0 +1,117 @@
+"""Which implementation of a primitive runs.
+
+A backend is a folder here with one file per primitive. Its `__init__` names the DEVICES and DTYPES it takes (None:
+any), its PRIMITIVES, and in MISSING why it cannot run here (None: it can).
+"""
+
+import contextvars
+import functools
+import importlib
+import os
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+
+BACKENDS = {"cpu": cpu, "reference": reference}  # the fastest first: the order in which `auto` tries
+
+_process_choices: list["use_backend"] = []  # the last one counts
+_context_choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("sslkern_backend", default=None)
+
+
+class use_backend:
+    """Chooses the backend: `with use_backend("reference"):` for the block and its context (thread, async task),
+    `use_backend("reference")` alone for the process.
+
+    `"auto"` takes the fastest backend that has the primitive for the device and dtype. A backend asked for by name
+    never falls back: what it lacks raises. The environment variable `SSLKERN_BACKEND` sets the initial choice. A
+    backward always runs on the backend of its forward; compiled code follows the last choice made in any thread.
+
+    Args:
+        name: "auto", or one of `sslkern.backends.BACKENDS`.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: the backend cannot run on this machine.
+
+    Example:
+        >>> with sslkern.use_backend("reference"):
+        ...     loss = sslkern.functional.nt_xent(z0, z1)
+    """
+
+    def __init__(self, name: str):
+        _known(name)
+        if name != "auto" and BACKENDS[name].MISSING:
+            raise RuntimeError(f"backend {name!r} cannot be used: {BACKENDS[name].MISSING}")
+        self.name = name
+        _process_choices.append(self)
+        _publish()
+
+    def __enter__(self) -> "use_backend":
+        if self in _process_choices:
+            _process_choices.remove(self)  # it was not meant for the process
+        self._token = _context_choice.set(self.name)
+        _publish()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        _context_choice.reset(self._token)
+        _publish()
+
+
+def _known(name: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, not {name!r}")
+    return name
+
+
+def current() -> str:
+    """The name chosen here and now, "auto" included."""
+    return _context_choice.get() or (_process_choices[-1].name if _process_choices else _from_environment)
+
+
+def _publish() -> None:
+    global _latest
+    _latest = current()
+
+
+_from_environment = _known(os.environ.get("SSLKERN_BACKEND") or "auto")
+_latest = _from_environment  # for torch.compile, which guards on a global but cannot read a ContextVar
+
+
+def _lacks(name: str, primitive: str, device: str, dtype: torch.dtype) -> str | None:
+    backend = BACKENDS[name]
+    if backend.MISSING is not None:
+        return backend.MISSING
+    if primitive not in backend.PRIMITIVES:
+        return f"it has no {primitive}"
+    if backend.DEVICES is not None and device not in backend.DEVICES:
+        return f"it has no {device} kernels"
+    if backend.DTYPES is not None and dtype not in backend.DTYPES:
+        return f"it has no {dtype} kernels"
+    return None
+
+
+def resolve(primitive: str, x: Tensor) -> str:
+    """The backend that runs `primitive` on inputs like x.
+
+    Raises:
+        RuntimeError: the backend was asked for by name and lacks the primitive, the device or the dtype.
+    """
+    choice = _latest if torch.compiler.is_compiling() else current()
+    device, dtype = x.device.type, x.dtype
+    if choice == "auto":
+        for name in BACKENDS:
+            if _lacks(name, primitive, device, dtype) is None:
+                return name
+    reason = _lacks(choice, primitive, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {choice!r} cannot run {primitive}: {reason}; use_backend('auto') finds one")
+    return choice
+
+
+@functools.cache
+def load(backend: str, primitive: str):
+    """The module that implements `primitive`."""
+    return importlib.import_module(f"{__name__}.{backend}.{primitive}")

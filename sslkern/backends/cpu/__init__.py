@@ -1,0 +1,15 @@
+"""The hand-written CPU kernels (`csrc/cpu`), through the native module `sslkern._cpu`."""
+
+import torch
+
+DEVICES = ("cpu",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRIMITIVES = ("similarity_lse", "queue_push")
+
+try:
+    from sslkern import _cpu
+
+    MISSING = None
+except ImportError as error:
+    _cpu = None
+    MISSING = f"the native module is not built ({error}); build it with `make setup` or `pip install -e .`"

@@ -1,0 +1,6 @@
+"""Chunked torch: any device, any floating dtype. Ground truth, fallback and documentation of the other backends."""
+
+DEVICES = None  # any
+DTYPES = None  # any
+PRIMITIVES = ("similarity_lse", "queue_push")
+MISSING = None

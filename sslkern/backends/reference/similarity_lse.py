@@ -1,0 +1,149 @@
+"""`similarity_lse` in plain torch, one block of rows of S = scale * q k^T + k_bias at a time.
+
+S lives in one reused buffer that fits the cache. Forward and backward obtain it from the same `_blocks`, so they
+agree to the bit on which pairs a limit leaves out.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**20  # elements of S held at a time
+
+
+def _blocks(q, k, scale, q_ids, k_ids, same, k_bias, q_limit) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields (groups, rows, s): s [groups, rows, M] holds scaled similarities, -inf where a pair is left out.
+
+    The caller may overwrite s, which is reused. Several groups share a block while all of their rows fit.
+    """
+    itself, k = k is None, q if k is None else k
+    (G, N, _), M = q.shape, k.shape[1]
+    many, few = (max(1, BLOCK // (N * M)), N) if N * M <= BLOCK else (1, max(1, BLOCK // M))
+    buffer = q.new_empty(min(many, G) * few * M)
+    for groups in (slice(i, min(i + many, G)) for i in range(0, G, many)):
+        for rows in (slice(i, min(i + few, N)) for i in range(0, N, few)):
+            a = q[groups, rows] * scale
+            s = buffer[: a.shape[0] * a.shape[1] * M].view(a.shape[0], a.shape[1], M)
+            torch.bmm(a, k[groups].transpose(1, 2), out=s)
+            if k_bias is not None:
+                bias = k_bias[groups, None]
+                s.add_(bias).masked_fill_(bias == -math.inf, -math.inf)
+            if q_limit is not None:
+                s.masked_fill_(s > q_limit[groups, rows, None], -math.inf)
+            if itself:
+                s.diagonal(rows.start, 1, 2).fill_(-math.inf)
+            if q_ids is not None:
+                row_ids, col_ids = q_ids[groups, rows, None], (q_ids if itself else k_ids)[groups, None]
+                s.masked_fill_(row_ids != col_ids if same else row_ids == col_ids, -math.inf)
+            yield groups, rows, s
+
+
+def _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit):
+    """The arguments of `_blocks`: a group dimension everywhere, features in the type of the accumulators."""
+    if scale_tensor is not None:
+        scale = scale * scale_tensor
+    if q.dtype in (torch.float16, torch.bfloat16):
+        q, k = q.float(), None if k is None else k.float()
+    if q.ndim == 2:
+        q, k, q_ids, k_ids, k_bias, q_limit = (
+            None if x is None else x.unsqueeze(0) for x in (q, k, q_ids, k_ids, k_bias, q_limit)
+        )
+    return q, k, scale, q_ids, k_ids, same, k_bias, q_limit
+
+
+def _shift(top: Tensor) -> Tensor:
+    """What to subtract before the exponential: the maximum, but 0 where it is infinite (inf - inf is NaN)."""
+    return top.masked_fill(top.isinf(), 0)
+
+
+def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best):
+    """Returns row [G, N], col [G, M] or None, best [G, N + M or N] or None."""
+    groupless, problem = q.ndim == 2, _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
+    q, k = problem[:2]
+    G, N, M = q.shape[0], q.shape[1], (q if k is None else k).shape[1]
+    row, row_top = q.new_full((G, N), -math.inf), q.new_full((G, N), -math.inf)
+    col_top, col_sum = q.new_full((G, M), -math.inf), q.new_zeros(G, M)
+    for groups, rows, s in _blocks(*problem) if q.numel() and M else ():
+        top = s.amax(2)
+        row_top[groups, rows] = top
+        if columns:  # merged online: what is summed so far moves to the new maximum
+            old, new = col_top[groups], torch.maximum(col_top[groups], s.amax(1))
+            shift = _shift(new)
+            part = torch.exp(s - shift[:, None]).sum(1)
+            col_sum[groups] = col_sum[groups] * torch.exp(old - shift) + part
+            col_top[groups] = new
+        shift = _shift(top)
+        row[groups, rows] = s.sub_(shift[..., None]).exp_().sum(2).log_().add_(shift)
+    col = col_sum.log_().add_(_shift(col_top)) if columns else None
+    best = torch.cat((row_top, col_top), 1) if best and columns else row_top if best else None
+    return tuple(x[0] if groupless and x is not None else x for x in (row, col, best))
+
+
+def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, best):
+    """Returns row [G, N], mean [G, N, D] = sum_j softmax_ij k_j (0 for an empty row), best [G, N] or None."""
+    groupless, problem = q.ndim == 2, _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
+    q, k = problem[:2]
+    row, top = q.new_full(q.shape[:2], -math.inf), q.new_full(q.shape[:2], -math.inf)
+    mean = torch.zeros_like(q)
+    for groups, rows, s in _blocks(*problem) if q.numel() and k.shape[1] else ():
+        top[groups, rows] = s.amax(2)
+        shift = _shift(top[groups, rows])
+        total = s.sub_(shift[..., None]).exp_().sum(2)
+        mean[groups, rows] = torch.bmm(s, k[groups]).div_(total.masked_fill(total == 0, 1)[..., None])
+        row[groups, rows] = total.log_().add_(shift)
+    return tuple(x[0] if groupless and x is not None else x for x in (row, mean, top if best else None))
+
+
+def similarity_lse_bwd(
+    q, k, row, col, g, h, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit,
+    need_q, need_k, need_scale, need_bias,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Returns dq [G, N, D], dk [G, M, D], dscale [], dbias [G, M], None where not needed; k=None: all of dZ in dq."""
+    groupless, problem = q.ndim == 2, _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
+    q, k, scale = problem[:3]
+    keys = q if k is None else k
+    if groupless:
+        row, col, g, h = (None if x is None else x.unsqueeze(0) for x in (row, col, g, h))
+    row, g = _without_empty(row, g)
+    col, h = _without_empty(col, h)
+    # Without bias and limits S of q with itself is symmetric: (W + W^T) needs the values of row i and of row j only.
+    symmetric = k is None and k_bias is None and q_limit is None
+    if symmetric:
+        col, h = row, g
+
+    dq = torch.zeros_like(q) if need_q or need_scale and not need_k else None
+    dk = (dq if not symmetric else None) if k is None else torch.zeros_like(k) if need_k else None
+    dbias = keys.new_zeros(keys.shape[:2]) if need_bias else None
+    spare = None
+    for groups, rows, s in _blocks(*problem) if q.numel() and keys.shape[1] else ():
+        if h is not None:
+            spare = torch.empty_like(s) if spare is None or spare.shape != s.shape else spare
+            torch.sub(s, col[groups, None], out=spare).exp_().mul_(h[groups, None])
+        if g is not None:
+            s.sub_(row[groups, rows, None]).exp_().mul_(g[groups, rows, None])
+        w = spare if g is None else s if h is None else s.add_(spare)
+        if dq is not None:
+            dq[groups, rows].baddbmm_(w, keys[groups])
+        if dk is not None:
+            dk[groups].baddbmm_(w.transpose(1, 2), q[groups, rows])
+        if dbias is not None:
+            dbias[groups] += w.sum(1)
+
+    dscale = None
+    if need_scale:  # <Q, W K>, of which <Z, (W + W^T) Z> is twice
+        dscale = torch.sum(dq * q) if dq is not None else torch.sum(dk * k)
+        dscale = dscale / 2 if k is None else dscale
+    dq = dq.mul_(scale) if need_q else None
+    dk = dk.mul_(scale) if need_k and k is not None else None
+    dq, dk, dbias = (x[0] if groupless and x is not None else x for x in (dq, dk, dbias))
+    return dq, dk, dscale, dbias
+
+
+def _without_empty(lse: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Rows with nothing left get weight exp(-inf - inf) * 0 = 0, whatever gradient arrived."""
+    if lse is None or grad is None:
+        return None, None
+    empty = lse == -math.inf
+    return lse.masked_fill(empty, math.inf), grad.masked_fill(empty, 0)

@@ -1,0 +1,6 @@
+"""The losses as functions: check the arguments, compose primitives."""
+
+from .info_nce import info_nce
+from .nt_xent import nt_xent
+
+__all__ = ["info_nce", "nt_xent"]

@@ -1,0 +1,109 @@
+"""What the losses share: argument checks, normalisation, and the few formulas that need care."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-12  # rows shorter than this are divided by it
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_features(name: str, x: Tensor) -> None:
+    """x: [N, D] with N > 0, floating point."""
+    if not isinstance(x, Tensor) or x.ndim != 2:
+        raise ValueError(f"{name} must be a tensor [N, D], not {describe(x)}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, not {x.dtype}; convert it with .float()")
+    if x.shape[0] == 0:
+        raise ValueError(f"{name} is empty; the loss needs at least one row, so skip empty batches")
+
+
+def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str | None = None) -> None:
+    """x has the type and device of other, and its shape, or its D where `shape` describes another layout."""
+    fits = isinstance(x, Tensor) and (x.shape == other.shape if shape is None else x.shape[-1:] == other.shape[-1:])
+    if not fits:
+        wanted = list(other.shape) if shape is None else shape
+        raise ValueError(
+            f"{name} must be a tensor {wanted} to go with {other_name} {list(other.shape)}, not {describe(x)}"
+        )
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, not {x.dtype}; convert one")
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device} but {other_name} is on {other.device}; move one of them")
+
+
+def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.shape != shape:
+        raise ValueError(f"{name} must be an int64 tensor {list(shape)}, not {describe(ids)}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, not {ids.dtype}; convert it with .long()")
+    if ids.device != like.device:
+        raise ValueError(f"{name} is on {ids.device} but the features are on {like.device}; move one of them")
+
+
+def check_options(reduction: str, group, strategy: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
+    if strategy not in ("all_gather", "ring"):
+        raise ValueError(f"strategy must be 'all_gather' or 'ring', not {strategy!r}")
+    if group is not None:
+        raise NotImplementedError("group must be None: losses across processes are not available yet")
+
+
+def scale_of(temperature: float | Tensor, logit_scale: float | Tensor | None) -> float | Tensor:
+    """What the dot products are multiplied by: logit_scale, or else 1 / temperature. Tensors are never read."""
+    name, value = ("temperature", temperature) if logit_scale is None else ("logit_scale", logit_scale)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor with one element, not {describe(value)}")
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, not {value.dtype}; convert it with .float()")
+        value = value.reshape(())
+        # in 16 bits 1 / temperature would lose digits
+        value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        return value.reciprocal() if logit_scale is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number or a tensor with one element, not {value!r}")
+    if logit_scale is not None:
+        return float(value)
+    if value == 0:
+        raise ValueError("temperature must not be 0: similarities are divided by it")
+    return 1.0 / value
+
+
+def describe(x) -> str:
+    return f"a tensor {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of x [.., D] divided by their norm, which is computed in fp32; rounded back to the type of x."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return F.normalize(x.float(), dim=-1, eps=EPS).to(x.dtype)
+    return F.normalize(x, dim=-1, eps=EPS)
+
+
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """<a_i, b_i> [N] of rows a, b [N, D], in fp32 (fp64)."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    return (a * b).sum(-1)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), the loss of a row whose negatives outweigh its positive by x.
+
+    torch's own switches to x at 20, where in fp64 the rest still counts; beyond 40 it does not, in fp32 nor fp64.
+    """
+    return F.softplus(x, threshold=40)
+
+
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)), with zero gradient instead of NaN where both are -inf."""
+    empty = (a == -math.inf) & (b == -math.inf)
+    return torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)).masked_fill(empty, -math.inf)
+
+
+def reduce(losses: Tensor, reduction: str) -> Tensor:
+    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses

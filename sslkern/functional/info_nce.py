@@ -1,0 +1,134 @@
+"""InfoNCE: van den Oord et al., "Representation Learning with Contrastive Predictive Coding" (CPC), 2018."""
+
+import torch
+from torch import Tensor
+
+from ..ops import similarity_lse
+from ._common import (
+    check_alike,
+    check_features,
+    check_ids,
+    check_options,
+    describe,
+    dots,
+    logaddexp,
+    reduce,
+    scale_of,
+    softplus,
+    unit,
+)
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    in_batch: bool | None = None,
+    two_way: bool = False,
+    logit_scale: float | Tensor | None = None,
+    ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    stats: bool = False,
+    group: None = None,
+    strategy: str = "all_gather",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """InfoNCE (eq. 4 of https://arxiv.org/abs/1807.03748): each query has to find its key among negatives.
+
+    The negatives are the other keys of the batch (CPC; with `two_way` CLIP, https://arxiv.org/abs/2103.00020), given
+    ones such as a queue (MoCo, eq. 1 of https://arxiv.org/abs/1911.05722), or both. The similarities are never stored,
+    and negatives that need no gradient may be overwritten before the backward.
+
+    Args:
+        query, key: [N, D], row i of key is the positive of row i of query. fp32, bf16, fp16 or fp64.
+        negatives: [M, D] for all queries, or [N, M, D] with their own for each. A queue stored as (D, M) is passed
+            as `queue.t()`.
+        temperature: divides the similarities: a nonzero number, or a tensor with one element that gets a gradient.
+        in_batch: whether the other keys are negatives. None: only if no `negatives` are given.
+        two_way: the mean of the losses query -> key and key -> query, from one pass. Not with `negatives`.
+        logit_scale: multiplies the similarities instead and replaces `temperature`; already exponentiated.
+        ids: int64 [N]; rows with equal ids are not negatives of each other (a caption's hash, a label). Default: all
+            differ.
+        negative_ids: int64 [M] or [N, M]; a negative with the id of a row is none for that row. Needs `ids`.
+        normalize: divide all rows by their norm first (cosine similarity).
+        reduction: "mean" or "sum" over the N rows, or "none".
+        stats: also return the share of rows whose positive beats every negative (with `two_way`, of both directions).
+        group, strategy: the processes that share a batch; only None, this process, so far.
+
+    Returns:
+        The loss, 0-d, or for "none" [N], in fp32 (fp64). With `stats` a pair of it and the share, 0-d without
+        gradient. A row without negatives adds 0 and counts in the mean.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+
+    Example:
+        >>> images, texts = torch.randn(64, 32, requires_grad=True), torch.randn(64, 32)
+        >>> sslkern.functional.info_nce(images, texts, two_way=True, logit_scale=14.0).backward()  # CLIP
+        >>> queue = torch.randn(4096, 32)
+        >>> loss = sslkern.functional.info_nce(images, texts, queue, temperature=0.07)  # MoCo
+    """
+    check_features("query", query)
+    check_alike("key", key, "query", query)
+    check_options(reduction, group, strategy)
+    scale = scale_of(temperature, logit_scale)
+    N = query.shape[0]
+    if negatives is not None:
+        _check_negatives(negatives, query, two_way)
+    if in_batch is None:
+        in_batch = negatives is None
+    elif not in_batch and negatives is None:
+        raise ValueError("in_batch=False leaves no negatives; pass negatives or leave in_batch out")
+    if ids is not None:
+        check_ids("ids", ids, (N,), query)
+    if negative_ids is not None:
+        if ids is None or negatives is None:
+            raise ValueError("negative_ids needs negatives and ids: the ids of the rows to compare them with")
+        check_ids("negative_ids", negative_ids, tuple(negatives.shape[:-1]), query)
+
+    if normalize:
+        query, key = unit(query), unit(key)
+        negatives = None if negatives is None else unit(negatives)
+    positive = dots(query, key) * scale
+    # Equal ids leave the positive out of its row: softplus(row - positive) then has no cancellation.
+    row_ids = torch.arange(N, device=query.device) if ids is None else ids
+    row = col = best = None
+    if in_batch:
+        out = similarity_lse(query, key, scale, q_ids=row_ids, k_ids=row_ids, columns=two_way, best=stats)
+        row, *out = out if isinstance(out, tuple) else (out,)
+        col = out.pop(0) if two_way else None
+        best = out.pop() if stats else None
+    if negatives is not None:
+        other, other_best = _over_negatives(query, negatives, scale, ids, negative_ids, stats)
+        row = other if row is None else logaddexp(row, other)
+        best = other_best if best is None else torch.maximum(best, other_best)
+
+    losses = softplus(row - positive)
+    if two_way:
+        losses = (losses + softplus(col - positive)) / 2
+    loss = reduce(losses, reduction)
+    if not stats:
+        return loss
+    return loss, (best.view(-1, N) < positive.detach()).float().mean()
+
+
+def _check_negatives(negatives: Tensor, query: Tensor, two_way: bool) -> None:
+    if two_way:
+        raise ValueError("two_way=True cannot be combined with negatives: they have no direction key -> query")
+    N, D = query.shape
+    check_alike("negatives", negatives, "query", query, f"[M, {D}] or [{N}, M, {D}]")
+    if negatives.ndim not in (2, 3) or (negatives.ndim == 3 and negatives.shape[0] != N):
+        raise ValueError(f"negatives must be [M, {D}] or [{N}, M, {D}], not {describe(negatives)}")
+
+
+def _over_negatives(query, negatives, scale, ids, negative_ids, best):
+    """The log-sum-exp [N] over the given negatives and, if asked for, their best score [N]."""
+    ids = ids if negative_ids is not None else None
+    if negatives.ndim == 3:  # N problems of one row each
+        query, ids = query.unsqueeze(1), None if ids is None else ids.unsqueeze(1)
+    out = similarity_lse(query, negatives, scale, q_ids=ids, k_ids=negative_ids, best=best)
+    row, top = out if best else (out, None)
+    return row.reshape(-1), None if top is None else top.reshape(-1)
