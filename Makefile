@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py csrc/native_build.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+BENCHMARKS ?= similarity_lse nt_xent info_nce queue never_worse
 RESULTS = benchmarks/results/$(shell $(BIN)/python benchmarks/harness.py)
 
 # A native module that does not compile is an error here, not a reason to go on without it.
@@ -66,7 +67,7 @@ sanitize: $(VENV)/.dev  ## the C++ tests under Address-, UndefinedBehavior- and 
 bench-setup: $(VENV)/.bench  ## the packages that the benchmarks compare with
 
 bench: bench-setup  ## all benchmarks: JSON, tables and plots into benchmarks/results/<cpu>
-	for name in similarity_lse nt_xent info_nce queue; do \
+	for name in $(BENCHMARKS); do \
 		$(BIN)/python -m pytest benchmarks/bench_$$name.py --benchmark-json=$(RESULTS)/$$name.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/plots.py $(RESULTS)

@@ -1,0 +1,309 @@
+"""What sslkern is compared with, and on which inputs.
+
+Each problem is a function of its size that returns the inputs and the contenders, loss functions of these inputs that
+compute the same quantity. Dense is what people write: logits and cross_entropy, or logsumexp.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, wraps
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sslkern
+from sslkern import functional, ops
+
+TEMPERATURE = 0.2
+
+
+@dataclass
+class Problem:
+    inputs: tuple[Tensor, ...]
+    contenders: dict[str, Callable[..., Tensor]]
+    textbook: str  # the contender to trust when it computes in float64
+
+
+def chunked(loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same loss on the reference backend: matrix products of row blocks and in-place exponentials."""
+
+    @wraps(loss_fn)
+    def on_reference(*inputs):
+        with sslkern.use_backend("reference"):
+            return loss_fn(*inputs)
+
+    return on_reference
+
+
+def dense(cross_entropy: Callable[..., Tensor], logsumexp: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """The dense forms; "dense" in a result is the fastest of them."""
+    return {
+        "dense cross_entropy": cross_entropy,
+        "dense logsumexp": logsumexp,
+        "compiled dense cross_entropy": torch.compile(cross_entropy, dynamic=False),
+        "compiled dense logsumexp": torch.compile(logsumexp, dynamic=False),
+    }
+
+
+@cache
+def compiled(problem: Callable[..., Problem]) -> Callable[..., Problem]:
+    """The same problem with each contender under torch.compile."""
+
+    @wraps(problem)
+    def build(*size):
+        built = problem(*size)
+        built.contenders = {name: torch.compile(fn, dynamic=False) for name, fn in built.contenders.items()}
+        return built
+
+    return build
+
+
+def correlated_pairs(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two views [n, d] as a half-trained encoder gives them, both with gradient."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, n, d, generator=generator)
+    b += a
+    return a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
+
+
+# NT-Xent, the loss of SimCLR
+
+
+def nt_xent(views: int, d: int, dtype: torch.dtype) -> Problem:
+    z0, z1 = correlated_pairs(views // 2, d, dtype)
+    contenders = {
+        "sslkern": nt_xent_sslkern,
+        "chunked torch": chunked(nt_xent_sslkern),
+        **dense(nt_xent_cross_entropy, nt_xent_logsumexp),
+    }
+    if dtype == torch.float32:
+        contenders["lightly"] = lightly_nt_xent()
+        if views <= 256:  # its loss has views^3 elements
+            contenders["pytorch-metric-learning"] = pytorch_metric_learning_nt_xent()
+    return Problem((z0, z1), contenders, "dense cross_entropy")
+
+
+def nt_xent_sslkern(z0, z1):
+    return functional.nt_xent(z0, z1, TEMPERATURE)
+
+
+def nt_xent_logits(z0, z1):
+    z = F.normalize(torch.cat((z0, z1)), dim=1)
+    diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    return (z @ z.T / TEMPERATURE).masked_fill(diagonal, float("-inf"))
+
+
+def nt_xent_cross_entropy(z0, z1):
+    logits = nt_xent_logits(z0, z1)
+    positives = torch.arange(len(logits), device=logits.device).roll(len(z0))
+    return F.cross_entropy(logits, positives)
+
+
+def nt_xent_logsumexp(z0, z1):
+    positive = (F.normalize(z0, dim=1) * F.normalize(z1, dim=1)).sum(1).mean() / TEMPERATURE
+    return nt_xent_logits(z0, z1).logsumexp(1).mean() - positive
+
+
+def lightly_nt_xent():
+    allow_torchvision_import()
+    from lightly.loss import NTXentLoss
+
+    return NTXentLoss(temperature=TEMPERATURE)
+
+
+def pytorch_metric_learning_nt_xent():
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    loss = NTXentLoss(temperature=TEMPERATURE)
+
+    def call(z0, z1):
+        return loss(torch.cat((z0, z1)), torch.arange(len(z0)).repeat(2))
+
+    return call
+
+
+def bare_products(views: int, d: int, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
+    """The three matrix products of dense autograd and nothing else: Z Z^T, W Z, W^T Z with W [views, views]."""
+    z, w = torch.randn(views, d).to(dtype), torch.rand(views, views).to(dtype)
+    return lambda: (z @ z.T, w @ z, w.T @ z)
+
+
+# InfoNCE in both directions, the loss of CLIP, with a learned logit scale
+
+
+def two_way(rows: int, d: int, dtype: torch.dtype) -> Problem:
+    allow_torchvision_import()
+    from open_clip.loss import ClipLoss
+
+    def open_clip(q, k, logit_scale):
+        return clip_loss(F.normalize(q, dim=1), F.normalize(k, dim=1), logit_scale.to(q.dtype))
+
+    clip_loss = ClipLoss()
+    q, k = correlated_pairs(rows, d, dtype)
+    logit_scale = torch.tensor(1 / TEMPERATURE, requires_grad=True)
+    contenders = {
+        "sslkern": two_way_sslkern,
+        "chunked torch": chunked(two_way_sslkern),
+        **dense(two_way_cross_entropy, two_way_logsumexp),
+        "open_clip": open_clip,
+    }
+    return Problem((q, k, logit_scale), contenders, "dense cross_entropy")
+
+
+def two_way_sslkern(q, k, logit_scale):
+    return functional.info_nce(q, k, two_way=True, logit_scale=logit_scale)
+
+
+def two_way_logits(q, k, logit_scale):
+    return logit_scale.to(q.dtype) * F.normalize(q, dim=1) @ F.normalize(k, dim=1).T
+
+
+def two_way_cross_entropy(q, k, logit_scale):
+    logits = two_way_logits(q, k, logit_scale)
+    positives = torch.arange(len(q), device=q.device)
+    return (F.cross_entropy(logits, positives) + F.cross_entropy(logits.T, positives)) / 2
+
+
+def two_way_logsumexp(q, k, logit_scale):
+    logits = two_way_logits(q, k, logit_scale)
+    return (logits.logsumexp(1) + logits.logsumexp(0)).mean() / 2 - logits.diagonal().mean()
+
+
+# InfoNCE in one direction
+
+
+def one_way(rows: int, d: int, dtype: torch.dtype) -> Problem:
+    from info_nce import InfoNCE
+
+    contenders = {
+        "sslkern": one_way_sslkern,
+        "chunked torch": chunked(one_way_sslkern),
+        **dense(one_way_cross_entropy, one_way_logsumexp),
+        "info-nce-pytorch": InfoNCE(temperature=TEMPERATURE),
+    }
+    return Problem(correlated_pairs(rows, d, dtype), contenders, "dense cross_entropy")
+
+
+def one_way_sslkern(q, k):
+    return functional.info_nce(q, k, temperature=TEMPERATURE)
+
+
+def one_way_cross_entropy(q, k):
+    return F.cross_entropy(two_way_logits(q, k, torch.tensor(1 / TEMPERATURE)), torch.arange(len(q), device=q.device))
+
+
+def one_way_logsumexp(q, k):
+    logits = two_way_logits(q, k, torch.tensor(1 / TEMPERATURE))
+    return (logits.logsumexp(1) - logits.diagonal()).mean()
+
+
+# A step of MoCo: loss of the queries against their keys and the queue, then the keys enter the queue
+
+
+def moco_step(batch: int, d: int, dtype: torch.dtype, size: int = 65536) -> Problem:
+    q, k = correlated_pairs(batch, d, dtype)
+    contenders = {
+        "sslkern": moco_sslkern(d, size),
+        "chunked torch": chunked(moco_sslkern(d, size)),
+        "published MoCo": moco_published(d, dtype, size),
+    }
+    return Problem((q, k.detach()), contenders, "published MoCo")
+
+
+def seeded_queue(d, size):
+    torch.manual_seed(0)
+    return sslkern.FeatureQueue(d, size)
+
+
+def moco_sslkern(d, size):
+    queue = seeded_queue(d, size)
+
+    def step(q, k):
+        q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+        loss = functional.info_nce(q, k, queue.queue.T, TEMPERATURE, normalize=False)
+        queue.push(k)
+        return loss
+
+    return step
+
+
+def moco_published(d, dtype, size):
+    """He et al., arXiv:1911.05722: the queue is cloned because the backward reads it after it was overwritten."""
+    queue = seeded_queue(d, size).queue.to(dtype).contiguous()  # [d, size]
+    position = 0
+
+    def step(q, k):
+        nonlocal position
+        q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+        positive = torch.einsum("nd,nd->n", q, k).unsqueeze(1)
+        negative = torch.einsum("nd,dk->nk", q, queue.clone())
+        logits = torch.cat((positive, negative), dim=1) / TEMPERATURE
+        loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+        queue[:, position : position + len(k)] = k.T
+        position = (position + len(k)) % size
+        return loss
+
+    return step
+
+
+# The primitive itself in its four forms, on unit vectors
+
+
+def lse_self(n: int, d: int, dtype: torch.dtype) -> Problem:
+    z, _ = unit_pairs(n, d, dtype)
+    return lse_problem((z.requires_grad_(),))
+
+
+def lse_rows(n: int, d: int, dtype: torch.dtype) -> Problem:
+    q, k = unit_pairs(n, d, dtype)
+    return lse_problem((q.requires_grad_(), k.requires_grad_()))
+
+
+def lse_rows_and_columns(n: int, d: int, dtype: torch.dtype) -> Problem:
+    q, k = unit_pairs(n, d, dtype)
+    return lse_problem((q.requires_grad_(), k.requires_grad_()), columns=True)
+
+
+def lse_frozen_keys(n: int, d: int, dtype: torch.dtype) -> Problem:
+    q, k = unit_pairs(n, d, dtype)
+    return lse_problem((q.requires_grad_(), k))
+
+
+def unit_pairs(n, d, dtype):
+    return (F.normalize(x.detach().float(), dim=1).to(dtype) for x in correlated_pairs(n, d, dtype))
+
+
+def lse_problem(inputs, columns=False):
+    def sslkern_lse(q, k=None):
+        out = ops.similarity_lse(q, k, 1 / TEMPERATURE, columns=columns)
+        return (out[0].mean() + out[1].mean()) / 2 if columns else out.mean()
+
+    def dense_logsumexp(q, k=None):
+        s = q @ (q if k is None else k).T / TEMPERATURE
+        s = s if k is not None else s.masked_fill(torch.eye(len(q), dtype=torch.bool), float("-inf"))
+        row = s.logsumexp(1).mean()
+        return (row + s.logsumexp(0).mean()) / 2 if columns else row
+
+    contenders = {
+        "sslkern": sslkern_lse,
+        "chunked torch": chunked(sslkern_lse),
+        "dense logsumexp": dense_logsumexp,
+        "compiled dense logsumexp": torch.compile(dense_logsumexp, dynamic=False),
+    }
+    return Problem(inputs, contenders, "dense logsumexp")
+
+
+LSE_PROBLEMS = (lse_self, lse_rows, lse_rows_and_columns, lse_frozen_keys)
+PROBLEMS = {problem.__name__: problem for problem in (nt_xent, two_way, one_way, moco_step, *LSE_PROBLEMS)}
+
+
+def allow_torchvision_import() -> None:
+    """lightly and open_clip import torchvision, whose PyPI wheel finds no operators beside a CPU build of torch."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        global _torchvision
+        _torchvision = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
