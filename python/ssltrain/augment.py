@@ -1,7 +1,8 @@
 """SimCLR's augmentations by kornia: the whole batch at once, on the device that trains.
 
-Measured on one CPU core for 512 views: crop 9 ms, affine 6 ms, erasing and blur 3 ms each at 1 x 28 x 28; crop 22 ms,
-colour 45 ms at 3 x 32 x 32. Elastic deformation (53 ms and 140 ms) is left out for its price.
+Measured on one CPU core for 512 views: affine 6 ms, blur and erasing 3 ms each at 1 x 28 x 28; crop 22 ms, colour 45 ms
+at 3 x 32 x 32. Elastic deformation, 53 and 140 ms, is left out for its price. On digits, one affine map that also moves
+and scales taught more than crop and affine together (0.955 against 0.943 on held-out training images).
 """
 
 from __future__ import annotations
@@ -16,27 +17,28 @@ def build(channels: int, size: tuple[int, int], flip: bool | None = None) -> Cal
     """The augmentation for images of `channels` (1 or 3) and `size` (height, width): float [B, C, H, W] to the same.
 
     Colour images are cropped, flipped, colour-jittered and sometimes turned gray, as in SimCLR's appendix A. Grayscale
-    images are warped, partly erased and blurred instead. `flip=None` mirrors colour images only, since a
-    mirrored digit is another sign.
+    images are rotated, moved, scaled and sheared, blurred, and partly erased. `flip=None` mirrors colour images only,
+    since a mirrored digit is another sign.
 
     >>> import torch
     >>> build(3, (32, 32))(torch.rand(4, 3, 32, 32)).shape
     torch.Size([4, 3, 32, 32])
     """
-    crop_scale = (0.2, 1.0) if channels == 3 else (0.4, 1.0)
-    steps: list[nn.Module] = [
-        K.RandomResizedCrop(size, scale=crop_scale, ratio=(3 / 4, 4 / 3), cropping_mode="resample")
-    ]
+    steps: list[nn.Module] = []
     if channels == 3:
-        steps += [K.ColorJiggle(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2)]
+        steps += [
+            K.RandomResizedCrop(size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), cropping_mode="resample"),
+            K.ColorJiggle(0.4, 0.4, 0.4, 0.1, p=0.8),
+            K.RandomGrayscale(p=0.2),
+        ]
     else:
         steps += [
-            K.RandomAffine(15.0, translate=(0.1, 0.1), scale=(0.8, 1.2), shear=10.0, p=1.0),
+            K.RandomAffine(25.0, translate=(0.15, 0.15), scale=(0.7, 1.3), shear=20.0, p=1.0),
             K.RandomGaussianBlur((3, 3), (0.1, 1.5), p=0.5),
             K.RandomErasing(scale=(0.02, 0.2), p=0.5),
         ]
     if flip or (flip is None and channels == 3):
-        steps.insert(1, K.RandomHorizontalFlip(p=0.5))
+        steps.append(K.RandomHorizontalFlip(p=0.5))
 
     def augment(images: Tensor) -> Tensor:
         for step in steps:

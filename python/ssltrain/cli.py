@@ -17,8 +17,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"{', '.join(missing)} not found; install what the trainers need with: pip install 'sslkern[train]'")
     from ssltrain.commands import app
 
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        sys.exit(app(args=arguments, prog_name="ssltrain", standalone_mode=False))
+        sys.exit(app(args=arguments or ["--help"], prog_name="ssltrain", standalone_mode=False))
     except UsageError as error:
         _fail(str(error))
     except KeyboardInterrupt:

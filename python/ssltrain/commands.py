@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ from ssltrain import UsageError
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     help="Train self-supervised encoders through sslkern, and measure what they learned.",
 )
@@ -37,7 +37,7 @@ def simclr(
             "as train/<class>/* and test/<class>/*. Without a test folder a fifth of every class is held out."
         ),
     ] = "mnist5k",
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images. [default: 40]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images. [default: 50]")] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Train by the clock instead; the learning rate follows it.")
     ] = None,
@@ -78,7 +78,7 @@ def simclr(
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result to this file as well.")] = None,
 ) -> None:
-    """SimCLR (Chen et al. 2020): two augmented views of an image attract, views of different images repel.
+    """SimCLR: two augmented views of an image attract, views of different images repel (Chen et al. 2020).
 
     The default trains a small conv net on 4,000 MNIST digits in about a minute on two CPU cores, then compares its
     features with raw pixels and with the untrained encoder, by linear probe and nearest neighbours.
@@ -106,21 +106,19 @@ def _open(config, explicit: set[str], out: Path, resume: bool, overwrite: bool):
     """The configuration to run, and the checkpoint to start from or None. Nothing of an earlier run is lost unasked."""
     from ssltrain import loop
 
+    config = config.check()
     checkpoint = loop.load_checkpoint(out)
     if resume:
         if checkpoint is None:
             raise UsageError(
                 f"--resume: {out} holds no run; name its folder by --out, or leave --resume out to start one."
             )
-        earlier = loop.Config(**checkpoint["config"])
+        earlier = loop.Config(**checkpoint["config"]).check()
         for name in sorted(explicit):
             if getattr(config, name) != getattr(earlier, name):
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(
-                    f"--resume: {flag} was {getattr(earlier, name)} in {out}; leave it out, or choose another --out."
-                )
-        return earlier.check(), checkpoint
-    config = config.check()
+                flag, value = "--" + name.replace("_", "-"), getattr(earlier, name)
+                raise UsageError(f"--resume: {flag} was {value} in {out}; leave it out, or choose another --out.")
+        return earlier, checkpoint
     if checkpoint is not None and not overwrite:
         if checkpoint["config"] != dataclasses.asdict(config):
             raise UsageError(f"--out {out} holds a run with other options; choose another folder, or pass --overwrite.")
@@ -136,9 +134,6 @@ def _run(config, checkpoint: dict | None, build: Callable, out: Path, json_path:
 
     from ssltrain import data, evaluate, loop, report
 
-    results = [out / "result.json"] + ([json_path] if json_path else [])
-    for path in results:
-        _check_writable(path)
     torch.set_num_threads(config.threads)
     images = data.load(config.data, config.image_size, config.limit)
     height, width = images.size
@@ -148,6 +143,12 @@ def _run(config, checkpoint: dict | None, build: Callable, out: Path, json_path:
     )
     for note in images.notes:
         typer.echo(note, err=note.startswith("warning"))
+
+    _check_folder("--out", out)
+    if json_path is not None:
+        _check_folder("--json", json_path.parent)
+        if json_path.is_dir():
+            raise UsageError(f"--json {json_path}: is a folder; name a file.")
 
     torch.manual_seed(config.seed)
     torch.backends.cudnn.deterministic = True
@@ -172,8 +173,8 @@ def _run(config, checkpoint: dict | None, build: Callable, out: Path, json_path:
     for prefix, encoder in (("", method.encoder), ("raw_", torch.nn.Flatten()), ("untrained_", untrained.to(device))):
         seen[prefix] = [evaluate.features(encoder, part, device) for part in (images.train, images.test)]
         train, test = seen[prefix]
-        result[f"{prefix}linear"] = evaluate.linear_probe(train, labels[0], test, labels[1])
-        result[f"{prefix}knn"] = evaluate.knn(train, labels[0], test, labels[1])
+        result[f"{prefix}linear"] = round(evaluate.linear_probe(train, labels[0], test, labels[1]), 4)
+        result[f"{prefix}knn"] = round(evaluate.knn(train, labels[0], test, labels[1]), 4)
     result |= {
         "images_per_s": round(state.images_per_s, 1),
         "loss_share": round(state.loss_share, 4),
@@ -186,20 +187,21 @@ def _run(config, checkpoint: dict | None, build: Callable, out: Path, json_path:
         "device": config.device,
         "loss": state.losses[-1],
     }
-    for path in results:
+    written = [out / "result.json"] + ([json_path] if json_path else [])
+    for path in written:
         path.write_text(json.dumps(result, indent=2) + "\n")
     views = method.views(images.train[:: max(1, len(images.train) // report.PAIRS)][: report.PAIRS].to(device))
     report.draw(out / "report.png", result, state, seen[""][1], images, views)
     print(report.table(result))
-    print(f"report: {out / 'report.png'}  figures: {results[-1]}")
+    print(f"report: {out / 'report.png'}  figures: {written[-1]}")
 
 
-def _check_writable(path: Path) -> None:
-    """Find out before the training that a result cannot be written after it."""
+def _check_folder(flag: str, folder: Path) -> None:
+    """Find out before the training that nothing could be written after it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        flag = "--out" if path.name == "result.json" else "--json"
-        raise UsageError(f"{flag} {path}: cannot be written ({error.strerror}); choose another place.") from error
+        raise UsageError(
+            f"{flag}: the folder {folder} cannot be written ({error.strerror}); choose another."
+        ) from error

@@ -180,8 +180,9 @@ def _read(path: Path) -> Iterator[tuple[str, bytes]]:
                     if member.isfile() and wanted(name):
                         yield name, archive.extractfile(member).read()
     except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(":- ") if str(error) else type(error).__name__
         raise UsageError(
-            f"--data {path}: is no complete folder, zip or tar that can be read ({error}); check the file."
+            f"--data {path}: is no complete folder, zip or tar that can be read ({reason}); check the file."
         ) from error
 
 

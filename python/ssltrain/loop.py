@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ssltrain import UsageError
 from ssltrain.encoders import ENCODERS
 
-DEFAULT_EPOCHS = 40
+DEFAULT_EPOCHS = 50
 WARMUP = 0.05  # of the schedule
 SAVE_EVERY = 30.0  # seconds between checkpoints
 READ_EVERY = 10  # steps
@@ -125,6 +125,7 @@ def train(
     `checkpoint`, from `load_checkpoint`, continues that run. `report(state, progress)` is called after every step,
     `progress` in [0, 1]. On SIGINT or SIGTERM the step is finished, a checkpoint written, and `Interrupted` raised.
     """
+    out.mkdir(parents=True, exist_ok=True)
     device = torch.device(config.device)
     if len(images) < config.batch_size:
         raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ from ssltrain.loop import Config, State
 SHOWN = {"": "trained", "raw_": "raw pixels", "untrained_": "untrained encoder"}  # prefix of the JSON keys: what it is
 COLORS = {"linear": "#1f5fa8", "knn": "#8fb8e0"}
 POINTS = 1000  # of the embedding
-PAIRS = 8
+PAIRS, COLUMNS = 15, 3
 
 
 class Progress:
@@ -121,7 +122,7 @@ def _draw_accuracies(axes: Axes, result: dict) -> None:
         heights = [result[prefix + kind] for prefix in SHOWN]
         bars = axes.bar(np.arange(len(SHOWN)) + shift, heights, 0.38, color=COLORS[kind], label=label)
         axes.bar_label(bars, fmt="%.3f", fontsize=9, padding=2)
-    axes.set_xticks(range(len(SHOWN)), [f"{result['method']}" if not p else name for p, name in SHOWN.items()])
+    axes.set_xticks(range(len(SHOWN)), [result["method"] if not prefix else name for prefix, name in SHOWN.items()])
     axes.set(ylim=(0, 1.12), yticks=np.linspace(0, 1, 6))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -136,33 +137,25 @@ def _draw_embedding(axes: Axes, features: Tensor, images: Images) -> None:
     labels = images.test_labels[chosen].numpy()
     perplexity = min(30.0, max(1.0, (len(points) - 1) / 3))
     flat = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(points) if len(points) > 3 else points
-    shown = range(min(len(images.classes), 20))
-    colors = np.asarray(_palette(len(images.classes)))
+    classes = len(images.classes)
+    palette = matplotlib.colormaps["tab10" if classes <= 10 else "tab20"]
+    colors = palette(np.arange(classes) % palette.N)  # beyond 20 classes they come round again
     axes.scatter(flat[:, 0], flat[:, 1], s=9, color=colors[labels], linewidths=0)
-    for c in shown:
+    for c in range(min(classes, 20)):
         axes.scatter([], [], s=30, color=colors[c], label=images.classes[c])
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, borderpad=0)
     axes.set_title(f"Features of {len(points)} test images (t-SNE), coloured by class")
     axes.set(xticks=[], yticks=[])
 
 
-def _palette(n: int) -> list:
-    import matplotlib
-
-    return [matplotlib.colormaps["tab10" if n <= 10 else "tab20"](i % (10 if n <= 10 else 20)) for i in range(n)]
-
-
 def _draw_pairs(axes: Axes, views: Tensor) -> None:
+    """PAIRS pairs in COLUMNS columns, white between them."""
     first, second = (half[:PAIRS].cpu().float().clamp(0, 1) for half in views.chunk(2))
-    rows = [torch.cat(list(row), dim=2) for row in (first, second)]  # [C, H, B * W]
-    sheet = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
-    axes.imshow(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet, cmap="gray", vmin=0, vmax=1)
-    height, width = first.shape[2:]
-    for i in range(1, len(first)):
-        axes.axvline(i * width - 0.5, color="white", linewidth=2)
-    axes.axhline(height - 0.5, color="white", linewidth=2)
-    axes.set_yticks([height / 2, 1.5 * height], ["view 1", "view 2"])
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_title("Pairs that the loss pulls together, one a column")
+    gap = max(1, first.shape[3] // 8)
+    pairs = torch.nn.functional.pad(torch.cat([first, second], dim=3), (gap, gap, gap, gap), value=1.0)
+    blank = torch.ones_like(pairs[: -len(pairs) % COLUMNS])
+    lines = torch.cat([pairs, blank]).split(COLUMNS)
+    sheet = torch.cat([torch.cat(list(line), dim=2) for line in lines], dim=1).permute(1, 2, 0).numpy()
+    axes.imshow(sheet if sheet.shape[2] == 3 else sheet[:, :, 0], cmap="gray", vmin=0, vmax=1)
+    axes.set_axis_off()
+    axes.set_title("Pairs of views that the loss pulls together")
