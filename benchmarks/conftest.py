@@ -56,6 +56,10 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+def pytest_configure(config):
+    config.option.benchmark_quiet = True  # its table knows one contender, ours below knows all
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.clear()
     machine_info.update(machine())

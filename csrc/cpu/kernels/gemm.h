@@ -131,6 +131,18 @@ void pack_rows(const T* from, int64_t from_row, int64_t rows, int64_t count, Wor
   }
 }
 
+// Rows in words, row_words apart: the source itself where it is made of whole words and `in_place` allows, else packed into `to`.
+template <class Arithmetic, class T>
+const Word* as_words(const T* from, int64_t from_row, int64_t rows, int64_t count, bool in_place, Word* to, int64_t& row_words) {
+  if (in_place && sizeof(T) * Arithmetic::PER_WORD == sizeof(Word) && from_row % Arithmetic::PER_WORD == 0) {
+    row_words = from_row / Arithmetic::PER_WORD;
+    return reinterpret_cast<const Word*>(from);
+  }
+  row_words = round_up(words<Arithmetic>(count), LANES) + LANES;
+  pack_rows<Arithmetic>(from, from_row, rows, count, to, row_words);
+  return to;
+}
+
 #if defined(__clang__) || __GNUC__ >= 12
 // One step of the transpose of a LANES x LANES square: swaps the off-diagonal BY x BY blocks of two rows.
 template <int BY, int... C>

@@ -99,10 +99,11 @@ struct Group {
     do {
       const int64_t deep = k_words - at < DEPTH ? k_words - at : DEPTH, first = at * Arithmetic::PER_WORD;
       const int64_t count = d - first < deep * Arithmetic::PER_WORD ? d - first : deep * Arithmetic::PER_WORD;
-      pack_rows<Arithmetic>(k + tile.j0 * d + first, d, tile.columns, count, x.a, A_ROW);
-      pack_transposed(x.a, A_ROW, tile.columns, deep, x.b);
-      pack_rows<Arithmetic>(q + tile.i0 * d + first, d, tile.rows, count, x.a, A_ROW);
-      gemm<Arithmetic>(x.a, A_ROW, 1, x.b, tile.rows, round_up(tile.columns, NR), deep, x.s, S_ROW, at > 0);
+      int64_t row = A_ROW;
+      const Word* a = as_words<Arithmetic>(k + tile.j0 * d + first, d, tile.columns, count, true, x.a, row);
+      pack_transposed(a, row, tile.columns, deep, x.b);
+      a = as_words<Arithmetic>(q + tile.i0 * d + first, d, tile.rows, count, d % 512 != 0, x.a, row);
+      gemm<Arithmetic>(a, row, 1, x.b, tile.rows, round_up(tile.columns, NR), deep, x.s, S_ROW, at > 0);
       at += DEPTH;
     } while (at < k_words);
 

@@ -22,6 +22,8 @@ def _blocks(q, k, scale, q_ids, k_ids, same, k_bias, q_limit) -> Iterator[tuple[
     (G, N, _), M = q.shape, k.shape[1]
     many, few = (max(1, BLOCK // (N * M)), N) if N * M <= BLOCK else (1, max(1, BLOCK // M))
     buffer = q.new_empty(min(many, G) * few * M)
+    k_ids = q_ids if itself else k_ids
+    equal = _EqualPairs.find(q_ids, k_ids) if q_ids is not None and not same else None
     for groups in (slice(i, min(i + many, G)) for i in range(0, G, many)):
         for rows in (slice(i, min(i + few, N)) for i in range(0, N, few)):
             a = q[groups, rows] * scale
@@ -34,10 +36,43 @@ def _blocks(q, k, scale, q_ids, k_ids, same, k_bias, q_limit) -> Iterator[tuple[
                 s.masked_fill_(s > q_limit[groups, rows, None], -math.inf)
             if itself:
                 s.diagonal(rows.start, 1, 2).fill_(-math.inf)
-            if q_ids is not None:
-                row_ids, col_ids = q_ids[groups, rows, None], (q_ids if itself else k_ids)[groups, None]
+            if equal is not None:
+                s.view(-1).index_fill_(0, equal.within(groups.start * N + rows.start, s), -math.inf)
+            elif q_ids is not None:
+                row_ids, col_ids = q_ids[groups, rows, None], k_ids[groups, None]
                 s.masked_fill_(row_ids != col_ids if same else row_ids == col_ids, -math.inf)
             yield groups, rows, s
+
+
+class _EqualPairs:
+    """The few pairs of equal ids as a list, which spares two sweeps over S."""
+
+    def __init__(self, position: Tensor, ends: Tensor):
+        self.position = position  # in S flattened, ascending by row
+        self.ends = ends  # [G N], where in the list the pairs of each row end
+
+    @classmethod
+    def find(cls, q_ids: Tensor, k_ids: Tensor) -> "_EqualPairs | None":
+        """None where they are many, or on a device where counting them would make the host wait."""
+        G, N, M = *q_ids.shape, k_ids.shape[1]
+        if q_ids.device.type != "cpu":
+            return None
+        k_sorted, order = k_ids.sort(1)
+        first = torch.searchsorted(k_sorted, q_ids.contiguous())
+        count = (torch.searchsorted(k_sorted, q_ids.contiguous(), right=True) - first).view(-1)
+        ends = count.cumsum(0)
+        total = int(ends[-1])
+        if total > 4 * G * (N + M):
+            return None
+        row = torch.repeat_interleave(count, output_size=total)
+        nth = torch.arange(total) - (ends - count)[row] + first.view(-1)[row]
+        return cls(row * M + order.view(-1)[row // N * M + nth], ends)
+
+    def within(self, start: int, s: Tensor) -> Tensor:
+        """Positions in the block s [groups, rows, M] whose first row is `start` of all G N."""
+        stop, M = start + s.shape[0] * s.shape[1], s.shape[2]
+        begin, end = self.ends[start - 1] if start else 0, self.ends[stop - 1]
+        return self.position[begin:end] - start * M
 
 
 def _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit):
