@@ -1,0 +1,137 @@
+"""Every layout gives the same images, and what is wrong with a source is said in one sentence."""
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ssltrain import UsageError, data
+
+CLASSES = ["ant", "bee"]
+
+
+def draw(path: Path, value: int, mode: str = "L", size: tuple[int, int] = (6, 5)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode == "L" else (value, 0, 255)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """6 training and 2 test images of 6 x 5 pixels; the grey level of each tells which one it is."""
+    root = tmp_path / "set"
+    for c, name in enumerate(CLASSES):
+        for i in range(3):
+            draw(root / "train" / name / f"{i}.png", 10 * c + i)
+        draw(root / "test" / name / "0.png", 100 + c)
+    return root
+
+
+def pack(folder: Path, layout: str) -> Path:
+    if layout == "folder":
+        return folder
+    if layout == "zip":
+        return Path(shutil.make_archive(str(folder), "zip", folder.parent, folder.name))
+    path = folder.with_suffix("." + layout)
+    with tarfile.open(path, "w:" + layout.removeprefix("tar.").removeprefix("tar")) as archive:
+        for file in sorted(folder.rglob("*.*"), reverse=True):  # an archive has an order of its own
+            archive.add(file, f"./{file.relative_to(folder.parent)}")
+    return path
+
+
+@pytest.mark.parametrize("layout", ["folder", "zip", "tar", "tar.gz", "tar.xz"])
+def test_layouts(folder, layout):
+    images = data.load(str(pack(folder, layout)))
+    assert images.classes == CLASSES
+    assert images.train.dtype == torch.uint8 and images.train.shape == (6, 1, 5, 6) and images.size == (5, 6)
+    assert images.train[:, 0, 0, 0].tolist() == [0, 1, 2, 10, 11, 12]
+    assert images.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert images.test[:, 0, 0, 0].tolist() == [100, 101] and images.test_labels.tolist() == [0, 1]
+    assert images.notes == []
+
+
+def test_without_a_test_folder_a_fifth_of_every_class_is_held_out(tmp_path):
+    for name in CLASSES:
+        for i in range(10):
+            draw(tmp_path / name / f"{i}.png", i)
+    images, again = data.load(str(tmp_path)), data.load(str(tmp_path))
+    assert images.test_labels.tolist() == [0, 0, 1, 1] and len(images.train) == 16
+    assert torch.equal(images.test, again.test)
+    for c in (0, 1):  # nothing is lost and nothing is in both
+        levels = [
+            part[part_labels == c][:, 0, 0, 0].tolist()
+            for part, part_labels in ((images.train, images.train_labels), (images.test, images.test_labels))
+        ]
+        assert sorted(sum(levels, [])) == list(range(10))
+    assert "no test folder" in images.notes[0]
+
+
+def test_a_corrupt_file_is_left_out_and_named(folder):
+    broken = folder / "train" / "ant" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    images = data.load(str(folder))
+    assert images.train[:, 0, 0, 0].tolist() == [0, 2, 10, 11, 12]
+    assert any(n.startswith("warning: 1 files") and "train/ant/1.png" in n for n in images.notes)
+
+
+def test_one_colour_image_makes_the_set_colour_and_sizes_are_made_equal(folder):
+    draw(folder / "train" / "ant" / "9.png", 7, "RGB", (12, 12))
+    images = data.load(str(folder))
+    assert images.train.shape == (7, 3, 5, 6)
+    assert images.train[3, :, 0, 0].tolist() == [7, 0, 255] and images.train[1, :, 0, 0].tolist() == [1, 1, 1]
+    assert any("1 images were scaled" in n for n in images.notes)
+    assert data.load(str(folder), image_size=8).size == (8, 8)
+
+
+def test_16_bit_and_palette_images(folder):
+    Image.fromarray(np.full((5, 6), 200 * 256 + 3, np.uint16)).save(folder / "train" / "ant" / "3.png")
+    assert data.load(str(folder)).train[3, 0, 0, 0] == 200
+    Image.new("P", (6, 5)).save(folder / "train" / "ant" / "4.png")
+    assert data.load(str(folder)).channels == 3
+
+
+def test_mnist5k():
+    images = data.load("mnist5k")
+    assert images.train.shape == (4000, 1, 28, 28) and images.test.shape == (1000, 1, 28, 28)
+    assert (
+        images.train_labels.bincount().tolist() == [400] * 10 and images.test_labels.bincount().tolist() == [100] * 10
+    )
+    assert images.train.max() == 255
+
+
+def test_a_limit_keeps_a_shuffled_subset():
+    images = data.load("digits", limit=200)
+    assert len(images.train) == 200 and len(images.train_labels.unique()) == 10
+
+
+def test_mistakes(folder, tmp_path):
+    def sentence(source, **options) -> str:
+        with pytest.raises(UsageError) as error:
+            data.load(str(source), **options)
+        text = str(error.value)
+        assert "\n" not in text and text.endswith(".")
+        return text
+
+    assert "no such folder" in sentence(tmp_path / "nothing")
+    assert "fixed size" in sentence("digits", image_size=16)
+    (tmp_path / "empty").mkdir()
+    assert "no image files" in sentence(tmp_path / "empty")
+    (tmp_path / "text.tar").write_text("not an archive")
+    assert "can be read" in sentence(tmp_path / "text.tar")
+    cut = pack(folder, "tar.gz")
+    cut.write_bytes(cut.read_bytes()[:-40])
+    assert "can be read" in sentence(cut)
+    draw(tmp_path / "flat" / "a.png", 1)
+    assert "no class folders" in sentence(tmp_path / "flat")
+    draw(tmp_path / "one" / "ant" / "a.png", 1)
+    assert "only one class" in sentence(tmp_path / "one")
+    draw(tmp_path / "few" / "ant" / "a.png", 1)
+    draw(tmp_path / "few" / "bee" / "a.png", 1)
+    assert "at least two are needed" in sentence(tmp_path / "few")
+    draw(folder / "test" / "cow" / "0.png", 1)
+    assert "'cow' is in test but not in train" in sentence(folder)
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"no image")
+    assert "none of its 9 image files" in sentence(folder)

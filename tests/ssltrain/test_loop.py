@@ -1,0 +1,169 @@
+"""Runs repeat and resume at the same bits, stop when asked, and time their loss."""
+
+import dataclasses
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+from ssltrain import UsageError, augment, data, encoders, loop
+from ssltrain.methods.simclr import SimCLR
+
+import sslkern
+
+CONFIG = loop.Config("simclr", data="digits", epochs=3, batch_size=64, precision="fp32", threads=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return data.load("digits", limit=300).train
+
+
+def build(images, config) -> SimCLR:
+    torch.manual_seed(config.seed)
+    return SimCLR(encoders.build("convnet", images), augment.build(1, (8, 8)), 32, config.temperature)
+
+
+def run(images, out, config=CONFIG, **options):
+    method = build(images, config)
+    state = loop.train(method, images, config, out, **options)
+    return method.state_dict(), state
+
+
+def stop_at(step: int):
+    """A report that interrupts the process after that step, as Ctrl-C does."""
+
+    def report(state, progress) -> None:
+        if state.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return report
+
+
+def test_a_run_repeats_and_another_seed_differs(images, tmp_path):
+    first, state = run(images, tmp_path)
+    again, _ = run(images, tmp_path)
+    other, _ = run(images, tmp_path, dataclasses.replace(CONFIG, seed=1))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not all(torch.equal(first[k], other[k]) for k in first)
+    assert state.finished and state.step == len(state.losses) == len(state.stats["top1"]) == 12
+    assert 0 < state.loss_share < 1 and state.images == 12 * 64 and state.images_per_s > 0
+
+
+@pytest.mark.parametrize("step", [1, 6, 8])
+def test_resumed_equals_uninterrupted_to_the_bit(images, tmp_path, step):
+    whole, state = run(images, tmp_path / "whole")
+    with pytest.raises(loop.Interrupted):
+        run(images, tmp_path / "cut", report=stop_at(step))
+    checkpoint = loop.load_checkpoint(tmp_path / "cut")
+    assert checkpoint["state"]["step"] == step
+    torch.manual_seed(123)  # the state of another process
+    resumed, resumed_state = run(images, tmp_path / "cut", checkpoint=checkpoint)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert resumed_state.losses == state.losses and resumed_state.stats == state.stats
+
+
+def test_an_interrupt_leaves_the_signal_handler_as_it_was(images, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(loop.Interrupted):
+        run(images, tmp_path, report=stop_at(2))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_training_gets_below_the_loss_of_a_collapsed_encoder(images, tmp_path):
+    _, state = run(images, tmp_path, dataclasses.replace(CONFIG, epochs=30))
+    chance = math.log(2 * CONFIG.batch_size - 1)  # all similarities equal
+    assert sum(state.losses[-8:]) / 8 < chance - 0.3
+
+
+def test_minutes_end_by_the_clock(images, tmp_path):
+    _, state = run(images, tmp_path, dataclasses.replace(CONFIG, epochs=None, minutes=0.01))
+    assert 0.6 <= state.seconds < 3.0 and state.finished
+
+
+def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(images, tmp_path, monkeypatch):
+    run(images, tmp_path)
+    before = (tmp_path / loop.CHECKPOINT).read_bytes()
+
+    def half(content, file):
+        file.write(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        run(images, tmp_path)
+    assert (tmp_path / loop.CHECKPOINT).read_bytes() == before
+
+
+def test_the_loss_goes_through_sslkern(images):
+    method = build(images, CONFIG)
+    assert isinstance(method.criterion, sslkern.NTXentLoss)
+    views = method.views(images[:32])
+    loss, stats = method.loss(views)
+    z0, z1 = method.head(method.encoder(views)).chunk(2)
+    assert torch.allclose(loss, sslkern.functional.nt_xent(z0, z1, CONFIG.temperature), rtol=1e-5)
+    assert 0 <= stats["top1"] <= 1
+
+
+def test_the_stopwatch_sees_forward_and_backward_of_its_module_only():
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, seconds):
+            time.sleep(seconds)
+            ctx.seconds = seconds
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, g):
+            time.sleep(2 * ctx.seconds)
+            return g.expand(3), None
+
+    class Criterion(torch.nn.Module):
+        def forward(self, x):
+            return Slow.apply(x, 0.02)
+
+    criterion = Criterion()
+    x = torch.ones(3, requires_grad=True)
+    with loop.Stopwatch(criterion, torch.device("cpu")) as stopwatch:
+        (criterion(x * 2) + Slow.apply(x, 0.1)).backward()
+        assert 0.06 <= stopwatch.read() < 0.2
+        assert stopwatch.read() == 0
+
+
+def test_precision_is_chosen_by_trial_and_leaves_no_trace(images):
+    method = build(images, CONFIG)
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    random_state = torch.get_rng_state()
+    assert loop.faster_precision(method, images[:64]) in ("fp32", "bf16")
+    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in method.parameters())
+
+
+def test_bf16_trains(images, tmp_path):
+    _, state = run(images, tmp_path, dataclasses.replace(CONFIG, epochs=1, precision="bf16"))
+    assert state.precision == "bf16" and all(0 < x < 10 for x in state.losses)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("encoder", "vgg"), ("epochs", 0), ("minutes", 0.0), ("batch_size", 1), ("temperature", 0.0), ("dim", 0)]
+    + [("temperature", float("nan")), ("lr", -1.0), ("weight_decay", -1.0), ("seed", -1), ("threads", 0), ("limit", 0)]
+    + [("image_size", 1), ("precision", "fp8"), ("device", "quark")],
+)
+def test_every_wrong_value_names_its_flag(field, value):
+    with pytest.raises(UsageError, match=f"^--{field.replace('_', '-')} .*\\.$"):
+        dataclasses.replace(loop.Config("simclr"), **{field: value}).check()
+
+
+def test_a_batch_larger_than_the_set(images, tmp_path):
+    with pytest.raises(UsageError, match="--batch-size 512: there are 300 training images"):
+        run(images, tmp_path, dataclasses.replace(CONFIG, batch_size=512))
+
+
+def test_a_foreign_checkpoint(tmp_path):
+    (tmp_path / loop.CHECKPOINT).write_bytes(b"something else")
+    with pytest.raises(UsageError, match="no checkpoint that can be read"):
+        loop.load_checkpoint(tmp_path)

@@ -1,0 +1,84 @@
+"""Augmentation, encoders and the two evaluations, each by itself."""
+
+import pytest
+import torch
+from ssltrain import augment, encoders, evaluate
+
+
+@pytest.mark.parametrize("channels, size", [(1, (28, 28)), (1, (8, 8)), (3, (32, 32)), (3, (24, 40))])
+def test_augmentation_keeps_shape_and_range_and_draws_for_each_image(channels, size):
+    torch.manual_seed(0)
+    image = torch.rand(1, channels, *size)
+    views = augment.build(channels, size)(image.repeat(6, 1, 1, 1))
+    assert views.shape == (6, channels, *size) and views.dtype == torch.float32
+    assert views.min() >= -1e-4 and views.max() <= 1 + 1e-4
+    assert all(not torch.equal(views[0], v) for v in views[1:])
+
+
+def flipped_first(channels: int, flip: bool | None) -> bool:
+    import kornia.augmentation as K
+
+    steps = augment.build(channels, (8, 8), flip).__closure__
+    return any(isinstance(s, K.RandomHorizontalFlip) for cell in steps for s in cell.cell_contents)
+
+
+def test_flips_are_for_colour_images_unless_asked_for():
+    assert flipped_first(3, None) and not flipped_first(1, None)
+    assert flipped_first(1, True) and not flipped_first(3, False)
+
+
+@pytest.mark.parametrize("name, millions", [("convnet", 0.093), ("resnet18", 11.17)])
+@pytest.mark.parametrize("channels, size", [(1, 8), (3, 32)])
+def test_encoders(name, millions, channels, size):
+    images = torch.randint(256, (16, channels, size, size), dtype=torch.uint8)
+    encoder = encoders.build(name, images)
+    assert encoder(images.float() / 255).shape == (16, encoder.features)
+    assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
+
+
+def test_standardize():
+    images = torch.randint(256, (50, 3, 9, 9), dtype=torch.uint8)
+    out = encoders.Standardize(images)(images.float() / 255)
+    assert torch.allclose(out.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(out.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
+
+
+def clusters(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three directions in 16 dimensions with noise, features of very different scales, and one constant feature."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    x = 4 * torch.eye(16)[labels] + 0.3 * torch.randn(n, 16, generator=generator)
+    x[:, 15] = 7.0
+    return x, labels
+
+
+def test_separable_features_are_separated_and_noise_is_not():
+    train, test = clusters(300, 0), clusters(90, 1)
+    scales = torch.logspace(-3, 3, 16)
+    assert evaluate.linear_probe(train[0] * scales, train[1], test[0] * scales, test[1]) == 1.0
+    assert evaluate.knn(*train, *test) == 1.0
+    shuffled = test[1][torch.randperm(90, generator=torch.Generator().manual_seed(0))]
+    assert evaluate.linear_probe(*train, test[0], shuffled) < 0.6 and evaluate.knn(*train, test[0], shuffled) < 0.6
+
+
+def test_the_probe_is_scikit_learns_logistic_regression():
+    from sklearn.datasets import load_digits
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    x, y = load_digits(return_X_y=True)
+    scaler = StandardScaler().fit(x[:1000])
+    theirs = LogisticRegression(max_iter=1000).fit(scaler.transform(x[:1000]), y[:1000])
+    parts = [torch.tensor(a) for a in (x[:1000], y[:1000], x[1000:], y[1000:])]
+    ours = evaluate.linear_probe(parts[0].float(), parts[1], parts[2].float(), parts[3])
+    assert ours == pytest.approx(theirs.score(scaler.transform(x[1000:]), y[1000:]), abs=0.005)
+
+
+def test_features_come_from_the_encoder_in_evaluation_mode():
+    images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
+    encoder = encoders.build("convnet", images).train()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    whole = evaluate.features(encoder, images, torch.device("cpu"))
+    parts = evaluate.features(encoder, images, torch.device("cpu"), batch=7)
+    assert torch.allclose(whole, parts, atol=1e-5) and encoder.training
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
