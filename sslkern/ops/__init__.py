@@ -1,5 +1,6 @@
 """The primitives: one file each, with its schema, its shapes for `torch.compile` and its derivative."""
 
+from .queue_push import queue_push_
 from .similarity_lse import similarity_lse, similarity_lse_bwd
 
-__all__ = ["similarity_lse", "similarity_lse_bwd"]
+__all__ = ["queue_push_", "similarity_lse", "similarity_lse_bwd"]

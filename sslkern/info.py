@@ -1,0 +1,57 @@
+"""`python -m sslkern.info [--json]`: what is installed, which backends can run here, and why others cannot."""
+
+import argparse
+import json
+import platform
+
+import torch
+
+from . import __version__
+from .backends import BACKENDS, current
+
+
+def collect() -> dict:
+    """The facts as a dict of strings, numbers, lists and None, ready for JSON."""
+    backends = {}
+    for name, backend in BACKENDS.items():
+        backends[name] = {
+            "available": backend.MISSING is None,
+            "missing": backend.MISSING,
+            "devices": list(backend.DEVICES) if backend.DEVICES else "any",
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in backend.DTYPES] if backend.DTYPES else "any",
+            "primitives": list(backend.PRIMITIVES),
+        }
+    native = BACKENDS["cpu"]._cpu
+    return {
+        "sslkern": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "backend": current(),
+        "backends": backends,
+        "cpu_isa": native.isa() if native else None,
+        "cpu_isas": list(native.isas()) if native else [],
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sslkern.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    info = collect()
+    if parser.parse_args().json:
+        print(json.dumps(info, indent=2))
+        return
+    backends = info.pop("backends")
+    for name, value in info.items():
+        print(f"{name:<10} {', '.join(value) if isinstance(value, list) else value}")
+    for name, facts in backends.items():
+        devices = facts["devices"] if facts["devices"] == "any" else ", ".join(facts["devices"])
+        state = f"runs {', '.join(facts['primitives'])} on {devices}" if facts["available"] else facts["missing"]
+        print(f"{'  ' + name:<10} {state}")
+
+
+if __name__ == "__main__":
+    main()

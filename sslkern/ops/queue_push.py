@@ -1,0 +1,58 @@
+"""`queue_push_`: write a batch of keys into a ring buffer, the queue of MoCo (https://arxiv.org/abs/1911.05722)."""
+
+import torch
+from torch import Tensor
+
+from ..backends import load, resolve
+from ._library import define
+
+
+def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
+    """Writes keys over the oldest rows of the ring, in place, and advances the pointer. No host synchronisation.
+
+    Row i of keys goes to row (ptr + i) mod size; of a batch larger than the ring the last `size` rows stay.
+
+    Args:
+        queue: [size, D], fp32, bf16, fp16 or fp64, overwritten.
+        ptr: int64 [1], the row to write next, updated.
+        keys: [B, D] of any B, floating point; detached and cast to the type of queue.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Example:
+        >>> queue, ptr = torch.zeros(4, 2), torch.zeros(1, dtype=torch.long)
+        >>> sslkern.ops.queue_push_(queue, ptr, torch.ones(3, 2))
+        >>> ptr
+        tensor([3])
+    """
+    if not isinstance(queue, Tensor) or queue.ndim != 2 or queue.shape[0] == 0 or not queue.dtype.is_floating_point:
+        raise ValueError(
+            "queue must be a floating point tensor [size, D] with size > 0; pass a (D, size) one as queue.t()"
+        )
+    if queue.requires_grad:
+        raise ValueError("queue gets no gradient; make it a buffer or pass queue.detach()")
+    if not isinstance(ptr, Tensor) or ptr.shape != (1,) or ptr.dtype != torch.int64:
+        raise ValueError("ptr must be an int64 tensor [1]")
+    if not isinstance(keys, Tensor) or keys.ndim != 2 or keys.shape[1] != queue.shape[1]:
+        what = f"a tensor {list(keys.shape)}" if isinstance(keys, Tensor) else f"a {type(keys).__name__}"
+        raise ValueError(
+            f"keys must be a tensor [B, {queue.shape[1]}] to go with queue {list(queue.shape)}, not {what}"
+        )
+    if not keys.dtype.is_floating_point:
+        raise TypeError(f"keys must be floating point, not {keys.dtype}; convert it with .float()")
+    for name, x in (("ptr", ptr), ("keys", keys)):
+        if x.device != queue.device:
+            raise ValueError(f"{name} is on {x.device} but queue is on {queue.device}; move one of them")
+    torch.ops.sslkern.queue_push_.default(queue, ptr, keys.detach(), resolve("queue_push", queue))
+
+
+def _kernel(queue, ptr, keys, backend):
+    load(backend, "queue_push").queue_push_(queue, ptr, keys)
+
+
+def _fake(queue, ptr, keys, backend):
+    return None
+
+
+define("queue_push_(Tensor(a!) queue, Tensor(b!) ptr, Tensor keys, str backend) -> ()", _kernel, _fake)
