@@ -78,9 +78,9 @@ def nt_xent(views: int, d: int, dtype: torch.dtype) -> Problem:
         **dense(nt_xent_cross_entropy, nt_xent_logsumexp),
     }
     if dtype == torch.float32:
-        contenders["lightly"] = lightly_nt_xent()
+        contenders["lightly"] = nt_xent_lightly
         if views <= 256:  # its loss has views^3 elements
-            contenders["pytorch-metric-learning"] = pytorch_metric_learning_nt_xent()
+            contenders["pytorch-metric-learning"] = nt_xent_metric_learning
     return Problem((z0, z1), contenders, "dense cross_entropy")
 
 
@@ -105,22 +105,27 @@ def nt_xent_logsumexp(z0, z1):
     return nt_xent_logits(z0, z1).logsumexp(1).mean() - positive
 
 
-def lightly_nt_xent():
+def nt_xent_lightly(z0, z1):
+    return lightly_loss()(z0, z1)
+
+
+@cache
+def lightly_loss():
     allow_torchvision_import()
     from lightly.loss import NTXentLoss
 
     return NTXentLoss(temperature=TEMPERATURE)
 
 
-def pytorch_metric_learning_nt_xent():
+def nt_xent_metric_learning(z0, z1):
+    return metric_learning_loss()(torch.cat((z0, z1)), torch.arange(len(z0)).repeat(2))
+
+
+@cache
+def metric_learning_loss():
     from pytorch_metric_learning.losses import NTXentLoss
 
-    loss = NTXentLoss(temperature=TEMPERATURE)
-
-    def call(z0, z1):
-        return loss(torch.cat((z0, z1)), torch.arange(len(z0)).repeat(2))
-
-    return call
+    return NTXentLoss(temperature=TEMPERATURE)
 
 
 def bare_products(views: int, d: int, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
@@ -133,20 +138,13 @@ def bare_products(views: int, d: int, dtype: torch.dtype) -> Callable[[], tuple[
 
 
 def two_way(rows: int, d: int, dtype: torch.dtype) -> Problem:
-    allow_torchvision_import()
-    from open_clip.loss import ClipLoss
-
-    def open_clip(q, k, logit_scale):
-        return clip_loss(F.normalize(q, dim=1), F.normalize(k, dim=1), logit_scale.to(q.dtype))
-
-    clip_loss = ClipLoss()
     q, k = correlated_pairs(rows, d, dtype)
     logit_scale = torch.tensor(1 / TEMPERATURE, requires_grad=True)
     contenders = {
         "sslkern": two_way_sslkern,
         "chunked torch": chunked(two_way_sslkern),
         **dense(two_way_cross_entropy, two_way_logsumexp),
-        "open_clip": open_clip,
+        "open_clip": two_way_open_clip,
     }
     return Problem((q, k, logit_scale), contenders, "dense cross_entropy")
 
@@ -170,17 +168,27 @@ def two_way_logsumexp(q, k, logit_scale):
     return (logits.logsumexp(1) + logits.logsumexp(0)).mean() / 2 - logits.diagonal().mean()
 
 
+def two_way_open_clip(q, k, logit_scale):
+    return open_clip_loss()(F.normalize(q, dim=1), F.normalize(k, dim=1), logit_scale.to(q.dtype))
+
+
+@cache
+def open_clip_loss():
+    allow_torchvision_import()
+    from open_clip.loss import ClipLoss
+
+    return ClipLoss()
+
+
 # InfoNCE in one direction
 
 
 def one_way(rows: int, d: int, dtype: torch.dtype) -> Problem:
-    from info_nce import InfoNCE
-
     contenders = {
         "sslkern": one_way_sslkern,
         "chunked torch": chunked(one_way_sslkern),
         **dense(one_way_cross_entropy, one_way_logsumexp),
-        "info-nce-pytorch": InfoNCE(temperature=TEMPERATURE),
+        "info-nce-pytorch": one_way_info_nce_pytorch,
     }
     return Problem(correlated_pairs(rows, d, dtype), contenders, "dense cross_entropy")
 
@@ -196,6 +204,12 @@ def one_way_cross_entropy(q, k):
 def one_way_logsumexp(q, k):
     logits = two_way_logits(q, k, torch.tensor(1 / TEMPERATURE))
     return (logits.logsumexp(1) - logits.diagonal()).mean()
+
+
+def one_way_info_nce_pytorch(q, k):
+    from info_nce import info_nce
+
+    return info_nce(q, k, temperature=TEMPERATURE)
 
 
 # A step of MoCo: loss of the queries against their keys and the queue, then the keys enter the queue

@@ -65,6 +65,12 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(machine())
 
 
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    for benchmark in output_json["benchmarks"]:
+        benchmark.pop("options")
+        benchmark["stats"].pop("data")  # a round may hold many calls: the times per call are in extra_info
+
+
 def pytest_terminal_summary(terminalreporter, config):
     measured = [b for b in config._benchmarksession.benchmarks if b.extra_info]
     say = terminalreporter.write_line
