@@ -37,7 +37,8 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/.setup
 	$(INSTALL) -e '.[bench]'
 	@touch $@
 
-build: $(VENV)/.dev  ## recompile what changed in csrc/
+build:  ## recompile what changed in csrc/, quicker than setup
+	@test -e $(VENV)/.dev || $(MAKE) $(VENV)/.dev
 	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $(VENV)/.setup
 
