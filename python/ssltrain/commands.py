@@ -37,7 +37,7 @@ def simclr(
             "as train/<class>/* and test/<class>/*. Without a test folder a fifth of every class is held out."
         ),
     ] = "mnist5k",
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images. [default: 50]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images. [default: 40]")] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Train by the clock instead; the learning rate follows it.")
     ] = None,
