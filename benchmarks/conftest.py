@@ -79,7 +79,7 @@ def pytest_terminal_summary(terminalreporter, config):
     for b in measured:
         say(b.name)
         info = b.extra_info
-        for name, seconds in info["seconds"].items():
+        for name, seconds in info.get("seconds", {}).items():
             parts = [f"  {name:<26}{seconds * 1e3:12.3f} ms"]
             parts += [f"{info['gflops_on_floor'][name]:7.0f} Gflop/s"] if "gflops_on_floor" in info else []
             parts += [f"{info['peak_bytes'][name] / 2**20:9.1f} MiB"] if name in info.get("peak_bytes", {}) else []
