@@ -237,7 +237,8 @@ def _batches(images: Tensor, config: Config, step: int) -> Iterator[Tensor]:
 def faster_precision(method: nn.Module, batch: Tensor, trials: int = 5) -> str:
     """`bf16` if a training step under bf16 autocast is at least a tenth faster than in fp32 on this device, by trial.
 
-    The best of the trials counts, since other programs only ever add time. The method and the random state are left as they were.
+    The best of the trials counts, since other programs only ever add time. The method and the random
+    state are left as they were.
     """
     method = copy.deepcopy(method)
     device = batch.device

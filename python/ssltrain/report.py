@@ -100,14 +100,15 @@ def _draw_curve(axes: Axes, state: State) -> None:
     axes.set_title("Training")
     smooth = max(1, len(state.losses) // 50)
     steps = np.arange(1, len(state.losses) + 1)
+    middles = steps[smooth - 1 :] - (smooth - 1) / 2
     axes.plot(steps, state.losses, color=COLORS["knn"], linewidth=0.6)
-    axes.plot(steps[smooth - 1 :], _moving_average(state.losses, smooth), color=COLORS["linear"], linewidth=1.8)
+    axes.plot(middles, _moving_average(state.losses, smooth), color=COLORS["linear"], linewidth=1.8)
     axes.set(xlabel="step", ylabel="loss", xlim=(0, len(steps)))
     axes.yaxis.label.set_color(COLORS["linear"])
     axes.grid(alpha=0.3)
     if "top1" in state.stats:
         right = axes.twinx()
-        right.plot(steps[smooth - 1 :], _moving_average(state.stats["top1"], smooth), color="#c7641c", linewidth=1.4)
+        right.plot(middles, _moving_average(state.stats["top1"], smooth), color="#c7641c", linewidth=1.4)
         right.set(ylim=(0, 1))
         right.set_ylabel("share of views that find their partner first", color="#c7641c")
 
