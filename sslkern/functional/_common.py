@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-12  # rows shorter than this are divided by it
+from ..ops import similarity_lse
+from ..ops.pair_contrast import EPS, pair_contrast
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -97,6 +99,31 @@ def softplus(x: Tensor) -> Tensor:
     torch's own switches to x at 20, where in fp64 the rest still counts; beyond 40 it does not, in fp32 nor fp64.
     """
     return F.softplus(x, threshold=40)
+
+
+def contrast(
+    x: Tensor, y: Tensor, scale: float | Tensor, ids: Tensor, mode: str, normalize: bool, best: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses, positives and best negatives of `pair_contrast`; traced from its formulas in compiled code."""
+    if not torch.compiler.is_compiling() and (mode != "one_way" or y.requires_grad):
+        return pair_contrast(x, y, scale, ids, mode, normalize, best)
+    N = x.shape[0]
+    x, y = (unit(x), unit(y)) if normalize else (x, y)
+    positive = dots(x, y) * scale
+    # Equal ids leave the positive out of its row: softplus(negatives - positive) keeps its relative accuracy when the
+    # loss is tiny, where the logsumexp over both minus the positive would cancel.
+    if mode == "views":
+        out = similarity_lse(torch.cat((x, y)), scale=scale, q_ids=ids.repeat(2), best=best)
+    else:
+        out = similarity_lse(x, y, scale, q_ids=ids, k_ids=ids, columns=mode == "two_way", best=best)
+    *negatives, top = out if best else (*(out if isinstance(out, tuple) else (out,)), None)
+    losses = softplus(torch.cat(negatives).view(-1, N) - positive)
+    return losses, positive.detach(), None if top is None else top.view(-1, N)
+
+
+def beaten(best: Tensor, positive: Tensor) -> Tensor:
+    """The share of rows whose positive beats every negative, 0-d."""
+    return (best < positive.detach()).float().mean()
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:

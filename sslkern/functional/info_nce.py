@@ -5,10 +5,12 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ._common import (
+    beaten,
     check_alike,
     check_features,
     check_ids,
     check_options,
+    contrast,
     describe,
     dots,
     logaddexp,
@@ -89,30 +91,24 @@ def info_nce(
             raise ValueError("negative_ids needs negatives and ids: the ids of the rows to compare them with")
         check_ids("negative_ids", negative_ids, tuple(negatives.shape[:-1]), query)
 
-    if normalize:
-        query, key = unit(query), unit(key)
-        negatives = None if negatives is None else unit(negatives)
-    positive = dots(query, key) * scale
-    # Equal ids leave the positive out of its row: softplus(row - positive) then has no cancellation.
     row_ids = torch.arange(N, device=query.device) if ids is None else ids
-    row = col = best = None
-    if in_batch:
-        out = similarity_lse(query, key, scale, q_ids=row_ids, k_ids=row_ids, columns=two_way, best=stats)
-        row, *out = out if isinstance(out, tuple) else (out,)
-        col = out.pop(0) if two_way else None
-        best = out.pop() if stats else None
-    if negatives is not None:
-        other, other_best = _over_negatives(query, negatives, scale, ids, negative_ids, stats)
-        row = other if row is None else logaddexp(row, other)
-        best = other_best if best is None else torch.maximum(best, other_best)
+    if negatives is None:
+        losses, positive, best = contrast(
+            query, key, scale, row_ids, "two_way" if two_way else "one_way", normalize, stats
+        )
+        loss = reduce(losses.mean(0) if two_way else losses[0], reduction)
+        return (loss, beaten(best, positive)) if stats else loss
 
-    losses = softplus(row - positive)
-    if two_way:
-        losses = (losses + softplus(col - positive)) / 2
-    loss = reduce(losses, reduction)
-    if not stats:
-        return loss
-    return loss, (best.view(-1, N) < positive.detach()).float().mean()
+    if normalize:
+        query, key, negatives = unit(query), unit(key), unit(negatives)
+    positive = dots(query, key) * scale
+    row, best = _over_negatives(query, negatives, scale, ids, negative_ids, stats)
+    if in_batch:
+        out = similarity_lse(query, key, scale, q_ids=row_ids, k_ids=row_ids, best=stats)
+        others, other_best = out if stats else (out, None)
+        row, best = logaddexp(row, others), torch.maximum(best, other_best) if stats else None
+    loss = reduce(softplus(row - positive), reduction)
+    return (loss, beaten(best, positive)) if stats else loss
 
 
 def _check_negatives(negatives: Tensor, query: Tensor, two_way: bool) -> None:

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..ops import similarity_lse
-from ._common import check_alike, check_features, check_ids, check_options, dots, reduce, scale_of, softplus, unit
+from ._common import beaten, check_alike, check_features, check_ids, check_options, contrast, reduce, scale_of
 
 
 def nt_xent(
@@ -53,20 +52,9 @@ def nt_xent(
     scale = scale_of(temperature, logit_scale)
     N = z0.shape[0]
     if ids is None:
-        ids = torch.arange(2 * N, device=z0.device) % N
+        ids = torch.arange(N, device=z0.device)
     else:
         check_ids("ids", ids, (N,), z0)
-        ids = ids.repeat(2)
-
-    z = torch.cat((z0, z1))
-    z = unit(z) if normalize else z
-    positive = dots(z[:N], z[N:]) * scale
-    # Equal ids leave out the positive along with the row itself: softplus(negatives - positive) keeps its relative
-    # accuracy when the loss is tiny, where logsumexp over both minus the positive would cancel.
-    out = similarity_lse(z, scale=scale, q_ids=ids, best=stats)
-    row, best = out if stats else (out, None)
-    losses = softplus(row.view(2, N) - positive).view(-1)
-    loss = reduce(losses, reduction)
-    if not stats:
-        return loss
-    return loss, (best.view(2, N) < positive.detach()).float().mean()
+    losses, positive, best = contrast(z0, z1, scale, ids, "views", normalize, stats)
+    loss = reduce(losses.view(-1), reduction)
+    return (loss, beaten(best, positive)) if stats else loss
