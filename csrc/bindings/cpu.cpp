@@ -71,6 +71,23 @@ PYBIND11_MODULE(_cpu, module) {
     py::gil_scoped_release release;
     kernels().queue_push(DType(queue_dtype), DType(keys_dtype), size, dim, batch, to, at, from, threads);
   });
+  module.def("unit_pairs_fwd", [](int dtype, int64_t n, int64_t d, const py::object& x, const py::object& y,
+                                  const py::object& z, const py::object& norm, const py::object& cosine, int threads) {
+    const void *const from_x = data<void>(x), *const from_y = data<void>(y);
+    void* const to_z = data<void>(z);
+    float *const to_norm = data(norm), *const to_cosine = data(cosine);
+    py::gil_scoped_release release;
+    kernels().unit_pairs_fwd(DType(dtype), n, d, from_x, from_y, to_z, to_norm, to_cosine, threads);
+  });
+  module.def("unit_pairs_bwd", [](int dtype, int64_t n, int64_t d, const py::object& z, const py::object& norm,
+                                  const py::object& pull, const py::object& da, const py::object& db, const py::object& dx,
+                                  const py::object& dy, int threads) {
+    const void* const of_z = data<void>(z);
+    const float *const of_norm = data(norm), *const of_pull = data(pull), *const of_a = data(da), *const of_b = data(db);
+    void *const to_x = data<void>(dx), *const to_y = data<void>(dy);
+    py::gil_scoped_release release;
+    kernels().unit_pairs_bwd(DType(dtype), n, d, of_z, of_norm, of_pull, of_a, of_b, to_x, to_y, threads);
+  });
   module.def("isa", [] { return kernels().name; });
   module.def("isas", [] {
     py::list names;

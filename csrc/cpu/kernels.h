@@ -17,6 +17,12 @@ struct Kernels {
   // Writes keys (batch, dim) into the ring queue (size, dim) at *ptr, which moves on; of more than `size` rows, the last stay.
   void (*queue_push)(DType queue_type, DType keys_type, int64_t size, int64_t dim, int64_t batch, void* queue, int64_t* ptr,
                      const void* keys, int threads);
+  // z (2 n, d) = x over y, each row divided by its norm (2 n) unless that is null; cosine_i = <z_i, z_(n + i)>.
+  void (*unit_pairs_fwd)(DType, int64_t n, int64_t d, const void* x, const void* y, void* z, float* norm, float* cosine,
+                         int threads);
+  // dx, dy (or null) from the gradients da, db of the halves of z, and -pull_i of cosine_i.
+  void (*unit_pairs_bwd)(DType, int64_t n, int64_t d, const void* z, const float* norm, const float* pull, const float* da,
+                         const float* db, void* dx, void* dy, int threads);
 };
 
 const Kernels& kernels();                // those in use: the best that this machine runs, or SSLKERN_CPU_ISA

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import similarity_lse
-from ..ops.pair_contrast import EPS, pair_contrast
+from ..ops.pair_contrast import pair_contrast
 
+EPS = 1e-12  # rows shorter than this are divided by it
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -102,12 +103,13 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def contrast(
-    x: Tensor, y: Tensor, scale: float | Tensor, ids: Tensor, mode: str, normalize: bool, best: bool
+    x: Tensor, y: Tensor, scale: float | Tensor, ids: Tensor | None, mode: str, normalize: bool, best: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Losses, positives and best negatives of `pair_contrast`; traced from its formulas in compiled code."""
     if not torch.compiler.is_compiling() and (mode != "one_way" or y.requires_grad):
         return pair_contrast(x, y, scale, ids, mode, normalize, best)
     N = x.shape[0]
+    ids = torch.arange(N, device=x.device) if ids is None else ids
     x, y = (unit(x), unit(y)) if normalize else (x, y)
     positive = dots(x, y) * scale
     # Equal ids leave the positive out of its row: softplus(negatives - positive) keeps its relative accuracy when the

@@ -91,11 +91,8 @@ def info_nce(
             raise ValueError("negative_ids needs negatives and ids: the ids of the rows to compare them with")
         check_ids("negative_ids", negative_ids, tuple(negatives.shape[:-1]), query)
 
-    row_ids = torch.arange(N, device=query.device) if ids is None else ids
     if negatives is None:
-        losses, positive, best = contrast(
-            query, key, scale, row_ids, "two_way" if two_way else "one_way", normalize, stats
-        )
+        losses, positive, best = contrast(query, key, scale, ids, "two_way" if two_way else "one_way", normalize, stats)
         loss = reduce(losses.mean(0) if two_way else losses[0], reduction)
         return (loss, beaten(best, positive)) if stats else loss
 
@@ -104,6 +101,7 @@ def info_nce(
     positive = dots(query, key) * scale
     row, best = _over_negatives(query, negatives, scale, ids, negative_ids, stats)
     if in_batch:
+        row_ids = torch.arange(N, device=query.device) if ids is None else ids
         out = similarity_lse(query, key, scale, q_ids=row_ids, k_ids=row_ids, best=stats)
         others, other_best = out if stats else (out, None)
         row, best = logaddexp(row, others), torch.maximum(best, other_best) if stats else None

@@ -1,6 +1,5 @@
 """NT-Xent: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (SimCLR), 2020."""
 
-import torch
 from torch import Tensor
 
 from ._common import beaten, check_alike, check_features, check_ids, check_options, contrast, reduce, scale_of
@@ -50,11 +49,8 @@ def nt_xent(
     check_alike("z1", z1, "z0", z0)
     check_options(reduction, group, strategy)
     scale = scale_of(temperature, logit_scale)
-    N = z0.shape[0]
-    if ids is None:
-        ids = torch.arange(N, device=z0.device)
-    else:
-        check_ids("ids", ids, (N,), z0)
+    if ids is not None:
+        check_ids("ids", ids, z0.shape[:1], z0)
     losses, positive, best = contrast(z0, z1, scale, ids, "views", normalize, stats)
     loss = reduce(losses.view(-1), reduction)
     return (loss, beaten(best, positive)) if stats else loss

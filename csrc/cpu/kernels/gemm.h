@@ -11,7 +11,7 @@
 namespace sslkern {
 namespace SSLKERN_ISA {
 
-typedef uint32_t Word;
+typedef uint32_t Word __attribute__((aligned(2), may_alias));  // two bf16 may begin between whole words
 
 #if defined(__AVX512F__)
 constexpr int MR = 12, NV = 2;  // 24 accumulators, 2 vectors of B and 1 of A in 32 registers
@@ -85,6 +85,8 @@ void gemm(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t m
     const auto strips = [&](auto rows) {
       constexpr int ROWS = decltype(rows)::value;
       for (; i + ROWS <= m; i += ROWS) {
+        for (int64_t next = i + ROWS; next < i + 2 * ROWS && next < m; ++next)  // C may lie far away: in memory, for gradients
+          for (int v = 0; v < NV; ++v) __builtin_prefetch(c + next * c_row + j + v * LANES, 1);
         if (columns == NR)
           micro_kernel<Arithmetic, ROWS>(a + i * a_row, a_row, a_step, b, k, c + i * c_row + j, c_row, accumulate);
         else

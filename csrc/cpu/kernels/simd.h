@@ -22,8 +22,9 @@ constexpr int LANES = 4;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t IVec __attribute__((vector_size(LANES * 4)));
-typedef float VecAt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));  // at any address
-typedef int32_t IVecAt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t UVec __attribute__((vector_size(LANES * 4)));
+typedef float VecAt __attribute__((vector_size(LANES * 4), aligned(2), may_alias));  // wherever a number may lie
+typedef int32_t IVecAt __attribute__((vector_size(LANES * 4), aligned(2), may_alias));
 
 inline Vec load(const void* p) { return *static_cast<const VecAt*>(p); }
 inline IVec load_int(const void* p) { return *static_cast<const IVecAt*>(p); }
@@ -68,8 +69,8 @@ inline Vec exp(Vec x) {
 #ifdef __AVX512F__
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  const IVec bits = (IVec)shifted << 23;                 // n, moved into the exponent
-  p = (Vec)((IVec)p + bits);
+  const UVec bits = (UVec)shifted << 23;  // n, moved into the exponent
+  p = (Vec)((UVec)p + bits);
   p = x < all(-87.3f) ? Vec{} : p;
   p = x > all(88.72f) ? all(INF) : p;
   return x == x ? p : x;

@@ -30,9 +30,8 @@ struct Tile {
 // What one thread needs for one tile, about 0.9 MB.
 struct Scratch {
   alignas(64) float s[BLOCK * S_ROW];  // s, then e^s or the weights W of the backward
-  Word a[BLOCK * A_ROW];
-  Word b[BLOCK * DEPTH];
-  Word w[BLOCK * S_ROW / 2], wt[BLOCK / 2 * S_ROW];  // W as bf16, in pairs along its rows and along its columns
+  alignas(64) Word a[BLOCK * A_ROW], b[BLOCK * DEPTH];
+  alignas(64) Word w[BLOCK * S_ROW / 2], wt[BLOCK / 2 * S_ROW];  // W as bf16, in pairs along its rows and along its columns
   int32_t row_id[BLOCK], column_id[BLOCK];
   float row_max[BLOCK], row_shift[BLOCK], row_factor[BLOCK], row_sum[BLOCK];
   float column_max[BLOCK], column_shift[BLOCK], column_factor[BLOCK], column_sum[BLOCK];

@@ -4,7 +4,7 @@ import torch
 
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRIMITIVES = ("similarity_lse", "queue_push")
+PRIMITIVES = ("similarity_lse", "queue_push", "unit_pairs")
 
 try:
     from sslkern import _cpu

@@ -2,5 +2,5 @@
 
 DEVICES = None  # any
 DTYPES = None  # any
-PRIMITIVES = ("similarity_lse", "queue_push")
+PRIMITIVES = ("similarity_lse", "queue_push", "unit_pairs")
 MISSING = None

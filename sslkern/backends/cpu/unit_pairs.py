@@ -1,0 +1,26 @@
+"""`unit_pairs` on the native kernels."""
+
+import torch
+from torch import Tensor
+
+from sslkern import _cpu
+
+from .similarity_lse import CODES
+
+
+def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    N, D = x.shape
+    z = torch.empty((2 * N, D), dtype=x.dtype)
+    norm = torch.empty(2 * N) if normalize else None
+    cosine = torch.empty(N)
+    _cpu.unit_pairs_fwd(CODES[x.dtype], N, D, x.contiguous(), y.contiguous(), z, norm, cosine, torch.get_num_threads())
+    return z, norm, cosine
+
+
+def unit_pairs_bwd(
+    z: Tensor, norm: Tensor | None, pull: Tensor, da: Tensor | None, db: Tensor | None, need_x: bool, need_y: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    N, D = pull.shape[0], z.shape[1]
+    dx, dy = (torch.empty((N, D), dtype=z.dtype) if need else None for need in (need_x, need_y))
+    _cpu.unit_pairs_bwd(CODES[z.dtype], N, D, z, norm, pull, da, db, dx, dy, torch.get_num_threads())
+    return dx, dy

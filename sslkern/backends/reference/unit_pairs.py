@@ -1,0 +1,41 @@
+"""Pairs of rows on their way into a loss and back, in plain torch."""
+
+import torch
+from torch import Tensor
+
+EPS = 1e-12  # rows shorter than this are divided by it
+
+
+def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """z [2N, D]: x over y, divided by their norms (computed in fp32 or fp64) and rounded to the type of x; norm [2N]
+    or None; cosine [N] = <z_i, z_(N + i)>."""
+    N, norm, z = x.shape[0], None, torch.cat((x, y))
+    if normalize:
+        wide = _wide(z)
+        norm = torch.linalg.vector_norm(wide, dim=1).clamp_min_(EPS)
+        z = (wide / norm.unsqueeze(1)).to(z.dtype)
+    return z, norm, _dots(z[:N], z[N:])
+
+
+def unit_pairs_bwd(
+    z: Tensor, norm: Tensor | None, pull: Tensor, da: Tensor | None, db: Tensor | None, need_x: bool, need_y: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx, dy [N, D] from the gradients da, db of the halves of z, in fp32 (fp64), and -pull [N] of cosine."""
+    N = pull.shape[0]
+    a, b = z[:N], z[N:]
+    grads = []
+    for need, du, own, other, rows in ((need_x, da, a, b, slice(None, N)), (need_y, db, b, a, slice(N, None))):
+        if need:
+            du = du - pull.unsqueeze(1) * other
+            if norm is not None:  # through u = x / |x|: dx = (du - u <u, du>) / |x|
+                du = (du - own * _dots(du, own).unsqueeze(1)) / norm[rows].unsqueeze(1)
+        grads.append(du.to(z.dtype) if need else None)
+    return tuple(grads)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    return (_wide(a) * _wide(b)).sum(1)
