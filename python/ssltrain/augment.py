@@ -1,8 +1,8 @@
 """SimCLR's augmentations by kornia: the whole batch at once, on the device that trains.
 
 Measured on one CPU core for 512 views: affine 6 ms, blur and erasing 3 ms each at 1 x 28 x 28; crop 22 ms, colour 45 ms
-at 3 x 32 x 32. Elastic deformation, 53 and 140 ms, is left out for its price. On digits, one affine map that also moves
-and scales taught more than crop and affine together (0.955 against 0.943 on held-out training images).
+at 3 x 32 x 32. Elastic deformation, 53 and 140 ms, is left out for its price. On MNIST-5k, 40 epochs
+and one seed, a strong affine map without a crop gave 0.955 on held-out training images; a crop and a weaker one 0.943.
 """
 
 from __future__ import annotations
