@@ -55,7 +55,7 @@ def check_options(reduction: str, group, strategy: str) -> None:
         raise NotImplementedError("group must be None: losses across processes are not available yet")
 
 
-def scale_of(temperature: float | Tensor, logit_scale: float | Tensor | None) -> float | Tensor:
+def scale_of(temperature: float | Tensor, logit_scale: float | Tensor | None, device=None) -> float | Tensor:
     """What the dot products are multiplied by: logit_scale, or else 1 / temperature. Tensors are never read."""
     name, value = ("temperature", temperature) if logit_scale is None else ("logit_scale", logit_scale)
     if isinstance(value, Tensor):
@@ -63,6 +63,8 @@ def scale_of(temperature: float | Tensor, logit_scale: float | Tensor | None) ->
             raise ValueError(f"{name} must be a number or a tensor with one element, not {describe(value)}")
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, not {value.dtype}; convert it with .float()")
+        if device is not None and value.device != device:
+            raise ValueError(f"{name} is on {value.device} but the features are on {device}; move one of them")
         value = value.reshape(())
         # in 16 bits 1 / temperature would lose digits
         value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

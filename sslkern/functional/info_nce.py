@@ -76,7 +76,7 @@ def info_nce(
     check_features("query", query)
     check_alike("key", key, "query", query)
     check_options(reduction, group, strategy)
-    scale = scale_of(temperature, logit_scale)
+    scale = scale_of(temperature, logit_scale, query.device)
     N = query.shape[0]
     if negatives is not None:
         _check_negatives(negatives, query, two_way)

@@ -48,7 +48,7 @@ def nt_xent(
     check_features("z0", z0)
     check_alike("z1", z1, "z0", z0)
     check_options(reduction, group, strategy)
-    scale = scale_of(temperature, logit_scale)
+    scale = scale_of(temperature, logit_scale, z0.device)
     if ids is not None:
         check_ids("ids", ids, z0.shape[:1], z0)
     losses, positive, best = contrast(z0, z1, scale, ids, "views", normalize, stats)
