@@ -1,0 +1,474 @@
+// Every kernel of every instruction set that runs here, against brute force in double precision.
+//
+// Buffers are exactly as long as they must be and start at odd places, so that a sanitizer sees each read or write
+// beyond one. A result may differ from the truth by what rounding can do to it, and by no bit between 1, 2 and 3
+// threads.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+using namespace sslkern;
+
+namespace {
+
+constexpr double INF = std::numeric_limits<double>::infinity();
+constexpr float NAN32 = std::numeric_limits<float>::quiet_NaN();
+constexpr double ULP = 0x1p-23;
+
+int passed = 0, failed = 0;
+std::mt19937 random_bits(0);
+
+double normal() { return std::normal_distribution<double>()(random_bits); }
+int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(random_bits); }
+
+// ---- Numbers in memory
+// -------------------------------------------------------------------------------------------------
+
+struct Format {
+  int bytes, fraction, lowest;  // bits of the fraction, exponent of the smallest normal number
+};
+Format format(DType dtype) {
+  return dtype == DType::F32 ? Format{4, 23, -126} : dtype == DType::BF16 ? Format{2, 7, -126} : Format{2, 10, -14};
+}
+
+double rounded(double x, DType dtype) {
+  const Format f = format(dtype);
+  if (x == 0 || !std::isfinite(x)) return x;
+  const double quantum = std::ldexp(1., std::max(std::ilogb(x), f.lowest) - f.fraction);
+  const double y = std::nearbyint(x / quantum) * quantum, limit = std::ldexp(1., 2 - f.lowest);
+  return std::fabs(y) < limit ? y : std::copysign(INF, y);
+}
+
+uint32_t encoded(double x, DType dtype) {
+  const Format f = format(dtype);
+  const uint32_t sign = std::signbit(x) ? 1u << (f.bytes * 8 - 1) : 0, infinity = uint32_t(2 * (1 - f.lowest) + 1)
+                                                                                  << f.fraction;
+  if (std::isnan(x)) return infinity | 1u << (f.fraction - 1);
+  x = std::fabs(rounded(x, dtype));
+  if (std::isinf(x)) return sign | infinity;
+  const int exponent = x == 0 ? f.lowest : std::max(std::ilogb(x), f.lowest);
+  return sign |
+         uint32_t((uint32_t(exponent - f.lowest) << f.fraction) + uint32_t(std::ldexp(x, f.fraction - exponent)));
+}
+
+// Numbers of some type, in a block of the heap that ends with the last one and starts one number before the first.
+class Numbers {
+ public:
+  Numbers(DType dtype, const std::vector<double>& values)
+      : bytes_(format(dtype).bytes), memory_((values.size() + 1) * bytes_) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      const uint32_t bits = encoded(values[i], dtype);
+      memcpy(data() + i * bytes_, &bits, bytes_);
+    }
+  }
+  char* data() { return memory_.data() + bytes_; }
+
+ private:
+  int bytes_;
+  std::vector<char> memory_;
+};
+
+// ---- similarity_lse
+// ----------------------------------------------------------------------------------------------------
+
+enum class Mask { NONE, DIFFERENT, SAME, FAR_IDS, BIAS, LIMIT };
+const char* const MASKS[] = {"none", "different", "same", "far ids", "bias", "limit"};
+
+struct Case {
+  int64_t groups, n, m, d;
+  DType dtype;
+  bool self;
+  Mask mask;
+  double scale, length;  // of the features
+  bool poisoned;         // one feature is NaN, one infinite
+};
+
+// The problem and its solution. `slack` of a sum is the sum of the absolute values of its terms.
+struct Problem {
+  Case c;
+  std::vector<double> q, k, bias, limit;
+  std::vector<int64_t> q_ids, k_ids;
+  std::vector<float> bias32, limit32, g, h;
+  std::vector<double> s;
+  std::vector<double> row, col, best_row, best_col, mean, mean_slack;
+  double largest = 0;  // |s| that may arise on the way to some s
+
+  explicit Problem(const Case& shape);
+  bool keeps(int64_t group, int64_t i, int64_t j) const;
+  SimilarityLse arguments(Numbers& q_memory, Numbers& k_memory, int threads) const;
+};
+
+double log_sum_exp(const double* s, int64_t count, int64_t step) {
+  double most = -INF, sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (std::isnan(s[i * step])) return s[i * step];
+    most = std::max(most, s[i * step]);
+  }
+  if (std::isinf(most)) return most;
+  for (int64_t i = 0; i < count; ++i) sum += std::exp(s[i * step] - most);
+  return most + std::log(sum);
+}
+
+bool Problem::keeps(int64_t group, int64_t i, int64_t j) const {
+  if (c.self && i == j) return false;
+  if (q_ids.empty()) return true;
+  const int64_t other = c.self ? q_ids[group * c.n + j] : k_ids[group * c.m + j];
+  return (q_ids[group * c.n + i] == other) == (c.mask == Mask::SAME);
+}
+
+Problem::Problem(const Case& shape) : c(shape) {
+  const auto features = [&](int64_t rows) {
+    std::vector<double> x(c.groups * rows * c.d);
+    for (double& one : x) one = rounded(normal() * c.length / std::sqrt(double(c.d)), c.dtype);
+    for (int64_t i = 1; i < c.groups * rows; i += 7)  // some rows are there twice: their similarity stands out
+      std::copy_n(x.begin() + (i - 1) * c.d, c.d, x.begin() + i * c.d);
+    return x;
+  };
+  q = features(c.n);
+  if (!c.self) k = features(c.m);
+  if (c.poisoned) q[q.size() / 2] = NAN;
+  if (c.poisoned && !c.self) k[0] = INF;
+  if (c.self) k = q;
+  if (c.mask == Mask::DIFFERENT || c.mask == Mask::SAME || c.mask == Mask::FAR_IDS) {
+    const int64_t kinds = c.n < 100 ? 4 : 2 * c.n, step = c.mask == Mask::FAR_IDS ? INT64_MAX / kinds : 1;
+    for (int64_t i = 0; i < c.groups * c.n; ++i) q_ids.push_back(c.n < 100 ? below(kinds) : i % c.n);
+    for (int64_t j = 0; j < c.groups * c.m; ++j) k_ids.push_back(c.n < 100 ? below(kinds) : j % c.m * 3 / 2);
+    for (int64_t& id : q_ids) id = id * step - (step > 1 ? INT64_MAX / 2 : 0);
+    for (int64_t& id : k_ids) id = id * step - (step > 1 ? INT64_MAX / 2 : 0);
+  }
+  if (c.mask == Mask::BIAS)
+    for (int64_t j = 0; j < c.groups * c.m; ++j) bias32.push_back(j % 5 == 2 ? -float(INF) : float(normal()));
+  for (int64_t i = 0; i < c.groups * c.n; ++i) g.push_back(float(normal()));
+  for (int64_t j = 0; j < c.groups * c.m; ++j) h.push_back(float(normal()));
+
+  s.resize(c.groups * c.n * c.m);
+  for (int64_t group = 0; group < c.groups; ++group)
+    for (int64_t i = 0; i < c.n; ++i)
+      for (int64_t j = 0; j < c.m; ++j) {
+        const double *x = &q[(group * c.n + i) * c.d], *y = &k[(group * c.m + j) * c.d];
+        double dot = 0, slack = 0;
+        for (int64_t f = 0; f < c.d; ++f) dot += x[f] * y[f], slack += std::fabs(x[f] * y[f]);
+        const double more = bias32.empty() ? 0 : bias32[group * c.m + j];
+        s[(group * c.n + i) * c.m + j] = keeps(group, i, j) ? float(c.scale) * dot + more : -INF;
+        slack = std::fabs(c.scale) * slack + (std::isinf(more) ? 0 : std::fabs(more));
+        if (std::isfinite(slack)) largest = std::max(largest, slack);
+      }
+  if (c.mask == Mask::LIMIT)
+    for (int64_t i = 0; i < c.groups * c.n; ++i) {  // in a wide gap, that rounding does not cross
+      std::vector<double> sorted(s.begin() + i * c.m, s.begin() + (i + 1) * c.m);
+      std::sort(sorted.begin(), sorted.end());
+      double limit = -1e9, widest = 0;
+      for (int64_t j = c.m / 2; j + 1 < c.m; ++j)
+        if (std::isfinite(sorted[j]) && sorted[j + 1] - sorted[j] > widest) {
+          widest = sorted[j + 1] - sorted[j];
+          limit = (sorted[j] + sorted[j + 1]) / 2;
+        }
+      limit32.push_back(float(limit));
+      for (int64_t j = 0; j < c.m; ++j)
+        if (s[i * c.m + j] > limit32.back()) s[i * c.m + j] = -INF;
+    }
+  for (int64_t group = 0; group < c.groups; ++group) {
+    const double* tile = s.data() + group * c.n * c.m;
+    for (int64_t i = 0; i < c.n; ++i) {
+      row.push_back(log_sum_exp(tile + i * c.m, c.m, 1));
+      best_row.push_back(c.m == 0 ? -INF : *std::max_element(tile + i * c.m, tile + (i + 1) * c.m));
+    }
+    for (int64_t j = 0; j < c.m; ++j) {
+      col.push_back(log_sum_exp(tile + j, c.n, c.m));
+      double most = -INF;
+      for (int64_t i = 0; i < c.n; ++i) most = std::max(most, tile[i * c.m + j]);
+      best_col.push_back(most);
+    }
+  }
+}
+
+SimilarityLse Problem::arguments(Numbers& q_memory, Numbers& k_memory, int threads) const {
+  const auto optional = [](const auto& array) { return array.empty() ? nullptr : array.data(); };
+  return {c.dtype,
+          c.groups,
+          c.n,
+          c.m,
+          c.d,
+          q_memory.data(),
+          c.self ? nullptr : k_memory.data(),
+          float(c.scale),
+          optional(q_ids),
+          c.self ? nullptr : optional(k_ids),
+          c.mask == Mask::SAME,
+          optional(bias32),
+          optional(limit32),
+          threads};
+}
+
+// The gradients of sum_i g_i row_i + sum_j h_j col_j by plain formulas.
+struct Gradients {
+  std::vector<double> q, q_slack, k, k_slack, bias, bias_slack;
+  double scale = 0, scale_slack = 0;
+
+  Gradients(const Problem& p, bool rows, bool columns) {
+    const auto [groups, n, m, d] = std::array<int64_t, 4>{p.c.groups, p.c.n, p.c.m, p.c.d};
+    q.resize(groups * n * d), q_slack = q;
+    k.resize(groups * m * d), k_slack = k;
+    bias.resize(groups * m), bias_slack = bias;
+    for (int64_t i = 0; i < groups * n; ++i)
+      for (int64_t j = i / n * m; j < i / n * m + m; ++j) {
+        const double s = p.s[i * m + j % m];
+        if (s == -INF) continue;
+        const double by_row = rows ? p.g[i] * std::exp(s - p.row[i]) : 0,
+                     by_col = columns ? p.h[j] * std::exp(s - p.col[j]) : 0;
+        const double w = by_row + by_col, slack = std::fabs(by_row) + std::fabs(by_col);
+        bias[j] += w, bias_slack[j] += slack;
+        for (int64_t f = 0; f < d; ++f) {
+          const double x = p.q[i * d + f], y = p.k[j * d + f];
+          q[i * d + f] += w * y, q_slack[i * d + f] += slack * std::fabs(y);
+          k[j * d + f] += w * x, k_slack[j * d + f] += slack * std::fabs(x);
+          scale += w * x * y, scale_slack += slack * std::fabs(x * y);
+        }
+      }
+    for (size_t at = 0; p.c.self && at < q.size(); ++at) q[at] += k[at], q_slack[at] += k_slack[at];
+    for (auto* gradient : {&q, &q_slack, &k, &k_slack})
+      for (double& one : *gradient) one *= gradient == &q || gradient == &k ? p.c.scale : std::fabs(p.c.scale);
+  }
+};
+
+// Empty where the results agree, else a sentence. An error may be tolerance * slack; without slack, tolerance.
+std::string difference(const char* name, const std::vector<float>& got, const std::vector<double>& want,
+                       const std::vector<double>* slack, double tolerance) {
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double error = std::fabs(got[i] - want[i]),
+                 allowed = slack == nullptr ? tolerance : tolerance * (*slack)[i] + 1e-15;
+    const bool same_class = std::isnan(want[i])   ? !std::isfinite(got[i])
+                            : std::isinf(want[i]) ? got[i] == want[i]
+                                                  : error <= allowed;
+    if (same_class) continue;
+    char text[200];
+    snprintf(text, sizeof text, "%s[%zu] is %.9g, not %.9g; allowed %.3g", name, i, double(got[i]), want[i], allowed);
+    return text;
+  }
+  return "";
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * 4) == 0);
+}
+
+// Calls run(threads), which returns all its results, with 1, 2 and 3 threads: those of one thread, or "" and a failure.
+template <class Run>
+std::vector<std::vector<float>> for_threads(const Run& run, std::string& problem) {
+  const auto results = run(1);
+  for (int threads = 2; threads <= 3; ++threads) {
+    const auto more = run(threads);
+    for (size_t i = 0; i < results.size(); ++i)
+      if (!same_bits(results[i], more[i]) && problem.empty())
+        problem = "result " + std::to_string(i) + " has other bits with " + std::to_string(threads) + " threads";
+  }
+  return results;
+}
+
+void report(const Kernels& kernels, const Case& c, const std::string& call, const std::string& problem) {
+  if (problem.empty()) {
+    ++passed;
+    return;
+  }
+  ++failed;
+  printf("FAILED %s %s: groups %ld, n %ld, m %ld, d %ld, dtype %d, self %d, mask %s, scale %g, length %g: %s\n",
+         kernels.name, call.c_str(), long(c.groups), long(c.n), long(c.m), long(c.d), int(c.dtype), c.self,
+         MASKS[int(c.mask)], c.scale, c.length, problem.c_str());
+}
+
+void test_forward(const Kernels& kernels, const Problem& p, double tolerance) {
+  const Case& c = p.c;
+  Numbers q(c.dtype, p.q), k(c.dtype, p.k);
+  for (const bool columns : {false, true}) {
+    if (columns && c.self) continue;
+    std::string problem;
+    const int64_t per_group = c.n + (columns ? c.m : 0);
+    const auto results = for_threads(
+        [&](int threads) {
+          std::vector<float> row(c.groups * c.n, NAN32), col(columns ? c.groups * c.m : 0, NAN32),
+              best(c.groups * per_group, NAN32);
+          float nothing;  // an empty vector has no address, and null means that the result is not wanted
+          kernels.similarity_lse_fwd(p.arguments(q, k, threads), row.data(),
+                                     !columns      ? nullptr
+                                     : col.empty() ? &nothing
+                                                   : col.data(),
+                                     best.empty() ? nullptr : best.data());
+          return std::vector<std::vector<float>>{row, col, best};
+        },
+        problem);
+    if (problem.empty()) problem = difference("row", results[0], p.row, nullptr, tolerance);
+    if (problem.empty() && columns) problem = difference("col", results[1], p.col, nullptr, tolerance);
+    std::vector<double> best;
+    for (int64_t group = 0; group < c.groups; ++group) {
+      best.insert(best.end(), p.best_row.begin() + group * c.n, p.best_row.begin() + (group + 1) * c.n);
+      if (columns) best.insert(best.end(), p.best_col.begin() + group * c.m, p.best_col.begin() + (group + 1) * c.m);
+    }
+    if (problem.empty() && !c.poisoned) problem = difference("best", results[2], best, nullptr, tolerance);
+    report(kernels, c, columns ? "similarity_lse_fwd with columns" : "similarity_lse_fwd", problem);
+  }
+}
+
+void test_frozen(const Kernels& kernels, const Problem& p, double tolerance, double product_tolerance) {
+  const Case& c = p.c;
+  if (c.self || c.poisoned) return;
+  Numbers q(c.dtype, p.q), k(c.dtype, p.k);
+  std::vector<double> mean(c.groups * c.n * c.d), slack(mean);
+  for (int64_t i = 0; i < c.groups * c.n; ++i)
+    for (int64_t j = 0; j < c.m; ++j) {
+      const double w = p.s[i * c.m + j] == -INF ? 0 : std::exp(p.s[i * c.m + j] - p.row[i]);
+      for (int64_t f = 0; w > 0 && f < c.d; ++f) {
+        const double y = p.k[(i / c.n * c.m + j) * c.d + f];
+        mean[i * c.d + f] += w * y, slack[i * c.d + f] += w * std::fabs(y);
+      }
+    }
+  std::string problem;
+  const auto results = for_threads(
+      [&](int threads) {
+        std::vector<float> row(c.groups * c.n, NAN32), mean(c.groups * c.n * c.d, NAN32), best(c.groups * c.n, NAN32);
+        kernels.similarity_lse_frozen_fwd(p.arguments(q, k, threads), row.data(), mean.data(),
+                                          best.empty() ? nullptr : best.data());
+        return std::vector<std::vector<float>>{row, mean, best};
+      },
+      problem);
+  if (problem.empty()) problem = difference("row", results[0], p.row, nullptr, tolerance);
+  if (problem.empty()) problem = difference("mean", results[1], mean, &slack, product_tolerance);
+  if (problem.empty()) problem = difference("best", results[2], p.best_row, nullptr, tolerance);
+  report(kernels, c, "similarity_lse_frozen_fwd", problem);
+}
+
+void test_backward(const Kernels& kernels, const Problem& p, const Gradients& want, bool rows, bool columns,
+                   double tolerance, double product_tolerance) {
+  const Case& c = p.c;
+  Numbers q(c.dtype, p.q), k(c.dtype, p.k);
+  std::vector<float> row(p.row.begin(), p.row.end()), col(p.col.begin(), p.col.end()), g = p.g, h = p.h;
+  for (size_t i = 0; i < row.size(); ++i)
+    if (std::isinf(row[i])) g[i] = NAN32;  // what arrives at an empty row must not matter
+  for (size_t j = 0; j < col.size(); ++j)
+    if (std::isinf(col[j])) h[j] = NAN32;
+  for (int wanted = 1; wanted < 4; ++wanted) {
+    const bool need_q = wanted & 1, need_k = !c.self && (wanted & 2);
+    if (c.self && wanted != 3) continue;
+    std::string problem;
+    const auto results = for_threads(
+        [&](int threads) {
+          const auto sized = [](bool needed, int64_t count) { return std::vector<float>(needed ? count : 0, NAN32); };
+          auto dq = sized(need_q, c.groups * c.n * c.d), dk = sized(need_k, c.groups * c.m * c.d),
+               dscale = sized(true, 1);
+          auto dbias = sized(!p.bias32.empty(), c.groups * c.m);
+          const auto at = [](auto& array) { return array.empty() ? nullptr : array.data(); };
+          kernels.similarity_lse_bwd(p.arguments(q, k, threads), rows ? row.data() : nullptr,
+                                     columns ? col.data() : nullptr, rows ? g.data() : nullptr,
+                                     columns ? h.data() : nullptr, at(dq), at(dk), at(dscale), at(dbias));
+          return std::vector<std::vector<float>>{dq, dk, dscale, dbias};
+        },
+        problem);
+    const std::vector<double> scale_slack = {want.scale_slack};
+    if (problem.empty() && need_q) problem = difference("dq", results[0], want.q, &want.q_slack, product_tolerance);
+    if (problem.empty() && need_k) problem = difference("dk", results[1], want.k, &want.k_slack, product_tolerance);
+    if (problem.empty()) problem = difference("dscale", results[2], {want.scale}, &scale_slack, product_tolerance);
+    if (problem.empty() && !p.bias32.empty())
+      problem = difference("dbias", results[3], want.bias, &want.bias_slack, tolerance);
+    report(kernels, c,
+           std::string("similarity_lse_bwd") + (rows ? " rows" : "") + (columns ? " columns" : "") +
+               (need_q ? " dq" : "") + (need_k ? " dk" : ""),
+           problem);
+  }
+}
+
+void test_similarity(const Case& c) {
+  const Problem p(c);
+  std::vector<std::pair<bool, bool>> sides;  // of the backward: rows, columns
+  if (!c.poisoned) sides = {{true, false}};
+  if (!c.poisoned && !c.self) sides.insert(sides.end(), {{true, true}, {false, true}});
+  std::vector<Gradients> gradients;
+  for (const auto& [rows, columns] : sides) gradients.emplace_back(p, rows, columns);
+  // e^s turns an absolute error of s, and of the log-sum-exp it is compared with, into a relative one of the weight.
+  const double tolerance = ULP * (16 + (2 + std::sqrt(double(c.d))) * p.largest);
+  for (const Kernels* const* one = all_kernels(); *one != nullptr; ++one) {
+    const std::string name = (*one)->name;
+    const bool rounds_weights = c.dtype == DType::BF16 && (name == "avx512_bf16" || name.rfind("amx", 0) == 0);
+    const double product_tolerance =
+        2 * tolerance + (rounds_weights ? 0x1.1p-8 : 0) + ULP * std::sqrt(double(c.n + c.m));
+    test_forward(**one, p, tolerance);
+    test_frozen(**one, p, tolerance, product_tolerance);
+    for (size_t i = 0; i < sides.size(); ++i)
+      test_backward(**one, p, gradients[i], sides[i].first, sides[i].second, 2 * tolerance, product_tolerance);
+  }
+}
+
+// ---- queue_push
+// ----------------------------------------------------------------------------------------------------------
+
+void test_queue(DType queue_type, DType keys_type, int64_t size, int64_t dim, int64_t batch, int64_t start) {
+  const double awkward[] = {0,        -0.,  1 / 3.,     65504,      65519.99, -65520, 1e-8, 2.98e-8,
+                            2.981e-8, 6e-5, 1.00390625, 1.01171875, INF,      -INF,   NAN};
+  std::vector<double> old(size * dim), keys(batch * dim);
+  for (double& x : old) x = rounded(normal(), queue_type);
+  for (double& x : keys) x = rounded(below(4) ? normal() : awkward[below(15)], keys_type);
+  std::vector<double> after = old;
+  for (int64_t i = 0; i < batch; ++i)
+    for (int64_t f = 0; f < dim; ++f) after[(start + i) % size * dim + f] = keys[i * dim + f];
+  Numbers want(queue_type, after);
+  for (const Kernels* const* one = all_kernels(); *one != nullptr; ++one)
+    for (int threads = 1; threads <= 3; ++threads) {
+      Numbers queue(queue_type, old), from(keys_type, keys);
+      int64_t ptr = start;
+      (*one)->queue_push(queue_type, keys_type, size, dim, batch, queue.data(), &ptr, from.data(), threads);
+      if (ptr == (start + batch) % size &&
+          memcmp(queue.data(), want.data(), size * dim * format(queue_type).bytes) == 0) {
+        ++passed;
+      } else {
+        ++failed;
+        printf("FAILED %s queue_push: types %d from %d, size %ld, dim %ld, batch %ld, start %ld, threads %d\n",
+               (*one)->name, int(queue_type), int(keys_type), long(size), long(dim), long(batch), long(start), threads);
+      }
+    }
+}
+
+}  // namespace
+
+int main() {
+  const DType dtypes[] = {DType::F32, DType::BF16, DType::FP16};
+  const Mask masks[] = {Mask::NONE, Mask::DIFFERENT, Mask::SAME, Mask::FAR_IDS, Mask::BIAS, Mask::LIMIT};
+  // Nothing, one, few; one under and over the lengths from which there are more blocks, or a block is full; not square;
+  // groups.
+  const int64_t shapes[][4] = {{1, 0, 5, 3},     {1, 5, 0, 3},      {0, 4, 4, 4},    {1, 1, 1, 1},
+                               {2, 2, 17, 3},    {3, 17, 2, 33},    {1, 33, 47, 1},  {1, 95, 97, 33},
+                               {1, 191, 193, 3}, {1, 300, 40, 257}, {40, 9, 11, 16}, {2, 66, 130, 64}};
+  for (const auto& [groups, n, m, d] : shapes)
+    for (const DType dtype : dtypes)
+      for (const Mask mask : masks)
+        for (const bool self : {false, true}) {
+          if (self && n == 0) continue;
+          const double scales[] = {1, -2, 40, 0};
+          test_similarity({groups, n, self ? n : m, d, dtype, self, mask, scales[below(4)], 1, false});
+        }
+  for (const DType dtype : dtypes)
+    for (const bool self : {false, true}) {
+      test_similarity(
+          {1, 40, self ? 40 : 50, 16, dtype, self, Mask::NONE, 100, 1, false});  // e^-200 beside e^0 in a tile
+      test_similarity({1, 40, self ? 40 : 50, 16, dtype, self, Mask::NONE, 1, 30, false});  // far from normalised
+      test_similarity({1, 130, self ? 130 : 50, 17, dtype, self, Mask::DIFFERENT, 1, 1, true});
+      test_similarity({1, 580, self ? 580 : 390, 20, dtype, self, Mask::DIFFERENT, 5, 1, false});  // full blocks
+      test_similarity(
+          {1, 97, self ? 97 : 100, 600, dtype, self, Mask::NONE, 5, 1, false});  // deeper than a packed block
+    }
+  for (const DType queue_type : dtypes)
+    for (const DType keys_type : dtypes) {
+      test_queue(queue_type, keys_type, 7, 5, 3, 0);
+      test_queue(queue_type, keys_type, 7, 5, 4, 6);    // wraps
+      test_queue(queue_type, keys_type, 7, 33, 24, 2);  // more than fits
+      test_queue(queue_type, keys_type, 1, 1, 0, 0);
+      test_queue(queue_type, keys_type, 700, 257, 300, 690);
+    }
+  printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}
