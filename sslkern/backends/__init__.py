@@ -1,7 +1,8 @@
 """Which implementation of a primitive runs.
 
 A backend is a folder here with one file per primitive. Its `__init__` names the DEVICES and DTYPES it takes (None:
-any), its PRIMITIVES, and in MISSING why it cannot run here (None: it can).
+any), its PRIMITIVES, in KEEPS how many scores it keeps for a backward, and in MISSING why it cannot run here (None: it
+can).
 """
 
 import contextvars
@@ -109,6 +110,14 @@ def resolve(primitive: str, x: Tensor) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {choice!r} cannot run {primitive}: {reason}; use_backend('auto') finds one")
     return choice
+
+
+def keeps(backend: str, q: Tensor, k: Tensor | None) -> bool:
+    """Whether a forward of `similarity_lse` keeps its scores [.., N, M] for the backward.
+
+    Where they are few, and features so many that reading a score back costs less than its product.
+    """
+    return q.shape[-1] >= 64 and q.shape[:-1].numel() * (q if k is None else k).shape[-2] <= BACKENDS[backend].KEEPS
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends import load, resolve
+from ..backends import keeps, load, resolve
 
 
 def pair_contrast(
@@ -52,11 +52,13 @@ class _PairContrast(torch.autograd.Function):
         z, norm, cosine = load(backend, "unit_pairs").unit_pairs_fwd(x, y, normalize)
         q, k, k_ids = (z, None, None) if mode == "views" else (z[:N], z[N:], ids)
         problem = (scale_tensor, scale, ids, k_ids, False, None, None)
-        row, col, top = load(backend, "similarity_lse").similarity_lse_fwd(q, k, *problem, mode == "two_way", best)
+        keep = any(ctx.needs_input_grad) and keeps(backend, q, k)
+        forward = load(backend, "similarity_lse").similarity_lse_fwd
+        row, col, top, kept = forward(q, k, *problem, mode == "two_way", best, keep)
         positive = cosine * (scale if scale_tensor is None else scale_tensor)
         # Equal ids leave the positive out of its row: the difference has no cancellation when the loss is tiny.
         gap = (row.view(-1, N) if col is None else torch.stack((row, col))) - positive
-        ctx.save_for_backward(z, norm, cosine, gap, row, col, scale_tensor, ids)
+        ctx.save_for_backward(z, norm, cosine, gap, row, col, scale_tensor, ids, kept)
         ctx.scale, ctx.mode, ctx.backend = scale, mode, backend
         losses = torch.nn.functional.softplus(gap, threshold=40)
         if not best:
@@ -68,13 +70,13 @@ class _PairContrast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, *_):
-        z, norm, cosine, gap, row, col, scale_tensor, ids = ctx.saved_tensors
+        z, norm, cosine, gap, row, col, scale_tensor, ids, kept = ctx.saved_tensors
         need_x, need_y, need_scale, *_ = ctx.needs_input_grad
         N, views = cosine.shape[0], ctx.mode == "views"
         # d loss / d negatives; a row without negatives (gap -inf) has none, whatever g is
         weight = torch.where(gap == -torch.inf, 0, torch.sigmoid(gap) * g)
         toward = weight.sum(0)  # - d loss / d positive
-        problem = (scale_tensor, ctx.scale, ids, None if views else ids, False, None, None)
+        problem = (scale_tensor, ctx.scale, ids, None if views else ids, False, None, None, kept)
         backward = load(ctx.backend, "similarity_lse").similarity_lse_bwd
         if views:
             grads = backward(z, None, row, None, weight.view(-1), None, *problem, True, False, need_scale, False)

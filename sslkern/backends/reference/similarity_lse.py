@@ -93,8 +93,8 @@ def _shift(top: Tensor) -> Tensor:
     return top.masked_fill(top.isinf(), 0)
 
 
-def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best):
-    """Returns row [G, N], col [G, M] or None, best [G, N + M or N] or None."""
+def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best, keep):
+    """Returns row [G, N], col [G, M] or None, best [G, N + M or N] or None, and no scores: it does not keep them."""
     groupless, problem = q.ndim == 2, _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
     q, k = problem[:2]
     G, N, M = q.shape[0], q.shape[1], (q if k is None else k).shape[1]
@@ -113,7 +113,7 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
         row[groups, rows] = s.sub_(shift[..., None]).exp_().sum(2).log_().add_(shift)
     col = col_sum.log_().add_(_shift(col_top)) if columns else None
     best = torch.cat((row_top, col_top), 1) if best and columns else row_top if best else None
-    return tuple(x[0] if groupless and x is not None else x for x in (row, col, best))
+    return tuple(x[0] if groupless and x is not None else x for x in (row, col, best, None))
 
 
 def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, best):
@@ -132,7 +132,7 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
 
 
 def similarity_lse_bwd(
-    q, k, row, col, g, h, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit,
+    q, k, row, col, g, h, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, kept,
     need_q, need_k, need_scale, need_bias,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns dq [G, N, D], dk [G, M, D], dscale [], dbias [G, M], None where not needed; k=None: all of dZ in dq."""
