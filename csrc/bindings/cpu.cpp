@@ -1,5 +1,5 @@
-// sslkern._cpu: the only file that knows Python. Tensors arrive as objects, which keeps their memory alive during the call.
-// Shapes and types were checked by sslkern/backends/cpu; what is passed is contiguous.
+// sslkern._cpu: the only file that knows Python. Tensors arrive as objects, which keeps their memory alive during the
+// call. Shapes and types were checked by sslkern/backends/cpu; what is passed is contiguous.
 #include <pybind11/pybind11.h>
 
 #include "cpu/kernels.h"
@@ -16,53 +16,55 @@ T* data(const py::object& tensor) {
   return reinterpret_cast<T*>(tensor.attr(name)().cast<uintptr_t>());
 }
 
-SimilarityLse problem(int dtype, int64_t groups, int64_t n, int64_t m, int64_t d, const py::object& q, const py::object& k,
-                      double scale, const py::object& scale_tensor, const py::object& q_ids, const py::object& k_ids,
-                      bool same, const py::object& k_bias, const py::object& q_limit, int threads) {
-  const float* factor = data(scale_tensor);
-  return {DType(dtype), groups, n, m, d, data<void>(q), data<void>(k), float(scale) * (factor == nullptr ? 1.f : *factor),
-          data<int64_t>(q_ids), data<int64_t>(k_ids), same, data(k_bias), data(q_limit), threads};
+// dtype, groups, n, m, d, q, k, scale, scale_tensor or None, q_ids, k_ids, same, k_bias, q_limit, kept
+SimilarityLse problem(const py::tuple& of, int threads) {
+  const auto size = [&](int i) { return of[i].cast<int64_t>(); };
+  const float* factor = data(of[8]);
+  return {DType(of[0].cast<int>()),
+          size(1),
+          size(2),
+          size(3),
+          size(4),
+          data<void>(of[5]),
+          data<void>(of[6]),
+          of[7].cast<float>() * (factor == nullptr ? 1.f : *factor),
+          data<int64_t>(of[9]),
+          data<int64_t>(of[10]),
+          of[11].cast<bool>(),
+          data(of[12]),
+          data(of[13]),
+          data(of[14]),
+          threads};
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The CPU kernels of sslkern; called by sslkern.backends.cpu.";
-  module.def("similarity_lse_fwd",
-             [](int dtype, int64_t groups, int64_t n, int64_t m, int64_t d, const py::object& q, const py::object& k,
-                double scale, const py::object& scale_tensor, const py::object& q_ids, const py::object& k_ids, bool same,
-                const py::object& k_bias, const py::object& q_limit, const py::object& row, const py::object& col,
-                const py::object& best, int threads) {
-               const SimilarityLse p =
-                   problem(dtype, groups, n, m, d, q, k, scale, scale_tensor, q_ids, k_ids, same, k_bias, q_limit, threads);
-               float *const to_row = data(row), *const to_col = data(col), *const to_best = data(best);
-               py::gil_scoped_release release;
-               kernels().similarity_lse_fwd(p, to_row, to_col, to_best);
-             });
-  module.def("similarity_lse_frozen_fwd",
-             [](int dtype, int64_t groups, int64_t n, int64_t m, int64_t d, const py::object& q, const py::object& k,
-                double scale, const py::object& scale_tensor, const py::object& q_ids, const py::object& k_ids, bool same,
-                const py::object& k_bias, const py::object& q_limit, const py::object& row, const py::object& mean,
-                const py::object& best, int threads) {
-               const SimilarityLse p =
-                   problem(dtype, groups, n, m, d, q, k, scale, scale_tensor, q_ids, k_ids, same, k_bias, q_limit, threads);
-               float *const to_row = data(row), *const to_mean = data(mean), *const to_best = data(best);
-               py::gil_scoped_release release;
-               kernels().similarity_lse_frozen_fwd(p, to_row, to_mean, to_best);
-             });
-  module.def("similarity_lse_bwd",
-             [](int dtype, int64_t groups, int64_t n, int64_t m, int64_t d, const py::object& q, const py::object& k,
-                double scale, const py::object& scale_tensor, const py::object& q_ids, const py::object& k_ids, bool same,
-                const py::object& k_bias, const py::object& q_limit, const py::object& row, const py::object& col,
-                const py::object& g, const py::object& h, const py::object& dq, const py::object& dk,
-                const py::object& dscale, const py::object& dbias, int threads) {
-               const SimilarityLse p =
-                   problem(dtype, groups, n, m, d, q, k, scale, scale_tensor, q_ids, k_ids, same, k_bias, q_limit, threads);
-               const float *const of_row = data(row), *const of_col = data(col), *const g_row = data(g), *const g_col = data(h);
-               float *const to_q = data(dq), *const to_k = data(dk), *const to_scale = data(dscale), *const to_bias = data(dbias);
-               py::gil_scoped_release release;
-               kernels().similarity_lse_bwd(p, of_row, of_col, g_row, g_col, to_q, to_k, to_scale, to_bias);
-             });
+  module.def("similarity_lse_fwd", [](const py::tuple& of, const py::object& row, const py::object& col,
+                                      const py::object& best, int threads) {
+    const SimilarityLse p = problem(of, threads);
+    float *const to_row = data(row), *const to_col = data(col), *const to_best = data(best);
+    py::gil_scoped_release release;
+    kernels().similarity_lse_fwd(p, to_row, to_col, to_best);
+  });
+  module.def("similarity_lse_frozen_fwd", [](const py::tuple& of, const py::object& row, const py::object& mean,
+                                             const py::object& best, int threads) {
+    const SimilarityLse p = problem(of, threads);
+    float *const to_row = data(row), *const to_mean = data(mean), *const to_best = data(best);
+    py::gil_scoped_release release;
+    kernels().similarity_lse_frozen_fwd(p, to_row, to_mean, to_best);
+  });
+  module.def("similarity_lse_bwd", [](const py::tuple& of, const py::object& row, const py::object& col,
+                                      const py::object& g, const py::object& h, const py::object& dq,
+                                      const py::object& dk, const py::object& dscale, const py::object& dbias,
+                                      int threads) {
+    const SimilarityLse p = problem(of, threads);
+    const float *const of_row = data(row), *const of_col = data(col), *const g_row = data(g), *const g_col = data(h);
+    float *const to_q = data(dq), *const to_k = data(dk), *const to_scale = data(dscale), *const to_bias = data(dbias);
+    py::gil_scoped_release release;
+    kernels().similarity_lse_bwd(p, of_row, of_col, g_row, g_col, to_q, to_k, to_scale, to_bias);
+  });
   module.def("queue_push_", [](int queue_dtype, int keys_dtype, int64_t size, int64_t dim, int64_t batch,
                                const py::object& queue, const py::object& ptr, const py::object& keys, int threads) {
     void* const to = data<void>(queue);
@@ -79,15 +81,16 @@ PYBIND11_MODULE(_cpu, module) {
     py::gil_scoped_release release;
     kernels().unit_pairs_fwd(DType(dtype), n, d, from_x, from_y, to_z, to_norm, to_cosine, threads);
   });
-  module.def("unit_pairs_bwd", [](int dtype, int64_t n, int64_t d, const py::object& z, const py::object& norm,
-                                  const py::object& pull, const py::object& da, const py::object& db, const py::object& dx,
-                                  const py::object& dy, int threads) {
-    const void* const of_z = data<void>(z);
-    const float *const of_norm = data(norm), *const of_pull = data(pull), *const of_a = data(da), *const of_b = data(db);
-    void *const to_x = data<void>(dx), *const to_y = data<void>(dy);
-    py::gil_scoped_release release;
-    kernels().unit_pairs_bwd(DType(dtype), n, d, of_z, of_norm, of_pull, of_a, of_b, to_x, to_y, threads);
-  });
+  module.def("unit_pairs_bwd",
+             [](int dtype, int64_t n, int64_t d, const py::object& z, const py::object& norm, const py::object& pull,
+                const py::object& da, const py::object& db, const py::object& dx, const py::object& dy, int threads) {
+               const void* const of_z = data<void>(z);
+               const float *const of_norm = data(norm), *const of_pull = data(pull), *const of_a = data(da),
+                                  *const of_b = data(db);
+               void *const to_x = data<void>(dx), *const to_y = data<void>(dy);
+               py::gil_scoped_release release;
+               kernels().unit_pairs_bwd(DType(dtype), n, d, of_z, of_norm, of_pull, of_a, of_b, to_x, to_y, threads);
+             });
   module.def("isa", [] { return kernels().name; });
   module.def("isas", [] {
     py::list names;

@@ -4,23 +4,35 @@
 
 #include "kernels.h"
 #include "memory.h"
+#if defined(SSLKERN_HAS_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace sslkern {
 
-#define SSLKERN_KERNELS(isa)                                                                                             \
-  namespace isa {                                                                                                        \
-  void similarity_lse_fwd(const SimilarityLse&, float*, float*, float*);                                                 \
-  void similarity_lse_frozen_fwd(const SimilarityLse&, float*, float*, float*);                                          \
-  void similarity_lse_bwd(const SimilarityLse&, const float*, const float*, const float*, const float*, float*, float*,  \
-                          float*, float*);                                                                               \
-  void queue_push(DType, DType, int64_t, int64_t, int64_t, void*, int64_t*, const void*, int);                           \
-  void unit_pairs_fwd(DType, int64_t, int64_t, const void*, const void*, void*, float*, float*, int);                    \
-  void unit_pairs_bwd(DType, int64_t, int64_t, const void*, const float*, const float*, const float*, const float*,      \
-                      void*, void*, int);                                                                                \
-  const Kernels table = {#isa,       similarity_lse_fwd, similarity_lse_frozen_fwd, similarity_lse_bwd,                  \
-                         queue_push, unit_pairs_fwd,     unit_pairs_bwd};                                                \
+#define SSLKERN_KERNELS(isa)                                                                                        \
+  namespace isa {                                                                                                   \
+  void similarity_lse_fwd(const SimilarityLse&, float*, float*, float*);                                            \
+  void similarity_lse_frozen_fwd(const SimilarityLse&, float*, float*, float*);                                     \
+  void similarity_lse_bwd(const SimilarityLse&, const float*, const float*, const float*, const float*, float*,     \
+                          float*, float*, float*);                                                                  \
+  void queue_push(DType, DType, int64_t, int64_t, int64_t, void*, int64_t*, const void*, int);                      \
+  void unit_pairs_fwd(DType, int64_t, int64_t, const void*, const void*, void*, float*, float*, int);               \
+  void unit_pairs_bwd(DType, int64_t, int64_t, const void*, const float*, const float*, const float*, const float*, \
+                      void*, void*, int);                                                                           \
+  const Kernels table = {                                                                                           \
+      #isa,           similarity_lse_fwd, similarity_lse_frozen_fwd, similarity_lse_bwd, queue_push,                \
+      unit_pairs_fwd, unit_pairs_bwd};                                                                              \
   }
 
+#ifdef SSLKERN_HAS_AMX
+SSLKERN_KERNELS(amx)
+#endif
+#ifdef SSLKERN_HAS_AMX_EMULATED
+SSLKERN_KERNELS(amx_emulated)  // only in tests
+#endif
 #ifdef SSLKERN_HAS_AVX512_BF16
 SSLKERN_KERNELS(avx512_bf16)
 #endif
@@ -34,8 +46,23 @@ SSLKERN_KERNELS(baseline)
 
 namespace {
 
+#ifdef SSLKERN_HAS_AMX
+// Linux saves the tiles of a process only after it asked for them.
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;  // cpuid 7, edx
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & AMX_BF16) != 0 && (d & AMX_TILE) != 0 &&
+         syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 struct Choice {
-  const Kernels* runnable[5] = {};
+  const Kernels* runnable[7] = {};
   const Kernels* current;
 
   Choice() {
@@ -47,8 +74,15 @@ struct Choice {
     [[maybe_unused]] const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                              __builtin_cpu_supports("avx512vl");
+    [[maybe_unused]] const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+#ifdef SSLKERN_HAS_AMX
+    if (has_bf16 && may_use_tiles()) *next++ = &amx::table;
+#endif
+#ifdef SSLKERN_HAS_AMX_EMULATED
+    if (has_bf16) *next++ = &amx_emulated::table;
+#endif
 #ifdef SSLKERN_HAS_AVX512_BF16
-    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) *next++ = &avx512_bf16::table;
+    if (has_bf16) *next++ = &avx512_bf16::table;
 #endif
 #ifdef SSLKERN_HAS_AVX512
     if (has_avx512) *next++ = &avx512::table;

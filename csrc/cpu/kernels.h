@@ -7,26 +7,29 @@ namespace sslkern {
 
 struct Kernels {
   const char* name;
-  // row (groups, n); col (groups, m) or null; best (groups, n) or, with col, (groups, n + m), or null: the largest kept s.
+  // row (groups, n); col (groups, m) or null, as it is without k; best (groups, n) or, with col, (groups, n + m), or
+  // null: the largest kept s.
   void (*similarity_lse_fwd)(const SimilarityLse&, float* row, float* col, float* best);
   // mean (groups, n, d): sum_j softmax_ij k_j.
   void (*similarity_lse_frozen_fwd)(const SimilarityLse&, float* row, float* mean, float* best);
-  // row, col and their gradients g, h; writes those of dq, dk, dscale, dbias that are not null. Without k, dq is all of it.
+  // row, col and their gradients g, h; writes those of dq, dk, dscale, dbias that are not null. Without k, dq is all of
+  // it.
   void (*similarity_lse_bwd)(const SimilarityLse&, const float* row, const float* col, const float* g, const float* h,
                              float* dq, float* dk, float* dscale, float* dbias);
-  // Writes keys (batch, dim) into the ring queue (size, dim) at *ptr, which moves on; of more than `size` rows, the last stay.
-  void (*queue_push)(DType queue_type, DType keys_type, int64_t size, int64_t dim, int64_t batch, void* queue, int64_t* ptr,
-                     const void* keys, int threads);
+  // Writes keys (batch, dim) into the ring queue (size, dim) at *ptr, which moves on; of more than `size` rows, the
+  // last stay.
+  void (*queue_push)(DType queue_type, DType keys_type, int64_t size, int64_t dim, int64_t batch, void* queue,
+                     int64_t* ptr, const void* keys, int threads);
   // z (2 n, d) = x over y, each row divided by its norm (2 n) unless that is null; cosine_i = <z_i, z_(n + i)>.
   void (*unit_pairs_fwd)(DType, int64_t n, int64_t d, const void* x, const void* y, void* z, float* norm, float* cosine,
                          int threads);
   // dx, dy (or null) from the gradients da, db of the halves of z, and -pull_i of cosine_i.
-  void (*unit_pairs_bwd)(DType, int64_t n, int64_t d, const void* z, const float* norm, const float* pull, const float* da,
-                         const float* db, void* dx, void* dy, int threads);
+  void (*unit_pairs_bwd)(DType, int64_t n, int64_t d, const void* z, const float* norm, const float* pull,
+                         const float* da, const float* db, void* dx, void* dy, int threads);
 };
 
-const Kernels& kernels();                // those in use: the best that this machine runs, or SSLKERN_CPU_ISA
-const Kernels* const* all_kernels();     // those that were built and run on this machine, best first, ending with null
-bool use_kernels(const char* name);      // false where there are none of this name
+const Kernels& kernels();             // those in use: the best that this machine runs, or SSLKERN_CPU_ISA
+const Kernels* const* all_kernels();  // those that were built and run on this machine, best first, ending with null
+bool use_kernels(const char* name);   // false where there are none of this name
 
 }  // namespace sslkern

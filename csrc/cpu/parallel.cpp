@@ -63,7 +63,8 @@ void run_team(int threads, TeamBody body, const void* context) {
 #else
   crew.size = threads;
   std::vector<std::thread> others;
-  for (int id = 1; id < threads; ++id) others.emplace_back([&crew, id, body, context] { crew.work(id, body, context); });
+  for (int id = 1; id < threads; ++id)
+    others.emplace_back([&crew, id, body, context] { crew.work(id, body, context); });
   crew.work(0, body, context);
   for (std::thread& other : others) other.join();
 #endif

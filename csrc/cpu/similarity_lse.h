@@ -1,4 +1,5 @@
-// row_i = logsumexp_j s_ij and col_j = logsumexp_i s_ij of s = scale * q k^T + k_bias, without storing s; and the gradients.
+// row_i = logsumexp_j s_ij and col_j = logsumexp_i s_ij of s = scale * q k^T + k_bias, without storing s; and the
+// gradients.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,7 @@ struct SimilarityLse {
   bool same;             // keep the pairs with equal ids, not those with different ones
   const float* k_bias;   // (groups, m)
   const float* q_limit;  // (groups, n): pairs with s_ij > q_limit_i are left out
+  float* kept;  // (groups, n, m), s as the forward leaves it for the backward, which recomputes it where this is null
   int threads;
 };
 

@@ -205,6 +205,7 @@ SimilarityLse Problem::arguments(Numbers& q_memory, Numbers& k_memory, int threa
           c.mask == Mask::SAME,
           optional(bias32),
           optional(limit32),
+          nullptr,
           threads};
 }
 

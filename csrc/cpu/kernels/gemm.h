@@ -1,7 +1,8 @@
 // Small matrix products between blocks that are packed in cache: C (m, n) (+)= A (m, k) B (k, n), accumulated in fp32.
 //
-// A word is 32 bits of the inner dimension: one float, or two neighbouring bf16 where the machine multiplies those in pairs.
-// Everything is laid out in words, so that both kinds share the packing and the loops and differ in one instruction.
+// A word is 32 bits of the inner dimension: one float, or two neighbouring bf16 where the machine multiplies those in
+// pairs. Everything is laid out in words, so that both kinds share the packing and the loops and differ in one
+// instruction.
 #pragma once
 
 #include <utility>
@@ -22,9 +23,12 @@ constexpr int NR = NV * LANES;  // B is packed in panels of NR columns: [n / NR]
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// The arithmetic of a product. F32 holds one number in a word, whatever the input's type was; Bf16Pairs holds two.
+// The arithmetic of a product. F32 holds one number in a word, whatever the input's type was; Bf16Pairs holds two. k is
+// a multiple of STEP words, rows of A can be read up to a multiple of ROWS, and a thread that calls gemm holds an
+// OnThread.
 struct F32 {
-  static constexpr int PER_WORD = 1;
+  static constexpr int PER_WORD = 1, STEP = 1, ROWS = 1;
+  struct OnThread {};
   static inline Vec fma(Word a, Vec b, Vec c) {
     float x;
     memcpy(&x, &a, 4);
@@ -33,7 +37,8 @@ struct F32 {
 };
 #ifdef __AVX512BF16__
 struct Bf16Pairs {
-  static constexpr int PER_WORD = 2;
+  static constexpr int PER_WORD = 2, STEP = 1, ROWS = 1;
+  struct OnThread {};
   static inline Vec fma(Word a, Vec b, Vec c) {
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
   }
@@ -42,13 +47,13 @@ struct Bf16Pairs {
 
 // ROWS x NR of C in registers. A is read as a[i * a_row + p * a_step].
 template <class Arithmetic, int ROWS>
-inline void micro_kernel(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t k, float* c, int64_t c_row,
-                         bool accumulate) {
+inline void micro_kernel(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t k, float* c,
+                         int64_t c_row, bool accumulate) {
   Vec acc[ROWS][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < NV; ++j) acc[i][j] = accumulate ? load(c + i * c_row + j * LANES) : Vec{};
+    for (int j = 0; j < NV; ++j) acc[i][j] = Vec{};
   for (int64_t p = 0; p < k; ++p, a += a_step, b += NR) {
     Vec bs[NV];
 #pragma GCC unroll 16
@@ -58,15 +63,19 @@ inline void micro_kernel(const Word* a, int64_t a_row, int64_t a_step, const Wor
 #pragma GCC unroll 16
       for (int j = 0; j < NV; ++j) acc[i][j] = Arithmetic::fma(a[i * a_row], bs[j], acc[i][j]);
   }
+  // C is added in the end: sums of blocks of k round less than one long sum.
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < NV; ++j) store(c + i * c_row + j * LANES, acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      float* to = c + i * c_row + j * LANES;
+      store(to, accumulate ? load(to) + acc[i][j] : acc[i][j]);
+    }
 }
 
 template <class Arithmetic, int ROWS>
-inline void micro_kernel_edge(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t k, float* c, int64_t c_row,
-                              bool accumulate, int64_t columns) {
+inline void micro_kernel_edge(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t k, float* c,
+                              int64_t c_row, bool accumulate, int64_t columns) {
   alignas(64) float whole[ROWS * NR] = {};
   if (accumulate)
     for (int i = 0; i < ROWS; ++i) memcpy(whole + i * NR, c + i * c_row, columns * 4);
@@ -74,8 +83,8 @@ inline void micro_kernel_edge(const Word* a, int64_t a_row, int64_t a_step, cons
   for (int i = 0; i < ROWS; ++i) memcpy(c + i * c_row, whole + i * NR, columns * 4);
 }
 
-// C = A B or C += A B; k counts words. A is (m, k) with rows a_row words apart and steps of k a_step words apart: (lda, 1) for
-// a row-major A, (1, lda) for the transpose of one. Never writes beyond column n of C.
+// C = A B or C += A B; k counts words. A is (m, k) with rows a_row words apart and steps of k a_step words apart: (lda,
+// 1) for a row-major A, (1, lda) for the transpose of one. Never writes beyond column n of C.
 template <class Arithmetic>
 void gemm(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t m, int64_t n, int64_t k, float* c,
           int64_t c_row, bool accumulate) {
@@ -85,7 +94,8 @@ void gemm(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t m
     const auto strips = [&](auto rows) {
       constexpr int ROWS = decltype(rows)::value;
       for (; i + ROWS <= m; i += ROWS) {
-        for (int64_t next = i + ROWS; next < i + 2 * ROWS && next < m; ++next)  // C may lie far away: in memory, for gradients
+        for (int64_t next = i + ROWS; next < i + 2 * ROWS && next < m;
+             ++next)  // C may lie far away: in memory, for gradients
           for (int v = 0; v < NV; ++v) __builtin_prefetch(c + next * c_row + j + v * LANES, 1);
         if (columns == NR)
           micro_kernel<Arithmetic, ROWS>(a + i * a_row, a_row, a_step, b, k, c + i * c_row + j, c_row, accumulate);
@@ -100,11 +110,12 @@ void gemm(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t m
   }
 }
 
-// Packing. `first` and `count` are along the features of a row-major source of type T, `words` are what they come to.
+// Packing. `first` and `count` are along the features of a row-major source of type T, `words` are what they come to,
+// zeros included.
 
 template <class Arithmetic>
 constexpr int64_t words(int64_t count) {
-  return (count + Arithmetic::PER_WORD - 1) / Arithmetic::PER_WORD;
+  return round_up((count + Arithmetic::PER_WORD - 1) / Arithmetic::PER_WORD, Arithmetic::STEP);
 }
 
 // Not memcpy, which becomes `rep movs` here: its start costs more than these short rows.
@@ -122,6 +133,7 @@ void pack_rows(const T* from, int64_t from_row, int64_t rows, int64_t count, Wor
     if constexpr (Arithmetic::PER_WORD == 2) {
       copy_words(from, count / 2, to);
       if (count & 1) to[count / 2] = from[count - 1].bits;
+      for (int64_t p = (count + 1) / 2; p < words<Arithmetic>(count); ++p) to[p] = 0;
     } else if constexpr (sizeof(T) == 4) {
       copy_words(from, count, to);
     } else {
@@ -133,10 +145,13 @@ void pack_rows(const T* from, int64_t from_row, int64_t rows, int64_t count, Wor
   }
 }
 
-// Rows in words, row_words apart: the source itself where it is made of whole words and `in_place` allows, else packed into `to`.
+// Rows in words, row_words apart: the source itself where it is made of whole words and `in_place` allows, else packed
+// into `to`.
 template <class Arithmetic, class T>
-const Word* as_words(const T* from, int64_t from_row, int64_t rows, int64_t count, bool in_place, Word* to, int64_t& row_words) {
-  if (in_place && sizeof(T) * Arithmetic::PER_WORD == sizeof(Word) && from_row % Arithmetic::PER_WORD == 0) {
+const Word* as_words(const T* from, int64_t from_row, int64_t rows, int64_t count, bool in_place, Word* to,
+                     int64_t& row_words) {
+  if (in_place && sizeof(T) * Arithmetic::PER_WORD == sizeof(Word) && from_row % Arithmetic::PER_WORD == 0 &&
+      count == words<Arithmetic>(count) * Arithmetic::PER_WORD) {
     row_words = from_row / Arithmetic::PER_WORD;
     return reinterpret_cast<const Word*>(from);
   }
@@ -177,7 +192,8 @@ inline void transpose_square(const Word* from, int64_t from_row, Word* to, int64
 }
 #endif
 
-// The transpose of packed rows, as panels: rows of `from` become columns of B. Columns are padded with zeros to whole panels.
+// The transpose of packed rows, as panels: rows of `from` become columns of B. Columns are padded with zeros to whole
+// panels.
 inline void pack_transposed(const Word* from, int64_t from_row, int64_t rows, int64_t k, Word* to) {
   for (int64_t j = 0; j < rows; j += LANES) {
     Word* panel = to + j / NR * NR * k + j % NR;
@@ -197,7 +213,8 @@ template <class Arithmetic, class T>
 void pack_panels(const T* from, int64_t from_row, int64_t rows, int64_t count, Word* to) {
   for (int64_t d = 0; d < count; d += NR) {
     const int64_t wide = count - d < NR ? count - d : NR;
-    for (int64_t p = 0; p < rows; p += Arithmetic::PER_WORD, to += NR) {
+    int64_t p = 0;
+    for (; p < rows; p += Arithmetic::PER_WORD, to += NR) {
       const T* row = from + p * from_row + d;
       if constexpr (Arithmetic::PER_WORD == 2) {
         if (p + 1 < rows)
@@ -209,6 +226,8 @@ void pack_panels(const T* from, int64_t from_row, int64_t rows, int64_t count, W
       }
       for (int64_t j = wide; j < NR; ++j) to[j] = 0;
     }
+    for (; p < words<Arithmetic>(rows) * Arithmetic::PER_WORD; p += Arithmetic::PER_WORD, to += NR)
+      memset(to, 0, NR * 4);
   }
 }
 

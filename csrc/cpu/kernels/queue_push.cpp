@@ -1,4 +1,6 @@
 // Writing a batch of keys into a ring, cast to its type.
+#include <type_traits>
+
 #include "../kernels.h"
 #include "../parallel.h"
 #include "simd.h"
@@ -19,7 +21,7 @@ void push(int64_t size, int64_t dim, int64_t batch, To* queue, int64_t* ptr, con
       for (int64_t i = task * ROWS; i < rows && i < (task + 1) * ROWS; ++i) {
         const From* from = keys + (dropped + i) * dim;
         To* to = queue + (start + i) % size * dim;
-        if constexpr (sizeof(To) == sizeof(From) && !(sizeof(To) == 2)) {
+        if constexpr (std::is_same_v<To, From>) {
           memcpy(to, from, dim * sizeof(To));
         } else {
           for (int64_t c = 0; c < dim; ++c) to[c] = from_float<To>(to_float(from[c]));

@@ -1,6 +1,7 @@
 // similarity_lse on the CPU, for the instruction set SSLKERN_ISA. Read top to bottom:
 //   1. a tile of s: the product of a block of queries and a block of keys, scaled, with what is left out at -inf;
-//   2. what a tile adds to the log-sum-exps (forward), to a softmax-weighted mean of keys (frozen keys), to gradients (backward);
+//   2. what a tile adds to the log-sum-exps (forward), to a softmax-weighted mean of keys (frozen keys), to gradients
+//   (backward);
 //   3. the order of the tiles, which is the same for any number of threads, so that the bits of the result are too.
 // A tile never leaves the cache of its core.
 #include "../similarity_lse.h"
@@ -10,7 +11,11 @@
 #include "../kernels.h"
 #include "../memory.h"
 #include "../parallel.h"
+#if defined(__AMX_BF16__) || defined(SSLKERN_EMULATE_AMX)
+#include "amx.h"
+#else
 #include "gemm.h"
+#endif
 
 namespace sslkern {
 namespace SSLKERN_ISA {
@@ -31,7 +36,9 @@ struct Tile {
 struct Scratch {
   alignas(64) float s[BLOCK * S_ROW];  // s, then e^s or the weights W of the backward
   alignas(64) Word a[BLOCK * A_ROW], b[BLOCK * DEPTH];
-  alignas(64) Word w[BLOCK * S_ROW / 2], wt[BLOCK / 2 * S_ROW];  // W as bf16, in pairs along its rows and along its columns
+  alignas(64) Word w[BLOCK * S_ROW / 2],
+      wt[BLOCK / 2 * S_ROW];  // W as bf16, in pairs along its rows and along its columns
+  float dot[BLOCK * S_ROW];   // q k^T, where the gradient of the scale needs it
   int32_t row_id[BLOCK], column_id[BLOCK];
   float row_max[BLOCK], row_shift[BLOCK], row_factor[BLOCK], row_sum[BLOCK];
   float column_max[BLOCK], column_shift[BLOCK], column_factor[BLOCK], column_sum[BLOCK];
@@ -51,6 +58,7 @@ struct Group {
   const int64_t *q_ids, *k_ids;
   bool same;
   const float *k_bias, *q_limit;
+  float* kept;
 
   // False where ids leave nothing of the tile. Ids that cannot meet in the tile are not compared.
   bool prepare_ids(const Tile& tile, Scratch& x, bool& compare) const {
@@ -67,9 +75,11 @@ struct Group {
       column_high = column[j] > column_high ? column[j] : column_high;
     }
     if (row_high < column_low || column_high < row_low) return !same;
-    // In the tile 32 bits tell the ids apart: an offset from the lowest where that fits, else the place of the first equal id.
+    // In the tile 32 bits tell the ids apart: an offset from the lowest where that fits, else the place of the first
+    // equal id.
     compare = true;
-    const int64_t low = row_low < column_low ? row_low : column_low, high = row_high > column_high ? row_high : column_high;
+    const int64_t low = row_low < column_low ? row_low : column_low,
+                  high = row_high > column_high ? row_high : column_high;
     if (uint64_t(high) - uint64_t(low) < (uint64_t(1) << 31)) {
       for (int64_t i = 0; i < tile.rows; ++i) x.row_id[i] = int32_t(uint64_t(row[i]) - uint64_t(low));
       for (int64_t j = 0; j < tile.columns; ++j) x.column_id[j] = int32_t(uint64_t(column[j]) - uint64_t(low));
@@ -88,23 +98,40 @@ struct Group {
     return true;
   }
 
-  // x.s = s of the tile, -inf for pairs that are left out and in columns up to a whole vector. False where nothing is kept.
-  // Forward and backward both come here, so they leave out the same pairs.
-  bool similarities(const Tile& tile, Scratch& x) const {
-    bool compare;
-    if (!prepare_ids(tile, x, compare)) return false;
-    const int64_t k_words = words<Arithmetic>(d);
-    int64_t at = 0;
+  // to = q k^T of the tile, rows S_ROW apart, with zeros up to a whole vector.
+  void product(const Tile& tile, Scratch& x, float* to) const {
+    int64_t first = 0;
     do {
-      const int64_t deep = k_words - at < DEPTH ? k_words - at : DEPTH, first = at * Arithmetic::PER_WORD;
-      const int64_t count = d - first < deep * Arithmetic::PER_WORD ? d - first : deep * Arithmetic::PER_WORD;
-      int64_t row = A_ROW;
+      const int64_t count = d - first < DEPTH * Arithmetic::PER_WORD ? d - first : DEPTH * Arithmetic::PER_WORD;
+      const int64_t deep = words<Arithmetic>(count);
+      const bool in_place = d % 512 != 0 && tile.rows % Arithmetic::ROWS == 0;
+      int64_t row;
       const Word* a = as_words<Arithmetic>(k + tile.j0 * d + first, d, tile.columns, count, true, x.a, row);
       pack_transposed(a, row, tile.columns, deep, x.b);
-      a = as_words<Arithmetic>(q + tile.i0 * d + first, d, tile.rows, count, d % 512 != 0, x.a, row);
-      gemm<Arithmetic>(a, row, 1, x.b, tile.rows, round_up(tile.columns, NR), deep, x.s, S_ROW, at > 0);
-      at += DEPTH;
-    } while (at < k_words);
+      a = as_words<Arithmetic>(q + tile.i0 * d + first, d, tile.rows, count, in_place, x.a, row);
+      gemm<Arithmetic>(a, row, 1, x.b, tile.rows, round_up(tile.columns, NR), deep, to, S_ROW, first > 0);
+      first += count;
+    } while (first < d);
+  }
+
+  // x.s = s of the tile, -inf for pairs that are left out and in columns up to a whole vector. False where nothing is
+  // kept. Forward and backward both come here, so they leave out the same pairs. The forward leaves the dot products in
+  // `kept`, where there is one, and the backward takes them from it; `need_dot` leaves them in x.dot.
+  bool similarities(const Tile& tile, Scratch& x, bool is_backward = false, bool need_dot = false) const {
+    bool compare;
+    if (!prepare_ids(tile, x, compare)) return false;
+    float* const dots = need_dot ? x.dot : x.s;
+    const auto kept_row = [&](int64_t i) { return kept + (tile.i0 + i) * m + tile.j0; };
+    if (kept == nullptr || !is_backward) product(tile, x, dots);
+    for (int64_t i = 0; kept != nullptr && i < tile.rows; ++i) {
+      float* const row = dots + i * S_ROW;
+      if (is_backward) {
+        copy_words(kept_row(i), tile.columns, reinterpret_cast<Word*>(row));
+        for (int64_t j = tile.columns; j < round_up(tile.columns, LANES); ++j) row[j] = 0.f;
+      } else {
+        copy_words(row, tile.columns, reinterpret_cast<Word*>(kept_row(i)));
+      }
+    }
 
     const int64_t wide = round_up(tile.columns, LANES);
     alignas(64) float bias[BLOCK];
@@ -113,10 +140,11 @@ struct Group {
     const bool on_diagonal = without_self && tile.i0 < tile.j0 + tile.columns && tile.j0 < tile.i0 + tile.rows;
     for (int64_t i = 0; i < tile.rows; ++i) {
       float* s = x.s + i * S_ROW;
+      const float* dot = dots + i * S_ROW;
       if (k_bias != nullptr)
-        for (int64_t j = 0; j < wide; j += LANES) store(s + j, load(s + j) * scale + load(bias + j));
+        for (int64_t j = 0; j < wide; j += LANES) store(s + j, load(dot + j) * scale + load(bias + j));
       else
-        for (int64_t j = 0; j < wide; j += LANES) store(s + j, load(s + j) * scale);
+        for (int64_t j = 0; j < wide; j += LANES) store(s + j, load(dot + j) * scale);
       if (compare) {
         const IVec id = all(x.row_id[i]);
         for (int64_t j = 0; j < wide; j += LANES) {
@@ -174,7 +202,8 @@ struct Running {
 
   void add_best(int64_t first, int64_t count, const float* tile_best) const {
     if (best == nullptr) return;
-    for (int64_t i = 0; i < count; ++i) best[first + i] = tile_best[i] > best[first + i] ? tile_best[i] : best[first + i];
+    for (int64_t i = 0; i < count; ++i)
+      best[first + i] = tile_best[i] > best[first + i] ? tile_best[i] : best[first + i];
   }
 
   // shift becomes the log-sum-exp.
@@ -202,7 +231,8 @@ inline void column_maxima(const Tile& tile, Scratch& x) {
   }
 }
 
-// Sums of e^(s - row_shift) over ROWS rows; with COLUMNS each exponential also serves its column, times the row's factor.
+// Sums of e^(s - row_shift) over ROWS rows; with COLUMNS each exponential also serves its column, times the row's
+// factor.
 template <int ROWS, bool COLUMNS>
 inline void sum_rows(int64_t i, int64_t wide, Scratch& x) {
   Vec shift[ROWS], total[ROWS], factor[ROWS];
@@ -234,8 +264,9 @@ void sum_tile(const Tile& tile, Scratch& x) {
   for (; i < tile.rows; ++i) sum_rows<1, COLUMNS>(i, wide, x);
 }
 
-// Adds the tile in x.s to its rows and, where there are any, its columns: one exponential per pair serves both, at the shift
-// of the row. A column whose sum comes out tiny, because its values lie far below those of its rows, is redone at its own.
+// Adds the tile in x.s to its rows and, where there are any, its columns: one exponential per pair serves both, at the
+// shift of the row. A column whose sum comes out tiny, because its values lie far below those of its rows, is redone at
+// its own.
 void add_tile(const Tile& tile, Scratch& x, const Running& rows, const Running* columns) {
   row_shifts(tile, x);
   if (columns == nullptr) {
@@ -272,24 +303,33 @@ void add_tile(const Tile& tile, Scratch& x, const Running& rows, const Running* 
 
 // ---- 2b. The product of a tile of weights, forward and backward ----------------------------------------------------
 
-// x.s as bf16 in x.w (pairs along the row) and, for the transposed product, x.wt (pairs along the column).
+// x.s as bf16 in x.w (pairs along the row) and, for the transposed product, x.wt (pairs along the column): in rows of
+// W^T for tiles, else in rows of pairs. Zeros fill both up to whole steps.
 template <class Arithmetic>
 void round_weights([[maybe_unused]] const Tile& tile, [[maybe_unused]] Scratch& x, [[maybe_unused]] bool transposed) {
 #ifdef __AVX512BF16__
   if constexpr (Arithmetic::PER_WORD == 2) {
-    const int64_t wide = round_up(tile.columns, LANES);  // x.s is 0 beyond the last column
-    if (tile.rows & 1) memset(x.s + tile.rows * S_ROW, 0, wide * 4);
-    for (int64_t i = 0; i < tile.rows; i += 2)
+    constexpr bool TILES = Arithmetic::STEP == LANES;
+    const int64_t tall = 2 * words<Arithmetic>(tile.rows);
+    const int64_t filled = round_up(tile.columns, LANES), wide = round_up(2 * words<Arithmetic>(tile.columns), LANES);
+    for (int64_t i = 0; i < tile.rows && filled < wide; ++i) memset(x.s + i * S_ROW + filled, 0, (wide - filled) * 4);
+    for (int64_t i = tile.rows; i < tall; ++i) memset(x.s + i * S_ROW, 0, wide * 4);
+    Word* const pairs = TILES ? x.a : x.wt;
+    for (int64_t i = 0; i < tall; i += 2)
       for (int64_t j = 0; j < wide; j += LANES) {
         const __m256i upper = (__m256i)_mm512_cvtneps_pbh((__m512)load(x.s + i * S_ROW + j));
         const __m256i lower = (__m256i)_mm512_cvtneps_pbh((__m512)load(x.s + (i + 1) * S_ROW + j));
         _mm256_storeu_si256((__m256i*)(x.w + (i * S_ROW + j) / 2), upper);
-        if (i + 1 < tile.rows) _mm256_storeu_si256((__m256i*)(x.w + ((i + 1) * S_ROW + j) / 2), lower);
+        _mm256_storeu_si256((__m256i*)(x.w + ((i + 1) * S_ROW + j) / 2), lower);
         if (transposed)
-          _mm512_storeu_si512(x.wt + i / 2 * S_ROW + j,
-                              _mm512_or_si512(_mm512_cvtepu16_epi32(upper),
-                                              _mm512_slli_epi32(_mm512_cvtepu16_epi32(lower), 16)));
+          _mm512_storeu_si512(
+              pairs + i / 2 * S_ROW + j,
+              _mm512_or_si512(_mm512_cvtepu16_epi32(upper), _mm512_slli_epi32(_mm512_cvtepu16_epi32(lower), 16)));
       }
+    if (TILES && transposed)
+      for (int64_t i = 0; i < tall / 2; i += LANES)
+        for (int64_t j = 0; j < wide; j += LANES)
+          transpose_square(pairs + i * S_ROW + j, S_ROW, x.wt + j * (S_ROW / 2) + i, S_ROW / 2);
   }
 #endif
 }
@@ -302,7 +342,8 @@ void add_product(const Tile& tile, Scratch& x, const T* from, int64_t d, float* 
   for (int64_t at = 0; at < d; at += DEPTH) {
     const int64_t count = d - at < DEPTH ? d - at : DEPTH;
     pack_panels<Arithmetic>(from + at, d, tile.columns, count, x.b);
-    gemm<Arithmetic>(w, pairs ? S_ROW / 2 : S_ROW, 1, x.b, tile.rows, count, words<Arithmetic>(tile.columns), to + at, d, true);
+    gemm<Arithmetic>(w, pairs ? S_ROW / 2 : S_ROW, 1, x.b, tile.rows, count, words<Arithmetic>(tile.columns), to + at,
+                     d, true);
   }
 }
 
@@ -310,14 +351,16 @@ void add_product(const Tile& tile, Scratch& x, const T* from, int64_t d, float* 
 template <class Arithmetic, class T>
 void add_transposed_product(const Tile& tile, Scratch& x, const T* from, int64_t d, float* to) {
   const Word* w = Arithmetic::PER_WORD == 2 ? x.wt : reinterpret_cast<const Word*>(x.s);
+  const int64_t row = Arithmetic::STEP > 1 ? S_ROW / 2 : 1, step = Arithmetic::STEP > 1 ? 1 : S_ROW;
   for (int64_t at = 0; at < d; at += DEPTH) {
     const int64_t count = d - at < DEPTH ? d - at : DEPTH;
     pack_panels<Arithmetic>(from + at, d, tile.rows, count, x.b);
-    gemm<Arithmetic>(w, 1, S_ROW, x.b, tile.columns, count, words<Arithmetic>(tile.rows), to + at, d, true);
+    gemm<Arithmetic>(w, row, step, x.b, tile.columns, count, words<Arithmetic>(tile.rows), to + at, d, true);
   }
 }
 
-// ---- 2c. Frozen keys: the softmax-weighted mean of the keys beside the log-sum-exp -----------------------------------
+// ---- 2c. Frozen keys: the softmax-weighted mean of the keys beside the log-sum-exp
+// -----------------------------------
 
 // Adds the tile in x.s to the sums of its rows and e^s k to `weighted` (n, d), which is kept at the same shift.
 template <class Arithmetic, class T>
@@ -349,7 +392,8 @@ void add_tile_frozen(const Tile& tile, Scratch& x, const Running& rows, const T*
   rows.add_best(tile.i0, tile.rows, x.row_max);
 }
 
-// ---- 2d. Backward ----------------------------------------------------------------------------------------------------
+// ---- 2d. Backward
+// ----------------------------------------------------------------------------------------------------
 
 // Log-sum-exps of the rows or columns of the whole problem and their gradients; null where a side has none.
 struct Upstream {
@@ -357,7 +401,8 @@ struct Upstream {
 };
 
 // A side's part in W: gradient * e^(s - value), as factor * e^(s - shift). What has nothing left takes no part.
-inline void factors(const Upstream& side, int64_t first, int64_t count, float* shift, float* factor, float& low, float& high) {
+inline void factors(const Upstream& side, int64_t first, int64_t count, float* shift, float* factor, float& low,
+                    float& high) {
   for (int64_t i = 0; i < round_up(count, LANES); ++i) {
     const bool empty = i >= count || side.value[first + i] == -INF;
     shift[i] = empty ? 0.f : side.value[first + i];
@@ -399,33 +444,47 @@ void weigh_tile(const Tile& tile, Scratch& x, const Upstream& rows, const Upstre
   }
 }
 
-// ---- 3. The order of the tiles -----------------------------------------------------------------------------------------
+// sum_ij W_ij <q_i, k_j>: what the tile adds to the gradient of the scale.
+double weighted_dots(const Tile& tile, const Scratch& x) {
+  double total = 0;
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    Vec row = Vec{};
+    for (int64_t j = 0; j < tile.columns; j += LANES) row += load(x.s + i * S_ROW + j) * load(x.dot + i * S_ROW + j);
+    total += sum(row);
+  }
+  return total;
+}
+
+// ---- 3. The order of the tiles
+// -----------------------------------------------------------------------------------------
 
 struct Blocks {
   int64_t length, size, count;
-  // Some blocks even of short inputs, so that threads can share them; `odd` counts are 3, 7, 11 ...
+  // Some blocks even of short inputs, so that threads can share them. A round of an odd count, 3, 7, 11 ..., has an
+  // even number of pairs; a round of a rectangle has one tile per block.
   Blocks(int64_t length, bool odd) : length(length) {
     int64_t wanted = (length + BLOCK - 1) / BLOCK;
-    const int64_t shared = length < 96 ? 1 : length < 256 ? 3 : length < 768 ? 7 : 15;
+    const int64_t shared = length < 96 ? 1 : length < 384 ? 3 : 7;
     if (wanted < shared) wanted = shared;
-    if (odd && wanted > 1) wanted = wanted / 4 * 4 + 3;
+    if (wanted > 1) wanted = odd ? wanted / 4 * 4 + 3 : (wanted + 1) / 2 * 2;
     size = (length + wanted - 1) / wanted;
+    if (size > 1) size = round_up(size, size > 64 ? LANES : 4);  // whole vectors, where that wastes little
+    if (size > BLOCK) size = BLOCK;
     count = size == 0 ? 0 : (length + size - 1) / size;
   }
   int64_t begin(int64_t b) const { return b * size; }
   int64_t width(int64_t b) const { return b + 1 < count ? size : length - b * size; }
 };
 
-// Visits every tile of a symmetric problem once, as (i, j) or (j, i). A round pairs each block with one other, or with itself:
-// tiles of a round share no block, and a block meets the others in the same order for any number of threads.
+// Visits every tile of a symmetric problem once, as (i, j) or (j, i). A round pairs each block with one other, or with
+// itself: tiles of a round share no block, and a block meets the others in the same order for any number of threads.
 template <class Visit>
 void each_pair(Team& team, const Blocks& blocks, const Visit& visit) {
   const int64_t places = blocks.count | 1;  // an even count leaves one place empty
   for (int64_t round = 0; round < places; ++round)
     team.each(int(places), [&](int a) {
       const int64_t b = (round - a + places) % places;
-      if (a <= b && b < blocks.count)
-        visit(Tile{blocks.begin(a), blocks.width(a), blocks.begin(b), blocks.width(b)});
+      if (a <= b && b < blocks.count) visit(Tile{blocks.begin(a), blocks.width(a), blocks.begin(b), blocks.width(b)});
     });
 }
 
@@ -467,12 +526,14 @@ struct Spread {
     const double work = 2. * double(p.n) * double(p.m) * double(p.d + 16);  // of a group
     threads = usable_threads(p.threads);
     by_group = p.groups > 1 && (p.groups >= 2 * threads || work < 4e6);
-    const double useful = (by_group ? work * double(p.groups) : work) / 1e6;  // a thread is worth starting for 10 us of work
+    const double useful =
+        (by_group ? work * double(p.groups) : work) / 1e6;  // a thread is worth starting for 10 us of work
     if (useful < threads) threads = useful < 1 ? 1 : int(useful);
   }
-  template <class Body>
+  template <class Arithmetic, class Body>
   void run(int64_t groups, const Body& body) const {
     parallel(threads, [&](Team& team) {
+      [[maybe_unused]] typename Arithmetic::OnThread on_thread;
       if (by_group)
         team.each(int(groups), [&](int g) {
           Team alone = Team::alone(team.id);
@@ -499,7 +560,8 @@ Group<T, Arithmetic> group_of(const SimilarityLse& p, int64_t g) {
           p.k == nullptr ? at(p.q_ids, p.n) : at(p.k_ids, p.m),
           p.same,
           at(p.k_bias, p.m),
-          at(p.q_limit, p.n)};
+          at(p.q_limit, p.n),
+          p.kept == nullptr ? nullptr : p.kept + g * p.n * p.m};
 }
 
 // s_ij = s_ji, and left out alike: half of the tiles do.
@@ -517,7 +579,7 @@ void forward(const SimilarityLse& p, float* row, float* col, float* best) {
   const Array<float> row_sum(p.groups * p.n), col_sum(col != nullptr ? p.groups * p.m : 0);
   const Array<float> parts(splits > 1 ? 3 * p.groups * splits * p.n : 0);
 
-  spread.run(p.groups, [&](Team& team, int64_t g) {
+  spread.run<Arithmetic>(p.groups, [&](Team& team, int64_t g) {
     const Group<T, Arithmetic> group = group_of<T, Arithmetic>(p, g);
     const Running by_row{row + g * p.n, row_sum + g * p.n, best == nullptr ? nullptr : best + g * best_row};
     const auto part = [&](int64_t split) {
@@ -554,8 +616,6 @@ void forward(const SimilarityLse& p, float* row, float* col, float* best) {
         if (best != nullptr) by_row.add_best(first, count, part(split).best + first);
       }
       by_row.finish(first, count);
-      if (triangle && col != nullptr) memcpy(col + g * p.n + first, row + g * p.n + first, count * 4);
-      if (triangle && col != nullptr && best != nullptr) memcpy(by_row.best + p.n + first, by_row.best + first, count * 4);
     });
   });
 }
@@ -570,7 +630,7 @@ void frozen_forward(const SimilarityLse& p, float* row, float* mean, float* best
   const Array<float> shift(states), sums(states), bests(best == nullptr ? 0 : states);
   const Array<float> more(p.groups * (runs.splits - 1) * p.n * p.d);  // `mean` itself serves the first run
 
-  spread.run(p.groups, [&](Team& team, int64_t g) {
+  spread.run<Arithmetic>(p.groups, [&](Team& team, int64_t g) {
     const Group<T, Arithmetic> group = group_of<T, Arithmetic>(p, g);
     const auto part = [&](int64_t split) {
       const int64_t at = (g * runs.splits + split) * p.n;
@@ -586,8 +646,7 @@ void frozen_forward(const SimilarityLse& p, float* row, float* mean, float* best
     });
     each_run(team, rows, columns, runs, [&](int64_t split, const Tile& tile) {
       Scratch& x = scratch[team.id];
-      if (group.similarities(tile, x))
-        add_tile_frozen<Arithmetic>(tile, x, part(split), group.k, p.d, weighted(split));
+      if (group.similarities(tile, x)) add_tile_frozen<Arithmetic>(tile, x, part(split), group.k, p.d, weighted(split));
     });
     team.each(int(rows.count), [&](int b) {
       for (int64_t i = rows.begin(b); i < rows.begin(b) + rows.width(b); ++i) {
@@ -614,69 +673,53 @@ void frozen_forward(const SimilarityLse& p, float* row, float* mean, float* best
   });
 }
 
-// sum_i <x_i, gradient_i> over some rows.
-template <class T>
-double inner(const T* x, const float* gradient, int64_t rows, int64_t d) {
-  double total = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    float row = 0;
-    for (int64_t c = 0; c < d; ++c) row += to_float(x[i * d + c]) * gradient[i * d + c];
-    total += row;
-  }
-  return total;
-}
-
 template <class T, class Arithmetic>
-void backward(const SimilarityLse& p, const float* row, const float* col, const float* g_row, const float* g_col, float* dq,
-              float* dk, float* dscale, float* dbias) {
+void backward(const SimilarityLse& p, const float* row, const float* col, const float* g_row, const float* g_col,
+              float* dq, float* dk, float* dscale, float* dbias) {
   const bool triangle = symmetric(p), self = p.k == nullptr;
   const Blocks rows(p.n, triangle), columns(p.m, triangle);
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);
-  // In a triangle row and col are one, and so are their gradients.
-  const Array<float> both(triangle ? p.groups * p.n : 0);
-  const float* value = row != nullptr ? row : col;
-  // The scale's gradient is read off dq; and without a triangle dq and dk of one input are added in the end.
-  const bool need_q = dq != nullptr || (dscale != nullptr && dk == nullptr);
-  const Array<float> own_q(need_q && dq == nullptr ? p.groups * p.n * p.d : 0);
-  const Array<float> own_k(self && !triangle ? p.groups * p.m * p.d : 0);
-  float* const to_q = !need_q ? nullptr : dq != nullptr ? dq : own_q;
-  float* const to_k = triangle ? nullptr : self ? own_k : dk;
-  const Array<double> dots(p.groups * (rows.count + columns.count));
+  // Without a triangle, dq and dk of one input are added in the end.
+  const Array<float> own_k(self && !triangle && dq != nullptr ? p.groups * p.m * p.d : 0);
+  float* const to_k = !self ? dk : triangle || dq == nullptr ? nullptr : own_k;
+  const int64_t tiles = rows.count * columns.count;
+  const Array<double> dots(dscale == nullptr ? 0 : p.groups * tiles);
+  if (dscale != nullptr) memset(dots, 0, p.groups * tiles * sizeof(double));
 
-  spread.run(p.groups, [&](Team& team, int64_t g) {
+  spread.run<Arithmetic>(p.groups, [&](Team& team, int64_t g) {
     const Group<T, Arithmetic> group = group_of<T, Arithmetic>(p, g);
-    float* const q_at = to_q == nullptr ? nullptr : to_q + g * p.n * p.d;
+    float* const q_at = dq == nullptr ? nullptr : dq + g * p.n * p.d;
     float* const k_at = to_k == nullptr ? nullptr : to_k + g * p.m * p.d;
     float* const bias_at = dbias == nullptr ? nullptr : dbias + g * p.m;
     team.each(int(rows.count), [&](int b) {
       const int64_t first = rows.begin(b), count = rows.width(b);
       if (q_at != nullptr) memset(q_at + first * p.d, 0, count * p.d * 4);
-      if (triangle)
-        for (int64_t i = g * p.n + first; i < g * p.n + first + count; ++i)
-          both[i] = (g_row != nullptr ? g_row[i] : 0.f) + (g_col != nullptr ? g_col[i] : 0.f);
     });
     team.each(int(columns.count), [&](int b) {
       const int64_t first = columns.begin(b), count = columns.width(b);
       if (k_at != nullptr) memset(k_at + first * p.d, 0, count * p.d * 4);
       if (bias_at != nullptr) memset(bias_at + first, 0, count * 4);
     });
+    const Upstream by_row = row == nullptr ? Upstream{} : Upstream{row + g * p.n, g_row + g * p.n};
+    const Upstream by_column = triangle         ? by_row  // s_ij adds to row_i and, as s_ji, to row_j
+                               : col == nullptr ? Upstream{}
+                                                : Upstream{col + g * p.m, g_col + g * p.m};
     const auto weigh = [&](const Tile& tile, Scratch& x) {
-      if (!group.similarities(tile, x)) return false;
-      if (triangle) {
-        const Upstream side{value + g * p.n, both + g * p.n};
-        weigh_tile(tile, x, side, side);
-      } else {
-        weigh_tile(tile, x, row == nullptr ? Upstream{} : Upstream{row + g * p.n, g_row + g * p.n},
-                   col == nullptr ? Upstream{} : Upstream{col + g * p.m, g_col + g * p.m});
-      }
+      if (!group.similarities(tile, x, true, dscale != nullptr)) return false;
+      weigh_tile(tile, x, by_row, by_column);
+      const int64_t t = tile.i0 / rows.size * columns.count + tile.j0 / columns.size;
+      if (dscale != nullptr) dots[g * tiles + t] = weighted_dots(tile, x);
       return true;
     };
     if (triangle) {
       each_pair(team, rows, [&](const Tile& tile) {
         Scratch& x = scratch[team.id];
-        if (q_at == nullptr || !weigh(tile, x)) return;
         const bool off_diagonal = tile.i0 != tile.j0;
+        if (!weigh(tile, x)) return;
+        if (dscale != nullptr && !off_diagonal)  // here both (i, j) and (j, i) hold W_ij + W_ji
+          dots[g * tiles + tile.i0 / rows.size * (columns.count + 1)] /= 2;
+        if (q_at == nullptr) return;
         round_weights<Arithmetic>(tile, x, off_diagonal);
         add_product<Arithmetic>(tile, x, group.q + tile.j0 * p.d, p.d, q_at + tile.i0 * p.d);
         if (off_diagonal)
@@ -695,25 +738,20 @@ void backward(const SimilarityLse& p, const float* row, const float* col, const 
           add_transposed_product<Arithmetic>(tile, x, group.q + tile.i0 * p.d, p.d, k_at + tile.j0 * p.d);
       });
     }
-    // dscale = <q, W k>, or <k, W^T q>, before the scale is applied; half of <q, (W + W^T) q>.
-    double* const dot = dots + g * (rows.count + columns.count);
     team.each(int(rows.count), [&](int b) {
       const int64_t first = rows.begin(b) * p.d, count = rows.width(b) * p.d;
-      dot[b] = dscale != nullptr && need_q ? inner(group.q + first, q_at + first, rows.width(b), p.d) : 0.;
-      if (q_at == nullptr) return;
-      for (int64_t c = first; c < first + count; ++c) q_at[c] = (q_at[c] + (self && !triangle ? k_at[c] : 0.f)) * p.scale;
+      for (int64_t c = first; q_at != nullptr && c < first + count; ++c)
+        q_at[c] = (q_at[c] + (self && k_at != nullptr ? k_at[c] : 0.f)) * p.scale;
     });
     team.each(int(columns.count), [&](int b) {
       const int64_t first = columns.begin(b) * p.d, count = columns.width(b) * p.d;
-      dot[rows.count + b] = dscale != nullptr && !need_q ? inner(group.k + first, k_at + first, columns.width(b), p.d) : 0.;
-      if (k_at == nullptr) return;
-      for (int64_t c = first; c < first + count; ++c) k_at[c] *= p.scale;
+      for (int64_t c = first; k_at != nullptr && c < first + count; ++c) k_at[c] *= p.scale;
     });
   });
   if (dscale != nullptr) {
     double total = 0;
-    for (int64_t b = 0; b < p.groups * (rows.count + columns.count); ++b) total += dots[b];
-    *dscale = float(triangle ? total / 2 : total);
+    for (int64_t t = 0; t < p.groups * tiles; ++t) total += dots[t];
+    *dscale = float(total);
   }
 }
 
@@ -724,7 +762,9 @@ void with_types(DType dtype, const Body& body) {
     case DType::F32:
       return body(float(), F32());
     case DType::BF16:
-#ifdef __AVX512BF16__
+#if defined(__AMX_BF16__) || defined(SSLKERN_EMULATE_AMX)
+      return body(bf16(), Bf16Tiles());
+#elif defined(__AVX512BF16__)
       return body(bf16(), Bf16Pairs());
 #else
       return body(bf16(), F32());
@@ -742,9 +782,10 @@ void similarity_lse_fwd(const SimilarityLse& p, float* row, float* col, float* b
 void similarity_lse_frozen_fwd(const SimilarityLse& p, float* row, float* mean, float* best) {
   with_types(p.dtype, [&](auto t, auto a) { frozen_forward<decltype(t), decltype(a)>(p, row, mean, best); });
 }
-void similarity_lse_bwd(const SimilarityLse& p, const float* row, const float* col, const float* g, const float* h, float* dq,
-                        float* dk, float* dscale, float* dbias) {
-  with_types(p.dtype, [&](auto t, auto a) { backward<decltype(t), decltype(a)>(p, row, col, g, h, dq, dk, dscale, dbias); });
+void similarity_lse_bwd(const SimilarityLse& p, const float* row, const float* col, const float* g, const float* h,
+                        float* dq, float* dk, float* dscale, float* dbias) {
+  with_types(p.dtype,
+             [&](auto t, auto a) { backward<decltype(t), decltype(a)>(p, row, col, g, h, dq, dk, dscale, dbias); });
 }
 
 }  // namespace SSLKERN_ISA

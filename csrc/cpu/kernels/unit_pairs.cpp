@@ -1,4 +1,5 @@
-// Pairs of rows on their way into a loss and back: x and y stacked, divided by their norms, rounded, and dotted in one sweep.
+// Pairs of rows on their way into a loss and back: x and y stacked, divided by their norms, rounded, and dotted in one
+// sweep.
 #include <cmath>
 
 #include "../kernels.h"
@@ -37,7 +38,8 @@ void normalize(const T* from, int64_t d, T* to, float* norm) {
 
 // Through u = x / |x|: dx = (du - u <u, du>) / |x|, where du also takes the pull of the positive, -pull other.
 template <class T>
-void normalize_bwd(const float* du, float pull, const T* unit, const T* other, const float* norm, int64_t d, float* spare, T* dx) {
+void normalize_bwd(const float* du, float pull, const T* unit, const T* other, const float* norm, int64_t d,
+                   float* spare, T* dx) {
   for (int64_t c = 0; c < d; ++c) spare[c] = du[c] - pull * to_float(other[c]);
   const float along = norm == nullptr ? 0.f : dot(spare, unit, d), inverse = norm == nullptr ? 1.f : 1.f / *norm;
   for (int64_t c = 0; c < d; ++c) dx[c] = from_float<T>((spare[c] - along * to_float(unit[c])) * inverse);
@@ -61,8 +63,8 @@ void with_type(DType dtype, const Body& body) {
 
 }  // namespace
 
-void unit_pairs_fwd(DType dtype, int64_t n, int64_t d, const void* x, const void* y, void* z, float* norm, float* cosine,
-                    int threads) {
+void unit_pairs_fwd(DType dtype, int64_t n, int64_t d, const void* x, const void* y, void* z, float* norm,
+                    float* cosine, int threads) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
     T* const u = static_cast<T*>(z);
@@ -74,8 +76,8 @@ void unit_pairs_fwd(DType dtype, int64_t n, int64_t d, const void* x, const void
   });
 }
 
-void unit_pairs_bwd(DType dtype, int64_t n, int64_t d, const void* z, const float* norm, const float* pull, const float* da,
-                    const float* db, void* dx, void* dy, int threads) {
+void unit_pairs_bwd(DType dtype, int64_t n, int64_t d, const void* z, const float* norm, const float* pull,
+                    const float* da, const float* db, void* dx, void* dy, int threads) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
     const T* const u = static_cast<const T*>(z);
