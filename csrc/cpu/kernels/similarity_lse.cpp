@@ -682,7 +682,7 @@ void backward(const SimilarityLse& p, const float* row, const float* col, const 
   const Array<Scratch> scratch(spread.threads);
   // Without a triangle, dq and dk of one input are added in the end.
   const Array<float> own_k(self && !triangle && dq != nullptr ? p.groups * p.m * p.d : 0);
-  float* const to_k = !self ? dk : triangle || dq == nullptr ? nullptr : own_k;
+  float* const to_k = !self ? dk : triangle || dq == nullptr ? nullptr : static_cast<float*>(own_k);
   const int64_t tiles = rows.count * columns.count;
   const Array<double> dots(dscale == nullptr ? 0 : p.groups * tiles);
   if (dscale != nullptr) memset(dots, 0, p.groups * tiles * sizeof(double));
