@@ -103,7 +103,7 @@ struct Problem {
 
   explicit Problem(const Case& shape);
   bool keeps(int64_t group, int64_t i, int64_t j) const;
-  SimilarityLse arguments(Numbers& q_memory, Numbers& k_memory, int threads) const;
+  SimilarityLse arguments(Numbers& q_memory, Numbers& k_memory, int threads, float* kept = nullptr) const;
 };
 
 double log_sum_exp(const double* s, int64_t count, int64_t step) {
@@ -190,7 +190,7 @@ Problem::Problem(const Case& shape) : c(shape) {
   }
 }
 
-SimilarityLse Problem::arguments(Numbers& q_memory, Numbers& k_memory, int threads) const {
+SimilarityLse Problem::arguments(Numbers& q_memory, Numbers& k_memory, int threads, float* kept) const {
   const auto optional = [](const auto& array) { return array.empty() ? nullptr : array.data(); };
   return {c.dtype,
           c.groups,
@@ -205,7 +205,7 @@ SimilarityLse Problem::arguments(Numbers& q_memory, Numbers& k_memory, int threa
           c.mask == Mask::SAME,
           optional(bias32),
           optional(limit32),
-          nullptr,
+          kept,
           threads};
 }
 
