@@ -8,9 +8,9 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import keeps, load, resolve
+from .similarity_lse import Once
 
 
 def pair_contrast(
@@ -58,7 +58,7 @@ class _PairContrast(torch.autograd.Function):
         positive = cosine * (scale if scale_tensor is None else scale_tensor)
         # Equal ids leave the positive out of its row: the difference has no cancellation when the loss is tiny.
         gap = (row.view(-1, N) if col is None else torch.stack((row, col))) - positive
-        ctx.save_for_backward(z, norm, cosine, gap, row, col, scale_tensor, ids, kept)
+        ctx.save_for_backward(x, y, z, norm, cosine, gap, row, col, scale_tensor, ids, kept)
         ctx.scale, ctx.mode, ctx.backend = scale, mode, backend
         losses = torch.nn.functional.softplus(gap, threshold=40)
         if not best:
@@ -68,24 +68,32 @@ class _PairContrast(torch.autograd.Function):
         return losses, positive, top
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, *_):
-        z, norm, cosine, gap, row, col, scale_tensor, ids, kept = ctx.saved_tensors
-        need_x, need_y, need_scale, *_ = ctx.needs_input_grad
-        N, views = cosine.shape[0], ctx.mode == "views"
-        # d loss / d negatives; a row without negatives (gap -inf) has none, whatever g is
-        weight = torch.where(gap == -torch.inf, 0, torch.sigmoid(gap) * g)
-        toward = weight.sum(0)  # - d loss / d positive
-        problem = (scale_tensor, ctx.scale, ids, None if views else ids, False, None, None, kept)
-        backward = load(ctx.backend, "similarity_lse").similarity_lse_bwd
-        if views:
-            grads = backward(z, None, row, None, weight.view(-1), None, *problem, True, False, need_scale, False)
-            da, db = grads[0][:N], grads[0][N:]
-        else:
-            h = None if col is None else weight[1]
-            grads = backward(z[:N], z[N:], row, col, weight[0], h, *problem, need_x, need_y, need_scale, False)
-            da, db = grads[:2]
-        dscale = (grads[2] - torch.dot(toward, cosine)).to(scale_tensor.dtype) if need_scale else None
-        pull = toward * (ctx.scale if scale_tensor is None else scale_tensor)
-        dx, dy = load(ctx.backend, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
-        return dx, dy, dscale, None, None, None, None, None, None
+        with torch.no_grad():
+            dx, dy, dscale = _gradients(ctx, g)
+        if torch.is_grad_enabled():  # create_graph=True
+            x, y, *_ = ctx.saved_tensors
+            dx, dy, dscale = Once.apply(x if x.requires_grad else y, dx, dy, dscale)
+        return dx, dy, dscale, *(None,) * 6
+
+
+def _gradients(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    _, _, z, norm, cosine, gap, row, col, scale_tensor, ids, kept = ctx.saved_tensors
+    need_x, need_y, need_scale, *_ = ctx.needs_input_grad
+    N, views = cosine.shape[0], ctx.mode == "views"
+    # d loss / d negatives; a row without negatives (gap -inf) has none, whatever g is
+    weight = torch.where(gap == -torch.inf, 0, torch.sigmoid(gap) * g)
+    toward = weight.sum(0)  # - d loss / d positive
+    problem = (scale_tensor, ctx.scale, ids, None if views else ids, False, None, None, kept)
+    backward = load(ctx.backend, "similarity_lse").similarity_lse_bwd
+    if views:
+        grads = backward(z, None, row, None, weight.view(-1), None, *problem, True, False, need_scale, False)
+        da, db = grads[0][:N], grads[0][N:]
+    else:
+        h = None if col is None else weight[1]
+        grads = backward(z[:N], z[N:], row, col, weight[0], h, *problem, need_x, need_y, need_scale, False)
+        da, db = grads[:2]
+    dscale = (grads[2] - torch.dot(toward, cosine)).to(scale_tensor.dtype) if need_scale else None
+    pull = toward * (ctx.scale if scale_tensor is None else scale_tensor)
+    dx, dy = load(ctx.backend, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
+    return dx, dy, dscale

@@ -79,6 +79,8 @@ def similarity_lse(
     keys_learn = (k is not None and k.requires_grad) or (k_bias is not None and k_bias.requires_grad)
     learns = keys_learn or q.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
     learns = learns and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() and q.shape[:-1].numel() * (q if k is None else k).shape[-2] <= _FUSED:
+        return _dense(*problem, columns, best)
     # The same formulas as an eager autograd.Function cost half the time of the op's own at small sizes.
     eager = learns and not torch.compiler.is_compiling()
     if learns and not (columns or keys_learn or k is None):
@@ -225,6 +227,45 @@ def _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit):
     return scale_tensor, scale, q_ids, k_ids, k_bias, q_limit
 
 
+# ---- small problems in compiled code: the formula itself, which the compiler fuses with its surroundings -------------
+
+_FUSED = 2**14  # most scores; beyond, our kernels win
+
+
+def _dense(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best):
+    wide = _accumulator(q)
+    keys, k_ids = (q, q_ids) if k is None else (k, k_ids)
+    s = (q.to(wide) @ keys.to(wide).mT) * (scale if scale_tensor is None else scale * scale_tensor)
+    if k_bias is not None:
+        s = s + k_bias.unsqueeze(-2)
+    left_out = None
+    if k is None:
+        left_out = torch.eye(s.shape[-1], dtype=torch.bool, device=s.device)
+    if q_ids is not None:
+        equal = q_ids.unsqueeze(-1) == k_ids.unsqueeze(-2)
+        equal = ~equal if same else equal
+        left_out = equal if left_out is None else left_out | equal
+    if k_bias is not None:
+        out = (k_bias == -math.inf).unsqueeze(-2)
+        left_out = out if left_out is None else left_out | out
+    if q_limit is not None:
+        out = s > q_limit.unsqueeze(-1)
+        left_out = out if left_out is None else left_out | out
+    if left_out is not None:
+        s = s.masked_fill(left_out, -math.inf)
+    sides = (-1, -2) if columns else (-1,)
+    out = [_safe_logsumexp(s, dim) for dim in sides]
+    if best:
+        out.append(torch.cat([s.amax(dim) for dim in sides], -1).detach())
+    return out[0] if len(out) == 1 else tuple(out)
+
+
+def _safe_logsumexp(s: Tensor, dim: int) -> Tensor:
+    """logsumexp whose gradient is 0, not NaN, where nothing is left."""
+    empty = (s == -math.inf).all(dim)
+    return s.masked_fill(empty.unsqueeze(dim), 0).logsumexp(dim).masked_fill(empty, -math.inf)
+
+
 # ---- similarity_lse --------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +360,16 @@ define(
 torch.library.register_autograd("sslkern::similarity_lse_bwd", _no_second_derivative, lib=library)
 
 
+class Once(torch.autograd.Function):
+    """Lets gradients pass, as a function of q that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, q, *grads):
+        return grads
+
+    backward = staticmethod(_no_second_derivative)
+
+
 # ---- rows only, with keys that need no gradient ----------------------------------------------------------------------
 
 
@@ -350,18 +401,8 @@ def _frozen_backward(ctx, g, *_):
         dq = (weighted * (ctx.scale if scale_tensor is None else ctx.scale * scale_tensor)).to(q.dtype)
         dscale = torch.sum(weighted * q) * ctx.scale if ctx.needs_input_grad[2] else None
     if torch.is_grad_enabled():  # create_graph=True
-        dq, dscale = _Once.apply(q, dq, dscale)
+        dq, dscale = Once.apply(q, dq, dscale)
     return dq, None, dscale, *(None,) * 8
-
-
-class _Once(torch.autograd.Function):
-    """Lets gradients pass, as a function of q that cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, q, *grads):
-        return grads
-
-    backward = staticmethod(_no_second_derivative)
 
 
 define(

@@ -29,8 +29,7 @@ std::mt19937 random_bits(0);
 double normal() { return std::normal_distribution<double>()(random_bits); }
 int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(random_bits); }
 
-// ---- Numbers in memory
-// -------------------------------------------------------------------------------------------------
+// ---- Numbers in memory ----------------------------------------------------------------------------------------------
 
 struct Format {
   int bytes, fraction, lowest;  // bits of the fraction, exponent of the smallest normal number
@@ -59,25 +58,45 @@ uint32_t encoded(double x, DType dtype) {
          uint32_t((uint32_t(exponent - f.lowest) << f.fraction) + uint32_t(std::ldexp(x, f.fraction - exponent)));
 }
 
+float decoded(uint32_t bits, DType dtype) {
+  const Format f = format(dtype);
+  const int sign = f.bytes * 8 - 1, infinite = 1 + 2 * (1 - f.lowest);
+  const int exponent = int((bits & ~(1u << sign)) >> f.fraction), power = (exponent > 0 ? exponent - 1 : 0) + f.lowest;
+  const uint32_t fraction = bits & ((1u << f.fraction) - 1), whole = exponent > 0 ? 1u << f.fraction : 0;
+  const double size = exponent < infinite ? std::ldexp(whole + fraction, power - f.fraction)
+                      : fraction == 0     ? INF
+                                          : NAN;
+  return float(bits >> sign ? -size : size);
+}
+
 // Numbers of some type, in a block of the heap that ends with the last one and starts one number before the first.
 class Numbers {
  public:
   Numbers(DType dtype, const std::vector<double>& values)
-      : bytes_(format(dtype).bytes), memory_((values.size() + 1) * bytes_) {
+      : dtype_(dtype), bytes_(format(dtype).bytes), memory_((values.size() + 1) * bytes_) {
     for (size_t i = 0; i < values.size(); ++i) {
       const uint32_t bits = encoded(values[i], dtype);
       memcpy(data() + i * bytes_, &bits, bytes_);
     }
   }
   char* data() { return memory_.data() + bytes_; }
+  std::vector<float> values() {
+    std::vector<float> x(memory_.size() / bytes_ - 1);
+    for (size_t i = 0; i < x.size(); ++i) {
+      uint32_t bits = 0;
+      memcpy(&bits, data() + i * bytes_, bytes_);
+      x[i] = decoded(bits, dtype_);
+    }
+    return x;
+  }
 
  private:
+  DType dtype_;
   int bytes_;
   std::vector<char> memory_;
 };
 
-// ---- similarity_lse
-// ----------------------------------------------------------------------------------------------------
+// ---- similarity_lse -------------------------------------------------------------------------------------------------
 
 enum class Mask { NONE, DIFFERENT, SAME, FAR_IDS, BIAS, LIMIT };
 const char* const MASKS[] = {"none", "different", "same", "far ids", "bias", "limit"};
@@ -365,10 +384,22 @@ void test_backward(const Kernels& kernels, const Problem& p, const Gradients& wa
                dscale = sized(true, 1);
           auto dbias = sized(!p.bias32.empty(), c.groups * c.m);
           const auto at = [](auto& array) { return array.empty() ? nullptr : array.data(); };
-          kernels.similarity_lse_bwd(p.arguments(q, k, threads), rows ? row.data() : nullptr,
-                                     columns ? col.data() : nullptr, rows ? g.data() : nullptr,
-                                     columns ? h.data() : nullptr, at(dq), at(dk), at(dscale), at(dbias));
-          return std::vector<std::vector<float>>{dq, dk, dscale, dbias};
+          const auto run = [&](float* kept) {
+            kernels.similarity_lse_bwd(p.arguments(q, k, threads, kept), rows ? row.data() : nullptr,
+                                       columns ? col.data() : nullptr, rows ? g.data() : nullptr,
+                                       columns ? h.data() : nullptr, at(dq), at(dk), at(dscale), at(dbias));
+            return std::vector<std::vector<float>>{dq, dk, dscale, dbias};
+          };
+          const auto results = run(nullptr);
+          if (wanted == 3 && !p.s.empty()) {
+            std::vector<float> kept(p.s.size(), NAN32), to_row(row.size()), to_col(col.size());
+            kernels.similarity_lse_fwd(p.arguments(q, k, threads, kept.data()), to_row.data(),
+                                       columns ? to_col.data() : nullptr, nullptr);
+            const auto recalled = run(kept.data());
+            for (size_t i = 0; i < results.size(); ++i)
+              if (!same_bits(results[i], recalled[i])) problem = "other bits from what the forward kept";
+          }
+          return results;
         },
         problem);
     const std::vector<double> scale_slack = {want.scale_slack};
@@ -405,8 +436,76 @@ void test_similarity(const Case& c) {
   }
 }
 
-// ---- queue_push
-// ----------------------------------------------------------------------------------------------------------
+// ---- unit_pairs -----------------------------------------------------------------------------------------------------
+
+void test_unit_pairs(DType dtype, int64_t n, int64_t d, bool normalize) {
+  const double ulp = std::ldexp(1., -format(dtype).fraction);
+  const Case c = {1, n, n, d, dtype, false, Mask::NONE, 1, 3, false};
+  const auto numbers = [](int64_t count, DType type) {
+    std::vector<double> x(count);
+    for (double& one : x) one = rounded(3 * normal(), type);
+    return x;
+  };
+  std::vector<double> xy = numbers(2 * n * d, dtype), unit(xy), unit_slack(xy), norm(2 * n, 1);
+  const std::vector<double> pull = numbers(n, DType::F32), upstream = numbers(2 * n * d, DType::F32);
+  if (n > 1 && normalize) std::fill_n(xy.begin() + d, d, 0.);  // a row without a direction
+  for (int64_t i = 0; i < 2 * n; ++i) {
+    double squares = 0;
+    for (int64_t f = 0; f < d; ++f) squares += xy[i * d + f] * xy[i * d + f];
+    if (normalize) norm[i] = float(std::max(std::sqrt(squares), 1e-12));
+    for (int64_t f = 0; f < d; ++f) {
+      unit[i * d + f] = rounded(xy[i * d + f] / norm[i], dtype);
+      unit_slack[i * d + f] = std::fabs(unit[i * d + f]) + ulp;
+    }
+  }
+  std::vector<double> cosine(n), cosine_slack(n), grad(2 * n * d), grad_slack(grad);
+  for (int64_t i = 0; i < 2 * n; ++i) {
+    const double* const other = &unit[(i + n) % (2 * n) * d];
+    double along = 0, along_slack = 0;
+    for (int64_t f = 0; f < d; ++f) {
+      const double u = unit[i * d + f], du = upstream[i * d + f] - pull[i % n] * other[f];
+      along += normalize ? u * du : 0, along_slack += normalize ? std::fabs(u * du) : 0;
+      if (i < n) cosine[i] += u * other[f], cosine_slack[i] += unit_slack[i * d + f] * (std::fabs(other[f]) + ulp);
+    }
+    for (int64_t f = 0; f < d; ++f) {
+      const double u = unit[i * d + f], pulled = pull[i % n] * other[f];
+      grad[i * d + f] = rounded((upstream[i * d + f] - pulled - along * u) / norm[i], dtype);
+      grad_slack[i * d + f] =
+          (std::fabs(upstream[i * d + f]) + std::fabs(pulled) + along_slack * std::fabs(u)) / norm[i];
+    }
+  }
+  const auto floats = [](const std::vector<double>& of) { return std::vector<float>(of.begin(), of.end()); };
+  const auto half = [&](const std::vector<double>& of, int which) {
+    return std::vector<double>(of.begin() + which * n * d, of.begin() + (which + 1) * n * d);
+  };
+  const std::vector<double> slacks[] = {half(grad_slack, 0), half(grad_slack, 1)};
+  const std::vector<float> norm32 = floats(norm), pull32 = floats(pull), upstream32 = floats(upstream);
+  Numbers x(dtype, half(xy, 0)), y(dtype, half(xy, 1)), units(dtype, unit);
+  const double noise = ULP * (4 + std::sqrt(double(d)));
+  for (const Kernels* const* one = all_kernels(); *one != nullptr; ++one) {
+    std::string problem;
+    const auto results = for_threads(
+        [&](int threads) {
+          Numbers z(dtype, upstream), dx(dtype, half(upstream, 0)), dy(dtype, half(upstream, 1));
+          std::vector<float> lengths(2 * n, 1), dots(n, NAN32);
+          (*one)->unit_pairs_fwd(dtype, n, d, x.data(), y.data(), z.data(), normalize ? lengths.data() : nullptr,
+                                 dots.data(), threads);
+          (*one)->unit_pairs_bwd(dtype, n, d, units.data(), normalize ? norm32.data() : nullptr, pull32.data(),
+                                 upstream32.data(), upstream32.data() + n * d, dx.data(), dy.data(), threads);
+          return std::vector<std::vector<float>>{z.values(), lengths, dots, dx.values(), dy.values()};
+        },
+        problem);
+    // Before it is rounded to its type a number may be off by noise, and so come out as a neighbour.
+    if (problem.empty()) problem = difference("z", results[0], unit, &unit_slack, ulp + noise);
+    if (problem.empty()) problem = difference("norm", results[1], norm, &norm, noise);
+    if (problem.empty()) problem = difference("cosine", results[2], cosine, &cosine_slack, 2 * ulp + noise);
+    if (problem.empty()) problem = difference("dx", results[3], half(grad, 0), &slacks[0], ulp + 2 * noise);
+    if (problem.empty()) problem = difference("dy", results[4], half(grad, 1), &slacks[1], ulp + 2 * noise);
+    report(**one, c, normalize ? "unit_pairs" : "unit_pairs as they are", problem);
+  }
+}
+
+// ---- queue_push -----------------------------------------------------------------------------------------------------
 
 void test_queue(DType queue_type, DType keys_type, int64_t size, int64_t dim, int64_t batch, int64_t start) {
   const double awkward[] = {0,        -0.,  1 / 3.,     65504,      65519.99, -65520, 1e-8, 2.98e-8,
@@ -462,6 +561,10 @@ int main() {
       test_similarity(
           {1, 97, self ? 97 : 100, 600, dtype, self, Mask::NONE, 5, 1, false});  // deeper than a packed block
     }
+  for (const DType dtype : dtypes)
+    for (const bool normalize : {true, false})
+      for (const int64_t d : {1, 3, 33, 257})
+        for (const int64_t n : {0, 1, 17, 300}) test_unit_pairs(dtype, n, d, normalize);
   for (const DType queue_type : dtypes)
     for (const DType keys_type : dtypes) {
       test_queue(queue_type, keys_type, 7, 5, 3, 0);

@@ -55,7 +55,8 @@ def compare(tensors, **options):
     scales = dict.fromkeys(("row", "second", "third"), scale * largest)
     if q.shape[-1] < 4:  # sums over up to N rows of +-x, which cancel
         scales["dq"] = scales["dk"] = scale * largest**0.5 * q[..., 0].numel()
-    scales["dscale"] = q[..., 0].numel() * largest
+    scales["dk_bias"] = 4.0  # upstream gradients, which may cancel
+    scales["dscale"] = 4 * q[..., 0].numel() * largest
     for name in exact:
         assert result[name].dtype == tensors[name[1:]].dtype if name[0] == "d" else torch.float32, name
         dense.within(result[name], exact[name], plain[name], name, scales.get(name, 0.0))
@@ -92,7 +93,7 @@ def test_one_frozen_side(backend):
     compare({"q": q.detach(), "k": k, "scale": torch.tensor(3.0, requires_grad=True)})
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_combination(backend, data):
     draw = data.draw
@@ -285,7 +286,21 @@ def test_opcheck(backend):
     ids, none = torch.arange(6), None
     ops = torch.ops.sslkern
     for args in (
-        (q, k, scale, 1.0, ids, ids[:5], False, torch.randn(5, requires_grad=True), none, True, True, name == "cpu", name),
+        (
+            q,
+            k,
+            scale,
+            1.0,
+            ids,
+            ids[:5],
+            False,
+            torch.randn(5, requires_grad=True),
+            none,
+            True,
+            True,
+            name == "cpu",
+            name,
+        ),
         (q, none, none, 2.0, ids, none, False, none, torch.full((6,), 1.5), False, False, False, name),
         (
             features(2, 6, 8).requires_grad_(),
