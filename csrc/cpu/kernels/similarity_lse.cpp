@@ -46,7 +46,7 @@ struct Scratch {
 
 inline bool finite(float x) { return x - x == 0; }
 
-// ---- 1. A tile of s ------------------------------------------------------------------------------------------------
+// ---- 1. A tile of s -------------------------------------------------------------------------------------------------
 
 // One group of the problem, with its types.
 template <class T, class Arithmetic>
@@ -166,7 +166,7 @@ struct Group {
   }
 };
 
-// ---- 2a. Forward: log-sum-exps -------------------------------------------------------------------------------------
+// ---- 2a. Forward: log-sum-exps --------------------------------------------------------------------------------------
 
 // Running log-sum-exps: sum_j e^{s_j} = e^shift * sum. best, where it is asked for, is the largest s.
 struct Running {
@@ -301,7 +301,7 @@ void add_tile(const Tile& tile, Scratch& x, const Running& rows, const Running* 
   rows.add_best(tile.i0, tile.rows, x.row_max);
 }
 
-// ---- 2b. The product of a tile of weights, forward and backward ----------------------------------------------------
+// ---- 2b. The product of a tile of weights, forward and backward -----------------------------------------------------
 
 // x.s as bf16 in x.w (pairs along the row) and, for the transposed product, x.wt (pairs along the column): in rows of
 // W^T for tiles, else in rows of pairs. Zeros fill both up to whole steps.
@@ -359,8 +359,7 @@ void add_transposed_product(const Tile& tile, Scratch& x, const T* from, int64_t
   }
 }
 
-// ---- 2c. Frozen keys: the softmax-weighted mean of the keys beside the log-sum-exp
-// -----------------------------------
+// ---- 2c. Frozen keys: the softmax-weighted mean of the keys beside the log-sum-exp ----------------------------------
 
 // Adds the tile in x.s to the sums of its rows and e^s k to `weighted` (n, d), which is kept at the same shift.
 template <class Arithmetic, class T>
@@ -392,8 +391,7 @@ void add_tile_frozen(const Tile& tile, Scratch& x, const Running& rows, const T*
   rows.add_best(tile.i0, tile.rows, x.row_max);
 }
 
-// ---- 2d. Backward
-// ----------------------------------------------------------------------------------------------------
+// ---- 2d. Backward ---------------------------------------------------------------------------------------------------
 
 // Log-sum-exps of the rows or columns of the whole problem and their gradients; null where a side has none.
 struct Upstream {
@@ -455,8 +453,7 @@ double weighted_dots(const Tile& tile, const Scratch& x) {
   return total;
 }
 
-// ---- 3. The order of the tiles
-// -----------------------------------------------------------------------------------------
+// ---- 3. The order of the tiles --------------------------------------------------------------------------------------
 
 struct Blocks {
   int64_t length, size, count;
