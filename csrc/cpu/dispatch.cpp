@@ -4,8 +4,10 @@
 
 #include "kernels.h"
 #include "memory.h"
-#if defined(SSLKERN_HAS_AMX) && defined(__linux__)
+#ifdef __x86_64__
 #include <cpuid.h>
+#endif
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -46,6 +48,13 @@ SSLKERN_KERNELS(baseline)
 
 namespace {
 
+#ifdef __x86_64__
+[[maybe_unused]] bool has_f16c() {  // __builtin_cpu_supports does not know it in every Clang
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & 1u << 29) != 0;
+}
+#endif
+
 #ifdef SSLKERN_HAS_AMX
 // Linux saves the tiles of a process only after it asked for them.
 bool may_use_tiles() {
@@ -70,7 +79,7 @@ struct Choice {
 #ifdef __x86_64__
     __builtin_cpu_init();
     [[maybe_unused]] const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     [[maybe_unused]] const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                              __builtin_cpu_supports("avx512vl");
