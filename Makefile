@@ -43,7 +43,7 @@ build:  ## recompile what changed in csrc/, quicker than setup
 	@touch $(VENV)/.setup
 
 demo: setup  ## train SimCLR on MNIST-5k, print the accuracies and where the report is
-	$(BIN)/ssltrain simclr
+	$(BIN)/ssltrain simclr --overwrite
 
 test: setup  ## the tests, without the slow ones
 	$(BIN)/python -m pytest
