@@ -60,7 +60,7 @@ def supported_isas(compiler: list[str]) -> dict[str, list[str]]:
 
 
 def build(output: Path, sources: list[Path], flags: list[str], isas: dict, *, source_flags=(), link_flags=()) -> None:
-    """Compile `sources` (with `source_flags`) and csrc/cpu for `isas`, all with `flags`, and link them into `output`."""
+    """Compile `sources` (with `source_flags`) and csrc/cpu for `isas`, all with `flags`, and link `output`."""
     compiler = find_compiler()
     has_isas = [f"-DSSLKERN_HAS_{isa.upper()}" for isa in isas]
     once = [(source, "once", [*has_isas, *source_flags]) for source in sources]
@@ -108,7 +108,7 @@ def run_sanitized_tests(sanitizers: str) -> None:
     if sanitizers == "thread":
         isas = {"baseline": isas["baseline"]}  # threads share the work in one way for all
     build(output, sorted(ROOT.glob("tests/cpp/*.cpp")), flags, isas)
-    subprocess.run([str(output)], check=True)
+    subprocess.run([str(output), "brief"], check=True)
 
 
 if __name__ == "__main__":

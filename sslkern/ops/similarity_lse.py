@@ -79,7 +79,7 @@ def similarity_lse(
     keys_learn = (k is not None and k.requires_grad) or (k_bias is not None and k_bias.requires_grad)
     learns = keys_learn or q.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
     learns = learns and torch.is_grad_enabled()
-    if torch.compiler.is_compiling() and q.shape[:-1].numel() * (q if k is None else k).shape[-2] <= _FUSED:
+    if torch.compiler.is_compiling() and _small(q, q if k is None else k):
         return _dense(*problem, columns, best)
     # The same formulas as an eager autograd.Function cost half the time of the op's own at small sizes.
     eager = learns and not torch.compiler.is_compiling()
@@ -229,7 +229,11 @@ def _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit):
 
 # ---- small problems in compiled code: the formula itself, which the compiler fuses with its surroundings -------------
 
-_FUSED = 2**14  # most scores; beyond, our kernels win
+
+def _small(q: Tensor, keys: Tensor) -> bool:
+    scores = q.shape[:-1].numel() * keys.shape[-2]
+    # The formula multiplies in fp32, which of 16-bit inputs only the smallest can afford.
+    return scores <= 2**14 and (q.dtype.itemsize > 2 or scores * q.shape[-1] <= 2**20)
 
 
 def _dense(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best):

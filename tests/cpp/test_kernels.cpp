@@ -535,7 +535,10 @@ void test_queue(DType queue_type, DType keys_type, int64_t size, int64_t dim, in
 
 }  // namespace
 
-int main() {
+// With an argument, as sanitizers run it, each shape and type meets one way of leaving pairs out in turn, not all.
+int main(int argc, char**) {
+  const bool brief = argc > 1;
+  int turn = 0;
   const DType dtypes[] = {DType::F32, DType::BF16, DType::FP16};
   const Mask masks[] = {Mask::NONE, Mask::DIFFERENT, Mask::SAME, Mask::FAR_IDS, Mask::BIAS, Mask::LIMIT};
   // Nothing, one, few; one under and over the lengths from which there are more blocks, or a block is full; not square;
@@ -544,19 +547,22 @@ int main() {
                                {2, 2, 17, 3},    {3, 17, 2, 33},    {1, 33, 47, 1},  {1, 95, 97, 33},
                                {1, 191, 193, 3}, {1, 300, 40, 257}, {40, 9, 11, 16}, {2, 66, 130, 64}};
   for (const auto& [groups, n, m, d] : shapes)
-    for (const DType dtype : dtypes)
+    for (const DType dtype : dtypes) {
+      ++turn;
       for (const Mask mask : masks)
         for (const bool self : {false, true}) {
-          if (self && n == 0) continue;
+          if ((self && n == 0) || (brief && mask != masks[(turn + 3 * self) % 6])) continue;
           const double scales[] = {1, -2, 40, 0};
           test_similarity({groups, n, self ? n : m, d, dtype, self, mask, scales[below(4)], 1, false});
         }
+    }
   for (const DType dtype : dtypes)
     for (const bool self : {false, true}) {
       test_similarity(
           {1, 40, self ? 40 : 50, 16, dtype, self, Mask::NONE, 100, 1, false});  // e^-200 beside e^0 in a tile
       test_similarity({1, 40, self ? 40 : 50, 16, dtype, self, Mask::NONE, 1, 30, false});  // far from normalised
       test_similarity({1, 130, self ? 130 : 50, 17, dtype, self, Mask::DIFFERENT, 1, 1, true});
+      if (brief && dtype != DType::F32) continue;
       test_similarity({1, 580, self ? 580 : 390, 20, dtype, self, Mask::DIFFERENT, 5, 1, false});  // full blocks
       test_similarity(
           {1, 97, self ? 97 : 100, 600, dtype, self, Mask::NONE, 5, 1, false});  // deeper than a packed block

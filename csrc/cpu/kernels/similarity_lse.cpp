@@ -461,7 +461,7 @@ struct Blocks {
   // even number of pairs; a round of a rectangle has one tile per block.
   Blocks(int64_t length, bool odd) : length(length) {
     int64_t wanted = (length + BLOCK - 1) / BLOCK;
-    const int64_t shared = length < 96 ? 1 : length < 384 ? 3 : 7;
+    const int64_t shared = length < 96 ? 1 : length < 768 ? 3 : 5;
     if (wanted < shared) wanted = shared;
     if (wanted > 1) wanted = odd ? wanted / 4 * 4 + 3 : (wanted + 1) / 2 * 2;
     size = (length + wanted - 1) / wanted;
