@@ -42,7 +42,7 @@ def everything(function, tensors, options):
     }
 
 
-def compare(tensors, **options):
+def compare(tensors, arbitrary=False, **options):
     """sslkern against dense float64, with dense in the same dtype as the yardstick."""
     result = everything(similarity_lse, tensors, options)
     plain = everything(dense.similarity_lse, tensors, options)
@@ -53,10 +53,11 @@ def compare(tensors, **options):
     largest = (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item()  # the scale of the terms of <q, k>
     scale = abs(float(tensors.get("scale", options.get("scale", 1))))
     scales = dict.fromkeys(("row", "second", "third"), scale * largest)
-    if q.shape[-1] < 4:  # sums over up to N rows of +-x, which cancel
-        scales["dq"] = scales["dk"] = scale * largest**0.5 * q[..., 0].numel()
-    scales["dk_bias"] = 4.0  # upstream gradients, which may cancel
-    scales["dscale"] = 4 * q[..., 0].numel() * largest
+    if arbitrary:  # sums over up to N rows that cancel, of weights exp(s - row) that carry the rounding of s
+        scales["dq"] = scales["dk"] = max(1, scale * largest) * scale * largest**0.5 * q[..., 0].numel()
+    scales["dk_bias"] = 4 * max(1, scale * largest)  # upstream gradients, which may cancel
+    # a weight exp(s - row) carries the rounding of s, which grows with it
+    scales["dscale"] = max(1, scale * largest) * 4 * q[..., 0].numel() * largest
     for name in exact:
         assert result[name].dtype == tensors[name[1:]].dtype if name[0] == "d" else torch.float32, name
         dense.within(result[name], exact[name], plain[name], name, scales.get(name, 0.0))
@@ -93,7 +94,7 @@ def test_one_frozen_side(backend):
     compare({"q": q.detach(), "k": k, "scale": torch.tensor(3.0, requires_grad=True)})
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_combination(backend, data):
     draw = data.draw
@@ -127,7 +128,7 @@ def test_any_combination(backend, data):
         near = (dense.scores(tensors["q"].double(), tensors["k"].double() if not itself else None, scale,
                              k_bias=tensors.get("k_bias")) - limit[..., None]).abs().amin(-1) < 0.5  # fmt: skip
         tensors["q_limit"] = limit.masked_fill(near, 100.0).float()
-    compare(tensors, pairs=pairs, columns=columns and not itself, best=draw(st.booleans()))
+    compare(tensors, arbitrary=True, pairs=pairs, columns=columns and not itself, best=draw(st.booleans()))
 
 
 @pytest.mark.parametrize("N, M", [(0, 0), (0, 5), (5, 0)])
