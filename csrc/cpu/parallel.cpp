@@ -2,22 +2,23 @@
 
 #include <unistd.h>
 
+#include <thread>
+
 #ifdef _OPENMP
 #include <omp.h>
 #else
 #include <condition_variable>
 #include <mutex>
-#include <thread>
 #include <vector>
 #endif
 
 namespace sslkern {
 
 struct Crew {
-  std::atomic<int> next[2] = {{0}, {0}};
+  std::atomic<int64_t> next[2] = {{0}, {0}};
   int size = 1;
   void work(int id, TeamBody body, const void* context) {
-    Team team(id, size > 1 ? next : nullptr, this);
+    Team team(id, size, size > 1 ? next : nullptr, this);
     body(context, team);
   }
 #ifdef _OPENMP
@@ -44,6 +45,11 @@ struct Crew {
   }
 #endif
 };
+
+void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
+  for (int tries = 0; counter.load(std::memory_order_acquire) < value; ++tries)
+    if (tries >= 1000) std::this_thread::yield();  // its thread may wait for this very core
+}
 
 void Team::barrier() { static_cast<Crew*>(crew_)->barrier(); }
 

@@ -2,37 +2,42 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 
 namespace sslkern {
 
 class Team {
  public:
-  // Runs task(0) ... task(count - 1), each on whichever thread is free, and returns on every thread when all are done.
-  // Tasks of one call must touch disjoint memory; then the result does not depend on the number of threads.
+  // Runs task(0) ... task(count - 1), started in this order, each on whichever thread is free, and returns on every
+  // thread when all are done. Tasks must touch disjoint memory, or wait for those before them that touch the same; then
+  // the result does not depend on the number of threads.
   template <class Task>
-  void each(int count, const Task& task) {
+  void each(int64_t count, const Task& task) {
     if (next_ == nullptr) {
-      for (int t = 0; t < count; ++t) task(t);
+      for (int64_t t = 0; t < count; ++t) task(t);
       return;
     }
-    std::atomic<int>& next = next_[turn_ & 1];
-    for (int t; (t = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(t);
+    std::atomic<int64_t>& next = next_[turn_ & 1];
+    for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(t);
     barrier();
     if (id == 0) next.store(0, std::memory_order_relaxed);  // read again two turns on, behind the next barrier
     ++turn_;
   }
   // A team of one, for work inside a task of another team.
-  static Team alone(int id) { return Team(id, nullptr, nullptr); }
-  const int id;  // 0 ... size - 1: the slot of this thread's workspace
+  static Team alone(int id) { return Team(id, 1, nullptr, nullptr); }
+  const int id, size;  // id is one of 0 ... size - 1 in the whole team: the slot of this thread's workspace
 
  private:
   friend struct Crew;
-  Team(int id, std::atomic<int>* next, void* crew) : id(id), next_(next), crew_(crew) {}
+  Team(int id, int size, std::atomic<int64_t>* next, void* crew) : id(id), size(size), next_(next), crew_(crew) {}
   void barrier();
-  std::atomic<int>* next_;
+  std::atomic<int64_t>* next_;
   void* crew_;
   int turn_ = 0;
 };
+
+// Returns once `counter` has come to `value`, which a running task brings about.
+void wait_for(const std::atomic<int64_t>& counter, int64_t value);
 
 using TeamBody = void (*)(const void* context, Team& team);
 void run_team(int threads, TeamBody body, const void* context);

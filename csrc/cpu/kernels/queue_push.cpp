@@ -17,7 +17,7 @@ void push(int64_t size, int64_t dim, int64_t batch, To* queue, int64_t* ptr, con
   const int64_t rows = batch - dropped;
   if (rows * dim < 1 << 16) threads = 1;
   parallel(usable_threads(threads), [&](Team& team) {
-    team.each(int((rows + ROWS - 1) / ROWS), [&](int task) {
+    team.each((rows + ROWS - 1) / ROWS, [&](int64_t task) {
       for (int64_t i = task * ROWS; i < rows && i < (task + 1) * ROWS; ++i) {
         const From* from = keys + (dropped + i) * dim;
         To* to = queue + (start + i) % size * dim;

@@ -6,7 +6,9 @@
 // A tile never leaves the cache of its core.
 #include "../similarity_lse.h"
 
+#include <atomic>
 #include <cmath>
+#include <new>
 
 #include "../kernels.h"
 #include "../memory.h"
@@ -23,6 +25,7 @@ namespace {
 
 constexpr int64_t BLOCK = 192;         // most rows and columns of a tile; a multiple of MR, NR
 constexpr int64_t DEPTH = 256;         // words of the inner dimension that are packed at a time; a multiple of NR
+constexpr int64_t SIDE = 4;            // blocks of a square
 constexpr int64_t S_ROW = BLOCK + 16;  // rows are kept off powers of two, which share cache sets
 constexpr int64_t A_ROW = DEPTH + 16;
 constexpr float TINY_SUM = 0x1p-64f;  // a sum below has lost terms to underflow that its own shift would keep
@@ -457,15 +460,13 @@ double weighted_dots(const Tile& tile, const Scratch& x) {
 
 struct Blocks {
   int64_t length, size, count;
-  // Some blocks even of short inputs, so that threads can share them. A round of an odd count, 3, 7, 11 ..., has an
-  // even number of pairs; a round of a rectangle has one tile per block.
-  Blocks(int64_t length, bool odd) : length(length) {
+  // Some blocks even of short inputs, so that threads can share them.
+  explicit Blocks(int64_t length) : length(length) {
     int64_t wanted = (length + BLOCK - 1) / BLOCK;
     const int64_t shared = length < 96 ? 1 : length < 768 ? 3 : 5;
     if (wanted < shared) wanted = shared;
-    if (wanted > 1) wanted = odd ? wanted / 4 * 4 + 3 : (wanted + 1) / 2 * 2;
     size = (length + wanted - 1) / wanted;
-    if (size > 1) size = round_up(size, size > 64 ? LANES : 4);  // whole vectors, where that wastes little
+    if (size > 1) size = round_up(size, size > 64 ? NR : 4);  // whole panels, where that wastes little
     if (size > BLOCK) size = BLOCK;
     count = size == 0 ? 0 : (length + size - 1) / size;
   }
@@ -473,27 +474,49 @@ struct Blocks {
   int64_t width(int64_t b) const { return b + 1 < count ? size : length - b * size; }
 };
 
-// Visits every tile of a symmetric problem once, as (i, j) or (j, i). A round pairs each block with one other, or with
-// itself: tiles of a round share no block, and a block meets the others in the same order for any number of threads.
-template <class Visit>
-void each_pair(Team& team, const Blocks& blocks, const Visit& visit) {
-  const int64_t places = blocks.count | 1;  // an even count leaves one place empty
-  for (int64_t round = 0; round < places; ++round)
-    team.each(int(places), [&](int a) {
-      const int64_t b = (round - a + places) % places;
-      if (a <= b && b < blocks.count) visit(Tile{blocks.begin(a), blocks.width(a), blocks.begin(b), blocks.width(b)});
-    });
-}
+// For each block, the number of the first turn that it has not had yet.
+struct Turns {
+  Array<std::atomic<int64_t>> next;
+  explicit Turns(int64_t blocks) : next(blocks) {
+    for (int64_t b = 0; b < blocks; ++b) new (next + b) std::atomic<int64_t>(0);
+  }
+};
 
-// Visits every tile of a rectangle once; tiles of a round share neither rows nor columns.
+// Visits every tile of row and column blocks once, or, where both are the same, every pair (x, y) with x <= y. Threads
+// share no block at a time, and each block meets the others in one order, so that sums over tiles have the same bits
+// for any number of threads: the blocks are numbered in squares of SIDE, and x meets y in the turn x + y, where squares
+// and places within a square are added apart, each around its circle. That is a tournament in which two squares finish
+// with each other before they go on, while their rows are still in the shared cache.
 template <class Visit>
-void each_tile(Team& team, const Blocks& rows, const Blocks& columns, const Visit& visit) {
-  const int64_t rounds = rows.count > columns.count ? rows.count : columns.count;
-  for (int64_t round = 0; round < rounds; ++round)
-    team.each(int(rows.count), [&](int a) {
-      const int64_t b = (round + a) % rounds;
-      if (b < columns.count) visit(Tile{rows.begin(a), rows.width(a), columns.begin(b), columns.width(b)});
-    });
+void each_tile(Team& team, const Blocks& rows, const Blocks& columns, std::atomic<int64_t>* row_turns,
+               std::atomic<int64_t>* column_turns, const Visit& visit) {
+  const bool pairs = row_turns == column_turns;
+  const int64_t longest = rows.count > columns.count ? rows.count : columns.count;
+  const int64_t side = longest < 12 ? 1 : SIDE, squares = (longest + side - 1) / side;
+  int64_t together = (2 * team.size + side - 1) / side;  // squares at work at once: one tile and the next per thread
+  if (together > squares) together = squares;
+  const int64_t parts = (squares + together - 1) / together;
+
+  const auto partner = [&](int64_t turn, int64_t x) {
+    return (turn / side - x / side + squares) % squares * side + (turn % side - x % side + side) % side;
+  };
+  // The number of the turn after the last one before `turn` in which x met one of `others`.
+  const auto after_last = [&](int64_t turn, int64_t x, int64_t others) {
+    while (turn > 0 && partner(turn - 1, x) >= others) --turn;
+    return turn;
+  };
+  team.each(squares * parts * side * together * side, [&](int64_t t) {
+    const int64_t place = t % side, square = t / side % together, step = t / (side * together) % side;
+    const int64_t part = t / (side * together * side) % parts, round = t / (side * together * side * parts);
+    const int64_t x = (part * together + square) * side + (place + step) % side;  // what rests longest comes first
+    const int64_t turn = round * side + step, y = partner(turn, x);
+    if (part * together + square >= squares || x >= rows.count || y >= columns.count || (pairs && y < x)) return;
+    wait_for(row_turns[x], after_last(turn, x, columns.count));
+    wait_for(column_turns[y], after_last(turn, y, rows.count));
+    visit(Tile{rows.begin(x), rows.width(x), columns.begin(y), columns.width(y)});
+    row_turns[x].store(turn + 1, std::memory_order_release);
+    column_turns[y].store(turn + 1, std::memory_order_release);
+  });
 }
 
 // Visits the tiles of a row block in order, and in `splits` separate runs where there are few row blocks.
@@ -508,7 +531,7 @@ struct Runs {
 };
 template <class Visit>
 void each_run(Team& team, const Blocks& rows, const Blocks& columns, const Runs& runs, const Visit& visit) {
-  team.each(int(rows.count * runs.splits), [&](int task) {
+  team.each(rows.count * runs.splits, [&](int64_t task) {
     const int64_t a = task % rows.count, split = task / rows.count;
     for (int64_t b = split * runs.per_split; b < columns.count && b < (split + 1) * runs.per_split; ++b)
       visit(split, Tile{rows.begin(a), rows.width(a), columns.begin(b), columns.width(b)});
@@ -532,9 +555,9 @@ struct Spread {
     parallel(threads, [&](Team& team) {
       [[maybe_unused]] typename Arithmetic::OnThread on_thread;
       if (by_group)
-        team.each(int(groups), [&](int g) {
+        team.each(groups, [&](int64_t g) {
           Team alone = Team::alone(team.id);
-          body(alone, int64_t(g));
+          body(alone, g);
         });
       else
         for (int64_t g = 0; g < groups; ++g) body(team, g);
@@ -567,8 +590,10 @@ inline bool symmetric(const SimilarityLse& p) { return p.k == nullptr && p.k_bia
 template <class T, class Arithmetic>
 void forward(const SimilarityLse& p, float* row, float* col, float* best) {
   const bool triangle = symmetric(p);
-  const Blocks rows(p.n, triangle), columns(p.m, triangle);
+  const Blocks rows(p.n), columns(p.m);
   const Runs runs(rows, columns);
+  const Turns row_turns(triangle || col != nullptr ? p.groups * rows.count : 0);
+  const Turns column_turns(!triangle && col != nullptr ? p.groups * columns.count : 0);
   const int64_t splits = triangle || col != nullptr ? 1 : runs.splits;
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);
@@ -583,30 +608,31 @@ void forward(const SimilarityLse& p, float* row, float* col, float* best) {
       float* at = parts + (g * splits + split) * 3 * p.n;
       return Running{at, at + p.n, best == nullptr ? nullptr : at + 2 * p.n};
     };
-    team.each(int(rows.count), [&](int b) {
+    team.each(rows.count, [&](int64_t b) {
       by_row.clear(rows.begin(b), rows.width(b));
       for (int64_t split = 0; splits > 1 && split < splits; ++split) part(split).clear(rows.begin(b), rows.width(b));
     });
+    std::atomic<int64_t>* const turns = row_turns.next + g * rows.count;
     if (triangle) {
-      each_pair(team, rows, [&](const Tile& tile) {
+      each_tile(team, rows, rows, turns, turns, [&](const Tile& tile) {
         Scratch& x = scratch[team.id];
         if (group.similarities(tile, x)) add_tile(tile, x, by_row, tile.i0 == tile.j0 ? nullptr : &by_row);
       });
     } else if (col != nullptr) {
       const Running by_column{col + g * p.m, col_sum + g * p.m, best == nullptr ? nullptr : by_row.best + p.n};
-      team.each(int(columns.count), [&](int b) { by_column.clear(columns.begin(b), columns.width(b)); });
-      each_tile(team, rows, columns, [&](const Tile& tile) {
+      team.each(columns.count, [&](int64_t b) { by_column.clear(columns.begin(b), columns.width(b)); });
+      each_tile(team, rows, columns, turns, column_turns.next + g * columns.count, [&](const Tile& tile) {
         Scratch& x = scratch[team.id];
         if (group.similarities(tile, x)) add_tile(tile, x, by_row, &by_column);
       });
-      team.each(int(columns.count), [&](int b) { by_column.finish(columns.begin(b), columns.width(b)); });
+      team.each(columns.count, [&](int64_t b) { by_column.finish(columns.begin(b), columns.width(b)); });
     } else {
       each_run(team, rows, columns, runs, [&](int64_t split, const Tile& tile) {
         Scratch& x = scratch[team.id];
         if (group.similarities(tile, x)) add_tile(tile, x, splits > 1 ? part(split) : by_row, nullptr);
       });
     }
-    team.each(int(rows.count), [&](int b) {
+    team.each(rows.count, [&](int64_t b) {
       const int64_t first = rows.begin(b), count = rows.width(b);
       for (int64_t split = 0; splits > 1 && split < splits; ++split) {
         by_row.add(first, count, part(split).shift + first, part(split).sum + first);
@@ -619,7 +645,7 @@ void forward(const SimilarityLse& p, float* row, float* col, float* best) {
 
 template <class T, class Arithmetic>
 void frozen_forward(const SimilarityLse& p, float* row, float* mean, float* best) {
-  const Blocks rows(p.n, false), columns(p.m, false);
+  const Blocks rows(p.n), columns(p.m);
   const Runs runs(rows, columns);
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);
@@ -636,7 +662,7 @@ void frozen_forward(const SimilarityLse& p, float* row, float* mean, float* best
     const auto weighted = [&](int64_t split) {
       return split == 0 ? mean + g * p.n * p.d : more + (g * (runs.splits - 1) + split - 1) * p.n * p.d;
     };
-    team.each(int(rows.count * runs.splits), [&](int task) {
+    team.each(rows.count * runs.splits, [&](int64_t task) {
       const int64_t a = task % rows.count, split = task / rows.count;
       part(split).clear(rows.begin(a), rows.width(a));
       memset(weighted(split) + rows.begin(a) * p.d, 0, rows.width(a) * p.d * 4);
@@ -645,7 +671,7 @@ void frozen_forward(const SimilarityLse& p, float* row, float* mean, float* best
       Scratch& x = scratch[team.id];
       if (group.similarities(tile, x)) add_tile_frozen<Arithmetic>(tile, x, part(split), group.k, p.d, weighted(split));
     });
-    team.each(int(rows.count), [&](int b) {
+    team.each(rows.count, [&](int64_t b) {
       for (int64_t i = rows.begin(b); i < rows.begin(b) + rows.width(b); ++i) {
         float most = -INF, total = 0.f, highest = -INF;
         for (int64_t split = 0; split < runs.splits; ++split) {
@@ -674,7 +700,8 @@ template <class T, class Arithmetic>
 void backward(const SimilarityLse& p, const float* row, const float* col, const float* g_row, const float* g_col,
               float* dq, float* dk, float* dscale, float* dbias) {
   const bool triangle = symmetric(p), self = p.k == nullptr;
-  const Blocks rows(p.n, triangle), columns(p.m, triangle);
+  const Blocks rows(p.n), columns(p.m);
+  const Turns row_turns(p.groups * rows.count), column_turns(triangle ? 0 : p.groups * columns.count);
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);
   // Without a triangle, dq and dk of one input are added in the end.
@@ -689,11 +716,11 @@ void backward(const SimilarityLse& p, const float* row, const float* col, const 
     float* const q_at = dq == nullptr ? nullptr : dq + g * p.n * p.d;
     float* const k_at = to_k == nullptr ? nullptr : to_k + g * p.m * p.d;
     float* const bias_at = dbias == nullptr ? nullptr : dbias + g * p.m;
-    team.each(int(rows.count), [&](int b) {
+    team.each(rows.count, [&](int64_t b) {
       const int64_t first = rows.begin(b), count = rows.width(b);
       if (q_at != nullptr) memset(q_at + first * p.d, 0, count * p.d * 4);
     });
-    team.each(int(columns.count), [&](int b) {
+    team.each(columns.count, [&](int64_t b) {
       const int64_t first = columns.begin(b), count = columns.width(b);
       if (k_at != nullptr) memset(k_at + first * p.d, 0, count * p.d * 4);
       if (bias_at != nullptr) memset(bias_at + first, 0, count * 4);
@@ -709,8 +736,9 @@ void backward(const SimilarityLse& p, const float* row, const float* col, const 
       if (dscale != nullptr) dots[g * tiles + t] = weighted_dots(tile, x);
       return true;
     };
+    std::atomic<int64_t>* const turns = row_turns.next + g * rows.count;
     if (triangle) {
-      each_pair(team, rows, [&](const Tile& tile) {
+      each_tile(team, rows, rows, turns, turns, [&](const Tile& tile) {
         Scratch& x = scratch[team.id];
         const bool off_diagonal = tile.i0 != tile.j0;
         if (!weigh(tile, x)) return;
@@ -723,7 +751,7 @@ void backward(const SimilarityLse& p, const float* row, const float* col, const 
           add_transposed_product<Arithmetic>(tile, x, group.q + tile.i0 * p.d, p.d, q_at + tile.j0 * p.d);
       });
     } else {
-      each_tile(team, rows, columns, [&](const Tile& tile) {
+      each_tile(team, rows, columns, turns, column_turns.next + g * columns.count, [&](const Tile& tile) {
         Scratch& x = scratch[team.id];
         if (!weigh(tile, x)) return;
         if (bias_at != nullptr)
@@ -735,12 +763,12 @@ void backward(const SimilarityLse& p, const float* row, const float* col, const 
           add_transposed_product<Arithmetic>(tile, x, group.q + tile.i0 * p.d, p.d, k_at + tile.j0 * p.d);
       });
     }
-    team.each(int(rows.count), [&](int b) {
+    team.each(rows.count, [&](int64_t b) {
       const int64_t first = rows.begin(b) * p.d, count = rows.width(b) * p.d;
       for (int64_t c = first; q_at != nullptr && c < first + count; ++c)
         q_at[c] = (q_at[c] + (self && k_at != nullptr ? k_at[c] : 0.f)) * p.scale;
     });
-    team.each(int(columns.count), [&](int b) {
+    team.each(columns.count, [&](int64_t b) {
       const int64_t first = columns.begin(b) * p.d, count = columns.width(b) * p.d;
       for (int64_t c = first; k_at != nullptr && c < first + count; ++c) k_at[c] *= p.scale;
     });

@@ -48,7 +48,7 @@ void normalize_bwd(const float* du, float pull, const T* unit, const T* other, c
 template <class Task>
 void each_rows(int64_t n, int64_t d, int threads, const Task& task) {
   parallel(n * d < 1 << 16 ? 1 : usable_threads(threads), [&](Team& team) {
-    team.each(int((n + ROWS - 1) / ROWS), [&](int t) {
+    team.each((n + ROWS - 1) / ROWS, [&](int t) {
       for (int64_t i = t * ROWS; i < n && i < (t + 1) * ROWS; ++i) task(team.id, i);
     });
   });
