@@ -17,7 +17,7 @@ T* data(const py::object& tensor) {
 }
 
 // dtype, groups, n, m, d, q, k, scale, scale_tensor or None, q_ids, k_ids, same, k_bias, q_limit, kept
-SimilarityLse problem(const py::tuple& of, int threads) {
+Similarity problem(const py::tuple& of, int threads) {
   const auto size = [&](int i) { return of[i].cast<int64_t>(); };
   const float* factor = data(of[8]);
   return {DType(of[0].cast<int>()),
@@ -43,14 +43,14 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The CPU kernels of sslkern; called by sslkern.backends.cpu.";
   module.def("similarity_lse_fwd", [](const py::tuple& of, const py::object& row, const py::object& col,
                                       const py::object& best, int threads) {
-    const SimilarityLse p = problem(of, threads);
+    const Similarity p = problem(of, threads);
     float *const to_row = data(row), *const to_col = data(col), *const to_best = data(best);
     py::gil_scoped_release release;
     kernels().similarity_lse_fwd(p, to_row, to_col, to_best);
   });
   module.def("similarity_lse_frozen_fwd", [](const py::tuple& of, const py::object& row, const py::object& mean,
                                              const py::object& best, int threads) {
-    const SimilarityLse p = problem(of, threads);
+    const Similarity p = problem(of, threads);
     float *const to_row = data(row), *const to_mean = data(mean), *const to_best = data(best);
     py::gil_scoped_release release;
     kernels().similarity_lse_frozen_fwd(p, to_row, to_mean, to_best);
@@ -59,7 +59,7 @@ PYBIND11_MODULE(_cpu, module) {
                                       const py::object& g, const py::object& h, const py::object& dq,
                                       const py::object& dk, const py::object& dscale, const py::object& dbias,
                                       int threads) {
-    const SimilarityLse p = problem(of, threads);
+    const Similarity p = problem(of, threads);
     const float *const of_row = data(row), *const of_col = data(col), *const g_row = data(g), *const g_col = data(h);
     float *const to_q = data(dq), *const to_k = data(dk), *const to_scale = data(dscale), *const to_bias = data(dbias);
     py::gil_scoped_release release;

@@ -1,7 +1,7 @@
 // The kernels of one instruction set, and the choice between them.
 #pragma once
 
-#include "similarity_lse.h"
+#include "similarity.h"
 
 namespace sslkern {
 
@@ -9,12 +9,12 @@ struct Kernels {
   const char* name;
   // row (groups, n); col (groups, m) or null, as it is without k; best (groups, n) or, with col, (groups, n + m), or
   // null: the largest kept s.
-  void (*similarity_lse_fwd)(const SimilarityLse&, float* row, float* col, float* best);
+  void (*similarity_lse_fwd)(const Similarity&, float* row, float* col, float* best);
   // mean (groups, n, d): sum_j softmax_ij k_j.
-  void (*similarity_lse_frozen_fwd)(const SimilarityLse&, float* row, float* mean, float* best);
+  void (*similarity_lse_frozen_fwd)(const Similarity&, float* row, float* mean, float* best);
   // row, col and their gradients g, h; writes those of dq, dk, dscale, dbias that are not null. Without k, dq is all of
   // it.
-  void (*similarity_lse_bwd)(const SimilarityLse&, const float* row, const float* col, const float* g, const float* h,
+  void (*similarity_lse_bwd)(const Similarity&, const float* row, const float* col, const float* g, const float* h,
                              float* dq, float* dk, float* dscale, float* dbias);
   // Writes keys (batch, dim) into the ring queue (size, dim) at *ptr, which moves on; of more than `size` rows, the
   // last stay.

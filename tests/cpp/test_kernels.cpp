@@ -122,7 +122,7 @@ struct Problem {
 
   explicit Problem(const Case& shape);
   bool keeps(int64_t group, int64_t i, int64_t j) const;
-  SimilarityLse arguments(Numbers& q_memory, Numbers& k_memory, int threads, float* kept = nullptr) const;
+  Similarity arguments(Numbers& q_memory, Numbers& k_memory, int threads, float* kept = nullptr) const;
 };
 
 double log_sum_exp(const double* s, int64_t count, int64_t step) {
@@ -209,7 +209,7 @@ Problem::Problem(const Case& shape) : c(shape) {
   }
 }
 
-SimilarityLse Problem::arguments(Numbers& q_memory, Numbers& k_memory, int threads, float* kept) const {
+Similarity Problem::arguments(Numbers& q_memory, Numbers& k_memory, int threads, float* kept) const {
   const auto optional = [](const auto& array) { return array.empty() ? nullptr : array.data(); };
   return {c.dtype,
           c.groups,

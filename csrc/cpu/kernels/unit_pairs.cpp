@@ -4,26 +4,13 @@
 
 #include "../kernels.h"
 #include "../memory.h"
-#include "../parallel.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace sslkern {
 namespace SSLKERN_ISA {
 namespace {
 
 constexpr float EPS = 1e-12f;  // rows shorter than this are divided by it
-constexpr int64_t ROWS = 64;   // of a task
-
-// sum_c a_c b_c in a fixed order: LANES sums, then one.
-template <class A, class B>
-float dot(const A* a, const B* b, int64_t d) {
-  float lanes[LANES] = {};
-  int64_t c = 0;
-  for (; c + LANES <= d; c += LANES)
-    for (int lane = 0; lane < LANES; ++lane) lanes[lane] += to_float(a[c + lane]) * to_float(b[c + lane]);
-  for (int lane = 0; c < d; ++c, ++lane) lanes[lane] += to_float(a[c]) * to_float(b[c]);
-  return sum(load(lanes));
-}
 
 template <class T>
 void normalize(const T* from, int64_t d, T* to, float* norm) {
@@ -45,22 +32,6 @@ void normalize_bwd(const float* du, float pull, const T* unit, const T* other, c
   for (int64_t c = 0; c < d; ++c) dx[c] = from_float<T>((spare[c] - along * to_float(unit[c])) * inverse);
 }
 
-template <class Task>
-void each_rows(int64_t n, int64_t d, int threads, const Task& task) {
-  parallel(n * d < 1 << 16 ? 1 : usable_threads(threads), [&](Team& team) {
-    team.each((n + ROWS - 1) / ROWS, [&](int t) {
-      for (int64_t i = t * ROWS; i < n && i < (t + 1) * ROWS; ++i) task(team.id, i);
-    });
-  });
-}
-
-template <class Body>
-void with_type(DType dtype, const Body& body) {
-  if (dtype == DType::F32) body(float());
-  if (dtype == DType::BF16) body(bf16());
-  if (dtype == DType::FP16) body(fp16());
-}
-
 }  // namespace
 
 void unit_pairs_fwd(DType dtype, int64_t n, int64_t d, const void* x, const void* y, void* z, float* norm,
@@ -68,7 +39,7 @@ void unit_pairs_fwd(DType dtype, int64_t n, int64_t d, const void* x, const void
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
     T* const u = static_cast<T*>(z);
-    each_rows(n, d, threads, [&](int, int64_t i) {
+    each_row(n, d, threads, [&](int, int64_t i) {
       normalize(static_cast<const T*>(x) + i * d, d, u + i * d, norm == nullptr ? nullptr : norm + i);
       normalize(static_cast<const T*>(y) + i * d, d, u + (n + i) * d, norm == nullptr ? nullptr : norm + n + i);
       cosine[i] = dot(u + i * d, u + (n + i) * d, d);
@@ -82,7 +53,7 @@ void unit_pairs_bwd(DType dtype, int64_t n, int64_t d, const void* z, const floa
     using T = decltype(t);
     const T* const u = static_cast<const T*>(z);
     const Array<float> spare(threads * d);
-    each_rows(n, d, threads, [&](int id, int64_t i) {
+    each_row(n, d, threads, [&](int id, int64_t i) {
       const T *a = u + i * d, *b = u + (n + i) * d;
       if (dx != nullptr)
         normalize_bwd(da + i * d, pull[i], a, b, norm == nullptr ? nullptr : norm + i, d, spare + id * d,

@@ -1,5 +1,4 @@
-// row_i = logsumexp_j s_ij and col_j = logsumexp_i s_ij of s = scale * q k^T + k_bias, without storing s; and the
-// gradients.
+// The scores s = scale * q k^T + k_bias of queries and keys, which are never stored, and which of them count.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +8,7 @@ namespace sslkern {
 enum class DType : int { F32 = 0, BF16 = 1, FP16 = 2 };
 
 // Every array is dense and row-major. Optional ones are null.
-struct SimilarityLse {
+struct Similarity {
   DType dtype;
   int64_t groups, n, m, d;  // q (groups, n, d), k (groups, m, d)
   const void* q;
