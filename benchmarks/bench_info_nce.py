@@ -19,7 +19,7 @@ def floor_flops(n: int, d: int, phase: str = "both") -> float:
 def bench_goals(race, goal, benchmark, d):
     n = 8192
     steps = checked_steps(two_way, n, d, "fp32")
-    result = race(steps, seconds=60, floor_flops=floor_flops(n, d), problem="two_way", n=n, d=d, dtype="fp32")
+    result = race(steps, seconds=30, floor_flops=floor_flops(n, d), problem="two_way", n=n, d=d, dtype="fp32")
     add_peak_memory(benchmark, two_way, n, d, "fp32", list(steps))
     case = f"two-way InfoNCE, {n} rows x {d}"
     faster = result.times_faster

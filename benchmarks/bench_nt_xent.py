@@ -20,7 +20,7 @@ def bench_goals(race, goal, benchmark, d):
     n = 8192
     steps = checked_steps(nt_xent, n, d, "fp32")
     steps["three bare products"] = bare_products(n, d, DTYPES["fp32"])
-    result = race(steps, seconds=60, floor_flops=floor_flops(n, d), problem="nt_xent", n=n, d=d, dtype="fp32")
+    result = race(steps, seconds=30, floor_flops=floor_flops(n, d), problem="nt_xent", n=n, d=d, dtype="fp32")
     add_peak_memory(benchmark, nt_xent, n, d, "fp32", [name for name in steps if "bare" not in name])
     case = f"NT-Xent, {n} views x {d}"
     share = 1 / result.times_faster["three bare products"]
@@ -37,7 +37,7 @@ def bench_goals_bf16(race, goal):
     steps = checked_steps(nt_xent, n, d, "bf16")
     steps["sslkern in fp32"] = checked_steps(nt_xent, n, d, "fp32", [OURS])[OURS]
     steps["three bare products"] = bare_products(n, d, DTYPES["bf16"])
-    result = race(steps, seconds=60, floor_flops=floor_flops(n, d), problem="nt_xent", n=n, d=d, dtype="bf16")
+    result = race(steps, seconds=30, floor_flops=floor_flops(n, d), problem="nt_xent", n=n, d=d, dtype="bf16")
     if has_amx():
         goal(f"NT-Xent, {n} views x {d}: bf16 over our fp32", result.times_faster["sslkern in fp32"], at_least=2.5)
 

@@ -16,7 +16,7 @@ T* data(const py::object& tensor) {
   return reinterpret_cast<T*>(tensor.attr(name)().cast<uintptr_t>());
 }
 
-// dtype, groups, n, m, d, q, k, scale, scale_tensor or None, q_ids, k_ids, same, k_bias, q_limit, kept
+// dtype, groups, n, m, d, q, k, scale, scale_tensor or None, q_ids, k_ids, same, k_bias, q_limit, kept, kept_rows
 Similarity problem(const py::tuple& of, int threads) {
   const auto size = [&](int i) { return of[i].cast<int64_t>(); };
   const float* factor = data(of[8]);
@@ -34,6 +34,7 @@ Similarity problem(const py::tuple& of, int threads) {
           data(of[12]),
           data(of[13]),
           data(of[14]),
+          size(15),
           threads};
 }
 

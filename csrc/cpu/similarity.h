@@ -19,7 +19,8 @@ struct Similarity {
   bool same;             // keep the pairs with equal ids, not those with different ones
   const float* k_bias;   // (groups, m)
   const float* q_limit;  // (groups, n): pairs with s_ij > q_limit_i are left out
-  float* kept;  // (groups, n, m), s as the forward leaves it for the backward, which recomputes it where this is null
+  float* kept;           // (groups, kept_rows, m): the dot products of the first rows, which the forward leaves for the
+  int64_t kept_rows;     // backward; or null: the backward multiplies again
   int threads;
 };
 

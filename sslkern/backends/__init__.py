@@ -1,8 +1,8 @@
 """Which implementation of a primitive runs.
 
 A backend is a folder here with one file per primitive. Its `__init__` names the DEVICES and DTYPES it takes (None:
-any), its PRIMITIVES, in KEEPS how many scores it keeps for a backward, and in MISSING why it cannot run here (None: it
-can).
+any), its PRIMITIVES, in KEEPS how many scores of a small and of a large problem it keeps for a backward, and in
+MISSING why it cannot run here (None: it can).
 """
 
 import contextvars
@@ -112,12 +112,19 @@ def resolve(primitive: str, x: Tensor) -> str:
     return choice
 
 
-def keeps(backend: str, q: Tensor, k: Tensor | None) -> bool:
-    """Whether a forward of `similarity_lse` keeps its scores [.., N, M] for the backward.
+def kept_rows(backend: str, q: Tensor, k: Tensor | None) -> int:
+    """Of how many rows a forward of `similarity_lse` keeps the scores, which saves the backward a product of them.
 
-    Where they are few, and features so many that reading a score back costs less than its product.
+    All of a small problem, where features are so many that reading a score back costs less than its product. A part
+    of a large one with queries and keys of many features: dense code takes three products there where ours takes four.
     """
-    return q.shape[-1] >= 64 and q.shape[:-1].numel() * (q if k is None else k).shape[-2] <= BACKENDS[backend].KEEPS
+    (N, D), M = q.shape[-2:], (q if k is None else k).shape[-2]
+    few, most = BACKENDS[backend].KEEPS
+    scores = q.shape[:-1].numel() * M
+    if D >= 64 and scores <= few:
+        return N
+    share = 0 if k is None or scores == 0 else min((D - 256) / 768, 1, most / scores)
+    return int(N * share) if share > 0 else 0
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..backends import keeps, load, resolve
+from ..backends import kept_rows, load, resolve
 from .similarity_lse import Once
 
 
@@ -52,7 +52,7 @@ class _PairContrast(torch.autograd.Function):
         z, norm, cosine = load(backend, "unit_pairs").unit_pairs_fwd(x, y, normalize)
         q, k, k_ids = (z, None, None) if mode == "views" else (z[:N], z[N:], ids)
         problem = (scale_tensor, scale, ids, k_ids, False, None, None)
-        keep = any(ctx.needs_input_grad) and keeps(backend, q, k)
+        keep = kept_rows(backend, q, k) if any(ctx.needs_input_grad) else 0
         forward = load(backend, "similarity_lse").similarity_lse_fwd
         row, col, top, kept = forward(q, k, *problem, mode == "two_way", best, keep)
         positive = cosine * (scale if scale_tensor is None else scale_tensor)

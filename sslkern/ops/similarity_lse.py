@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..backends import keeps, load, resolve
+from ..backends import kept_rows, load, resolve
 from ._library import define, library
 
 _PROBLEM = "Tensor? scale_tensor, float scale, Tensor? q_ids, Tensor? k_ids, bool same, Tensor? k_bias, Tensor? q_limit"
@@ -88,7 +88,7 @@ def similarity_lse(
         row, _, top = call(*problem, best, backend)
         return (row, top) if best else row
     call = _Eager.apply if eager else torch.ops.sslkern.similarity_lse.default
-    row, col, top, _ = call(*problem, columns, best, learns and keeps(backend, q, k), backend)
+    row, col, top, _ = call(*problem, columns, best, kept_rows(backend, q, k) if learns else 0, backend)
     if columns:
         return (row, col, top) if best else (row, col)
     return (row, top) if best else row
@@ -283,7 +283,7 @@ def _fake(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, column
     row, M = q.new_empty(q.shape[:-1], dtype=_accumulator(q)), (q if k is None else k).shape[-2]
     col = row.new_empty((*q.shape[:-2], M) if columns else 0)
     top = row.new_empty((*q.shape[:-2], q.shape[-2] + M * columns) if best else 0)
-    kept = row.new_empty((*q.shape[:-1], M) if keep else 0)
+    kept = row.new_empty((*q.shape[:-2], keep, M) if keep else 0)
     return row, col, top, kept
 
 
@@ -316,7 +316,7 @@ def _backward(ctx, g, h, *_):
 
 
 define(
-    f"similarity_lse(Tensor q, Tensor? k, {_PROBLEM}, bool columns, bool best, bool keep, str backend)"
+    f"similarity_lse(Tensor q, Tensor? k, {_PROBLEM}, bool columns, bool best, int keep, str backend)"
     " -> (Tensor row, Tensor col, Tensor best, Tensor kept)",
     _kernel,
     _fake,

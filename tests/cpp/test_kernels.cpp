@@ -122,7 +122,8 @@ struct Problem {
 
   explicit Problem(const Case& shape);
   bool keeps(int64_t group, int64_t i, int64_t j) const;
-  Similarity arguments(Numbers& q_memory, Numbers& k_memory, int threads, float* kept = nullptr) const;
+  Similarity arguments(Numbers& q_memory, Numbers& k_memory, int threads, float* kept = nullptr,
+                       int64_t kept_rows = 0) const;
 };
 
 double log_sum_exp(const double* s, int64_t count, int64_t step) {
@@ -209,7 +210,7 @@ Problem::Problem(const Case& shape) : c(shape) {
   }
 }
 
-Similarity Problem::arguments(Numbers& q_memory, Numbers& k_memory, int threads, float* kept) const {
+Similarity Problem::arguments(Numbers& q_memory, Numbers& k_memory, int threads, float* kept, int64_t kept_rows) const {
   const auto optional = [](const auto& array) { return array.empty() ? nullptr : array.data(); };
   return {c.dtype,
           c.groups,
@@ -225,6 +226,7 @@ Similarity Problem::arguments(Numbers& q_memory, Numbers& k_memory, int threads,
           optional(bias32),
           optional(limit32),
           kept,
+          kept_rows,
           threads};
 }
 
@@ -384,18 +386,20 @@ void test_backward(const Kernels& kernels, const Problem& p, const Gradients& wa
                dscale = sized(true, 1);
           auto dbias = sized(!p.bias32.empty(), c.groups * c.m);
           const auto at = [](auto& array) { return array.empty() ? nullptr : array.data(); };
-          const auto run = [&](float* kept) {
-            kernels.similarity_lse_bwd(p.arguments(q, k, threads, kept), rows ? row.data() : nullptr,
+          const auto run = [&](float* kept, int64_t kept_rows) {
+            kernels.similarity_lse_bwd(p.arguments(q, k, threads, kept, kept_rows), rows ? row.data() : nullptr,
                                        columns ? col.data() : nullptr, rows ? g.data() : nullptr,
                                        columns ? h.data() : nullptr, at(dq), at(dk), at(dscale), at(dbias));
             return std::vector<std::vector<float>>{dq, dk, dscale, dbias};
           };
-          const auto results = run(nullptr);
-          if (wanted == 3 && !p.s.empty()) {
-            std::vector<float> kept(p.s.size(), NAN32), to_row(row.size()), to_col(col.size());
-            kernels.similarity_lse_fwd(p.arguments(q, k, threads, kept.data()), to_row.data(),
+          const auto results = run(nullptr, 0);
+          const int64_t shares[] = {c.n, c.n / 2};
+          for (const int64_t kept_rows : shares) {
+            if (wanted != 3 || p.s.empty()) break;
+            std::vector<float> kept(c.groups * kept_rows * c.m + 1, NAN32), to_row(row.size()), to_col(col.size());
+            kernels.similarity_lse_fwd(p.arguments(q, k, threads, kept.data(), kept_rows), to_row.data(),
                                        columns ? to_col.data() : nullptr, nullptr);
-            const auto recalled = run(kept.data());
+            const auto recalled = run(kept.data(), kept_rows);
             for (size_t i = 0; i < results.size(); ++i)
               if (!same_bits(results[i], recalled[i])) problem = "other bits from what the forward kept";
           }

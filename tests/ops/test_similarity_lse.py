@@ -299,10 +299,10 @@ def test_opcheck(backend):
             none,
             True,
             True,
-            name == "cpu",
+            6 if name == "cpu" else 0,
             name,
         ),
-        (q, none, none, 2.0, ids, none, False, none, torch.full((6,), 1.5), False, False, False, name),
+        (q, none, none, 2.0, ids, none, False, none, torch.full((6,), 1.5), False, False, 0, name),
         (
             features(2, 6, 8).requires_grad_(),
             features(2, 5, 8),

@@ -58,6 +58,7 @@ struct Group {
   bool same;
   const float *k_bias, *q_limit;
   float* kept;
+  int64_t kept_rows;
 
   // False where ids leave nothing of the tile. Ids that cannot meet in the tile are not compared.
   bool prepare_ids(const Tile& tile, Scratch& x, bool& compare) const {
@@ -121,8 +122,9 @@ struct Group {
     if (!prepare_ids(tile, x, compare)) return false;
     float* const dots = need_dot ? x.dot : x.s;
     const auto kept_row = [&](int64_t i) { return kept + (tile.i0 + i) * m + tile.j0; };
-    if (kept == nullptr || !is_backward) product(tile, x, dots);
-    for (int64_t i = 0; kept != nullptr && i < tile.rows; ++i) {
+    const bool keeps = kept != nullptr && tile.i0 + tile.rows <= kept_rows;
+    if (!keeps || !is_backward) product(tile, x, dots);
+    for (int64_t i = 0; keeps && i < tile.rows; ++i) {
       float* const row = dots + i * S_ROW;
       if (is_backward) {
         copy_words(kept_row(i), tile.columns, reinterpret_cast<Word*>(row));
@@ -361,7 +363,8 @@ Group<T, Arithmetic> group_of(const Similarity& p, int64_t g) {
           p.same,
           at(p.k_bias, p.m),
           at(p.q_limit, p.n),
-          p.kept == nullptr ? nullptr : p.kept + g * p.n * p.m};
+          p.kept == nullptr ? nullptr : p.kept + g * p.kept_rows * p.m,
+          p.kept_rows};
 }
 
 // s_ij = s_ji, and left out alike: half of the tiles do.

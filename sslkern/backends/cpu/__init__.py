@@ -5,7 +5,7 @@ import torch
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRIMITIVES = ("similarity_lse", "queue_push", "unit_pairs")
-KEEPS = 2**22  # most scores that similarity_lse keeps from the forward for the backward: 16 MB
+KEEPS = 2**22, 2**27  # scores of a small and of a large similarity_lse kept for the backward: 16 and 512 MB
 
 try:
     from sslkern import _cpu

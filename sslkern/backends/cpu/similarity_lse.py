@@ -17,7 +17,8 @@ def _native(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, kept
     tensors = (None if x is None else x.contiguous() for x in (q, k, scale_tensor, q_ids, k_ids, k_bias, q_limit))
     q, k, scale_tensor, q_ids, k_ids, k_bias, q_limit = tensors
     sizes = (G, N, M, D)
-    return (CODES[q.dtype], *sizes, q, k, scale, scale_tensor, q_ids, k_ids, same, k_bias, q_limit, kept), sizes
+    options = (scale, scale_tensor, q_ids, k_ids, same, k_bias, q_limit, kept, 0 if kept is None else kept.shape[-2])
+    return (CODES[q.dtype], *sizes, q, k, *options), sizes
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
@@ -25,13 +26,13 @@ def _new(like: Tensor, *shape: int) -> Tensor:
 
 
 def similarity_lse_fwd(*args):
-    *problem, columns, best, keep = args
+    *problem, columns, best, kept_rows = args
     q, k = problem[:2]
     groups, N, M = q.shape[:-2], q.shape[-2], (q if k is None else k).shape[-2]
-    kept = _new(q, *groups, N, M) if keep else None
+    kept = _new(q, *groups, kept_rows, M) if kept_rows else None
     native, sizes = _native(*problem, kept)
     if 0 in sizes:
-        return *reference.similarity_lse_fwd(*problem, columns, best, False)[:3], kept
+        return *reference.similarity_lse_fwd(*problem, columns, best, 0)[:3], kept
     row, col = _new(q, *groups, N), _new(q, *groups, M) if columns else None
     top = _new(q, *groups, N + M * columns) if best else None
     _cpu.similarity_lse_fwd(native, row, col, top, torch.get_num_threads())

@@ -3,5 +3,5 @@
 DEVICES = None  # any
 DTYPES = None  # any
 PRIMITIVES = ("similarity_lse", "queue_push", "unit_pairs")
-KEEPS = 0  # scores that similarity_lse keeps from the forward for the backward: it recomputes all
+KEEPS = 0, 0  # scores of similarity_lse kept for the backward: it recomputes all
 MISSING = None

@@ -93,7 +93,7 @@ def _shift(top: Tensor) -> Tensor:
     return top.masked_fill(top.isinf(), 0)
 
 
-def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best, keep):
+def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best, kept_rows):
     """Returns row [G, N], col [G, M] or None, best [G, N + M or N] or None, and no scores: it does not keep them."""
     groupless, problem = q.ndim == 2, _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
     q, k = problem[:2]
