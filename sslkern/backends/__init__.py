@@ -112,19 +112,20 @@ def resolve(primitive: str, x: Tensor) -> str:
     return choice
 
 
-def kept_rows(backend: str, q: Tensor, k: Tensor | None) -> int:
+def kept_rows(backend: str, N: int, M: int, D: int, groups: int = 1, *, itself: bool = False) -> int:
     """Of how many rows a forward of `similarity_lse` keeps the scores, which saves the backward a product of them.
 
     All of a small problem, where features are so many that reading a score back costs less than its product. A part
-    of a large one with queries and keys of many features: dense code takes three products there where ours takes four.
+    of a large one with queries and keys of many features: dense code takes three products there where ours takes four
+    (of q with `itself` two).
     """
-    (N, D), M = q.shape[-2:], (q if k is None else k).shape[-2]
     few, most = BACKENDS[backend].KEEPS
-    scores = q.shape[:-1].numel() * M
+    scores = groups * N * M
     if D >= 64 and scores <= few:
         return N
-    share = 0 if k is None or scores == 0 else min((D - 256) / 768, 1, most / scores)
-    return int(N * share) if share > 0 else 0
+    if itself or D <= 256 or most == 0:
+        return 0
+    return min(N, N * (D - 256) // 768, most * N // scores)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops.pair_contrast import pair_contrast
+from ..ops.similarity_lse import small
 
 EPS = 1e-12  # rows shorter than this are divided by it
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -107,8 +108,11 @@ def softplus(x: Tensor) -> Tensor:
 def contrast(
     x: Tensor, y: Tensor, scale: float | Tensor, ids: Tensor | None, mode: str, normalize: bool, best: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses, positives and best negatives of `pair_contrast`; traced from its formulas in compiled code."""
-    if not torch.compiler.is_compiling() and (mode != "one_way" or y.requires_grad):
+    """Losses, positives and best negatives of `pair_contrast`; where the keys are frozen (one product less) or the
+    compiler does better, from its formulas."""
+    frozen = mode == "one_way" and not y.requires_grad
+    rows = 2 * x.shape[0] if mode == "views" else x.shape[0]
+    if not frozen and not (torch.compiler.is_compiling() and small(x, rows, rows)):
         return pair_contrast(x, y, scale, ids, mode, normalize, best)
     N = x.shape[0]
     ids = torch.arange(N, device=x.device) if ids is None else ids

@@ -1,7 +1,8 @@
-"""`pair_contrast`: the losses of pairs against `similarity_lse` negatives, as one autograd node for eager code.
+"""`pair_contrast`: the losses of pairs against `similarity_lse` negatives, as one node of the graph.
 
 A loss of 32 rows spends its time between the kernels: normalisation, positives and softplus come to twenty autograd
-nodes. Here they are one. Compiled code does not come here; there the same formulas are traced and fused.
+nodes. Here they are one: an autograd.Function in eager code, which costs less than an op's own, and an op in compiled
+code.
 """
 
 import functools
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
+from ._library import define, library
 from .similarity_lse import Once
 
 
@@ -32,11 +34,20 @@ def pair_contrast(
     """
     views = mode == "views"
     if ids is None:
-        ids = _row_numbers(x.shape[0], 1 + views, x.device)
+        numbers = _row_numbers.__wrapped__ if torch.compiler.is_compiling() else _row_numbers
+        ids = numbers(x.shape[0], 1 + views, x.device)
     elif views:
         ids = ids.repeat(2)
     scale_tensor, scale = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    return _PairContrast.apply(x, y, scale_tensor, scale, ids, mode, normalize, best, resolve("unit_pairs", x))
+    backend = resolve("unit_pairs", x)
+    N = x.shape[0]
+    scale_learns = scale_tensor is not None and scale_tensor.requires_grad
+    learns = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale_learns)
+    rows = 2 * N if views else N
+    keep = kept_rows(backend, rows, rows, x.shape[1], itself=views) if learns else 0
+    call = torch.ops.sslkern.pair_contrast.default if torch.compiler.is_compiling() else _PairContrast.apply
+    losses, positive, top, *_ = call(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend)
+    return losses, positive, top if best else None
 
 
 @functools.lru_cache(maxsize=8)  # for a small batch making them would cost as much as a kernel
@@ -45,47 +56,84 @@ def _row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
         return torch.arange(n, device=device).repeat(copies)
 
 
-class _PairContrast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y, scale_tensor, scale, ids, mode, normalize, best, backend):
-        N = x.shape[0]
-        z, norm, cosine = load(backend, "unit_pairs").unit_pairs_fwd(x, y, normalize)
-        q, k, k_ids = (z, None, None) if mode == "views" else (z[:N], z[N:], ids)
-        problem = (scale_tensor, scale, ids, k_ids, False, None, None)
-        keep = kept_rows(backend, q, k) if any(ctx.needs_input_grad) else 0
-        forward = load(backend, "similarity_lse").similarity_lse_fwd
-        row, col, top, kept = forward(q, k, *problem, mode == "two_way", best, keep)
-        positive = cosine * (scale if scale_tensor is None else scale_tensor)
-        # Equal ids leave the positive out of its row: the difference has no cancellation when the loss is tiny.
-        gap = (row.view(-1, N) if col is None else torch.stack((row, col))) - positive
-        ctx.save_for_backward(x, y, z, norm, cosine, gap, row, col, scale_tensor, ids, kept)
-        ctx.scale, ctx.mode, ctx.backend = scale, mode, backend
-        losses = torch.nn.functional.softplus(gap, threshold=40)
-        if not best:
-            return losses, None, None
-        top = top.view(-1, N)
-        ctx.mark_non_differentiable(positive, top)
-        return losses, positive, top
-
-    @staticmethod
-    def backward(ctx, g, *_):
-        with torch.no_grad():
-            dx, dy, dscale = _gradients(ctx, g)
-        if torch.is_grad_enabled():  # create_graph=True
-            x, y, *_ = ctx.saved_tensors
-            dx, dy, dscale = Once.apply(x if x.requires_grad else y, dx, dy, dscale)
-        return dx, dy, dscale, *(None,) * 6
+def _kernel(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend):
+    N = x.shape[0]
+    z, norm, cosine = load(backend, "unit_pairs").unit_pairs_fwd(x, y, normalize)
+    q, k, k_ids = (z, None, None) if mode == "views" else (z[:N], z[N:], ids)
+    problem = (scale_tensor, scale, ids, k_ids, False, None, None)
+    forward = load(backend, "similarity_lse").similarity_lse_fwd
+    row, col, top, kept = forward(q, k, *problem, mode == "two_way", best, keep)
+    positive = cosine * (scale if scale_tensor is None else scale_tensor)
+    # Equal ids leave the positive out of its row: the difference has no cancellation when the loss is tiny.
+    gap = (row.view(-1, N) if col is None else torch.stack((row, col))) - positive
+    losses = torch.nn.functional.softplus(gap, threshold=40)
+    top = top.view(-1, N) if best else row.new_empty(0)
+    col, kept, norm = (row.new_empty(0) if saved is None else saved for saved in (col, kept, norm))
+    return losses, positive, top, z, norm, cosine, gap, row, col, kept
 
 
-def _gradients(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    _, _, z, norm, cosine, gap, row, col, scale_tensor, ids, kept = ctx.saved_tensors
-    need_x, need_y, need_scale, *_ = ctx.needs_input_grad
-    N, views = cosine.shape[0], ctx.mode == "views"
+def _fake(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend):
+    (N, D), wide = x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
+    views, sides = mode == "views", 1 if mode == "one_way" else 2
+
+    def new(*shape):
+        return x.new_empty(shape, dtype=wide)
+
+    z, norm, cosine = x.new_empty(2 * N, D), new(2 * N if normalize else 0), new(N)
+    row, col = new(N * (1 + views)), new(N if mode == "two_way" else 0)
+    kept = new(keep, N * (1 + views)) if keep else new(0)
+    return new(sides, N), new(N), new(sides, N) if best else new(0), z, norm, cosine, new(sides, N), row, col, kept
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, y, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, _, ctx.backend = inputs
+    _, *rest = output
+    ctx.save_for_backward(x, y, scale_tensor, ids, *rest[2:])
+    ctx.mark_non_differentiable(*rest)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, g, *_):
+    if g is None:
+        return (None,) * 10
+    x, y, scale_tensor, ids, *saved = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    with torch.no_grad():
+        args = (g, *saved, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, *needs, ctx.backend)
+        call = torch.ops.sslkern.pair_contrast_bwd.default if torch.compiler.is_compiling() else _gradients
+        grads = call(*args)
+    dx, dy, dscale = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    if torch.is_grad_enabled():  # create_graph=True
+        dx, dy, dscale = Once.apply(x if x.requires_grad else y, dx, dy, dscale)
+    return dx, dy, dscale, *(None,) * 7
+
+
+def _gradients(
+    g,
+    z,
+    norm,
+    cosine,
+    gap,
+    row,
+    col,
+    kept,
+    scale_tensor,
+    scale,
+    ids,
+    mode,
+    normalize,
+    need_x,
+    need_y,
+    need_scale,
+    backend,
+):
+    N, views = cosine.shape[0], mode == "views"
+    col, kept, norm = col if mode == "two_way" else None, kept if kept.numel() else None, norm if normalize else None
     # d loss / d negatives; a row without negatives (gap -inf) has none, whatever g is
     weight = torch.where(gap == -torch.inf, 0, torch.sigmoid(gap) * g)
     toward = weight.sum(0)  # - d loss / d positive
-    problem = (scale_tensor, ctx.scale, ids, None if views else ids, False, None, None, kept)
-    backward = load(ctx.backend, "similarity_lse").similarity_lse_bwd
+    problem = (scale_tensor, scale, ids, None if views else ids, False, None, None, kept)
+    backward = load(backend, "similarity_lse").similarity_lse_bwd
     if views:
         grads = backward(z, None, row, None, weight.view(-1), None, *problem, True, False, need_scale, False)
         da, db = grads[0][:N], grads[0][N:]
@@ -93,7 +141,41 @@ def _gradients(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | N
         h = None if col is None else weight[1]
         grads = backward(z[:N], z[N:], row, col, weight[0], h, *problem, need_x, need_y, need_scale, False)
         da, db = grads[:2]
-    dscale = (grads[2] - torch.dot(toward, cosine)).to(scale_tensor.dtype) if need_scale else None
-    pull = toward * (ctx.scale if scale_tensor is None else scale_tensor)
-    dx, dy = load(ctx.backend, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
-    return dx, dy, dscale
+    dscale = (grads[2] - torch.dot(toward, cosine)).to(scale_tensor.dtype) if need_scale else row.new_empty(0)
+    pull = toward * (scale if scale_tensor is None else scale_tensor)
+    dx, dy = load(backend, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
+    return *(z.new_empty(0) if grad is None else grad for grad in (dx, dy)), dscale
+
+
+def _gradients_fake(g, z, *args):
+    *_, scale_tensor, _, _, _, _, need_x, need_y, need_scale, _ = args
+    row, half = args[4], (z.shape[0] // 2, z.shape[1])
+    dscale = torch.empty_like(scale_tensor) if need_scale else row.new_empty(0)
+    return z.new_empty(half if need_x else 0), z.new_empty(half if need_y else 0), dscale
+
+
+define(
+    "pair_contrast(Tensor x, Tensor y, Tensor? scale_tensor, float scale, Tensor ids, str mode, bool normalize,"
+    " bool best, int keep, str backend) -> (Tensor losses, Tensor positive, Tensor best, Tensor z, Tensor norm,"
+    " Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept)",
+    _kernel,
+    _fake,
+)
+torch.library.register_autograd("sslkern::pair_contrast", _backward, setup_context=_setup, lib=library)
+define(
+    "pair_contrast_bwd(Tensor g, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept,"
+    " Tensor? scale_tensor, float scale, Tensor ids, str mode, bool normalize, bool need_x, bool need_y,"
+    " bool need_scale, str backend) -> (Tensor dx, Tensor dy, Tensor dscale)",
+    _gradients,
+    _gradients_fake,
+)
+
+
+class _PairContrast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _kernel(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)

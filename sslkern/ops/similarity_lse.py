@@ -79,7 +79,7 @@ def similarity_lse(
     keys_learn = (k is not None and k.requires_grad) or (k_bias is not None and k_bias.requires_grad)
     learns = keys_learn or q.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
     learns = learns and torch.is_grad_enabled()
-    if torch.compiler.is_compiling() and _small(q, q if k is None else k):
+    if torch.compiler.is_compiling() and small(q, q.shape[:-1].numel(), (q if k is None else k).shape[-2]):
         return _dense(*problem, columns, best)
     # The same formulas as an eager autograd.Function cost half the time of the op's own at small sizes.
     eager = learns and not torch.compiler.is_compiling()
@@ -87,8 +87,10 @@ def similarity_lse(
         call = _EagerFrozen.apply if eager else torch.ops.sslkern.similarity_lse_frozen.default
         row, _, top = call(*problem, best, backend)
         return (row, top) if best else row
+    groups, M = q.shape[:-2].numel(), (q if k is None else k).shape[-2]
+    kept = kept_rows(backend, q.shape[-2], M, q.shape[-1], groups, itself=k is None)
     call = _Eager.apply if eager else torch.ops.sslkern.similarity_lse.default
-    row, col, top, _ = call(*problem, columns, best, kept_rows(backend, q, k) if learns else 0, backend)
+    row, col, top, _ = call(*problem, columns, best, kept if learns else 0, backend)
     if columns:
         return (row, col, top) if best else (row, col)
     return (row, top) if best else row
@@ -230,8 +232,9 @@ def _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit):
 # ---- small problems in compiled code: the formula itself, which the compiler fuses with its surroundings -------------
 
 
-def _small(q: Tensor, keys: Tensor) -> bool:
-    scores = q.shape[:-1].numel() * keys.shape[-2]
+def small(q: Tensor, rows: int, columns: int) -> bool:
+    """Whether so few scores of features like q are better left to the compiler."""
+    scores = rows * columns
     # The formula multiplies in fp32, which of 16-bit inputs only the smallest can afford.
     return scores <= 2**14 and (q.dtype.itemsize > 2 or scores * q.shape[-1] <= 2**20)
 

@@ -237,7 +237,7 @@ void weigh_tile(const Tile& tile, Scratch& x, const Upstream& rows, const Upstre
 template <class T, class Arithmetic>
 void forward(const Similarity& p, float* row, float* col, float* best) {
   const bool triangle = symmetric(p);
-  const Blocks rows(p.n), columns(p.m);
+  const Blocks rows(p.n, triangle), columns(p.m, triangle);
   const Runs runs(rows, columns);
   const Turns row_turns(triangle || col != nullptr ? p.groups * rows.count : 0);
   const Turns column_turns(!triangle && col != nullptr ? p.groups * columns.count : 0);
@@ -292,7 +292,7 @@ void forward(const Similarity& p, float* row, float* col, float* best) {
 
 template <class T, class Arithmetic>
 void frozen_forward(const Similarity& p, float* row, float* mean, float* best) {
-  const Blocks rows(p.n), columns(p.m);
+  const Blocks rows(p.n, false), columns(p.m, false);
   const Runs runs(rows, columns);
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);
@@ -347,7 +347,7 @@ template <class T, class Arithmetic>
 void backward(const Similarity& p, const float* row, const float* col, const float* g_row, const float* g_col,
               float* dq, float* dk, float* dscale, float* dbias) {
   const bool triangle = symmetric(p), self = p.k == nullptr;
-  const Blocks rows(p.n), columns(p.m);
+  const Blocks rows(p.n, triangle), columns(p.m, triangle);
   const Turns row_turns(p.groups * rows.count), column_turns(triangle ? 0 : p.groups * columns.count);
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);

@@ -240,11 +240,13 @@ inline double weighted_dots(const Tile& tile, const Scratch& x) {
 
 struct Blocks {
   int64_t length, size, count;
-  // Some blocks even of short inputs, so that threads can share them.
-  explicit Blocks(int64_t length) : length(length) {
+  // Some blocks even of short inputs, so that threads can share them: a triangle of three has three pairs and three
+  // halves, a rectangle is best cut evenly.
+  Blocks(int64_t length, bool triangle) : length(length) {
     int64_t wanted = (length + BLOCK - 1) / BLOCK;
-    const int64_t shared = length < 96 ? 1 : length < 768 ? 3 : 5;
+    const int64_t shared = length < 96 ? 1 : !triangle ? 2 : length < 768 ? 3 : 5;
     if (wanted < shared) wanted = shared;
+    if (!triangle && wanted > 1 && wanted < 12) wanted = (wanted + 1) / 2 * 2;
     size = (length + wanted - 1) / wanted;
     if (size > 1) size = round_up(size, size > 64 ? NR : 4);  // whole panels, where that wastes little
     if (size > BLOCK) size = BLOCK;
