@@ -93,15 +93,13 @@ def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, g, *_):
+def _backward(gradients, ctx, g, *_):
     if g is None:
         return (None,) * 10
     x, y, scale_tensor, ids, *saved = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     with torch.no_grad():
-        args = (g, *saved, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, *needs, ctx.backend)
-        call = torch.ops.sslkern.pair_contrast_bwd.default if torch.compiler.is_compiling() else _gradients
-        grads = call(*args)
+        grads = gradients(g, *saved, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, *needs, ctx.backend)
     dx, dy, dscale = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     if torch.is_grad_enabled():  # create_graph=True
         dx, dy, dscale = Once.apply(x if x.requires_grad else y, dx, dy, dscale)
@@ -161,13 +159,18 @@ define(
     _kernel,
     _fake,
 )
-torch.library.register_autograd("sslkern::pair_contrast", _backward, setup_context=_setup, lib=library)
 define(
     "pair_contrast_bwd(Tensor g, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept,"
     " Tensor? scale_tensor, float scale, Tensor ids, str mode, bool normalize, bool need_x, bool need_y,"
     " bool need_scale, str backend) -> (Tensor dx, Tensor dy, Tensor dscale)",
     _gradients,
     _gradients_fake,
+)
+torch.library.register_autograd(
+    "sslkern::pair_contrast",
+    functools.partial(_backward, torch.ops.sslkern.pair_contrast_bwd.default),
+    setup_context=_setup,
+    lib=library,
 )
 
 
@@ -178,4 +181,4 @@ class _PairContrast(torch.autograd.Function):
         _setup(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    backward = staticmethod(functools.partial(_backward, _gradients))

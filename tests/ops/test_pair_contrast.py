@@ -14,6 +14,7 @@ MODES = ["views", "one_way", "two_way"]
 def traced(monkeypatch, *args):
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        patch.setattr(_common, "small", lambda *sizes: True)
         return _common.contrast(*args)
 
 
@@ -72,3 +73,15 @@ def test_second_derivative_says_so(backend, loss):
     (grad,) = torch.autograd.grad(loss(x, y), y, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["views", "one_way", "two_way"])
+def test_opcheck(backend, mode):
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 6, 5)
+    scale = torch.tensor(2.0, requires_grad=True)
+    ids = torch.arange(6).repeat(2 if mode == "views" else 1)
+    name = backend.partition("-")[0]
+    keep = 0 if name == "reference" else len(ids)
+    args = (x.requires_grad_(), y.requires_grad_(), scale, 1.0, ids, mode, True, False, keep, name)
+    torch.library.opcheck(torch.ops.sslkern.pair_contrast.default, args)
