@@ -22,7 +22,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 OURS = "sslkern"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 2e-6, "bf16": 1e-2}  # against float64, relative to the norm of the result
-RIVAL_TOLERANCE = {"fp32": 2e-5, "bf16": 3e-2}  # rivals add their own error, larger than ours
+RIVAL_TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}  # rivals add their own error, larger than ours
 
 
 def cpu_name() -> str:
