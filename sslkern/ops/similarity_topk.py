@@ -2,7 +2,8 @@
 
 With s_ij = scale * <q_i, k_j> over the pairs that are kept, j = index_it the key in place t, and g = dL/dvalues:
 
-    values_it = s_ij      dq_i = scale sum_t g_it k_j      dk_j = scale sum_it g_it q_i      dscale = sum_it g_it <q_i, k_j>
+    values_it = s_ij
+    dq_i = scale sum_t g_it k_j      dk_j = scale sum_it g_it q_i      dscale = sum_it g_it <q_i, k_j>
 
 Those are sums of few weighted rows in a fixed order, `embedding_bag`, which does not gather [N, n, D].
 """
