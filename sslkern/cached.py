@@ -135,7 +135,7 @@ class _Cache:
                 raise ValueError(
                     f"encoder must return tensors [{wanted}, ...] for {wanted} rows of input, not {shapes}"
                 )
-        torch.clear_autocast_cache()  # the casts of weights in it have no graph
+        torch.clear_autocast_cache()  # older torch keeps casts of weights made here, which have no graph
         return tuple(torch.cat(of_chunks) for of_chunks in zip(*parts, strict=True))
 
     def replay(self, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:

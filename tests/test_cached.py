@@ -192,6 +192,23 @@ def test_with_a_queue_and_two_backwards():
         assert all(close(p.grad, times * g) for p, g in zip(model.parameters(), grads, strict=True))
 
 
+def _one_rank(rank, path, x):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{path}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    models = [nn.parallel.DistributedDataParallel(encoder(0)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    NTXentLoss()(*models[0](x[rank].flatten(0, 1)).chunk(2)).backward()
+    CachedLoss(models[1], NTXentLoss(), 3)(*x[rank]).backward()
+    assert all(close(a.grad, b.grad) for a, b in zip(*(model.parameters() for model in models), strict=True))
+    torch.distributed.destroy_process_group()
+
+
+def test_under_distributed_data_parallel(tmp_path):
+    """Each parameter reports to DistributedDataParallel once, with the gradient of all chunks."""
+    torch.multiprocessing.spawn(_one_rank, (str(tmp_path / "store"), torch.randn(2, 2, 10, 6).double()), nprocs=2)
+
+
 def test_misuse_is_named():
     model, x = encoder(), torch.randn(8, 6).double()
     with pytest.raises(TypeError, match="encoder must be a module"):
