@@ -309,7 +309,23 @@ def lse_problem(inputs, columns=False):
 
 
 LSE_PROBLEMS = (lse_self, lse_rows, lse_rows_and_columns, lse_frozen_keys)
-PROBLEMS = {problem.__name__: problem for problem in (nt_xent, two_way, one_way, moco_step, *LSE_PROBLEMS)}
+
+
+# The nearest keys of each query, as for kNN evaluation: their scores
+
+
+def nearest(queries: int, d: int, dtype: torch.dtype, count: int = 200) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (F.normalize(torch.randn(rows, d, generator=generator), dim=1).to(dtype) for rows in (queries, 5 * queries))
+    contenders = {
+        "sslkern": lambda q, k: ops.similarity_topk(q, k, count)[0],
+        "chunked torch": lambda q, k: torch.cat([(rows @ k.T).topk(count).values for rows in q.split(256)]),
+        "dense matmul + topk": lambda q, k: (q @ k.T).topk(count).values,
+    }
+    return Problem((q, k), contenders, "dense matmul + topk")
+
+
+PROBLEMS = {problem.__name__: problem for problem in (nt_xent, two_way, one_way, moco_step, nearest, *LSE_PROBLEMS)}
 
 
 def allow_torchvision_import() -> None:

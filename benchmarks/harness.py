@@ -48,9 +48,10 @@ def machine() -> dict:
 
 
 def phase_step(loss_fn: Callable[..., Tensor], inputs: Sequence[Tensor], phase: str = "both") -> Step:
-    """The step to time: "forward", "backward" (of one forward done here) or "both"; returns the loss and gradients."""
+    """The step to time: "forward", "backward" (of one forward done here) or "both"; returns the loss and the
+    gradients that are wanted."""
     wanted = [x for x in inputs if x.requires_grad]
-    if phase == "forward":
+    if phase == "forward" or not wanted:
         return lambda: (loss_fn(*inputs),)
     if phase == "backward":
         loss = loss_fn(*inputs)

@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from . import functional
-from .functional._common import check_options, scale_of
+from .functional._common import check_options, scale_of, unit
+from .memory import FeatureQueue
 
 
 class _Loss(nn.Module):
@@ -105,3 +106,66 @@ class InfoNCELoss(_Loss):
             negative_ids=negative_ids,
             **self.options,
         )
+
+
+class NNCLRLoss(_Loss):
+    """NNCLR with its support set. Arguments, formula and result: `sslkern.functional.nnclr`.
+
+    In training mode z0 enters the support set after each call. The set is the `FeatureQueue` `support`, saved in the
+    `state_dict`, at first random; its rows are unit vectors.
+
+    Args:
+        dim: features per embedding.
+        size: embeddings kept, the paper's best is 98304.
+
+    Example:
+        >>> criterion = sslkern.NNCLRLoss(dim=32, size=4096)
+        >>> z0, z1, p0, p1 = torch.randn(4, 64, 32, requires_grad=True)
+        >>> criterion(z0, z1, p0, p1).backward()
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        size: int = 98304,
+        temperature: float | Tensor = 0.1,
+        *,
+        two_way: bool = False,
+        logit_scale: float | Tensor | None = None,
+        reduction: str = "mean",
+        stats: bool = False,
+        group: None = None,
+        strategy: str = "all_gather",
+    ):
+        options = dict(two_way=two_way, reduction=reduction, stats=stats, group=group, strategy=strategy)
+        super().__init__(temperature, logit_scale, **options)
+        self.support = FeatureQueue(dim, size)
+
+    def forward(
+        self,
+        z0: Tensor,
+        z1: Tensor,
+        p0: Tensor,
+        p1: Tensor,
+        *,
+        ids: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        logit_scale = self.logit_scale if logit_scale is None else logit_scale
+        support = self.support.queue.t().to(z0.dtype)
+        # Of the support nothing is left to normalise, and z only chooses.
+        loss = functional.nnclr(
+            z0,
+            z1,
+            unit(p0),
+            unit(p1),
+            support,
+            self.temperature,
+            logit_scale=logit_scale,
+            ids=ids,
+            normalize=False,
+            **self.options,
+        )
+        if self.training:
+            self.support.push(z0)
+        return loss

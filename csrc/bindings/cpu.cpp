@@ -66,6 +66,14 @@ PYBIND11_MODULE(_cpu, module) {
     py::gil_scoped_release release;
     kernels().similarity_lse_bwd(p, of_row, of_col, g_row, g_col, to_q, to_k, to_scale, to_bias);
   });
+  module.def("similarity_topk",
+             [](const py::tuple& of, int64_t count, const py::object& values, const py::object& indices, int threads) {
+               const Similarity p = problem(of, threads);
+               float* const to_values = data(values);
+               int64_t* const to_indices = data<int64_t>(indices);
+               py::gil_scoped_release release;
+               kernels().similarity_topk(p, count, to_values, to_indices);
+             });
   module.def("queue_push_", [](int queue_dtype, int keys_dtype, int64_t size, int64_t dim, int64_t batch,
                                const py::object& queue, const py::object& ptr, const py::object& keys, int threads) {
     void* const to = data<void>(queue);

@@ -16,6 +16,9 @@ struct Kernels {
   // it.
   void (*similarity_lse_bwd)(const Similarity&, const float* row, const float* col, const float* g, const float* h,
                              float* dq, float* dk, float* dscale, float* dbias);
+  // values, indices (groups, n, count): the largest kept s of each row, of equal ones the lower index first; -inf and
+  // -1 where fewer are kept. m < 2^31.
+  void (*similarity_topk)(const Similarity&, int64_t count, float* values, int64_t* indices);
   // Writes keys (batch, dim) into the ring queue (size, dim) at *ptr, which moves on; of more than `size` rows, the
   // last stay.
   void (*queue_push)(DType queue_type, DType keys_type, int64_t size, int64_t dim, int64_t batch, void* queue,

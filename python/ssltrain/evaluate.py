@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sslkern
+
 
 @torch.no_grad()
 def features(encoder: nn.Module, images: Tensor, device: torch.device, batch: int = 512) -> Tensor:
@@ -52,9 +54,6 @@ def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, 
     """Test accuracy in [0, 1] of the plain majority among the `neighbours` training features nearest by cosine."""
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
-    right = 0
-    for queries, labels in zip(test.split(1024), test_labels.split(1024), strict=True):
-        nearest = (queries @ train.T).topk(min(neighbours, len(train)), dim=1).indices
-        votes = F.one_hot(train_labels[nearest], classes).sum(1)
-        right += int((votes.argmax(1) == labels).sum())
-    return right / len(test)
+    scores, nearest = sslkern.ops.similarity_topk(test, train, min(neighbours, len(train)))
+    votes = scores.new_zeros(len(test), classes).scatter_add_(1, train_labels[nearest], torch.ones_like(scores))
+    return int((votes.argmax(1) == test_labels).sum()) / len(test)

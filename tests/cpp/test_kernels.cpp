@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <random>
 #include <string>
@@ -419,6 +420,40 @@ void test_backward(const Kernels& kernels, const Problem& p, const Gradients& wa
   }
 }
 
+void test_topk(const Kernels& kernels, const Problem& p, int64_t count, double tolerance) {
+  const Case& c = p.c;
+  Numbers q(c.dtype, p.q), k(c.dtype, p.k);
+  std::string problem;
+  const auto results = for_threads(
+      [&](int threads) {
+        std::vector<float> values(c.groups * c.n * count, NAN32);
+        std::vector<int64_t> indices(values.size(), -2);
+        kernels.similarity_topk(p.arguments(q, k, threads), count, values.data(), indices.data());
+        return std::vector<std::vector<float>>{values, std::vector<float>(indices.begin(), indices.end())};
+      },
+      problem);
+  std::vector<double> best, there;  // the best scores, and the scores in the places named
+  for (int64_t i = 0; i < c.groups * c.n; ++i) {
+    std::vector<double> s(p.s.begin() + i * c.m, p.s.begin() + (i + 1) * c.m);
+    for (double& one : s) one = std::isnan(one) ? -INF : one;
+    const auto named = [&](int64_t t) { return int64_t(results[1][i * count + t]); };
+    for (int64_t t = 0; t < count; ++t) {
+      there.push_back(named(t) < 0 ? -INF : s[named(t)]);
+      for (int64_t before = 0; before < t && named(t) >= 0 && problem.empty(); ++before)
+        if (named(before) == named(t)) problem = "a place is named twice";
+      if (t > 0 && results[0][i * count + t - 1] == results[0][i * count + t] && named(t) >= 0 &&
+          named(t - 1) > named(t))
+        problem = "of equal scores the lower place does not come first";
+    }
+    std::sort(s.begin(), s.end(), std::greater<double>());
+    s.resize(count, -INF);
+    best.insert(best.end(), s.begin(), s.end());
+  }
+  if (problem.empty()) problem = difference("values", results[0], best, nullptr, tolerance);
+  if (problem.empty()) problem = difference("scores in those places", results[0], there, nullptr, tolerance);
+  report(kernels, c, "similarity_topk of " + std::to_string(count), problem);
+}
+
 void test_similarity(const Case& c) {
   const Problem p(c);
   std::vector<std::pair<bool, bool>> sides;  // of the backward: rows, columns
@@ -435,6 +470,7 @@ void test_similarity(const Case& c) {
         2 * tolerance + (rounds_weights ? 0x1.1p-8 : 0) + ULP * std::sqrt(double(c.n + c.m));
     test_forward(**one, p, tolerance);
     test_frozen(**one, p, tolerance, product_tolerance);
+    for (const int64_t count : {1, 100}) test_topk(**one, p, count, tolerance);
     for (size_t i = 0; i < sides.size(); ++i)
       test_backward(**one, p, gradients[i], sides[i].first, sides[i].second, 2 * tolerance, product_tolerance);
   }
@@ -562,6 +598,7 @@ int main(int argc, char**) {
     }
   for (const DType dtype : dtypes)
     for (const bool self : {false, true}) {
+      test_similarity({1, 5, self ? 5 : 3000, 3, dtype, self, Mask::NONE, 1, 1, false});  // columns split and merged
       test_similarity(
           {1, 40, self ? 40 : 50, 16, dtype, self, Mask::NONE, 100, 1, false});  // e^-200 beside e^0 in a tile
       test_similarity({1, 40, self ? 40 : 50, 16, dtype, self, Mask::NONE, 1, 30, false});  // far from normalised

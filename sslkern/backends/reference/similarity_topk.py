@@ -1,0 +1,35 @@
+"""`similarity_topk` in plain torch, one block of rows of S at a time."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .similarity_lse import _blocks, _grouped
+
+
+def similarity_topk_fwd(q, k, n, scale_tensor, scale, q_ids, k_ids, same, q_limit) -> tuple[Tensor, Tensor]:
+    """Returns values [G, N, n] and indices [G, N, n], -inf and -1 where a row has fewer."""
+    groupless, problem = q.ndim == 2, _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, None, q_limit)
+    q, k = problem[:2]
+    M = (q if k is None else k).shape[1]
+    values = q.new_full((*q.shape[:2], n), -math.inf)
+    indices = torch.full_like(values, -1, dtype=torch.int64)
+    for groups, rows, s in _blocks(*problem) if q.numel() and M else ():
+        s.masked_fill_(s.isnan(), -math.inf)
+        best = _topk(s, min(n, M))
+        value = s.gather(2, best)
+        values[groups, rows, :M] = value
+        indices[groups, rows, :M] = best.masked_fill_(value == -math.inf, -1)
+    return (values[0], indices[0]) if groupless else (values, indices)
+
+
+def _topk(s: Tensor, n: int) -> Tensor:
+    """The places of the n largest s [.., M], which torch.topk finds in no order where they are equal."""
+    if s.dtype == torch.float64:
+        return s.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+    # Of fp32 the bits, as an integer in the order of the numbers, share 64 with the place counted from the end.
+    bits = s.add_(0.0).view(torch.int32)  # -0 becomes 0, which equals it
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
+    order += torch.arange(s.shape[-1] - 1, -1, -1, device=s.device)
+    return s.shape[-1] - 1 - (order.topk(n).values & 0xFFFFFFFF)

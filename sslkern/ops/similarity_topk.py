@@ -1,0 +1,137 @@
+"""`similarity_topk`: the n best of each row of a similarity matrix that is never stored.
+
+With s_ij = scale * <q_i, k_j> over the pairs that are kept, j = index_it the key in place t, and g = dL/dvalues:
+
+    values_it = s_ij
+    dq_i = scale sum_t g_it k_j      dk_j = scale sum_it g_it q_i      dscale = sum_it g_it <q_i, k_j>
+
+Those are sums of few weighted rows in a fixed order, `embedding_bag`, which does not gather [N, n, D].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import load, resolve
+from ._library import define, library
+from .similarity_lse import _accumulator, _check, _uniform
+
+
+def similarity_topk(
+    q: Tensor,
+    k: Tensor | None,
+    n: int,
+    *,
+    scale: float | Tensor = 1.0,
+    q_ids: Tensor | None = None,
+    k_ids: Tensor | None = None,
+    pairs: str = "different",
+    q_limit: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The n largest of each row of `s = scale * q @ k.T`, and where they stand.
+
+    S is never stored: memory is O(N n). Features are used as they are, not normalised. Of equal scores the one with
+    the lower index comes first and is the one that is kept. A score that is NaN or -inf counts as left out.
+
+    Args:
+        q: [N, D] or [G, N, D], fp32, bf16, fp16 or fp64. G problems are independent.
+        k: [M, D] or [G, M, D], the type of q. None: q with itself without the self pairs, and one gradient.
+        n: how many, 1 or more.
+        scale: a number, or a 0-d tensor that receives a gradient.
+        q_ids, k_ids: int64 [N] and [M], or with a leading G. For k=None q_ids serves both sides.
+        pairs: "different" leaves out the pairs with equal ids, "same" keeps only those.
+        q_limit: [N] or [G, N], pairs with s_ij > q_limit_i are left out.
+
+    Returns:
+        values [N, n] or [G, N, n] in fp32 (fp64), descending, and indices int64 of the same shape, without gradient.
+        Where a row has fewer than n pairs left (always, if n > M) the rest is -inf and -1, and gets no gradient.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: the backend asked for by name cannot run this.
+
+    Example:
+        Hard negatives: the 16 most similar keys of other classes, without those closer than 95 % of the positive, which
+        may be of the same class without saying so.
+
+        >>> z, labels = torch.nn.functional.normalize(torch.randn(512, 64), dim=1), torch.arange(512) // 2
+        >>> positive = (z * z.view(-1, 2, 64).flip(1).reshape(-1, 64)).sum(1)
+        >>> value, index = sslkern.ops.similarity_topk(z, None, 16, q_ids=labels, q_limit=0.95 * positive.abs())
+        >>> negatives = z[index]  # [512, 16, 64], for info_nce(query, key, negatives)
+    """
+    _check(q, k, scale, q_ids, k_ids, pairs, None, q_limit)
+    if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 1:
+        raise ValueError(f"n must be a positive integer, not {n!r}")
+    scale_tensor, scale, q_ids, k_ids, _, q_limit = _uniform(q, k, scale, q_ids, k_ids, None, q_limit)
+    return torch.ops.sslkern.similarity_topk.default(
+        q, k, n, scale_tensor, scale, q_ids, k_ids, pairs == "same", q_limit, resolve("similarity_topk", q)
+    )
+
+
+def _kernel(*args):
+    *args, backend = args
+    return load(backend, "similarity_topk").similarity_topk_fwd(*args)
+
+
+def _fake(q, k, n, *_):
+    values = q.new_empty((*q.shape[:-1], n), dtype=_accumulator(q))
+    return values, torch.empty_like(values, dtype=torch.int64)
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, _, scale_tensor, ctx.scale, *_ = inputs
+    index = output[1]
+    ctx.save_for_backward(q, k, scale_tensor, index)
+    ctx.mark_non_differentiable(index)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, g, _):
+    if g is None:
+        return (None,) * 10
+    q, k, scale_tensor, index = ctx.saved_tensors
+    need_q, need_k, _, need_scale, *_ = ctx.needs_input_grad
+    keys = q if k is None else k
+    # All groups as one problem: keys are numbered through.
+    rows, columns = (x.reshape(-1, x.shape[-1]).to(_accumulator(q)) for x in (q, keys))
+    first = torch.arange(0, columns.shape[0], keys.shape[-2], device=q.device) if keys.shape[-2] else index.new_zeros(1)
+    left_out = index < 0
+    index = (index + first.view(-1, 1, 1) if q.ndim == 3 else index).masked_fill(left_out, -1).view(-1, index.shape[-1])
+    left_out, g = left_out.view(index.shape), g.masked_fill(left_out, 0).reshape(index.shape)
+
+    by_row = _sum_by_row(g, index, left_out, columns) if need_q or need_scale else None
+    by_key = _sum_by_key(g, index, left_out, rows, columns) if need_k or (k is None and need_q) else None
+    dscale = torch.sum(by_row * rows) * ctx.scale if need_scale else None
+    scale = ctx.scale if scale_tensor is None else ctx.scale * scale_tensor
+    dq = by_row if k is not None or not need_q else by_row + by_key
+    dq = (dq * scale).view(q.shape).to(q.dtype) if need_q else None
+    dk = (by_key * scale).view(keys.shape).to(q.dtype) if need_k else None
+    return dq, dk, None, dscale, *(None,) * 6
+
+
+def _sum_by_row(g, index, left_out, keys):
+    """sum_t g_it keys[index_it] [N, D]."""
+    if index.shape[0] == 0 or keys.shape[0] == 0:
+        return keys.new_zeros(index.shape[0], keys.shape[1])
+    # What is left out, weight 0, points at the first key of its row, lest another row's NaN comes in.
+    index = torch.where(left_out, index[:, :1].clamp(min=0), index)
+    return F.embedding_bag(index, keys, per_sample_weights=g, mode="sum").masked_fill(left_out[:, :1], 0)
+
+
+def _sum_by_key(g, index, left_out, rows, keys):
+    """sum_it g_it rows_i over the i, t with index_it = j [M, D]."""
+    M, n = keys.shape[0], index.shape[1]
+    if rows.shape[0] == 0 or M == 0:
+        return torch.zeros_like(keys)
+    key, order = index.masked_fill(left_out, M).view(-1).sort(stable=True)
+    starts = torch.searchsorted(key, torch.arange(M + 1, device=key.device))  # the last bag is what is left out
+    return F.embedding_bag(order // n, rows, starts, per_sample_weights=g.view(-1)[order], mode="sum")[:M]
+
+
+define(
+    "similarity_topk(Tensor q, Tensor? k, SymInt n, Tensor? scale_tensor, float scale, Tensor? q_ids, Tensor? k_ids,"
+    " bool same, Tensor? q_limit, str backend) -> (Tensor values, Tensor indices)",
+    _kernel,
+    _fake,
+)
+torch.library.register_autograd("sslkern::similarity_topk", _backward, setup_context=_setup, lib=library)
