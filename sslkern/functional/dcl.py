@@ -59,7 +59,7 @@ def dclw(
     reduction: str = "mean",
     weights: Tensor | None = None,
 ) -> Tensor:
-    """DCL with the weight of https://arxiv.org/abs/2110.06848, section 3.2, on the positive: far views count more.
+    """DCL with the weights of https://arxiv.org/abs/2110.06848 on the positives: views far apart count more.
 
         loss_i = - w_i positive_i + log sum_j exp(s_ij)        w_i = 2 - exp(<a_i, b_i> / sigma) / mean of the same
 

@@ -23,7 +23,7 @@ def debiased(
     reduction: str = "mean",
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Debiased contrastive loss (eq. 8 of https://arxiv.org/abs/2007.00224): some negatives are of the same class.
+    """Debiased contrastive loss (https://arxiv.org/abs/2007.00224): some negatives are of the same class.
 
     That share, tau_plus, is taken out of the sum of a row's M = 2N - 2 negatives, estimated by its positive p:
 
@@ -68,7 +68,7 @@ def hard_negative(
     reduction: str = "mean",
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Debiased contrastive loss with weights on hard negatives (eq. 4 of https://arxiv.org/abs/2010.04592).
+    """Debiased contrastive loss with weights on hard negatives (https://arxiv.org/abs/2010.04592).
 
     `debiased` in which each negative has the weight exp(beta s_ij), divided by the mean of the row:
 
