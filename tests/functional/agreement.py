@@ -13,7 +13,6 @@ import sslkern
 
 from ..ops.dense import within
 
-
 _rounding = torch.float64  # of unit rows in the exact result: the losses are defined on rows as they are rounded
 
 
