@@ -60,9 +60,9 @@ def alignment(z0: Tensor, z1: Tensor, alpha: float = 2.0, *, normalize: bool = T
         0-d, in fp32 (fp64).
 
     Example:
-        >>> z = torch.randn(256, 128)
-        >>> sslkern.functional.alignment(z, 3 * z).item()
-        0.0
+        >>> z = torch.eye(4)
+        >>> sslkern.functional.alignment(z, -3 * z).item()  # opposite: the square of 2
+        4.0
     """
     check_features("z0", z0)
     check_alike("z1", z1, "z0", z0)
