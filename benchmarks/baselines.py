@@ -261,6 +261,52 @@ def moco_published(d, dtype, size):
     return step
 
 
+# Supervised contrastive loss, the form "out", of single views with 100 labels
+
+
+def sup_con(rows: int, d: int, dtype: torch.dtype, classes: int = 100) -> Problem:
+    z, _ = correlated_pairs(rows, d, dtype)
+    labels = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(1))
+    contenders = {
+        "sslkern": lambda z: functional.sup_con(z, labels, TEMPERATURE),
+        "chunked torch": chunked(lambda z: sup_con_one_pass(z, labels)),
+        "SupContrast": lambda z: sup_con_published(z, labels),
+        "compiled SupContrast": torch.compile(lambda z: sup_con_published(z, labels), dynamic=False),
+    }
+    if dtype == torch.float32:
+        contenders["pytorch-metric-learning"] = lambda z: metric_learning_sup_con()(z, labels)
+    return Problem((z,), contenders, "SupContrast")
+
+
+def sup_con_one_pass(z, labels):
+    """The sum over all others in one pass; the mean over the positives from the sums of the classes."""
+    z = F.normalize(z, dim=1)
+    row = ops.similarity_lse(z, scale=1 / TEMPERATURE)
+    member = F.one_hot(labels).to(z.dtype)
+    others = member @ (member.T @ z) - z
+    count = member.sum(0)[labels] - 1
+    losses = row - (z * others).sum(1) / TEMPERATURE / count.clamp_min(1)
+    return losses.masked_fill(count == 0, 0).mean()
+
+
+def sup_con_published(z, labels):
+    """Khosla et al., arXiv:2004.11362, eq. 2 as its authors compute it: masks times N x N logarithms."""
+    z = F.normalize(z, dim=1)
+    others = 1 - torch.eye(len(z), dtype=z.dtype)
+    positives = (labels[:, None] == labels).to(z.dtype) * others
+    logits = z @ z.T / TEMPERATURE
+    logits = logits - logits.amax(1, keepdim=True).detach()
+    log_prob = logits - (logits.exp() * others).sum(1, keepdim=True).log()
+    return -((positives * log_prob).sum(1) / positives.sum(1).clamp_min(1)).mean()
+
+
+@cache
+def metric_learning_sup_con():
+    from pytorch_metric_learning.losses import SupConLoss
+
+    return SupConLoss(temperature=TEMPERATURE)
+
+
 # The primitive itself in its four forms, on unit vectors
 
 
@@ -325,7 +371,9 @@ def nearest(queries: int, d: int, dtype: torch.dtype, count: int = 200) -> Probl
     return Problem((q, k), contenders, "dense matmul + topk")
 
 
-PROBLEMS = {problem.__name__: problem for problem in (nt_xent, two_way, one_way, moco_step, nearest, *LSE_PROBLEMS)}
+PROBLEMS = {
+    problem.__name__: problem for problem in (nt_xent, two_way, one_way, moco_step, sup_con, nearest, *LSE_PROBLEMS)
+}
 
 
 def allow_torchvision_import() -> None:

@@ -6,8 +6,43 @@ loss = sslkern.functional.nt_xent(z0, z1, temperature=0.5)   # or sslkern.NTXent
 from . import functional, ops
 from .backends import use_backend
 from .cached import CachedLoss
-from .losses import InfoNCELoss, NNCLRLoss, NTXentLoss
+from .losses import (
+    AlignmentUniformityLoss,
+    CLIPLoss,
+    DCLLoss,
+    DCLWLoss,
+    DebiasedLoss,
+    HardNegativeLoss,
+    InfoNCELoss,
+    MatryoshkaLoss,
+    MoCoLoss,
+    MoCoV3Loss,
+    NNCLRLoss,
+    NTXentLoss,
+    NTXentMultiViewLoss,
+    SupConLoss,
+)
 from .memory import FeatureQueue
 
 __version__ = "0.1.0"
-__all__ = ["CachedLoss", "FeatureQueue", "InfoNCELoss", "NNCLRLoss", "NTXentLoss", "functional", "ops", "use_backend"]
+__all__ = [
+    "AlignmentUniformityLoss",
+    "CLIPLoss",
+    "CachedLoss",
+    "DCLLoss",
+    "DCLWLoss",
+    "DebiasedLoss",
+    "FeatureQueue",
+    "HardNegativeLoss",
+    "InfoNCELoss",
+    "MatryoshkaLoss",
+    "MoCoLoss",
+    "MoCoV3Loss",
+    "NNCLRLoss",
+    "NTXentLoss",
+    "NTXentMultiViewLoss",
+    "SupConLoss",
+    "functional",
+    "ops",
+    "use_backend",
+]

@@ -1,18 +1,28 @@
 """The losses as modules: `NTXentLoss(temperature=0.1)(z0, z1)` is `functional.nt_xent(z0, z1, temperature=0.1)`."""
 
+import math
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from . import functional
-from .functional._common import check_options, scale_of, unit
+from .functional._common import check_number, check_options, scale_of, unit
 from .memory import FeatureQueue
 
 
 class _Loss(nn.Module):
     def __init__(self, temperature, logit_scale, **options):
         super().__init__()
-        check_options(options["reduction"], options["group"], options["strategy"])
+        check_options(options["reduction"], options.get("group"), options.get("strategy", "all_gather"))
         scale_of(temperature, logit_scale)
         self.temperature, self.logit_scale, self.options = temperature, logit_scale, options
+
+    def _loss(self, loss_fn, *features: Tensor, logit_scale: float | Tensor | None, **per_call):
+        """loss_fn with the options of the constructor; a logit_scale given to forward counts before its."""
+        logit_scale = self.logit_scale if logit_scale is None else logit_scale
+        per_call |= self.options
+        return loss_fn(*features, temperature=self.temperature, logit_scale=logit_scale, **per_call)
 
     def extra_repr(self) -> str:
         scale = ("temperature", self.temperature) if self.logit_scale is None else ("logit_scale", self.logit_scale)
@@ -39,15 +49,21 @@ class NTXentLoss(_Loss):
         stats: bool = False,
         group: None = None,
         strategy: str = "all_gather",
+        label_smoothing: float = 0.0,
     ):
         options = dict(normalize=normalize, reduction=reduction, stats=stats, group=group, strategy=strategy)
-        super().__init__(temperature, logit_scale, **options)
+        super().__init__(temperature, logit_scale, **options, label_smoothing=label_smoothing)
 
     def forward(
-        self, z0: Tensor, z1: Tensor, *, ids: Tensor | None = None, logit_scale: float | Tensor | None = None
+        self,
+        z0: Tensor,
+        z1: Tensor,
+        *,
+        ids: Tensor | None = None,
+        weights: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        logit_scale = self.logit_scale if logit_scale is None else logit_scale
-        return functional.nt_xent(z0, z1, self.temperature, logit_scale=logit_scale, ids=ids, **self.options)
+        return self._loss(functional.nt_xent, z0, z1, ids=ids, weights=weights, logit_scale=logit_scale)
 
 
 class InfoNCELoss(_Loss):
@@ -72,6 +88,7 @@ class InfoNCELoss(_Loss):
         stats: bool = False,
         group: None = None,
         strategy: str = "all_gather",
+        label_smoothing: float = 0.0,
     ):
         super().__init__(
             temperature,
@@ -83,6 +100,7 @@ class InfoNCELoss(_Loss):
             stats=stats,
             group=group,
             strategy=strategy,
+            label_smoothing=label_smoothing,
         )
 
     def forward(
@@ -93,19 +111,349 @@ class InfoNCELoss(_Loss):
         *,
         ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
+        weights: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        logit_scale = self.logit_scale if logit_scale is None else logit_scale
-        return functional.info_nce(
-            query,
-            key,
-            negatives,
-            self.temperature,
-            logit_scale=logit_scale,
-            ids=ids,
-            negative_ids=negative_ids,
-            **self.options,
-        )
+        per_call = dict(negatives=negatives, ids=ids, negative_ids=negative_ids, weights=weights)
+        return self._loss(functional.info_nce, query, key, logit_scale=logit_scale, **per_call)
+
+
+class CLIPLoss(nn.Module):
+    """The CLIP loss with its learned scale. Formula and result: `sslkern.functional.clip`.
+
+    The parameter `log_scale` is the logarithm of what multiplies the similarities; each forward in training first
+    clamps it to log(max_scale). A scale that is learned elsewhere goes to `forward`, already exponentiated.
+
+    Args:
+        logit_scale: where the scale starts, a positive number.
+        max_scale: the most it may become.
+        normalize, reduction, stats, label_smoothing: as in `sslkern.functional.clip`.
+
+    Example:
+        >>> criterion = sslkern.CLIPLoss()
+        >>> criterion(torch.randn(64, 32), torch.randn(64, 32)).backward()  # criterion.log_scale has a gradient
+    """
+
+    def __init__(
+        self,
+        logit_scale: float = 1 / 0.07,
+        max_scale: float = 100.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        stats: bool = False,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        check_options(reduction)
+        check_number("logit_scale", logit_scale, 1e-6)
+        check_number("max_scale", max_scale, logit_scale)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))
+        self.max_log_scale = math.log(max_scale)
+        self.options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        *,
+        ids: Tensor | None = None,
+        weights: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if logit_scale is None:
+            if self.training:
+                functional.clamp_logit_scale_(self.log_scale, self.max_log_scale)
+            logit_scale = self.log_scale.exp()
+        return functional.clip(image, text, logit_scale, ids=ids, weights=weights, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class MoCoLoss(_Loss):
+    """The loss of MoCo v1 and v2 with its queue. Formula and result: `sslkern.functional.moco`.
+
+    `memory` is a `FeatureQueue`; each forward in training pushes the keys onto it after the loss. The loss runs in the
+    type of the queue: fp32, or what `.to(dtype)` made of it.
+
+    Args:
+        dim, size: features per key, and keys that the queue keeps.
+        temperature, logit_scale, normalize, reduction, stats, label_smoothing: as in `sslkern.functional.moco`.
+
+    Example:
+        >>> criterion = sslkern.MoCoLoss(dim=128, size=4096)
+        >>> loss = criterion(torch.randn(32, 128, requires_grad=True), torch.randn(32, 128))
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        size: int = 65536,
+        temperature: float | Tensor = 0.07,
+        *,
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+        stats: bool = False,
+        label_smoothing: float = 0.0,
+    ):
+        options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
+        super().__init__(temperature, logit_scale, **options)
+        self.memory = FeatureQueue(dim, size, normalize)
+
+    def forward(
+        self, query: Tensor, key: Tensor, *, weights: Tensor | None = None, logit_scale: float | Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        queue = self.memory.queue.t()
+        query, key = query.to(queue.dtype), key.to(queue.dtype)
+        loss = self._loss(functional.moco, query, key, queue=queue, weights=weights, logit_scale=logit_scale)
+        if self.training:
+            self.memory.push(key)
+        return loss
+
+
+class MoCoV3Loss(_Loss):
+    """The loss of MoCo v3. Arguments, formula and result: `sslkern.functional.moco_v3`.
+
+    Example:
+        >>> criterion = sslkern.MoCoV3Loss(temperature=0.2)
+        >>> queries, keys = torch.randn(2, 64, 32), torch.randn(2, 64, 32)
+        >>> loss = criterion(*queries, *keys)
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.2,
+        *,
+        times_2t: bool = True,
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ):
+        options = dict(normalize=normalize, reduction=reduction, label_smoothing=label_smoothing)
+        super().__init__(temperature, logit_scale, times_2t=times_2t, **options)
+
+    def forward(
+        self,
+        query0: Tensor,
+        query1: Tensor,
+        key0: Tensor,
+        key1: Tensor,
+        *,
+        ids: Tensor | None = None,
+        weights: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        features = query0, query1, key0, key1
+        return self._loss(functional.moco_v3, *features, ids=ids, weights=weights, logit_scale=logit_scale)
+
+
+class NTXentMultiViewLoss(_Loss):
+    """NT-Xent of several views. Arguments, formula and result: `sslkern.functional.nt_xent_multi_view`.
+
+    Example:
+        >>> criterion = sslkern.NTXentMultiViewLoss(temperature=0.1, positives="joint")
+        >>> loss = criterion(torch.randn(4, 64, 32))
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        *,
+        positives: str = "separate",
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ):
+        super().__init__(temperature, logit_scale, positives=positives, normalize=normalize, reduction=reduction)
+
+    def forward(
+        self,
+        views: Tensor | Sequence[Tensor],
+        *,
+        ids: Tensor | None = None,
+        weights: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        return self._loss(functional.nt_xent_multi_view, views, ids=ids, weights=weights, logit_scale=logit_scale)
+
+
+class SupConLoss(_Loss):
+    """Supervised contrastive loss. Arguments, formula and result: `sslkern.functional.sup_con`.
+
+    Example:
+        >>> criterion = sslkern.SupConLoss(temperature=0.1)
+        >>> loss = criterion(torch.randn(256, 128), torch.randint(10, (256,)))
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        form: str = "out",
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ):
+        super().__init__(temperature, logit_scale, form=form, normalize=normalize, reduction=reduction)
+
+    def forward(
+        self,
+        z: Tensor,
+        labels: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        return self._loss(functional.sup_con, z, labels, weights=weights, logit_scale=logit_scale)
+
+
+class _TwoViewLoss(_Loss):
+    """loss_fn of two views z0, z1 [N, D]."""
+
+    def forward(
+        self,
+        z0: Tensor,
+        z1: Tensor,
+        *,
+        ids: Tensor | None = None,
+        weights: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        return self._loss(self.loss_fn, z0, z1, ids=ids, weights=weights, logit_scale=logit_scale)
+
+
+class DCLLoss(_TwoViewLoss):
+    """Decoupled contrastive loss. Arguments, formula and result: `sslkern.functional.dcl`.
+
+    Example:
+        >>> criterion = sslkern.DCLLoss(temperature=0.1)
+        >>> loss = criterion(torch.randn(256, 128), torch.randn(256, 128))
+    """
+
+    loss_fn = staticmethod(functional.dcl)
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ):
+        super().__init__(temperature, logit_scale, normalize=normalize, reduction=reduction)
+
+
+class DCLWLoss(_TwoViewLoss):
+    """Decoupled contrastive loss with weighted positives. Arguments, formula and result: `sslkern.functional.dclw`.
+
+    Example:
+        >>> criterion = sslkern.DCLWLoss(temperature=0.1, sigma=0.5)
+        >>> loss = criterion(torch.randn(256, 128), torch.randn(256, 128))
+    """
+
+    loss_fn = staticmethod(functional.dclw)
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        sigma: float = 0.5,
+        *,
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ):
+        super().__init__(temperature, logit_scale, sigma=sigma, normalize=normalize, reduction=reduction)
+
+
+class DebiasedLoss(_TwoViewLoss):
+    """Debiased contrastive loss. Arguments, formula and result: `sslkern.functional.debiased`.
+
+    Example:
+        >>> criterion = sslkern.DebiasedLoss(temperature=0.5, tau_plus=0.1)
+        >>> loss = criterion(torch.randn(256, 128), torch.randn(256, 128))
+    """
+
+    loss_fn = staticmethod(functional.debiased)
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        tau_plus: float = 0.1,
+        *,
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ):
+        super().__init__(temperature, logit_scale, tau_plus=tau_plus, normalize=normalize, reduction=reduction)
+
+
+class HardNegativeLoss(_TwoViewLoss):
+    """Debiased loss with hard negatives. Arguments, formula and result: `sslkern.functional.hard_negative`.
+
+    Example:
+        >>> criterion = sslkern.HardNegativeLoss(temperature=0.5, beta=1.0, tau_plus=0.1)
+        >>> loss = criterion(torch.randn(256, 128), torch.randn(256, 128))
+    """
+
+    loss_fn = staticmethod(functional.hard_negative)
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        beta: float = 1.0,
+        tau_plus: float = 0.1,
+        *,
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ):
+        options = dict(beta=beta, tau_plus=tau_plus, normalize=normalize, reduction=reduction)
+        super().__init__(temperature, logit_scale, **options)
+
+
+class AlignmentUniformityLoss(nn.Module):
+    """Alignment and uniformity. Arguments, formula and result: `sslkern.functional.alignment_uniformity`.
+
+    Example:
+        >>> criterion = sslkern.AlignmentUniformityLoss(alpha=2.0, t=2.0, uniformity_weight=1.0)
+        >>> loss = criterion(torch.randn(256, 128), torch.randn(256, 128))
+    """
+
+    def __init__(self, alpha: float = 2.0, t: float = 2.0, uniformity_weight: float = 1.0, *, normalize: bool = True):
+        super().__init__()
+        self.options = dict(alpha=alpha, t=t, uniformity_weight=uniformity_weight, normalize=normalize)
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        return functional.alignment_uniformity(z0, z1, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class MatryoshkaLoss(nn.Module):
+    """A loss that also holds for prefixes of the features. Arguments and formula: `sslkern.functional.matryoshka`.
+
+    Example:
+        >>> criterion = sslkern.MatryoshkaLoss(sslkern.NTXentLoss(0.1), dims=[16, 32, 64])
+        >>> loss = criterion(torch.randn(32, 64), torch.randn(32, 64))
+    """
+
+    def __init__(
+        self, loss: nn.Module, dims: Sequence[int], weights: Sequence[float] | None = None, normalize: bool = True
+    ):
+        super().__init__()
+        self.loss, self.dims = loss, tuple(dims)
+        self._of_prefixes = functional.matryoshka(loss, dims, weights, normalize)
+
+    def forward(self, *features: Tensor, **options) -> Tensor:
+        return self._of_prefixes(*features, **options)
+
+    def extra_repr(self) -> str:
+        return f"dims={self.dims}"
 
 
 class NNCLRLoss(_Loss):

@@ -1,7 +1,33 @@
 """The losses as functions: check the arguments, compose primitives."""
 
+from .alignment_uniformity import alignment, alignment_uniformity, uniformity
+from .clip import clamp_logit_scale_, clip
+from .dcl import dcl, dclw
+from .debiased import debiased, hard_negative
 from .info_nce import info_nce
+from .matryoshka import matryoshka
+from .moco import moco, moco_v3
 from .nnclr import nearest_neighbors, nnclr
-from .nt_xent import nt_xent
+from .nt_xent import nt_xent, nt_xent_multi_view
+from .sup_con import sup_con
 
-__all__ = ["info_nce", "nearest_neighbors", "nnclr", "nt_xent"]
+__all__ = [
+    "alignment",
+    "alignment_uniformity",
+    "clamp_logit_scale_",
+    "clip",
+    "dcl",
+    "dclw",
+    "debiased",
+    "hard_negative",
+    "info_nce",
+    "matryoshka",
+    "moco",
+    "moco_v3",
+    "nearest_neighbors",
+    "nnclr",
+    "nt_xent",
+    "nt_xent_multi_view",
+    "sup_con",
+    "uniformity",
+]

@@ -47,7 +47,25 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], like: Tensor) -> N
         raise ValueError(f"{name} is on {ids.device} but the features are on {like.device}; move one of them")
 
 
-def check_options(reduction: str, group, strategy: str) -> None:
+def check_weights(weights: Tensor | None, N: int, like: Tensor) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor) or weights.shape != (N,):
+        raise ValueError(f"weights must be a tensor [{N}], one for each sample, not {describe(weights)}")
+    if not weights.dtype.is_floating_point:
+        raise TypeError(f"weights must be floating point, not {weights.dtype}; convert it with .float()")
+    if weights.device != like.device:
+        raise ValueError(f"weights is on {weights.device} but the features are on {like.device}; move one of them")
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """value is a number with low <= value < high."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+        bound = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
+        raise ValueError(f"{name} must be a number, {bound}, not {value!r}")
+
+
+def check_options(reduction: str, group=None, strategy: str = "all_gather") -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
     if strategy not in ("all_gather", "ring"):
@@ -92,9 +110,12 @@ def unit(x: Tensor) -> Tensor:
 
 def dots(a: Tensor, b: Tensor) -> Tensor:
     """<a_i, b_i> [N] of rows a, b [N, D], in fp32 (fp64)."""
-    if a.dtype in (torch.float16, torch.bfloat16):
-        a, b = a.float(), b.float()
-    return (a * b).sum(-1)
+    return (wide(a) * wide(b)).sum(-1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the type that sums run in: fp32 of 16 bits."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -140,5 +161,13 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     return torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)).masked_fill(empty, -math.inf)
 
 
-def reduce(losses: Tensor, reduction: str) -> Tensor:
-    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None) -> Tensor:
+    """losses [.., N] and weights [N]: sum w l / sum w for "mean" (0 where all weights are 0), sum w l, or w l."""
+    if weights is None:
+        return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+    weights = weights.to(losses.dtype).expand_as(losses)
+    losses = weights * losses
+    if reduction == "none":
+        return losses
+    total = weights.sum()
+    return losses.sum() / total.masked_fill(total == 0, 1) if reduction == "mean" else losses.sum()

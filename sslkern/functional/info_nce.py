@@ -9,7 +9,9 @@ from ._common import (
     check_alike,
     check_features,
     check_ids,
+    check_number,
     check_options,
+    check_weights,
     contrast,
     describe,
     dots,
@@ -18,7 +20,9 @@ from ._common import (
     scale_of,
     softplus,
     unit,
+    wide,
 )
+from ._pairs import above_mean, over_different
 
 
 def info_nce(
@@ -37,12 +41,18 @@ def info_nce(
     stats: bool = False,
     group: None = None,
     strategy: str = "all_gather",
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """InfoNCE (eq. 4 of https://arxiv.org/abs/1807.03748): each query has to find its key among negatives.
 
     The negatives are the other keys of the batch (CPC; with `two_way` CLIP, https://arxiv.org/abs/2103.00020), given
     ones such as a queue (MoCo, eq. 1 of https://arxiv.org/abs/1911.05722), or both. The similarities are never stored,
     and negatives that need no gradient may be overwritten before the backward.
+
+                k0 k1 k2   n0 n1        + positive, - negative
+            q0   +  -  -    -  -        k: in_batch, n: negatives
+            q1   -  +  -    -  -
 
     Args:
         query, key: [N, D], row i of key is the positive of row i of query. fp32, bf16, fp16 or fp64.
@@ -59,6 +69,8 @@ def info_nce(
         reduction: "mean" or "sum" over the N rows, or "none".
         stats: also return the share of rows whose positive beats every negative (with `two_way`, of both directions).
         group, strategy: the processes that share a batch; only None, this process, so far.
+        weights: floating point [N], w_i for row i: "mean" is sum w_i l_i / sum w_i.
+        label_smoothing: in [0, 1), the share of the target that is spread over the positive and all negatives.
 
     Returns:
         The loss, 0-d, or for "none" [N], in fp32 (fp64). With `stats` a pair of it and the share, 0-d without
@@ -84,6 +96,8 @@ def info_nce(
         in_batch = negatives is None
     elif not in_batch and negatives is None:
         raise ValueError("in_batch=False leaves no negatives; pass negatives or leave in_batch out")
+    check_number("label_smoothing", label_smoothing, 0, 1)
+    check_weights(weights, N, query)
     if ids is not None:
         check_ids("ids", ids, (N,), query)
     if negative_ids is not None:
@@ -91,21 +105,33 @@ def info_nce(
             raise ValueError("negative_ids needs negatives and ids: the ids of the rows to compare them with")
         check_ids("negative_ids", negative_ids, tuple(negatives.shape[:-1]), query)
 
+    row_ids = torch.arange(N, device=query.device) if ids is None else ids
     if negatives is None:
         losses, positive, best = contrast(query, key, scale, ids, "two_way" if two_way else "one_way", normalize, stats)
-        loss = reduce(losses.mean(0) if two_way else losses[0], reduction)
+        if label_smoothing:
+            query, key = (unit(query), unit(key)) if normalize else (query, key)
+            cosine, ways = dots(query, key), ((query, key), (key, query))[: 1 + two_way]
+            smooth = [above_mean(cosine, *over_different(q, k, row_ids, row_ids)) for q, k in ways]
+            losses = losses + label_smoothing * scale * torch.stack(smooth)
+        loss = reduce(losses.mean(0), reduction, weights)
         return (loss, beaten(best, positive)) if stats else loss
 
     if normalize:
         query, key, negatives = unit(query), unit(key), unit(negatives)
-    positive = dots(query, key) * scale
+    cosine = dots(query, key)
+    positive = cosine * scale
     row, best = _over_negatives(query, negatives, scale, ids, negative_ids, stats)
     if in_batch:
-        row_ids = torch.arange(N, device=query.device) if ids is None else ids
         out = similarity_lse(query, key, scale, q_ids=row_ids, k_ids=row_ids, best=stats)
         others, other_best = out if stats else (out, None)
         row, best = logaddexp(row, others), torch.maximum(best, other_best) if stats else None
-    loss = reduce(softplus(row - positive), reduction)
+    losses = softplus(row - positive)
+    if label_smoothing:
+        total, count = _sum_over_negatives(query, negatives, ids, negative_ids)
+        if in_batch:
+            total, count = map(sum, zip((total, count), over_different(query, key, row_ids, row_ids), strict=True))
+        losses = losses + label_smoothing * scale * above_mean(cosine, total, count)
+    loss = reduce(losses, reduction, weights)
     return (loss, beaten(best, positive)) if stats else loss
 
 
@@ -126,3 +152,14 @@ def _over_negatives(query, negatives, scale, ids, negative_ids, best):
     out = similarity_lse(query, negatives, scale, q_ids=ids, k_ids=negative_ids, best=best)
     row, top = out if best else (out, None)
     return row.reshape(-1), None if top is None else top.reshape(-1)
+
+
+def _sum_over_negatives(query, negatives, ids, negative_ids):
+    """The sum [N] of the cosines with the given negatives, and their number."""
+    if negatives.ndim == 3:
+        kept = torch.ones_like(negatives[..., 0]) if negative_ids is None else ids.unsqueeze(1) != negative_ids
+        kept = wide(kept.to(negatives.dtype))
+        return dots(query, torch.einsum("nm,nmd->nd", kept, wide(negatives))), kept.sum(1)
+    if negative_ids is not None:
+        return over_different(query, negatives, ids, negative_ids)
+    return dots(query, wide(negatives).sum(0)), negatives.shape[0]

@@ -1,8 +1,28 @@
 """NT-Xent: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (SimCLR), 2020."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from ._common import beaten, check_alike, check_features, check_ids, check_options, contrast, reduce, scale_of
+from ..ops import similarity_lse
+from ._common import (
+    beaten,
+    check_alike,
+    check_features,
+    check_ids,
+    check_number,
+    check_options,
+    check_weights,
+    contrast,
+    describe,
+    reduce,
+    scale_of,
+    softplus,
+    unit,
+    wide,
+)
+from ._pairs import above_mean, over_different, two_views
 
 
 def nt_xent(
@@ -17,11 +37,17 @@ def nt_xent(
     stats: bool = False,
     group: None = None,
     strategy: str = "all_gather",
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The SimCLR loss (eq. 1 of https://arxiv.org/abs/2002.05709) of two views of the same N samples.
 
     Each of the 2N rows has the other view of its sample as positive and the 2N - 2 views of the other samples as
     negatives. The 2N x 2N similarities are never stored.
+
+                a0 a1 a2  b0 b1 b2        a = z0, b = z1; + positive, - negative, . left out
+            a0   .  -  -   +  -  -
+            b1   -  +  -   -  .  -
 
     Args:
         z0, z1: [N, D], row i of both is a view of sample i. fp32, bf16, fp16 or fp64; sums run in fp32 (fp64).
@@ -32,6 +58,8 @@ def nt_xent(
         reduction: "mean" or "sum" over the 2N rows, or "none".
         stats: also return the share of rows whose positive beats every negative.
         group, strategy: the processes that share a batch; only None, this process, so far.
+        weights: floating point [N], w_i for both rows of sample i: "mean" is sum w_i l_i / sum w_i.
+        label_smoothing: in [0, 1), the share of the target that is spread over the positive and all negatives.
 
     Returns:
         The loss, 0-d, or for "none" [2N] with the rows of z0 first, in fp32 (fp64). With `stats` a pair of it and the
@@ -48,9 +76,95 @@ def nt_xent(
     check_features("z0", z0)
     check_alike("z1", z1, "z0", z0)
     check_options(reduction, group, strategy)
+    check_number("label_smoothing", label_smoothing, 0, 1)
+    check_weights(weights, z0.shape[0], z0)
     scale = scale_of(temperature, logit_scale, z0.device)
     if ids is not None:
         check_ids("ids", ids, z0.shape[:1], z0)
     losses, positive, best = contrast(z0, z1, scale, ids, "views", normalize, stats)
-    loss = reduce(losses.view(-1), reduction)
+    if label_smoothing:
+        z, ids, cosine = two_views(z0, z1, ids, normalize)
+        losses = losses + label_smoothing * scale * above_mean(cosine, *over_different(z, z, ids, ids)).view_as(losses)
+    loss = reduce(losses, reduction, weights)
+    loss = loss.view(-1) if reduction == "none" else loss
     return (loss, beaten(best, positive)) if stats else loss
+
+
+def nt_xent_multi_view(
+    views: Tensor | Sequence[Tensor],
+    temperature: float | Tensor = 0.5,
+    *,
+    positives: str = "separate",
+    logit_scale: float | Tensor | None = None,
+    ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """NT-Xent of V >= 2 views of the same N samples: each of the VN rows has V - 1 positives and V(N - 1) negatives.
+
+    "separate": the mean over its positives of -log(e^p / (e^p + sum of the negatives)): positives do not compete.
+    "joint": all positives stay in every denominator, as in SupCon (eq. 2 of https://arxiv.org/abs/2004.11362). For two
+    views both are `nt_xent`.
+
+                a0 a1  b0 b1  c0 c1        V = 3, N = 2; + positive, - negative, . left out
+            a0   .  -   +  -   +  -
+
+    Args:
+        views: [V, N, D], or a sequence of V tensors [N, D]; row i of each is a view of sample i.
+        positives: "separate" or "joint".
+        temperature, logit_scale, normalize, reduction, weights: as in `nt_xent`.
+        ids: int64 [N]; samples with equal ids are not negatives of each other. Default: all differ.
+
+    Returns:
+        The loss, 0-d, or for "none" [V, N], in fp32 (fp64). A row without negatives adds 0; with "joint" its positives
+        still compete, and it adds 0 for two views only.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+
+    Example:
+        >>> views = torch.randn(4, 64, 32, requires_grad=True)  # four views of 64 samples
+        >>> sslkern.functional.nt_xent_multi_view(views, temperature=0.1).backward()
+    """
+    z = _stacked(views)
+    V, N, D = z.shape
+    if positives not in ("separate", "joint"):
+        raise ValueError(f"positives must be 'separate' or 'joint', not {positives!r}")
+    check_options(reduction)
+    check_weights(weights, N, z)
+    scale = scale_of(temperature, logit_scale, z.device)
+    if ids is None:
+        ids = torch.arange(N, device=z.device)
+    else:
+        check_ids("ids", ids, (N,), z)
+    z = unit(z) if normalize else z
+    negative = similarity_lse(z.reshape(V * N, D), scale=scale, q_ids=ids.repeat(V)).view(V, N, 1)
+    # The V x V scores within each sample, [V, N, V], then without that of a view with itself.
+    within = torch.einsum("und,vnd->unv", wide(z), wide(z)) * scale
+    view = torch.arange(V, device=z.device)
+    others = (view.unsqueeze(1) + view[1:]) % V
+    positive = within.gather(2, others.unsqueeze(1).expand(V, N, V - 1))
+    if positives == "separate":
+        losses = softplus(negative - positive).mean(2)
+    else:  # softplus(negatives - positives), exact when tiny, and how much the positives differ: for one exactly 0
+        together = positive.logsumexp(2)
+        losses = softplus(negative.squeeze(2) - together) + (together - positive.mean(2))
+    return reduce(losses, reduction, weights)
+
+
+def _stacked(views: Tensor | Sequence[Tensor]) -> Tensor:
+    """[V, N, D]."""
+    listed = isinstance(views, (list, tuple)) or isinstance(views, Tensor) and views.ndim == 3
+    if not listed or len(views) < 2:
+        raise ValueError(f"views must be a tensor [V, N, D] or a list of V tensors [N, D], V >= 2, not {_what(views)}")
+    check_features("views[0]", views[0])
+    if isinstance(views, Tensor):
+        return views
+    for i, view in enumerate(views[1:], 1):
+        check_alike(f"views[{i}]", view, "views[0]", views[0])
+    return torch.stack(tuple(views))
+
+
+def _what(views) -> str:
+    return f"{len(views)}" if isinstance(views, (list, tuple)) else describe(views)

@@ -4,4 +4,9 @@ from .queue_push import queue_push_
 from .similarity_lse import similarity_lse, similarity_lse_bwd
 from .similarity_topk import similarity_topk
 
-__all__ = ["queue_push_", "similarity_lse", "similarity_lse_bwd", "similarity_topk"]
+__all__ = [
+    "queue_push_",
+    "similarity_lse",
+    "similarity_lse_bwd",
+    "similarity_topk",
+]

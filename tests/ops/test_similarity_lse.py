@@ -165,6 +165,14 @@ def test_duplicates_at_a_small_temperature(backend):
     compare({"q": z, "k": z.detach().flip(0).requires_grad_()}, scale=100.0, columns=True)
 
 
+def test_nothing_left_beside_sums_beyond_the_largest_exponential(backend):
+    """e^100 is no fp32 number: neither the padding of a tile nor a row with nothing left may be multiplied by it."""
+    q, scale = features(1, 3).repeat(9, 1).requires_grad_(), torch.tensor(100.0, requires_grad=True)
+    k, ids = q.detach().clone().requires_grad_(), torch.arange(9) // 2  # the last row is alone
+    compare({"q": q, "scale": scale, "q_ids": ids}, pairs="same")
+    compare({"q": q, "k": k, "scale": scale, "q_ids": ids, "k_ids": torch.ones_like(ids)}, columns=True)
+
+
 def test_unnormalised_features(backend):
     q, k = (60 * torch.randn(130, 32)).requires_grad_(), (60 * torch.randn(70, 32)).requires_grad_()
     result = everything(similarity_lse, {"q": q, "k": k}, {"columns": True})

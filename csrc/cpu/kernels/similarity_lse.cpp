@@ -220,10 +220,12 @@ void weigh_tile(const Tile& tile, Scratch& x, const Upstream& rows, const Upstre
     each([&](Vec s, int64_t, int64_t j) { return exp(s - load(x.column_shift + j)) * load(x.column_factor + j); });
   } else if (high - low < MAX_SPREAD) {  // one exponential, at a shift in the middle
     const float middle = low < high ? low + (high - low) / 2 : low == high ? low : 0.f;  // 0 where all sides are empty
-    for (int64_t i = 0; i < tile.rows; i += LANES)
-      store(x.row_factor + i, load(x.row_factor + i) * exp(middle - load(x.row_shift + i)));
-    for (int64_t j = 0; j < wide; j += LANES)
-      store(x.column_factor + j, load(x.column_factor + j) * exp(middle - load(x.column_shift + j)));
+    const auto move = [&](float* factor, const float* shift) {  // e^middle is infinite beyond 88: what is 0 stays 0
+      const Vec f = load(factor), moved = f * exp(middle - load(shift));
+      store(factor, f == 0.f ? all(0.f) : moved);
+    };
+    for (int64_t i = 0; i < tile.rows; i += LANES) move(x.row_factor + i, x.row_shift + i);
+    for (int64_t j = 0; j < wide; j += LANES) move(x.column_factor + j, x.column_shift + j);
     each([&](Vec s, int64_t i, int64_t j) { return exp(s - middle) * (load(x.column_factor + j) + x.row_factor[i]); });
   } else {
     each([&](Vec s, int64_t i, int64_t j) {

@@ -1,0 +1,81 @@
+"""CLIP: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .info_nce import info_nce
+
+
+def clip(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    stats: bool = False,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The CLIP loss (figure 3 of https://arxiv.org/abs/2103.00020): images find their texts and texts their images.
+
+    The mean of two cross-entropies over the same N x N scores, logit_scale * <image_i, text_j>, one along the rows and
+    one along the columns; both come from one pass and the scores are never stored.
+
+                t0 t1 t2        rows: image -> text, columns: text -> image
+            i0   +  -  -        + positive, - negative
+            i1   -  +  -
+            i2   -  -  +
+
+    Args:
+        image, text: [N, D], row i of both belong together. fp32, bf16, fp16 or fp64.
+        logit_scale: multiplies the similarities: a number, or a tensor with one element that gets a gradient, already
+            exponentiated. CLIP learns its logarithm, from log(1 / 0.07), and keeps it below log(100):
+            `clamp_logit_scale_`.
+        ids: int64 [N]; rows with equal ids (a caption's hash) are not negatives of each other. Default: all differ.
+        normalize, reduction, stats, weights, label_smoothing: as in `info_nce`.
+
+    Returns:
+        The loss, 0-d, or for "none" [N], in fp32 (fp64); with `stats` also the share of rows and columns whose positive
+        wins. A row without negatives adds 0 and counts in the mean.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+
+    Example:
+        >>> log_scale = torch.tensor(1 / 0.07).log().requires_grad_()
+        >>> image, text = torch.randn(64, 32, requires_grad=True), torch.randn(64, 32, requires_grad=True)
+        >>> sslkern.functional.clip(image, text, log_scale.exp()).backward()
+        >>> log_scale = sslkern.functional.clamp_logit_scale_(log_scale)  # after the optimizer's step
+    """
+    return info_nce(
+        image,
+        text,
+        two_way=True,
+        logit_scale=logit_scale,
+        ids=ids,
+        normalize=normalize,
+        reduction=reduction,
+        stats=stats,
+        weights=weights,
+        label_smoothing=label_smoothing,
+    )
+
+
+@torch.no_grad()
+def clamp_logit_scale_(log_scale: Tensor, max: float = math.log(100)) -> Tensor:
+    """Clamps the learned logarithm of a logit scale to at most `max`, in place, outside of autograd; returns it.
+
+    CLIP does so after each step (section 2.5): scales above 100 made its training unstable.
+
+    Example:
+        >>> log_scale = torch.nn.Parameter(torch.tensor(7.0))
+        >>> round(sslkern.functional.clamp_logit_scale_(log_scale).exp().item(), 3)
+        100.0
+    """
+    if not isinstance(log_scale, Tensor) or not log_scale.dtype.is_floating_point:
+        raise TypeError("log_scale must be a floating-point tensor, the logarithm of the logit scale")
+    return log_scale.clamp_(max=max)

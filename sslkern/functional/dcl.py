@@ -1,0 +1,97 @@
+"""DCL: Yeh et al., "Decoupled Contrastive Learning", 2021."""
+
+import torch
+from torch import Tensor
+
+from ..ops import similarity_lse
+from ._common import check_number, check_options, check_weights, reduce, scale_of
+from ._pairs import two_views
+
+
+def dcl(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    logit_scale: float | Tensor | None = None,
+    ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Decoupled contrastive loss (eq. 6 of https://arxiv.org/abs/2110.06848): NT-Xent with no positive in denominators.
+
+        loss_i = - positive_i + log sum_j exp(s_ij)        j over the negatives only
+
+    so that an easy positive does not take the gradient of the negatives away. The loss may be negative.
+
+                a0 a1 a2  b0 b1 b2        a = z0, b = z1; + positive, which is in no denominator,
+            a0   .  -  -   +  -  -        - negative, . left out
+            b1   -  +  -   -  .  -
+
+    Args:
+        z0, z1: [N, D], row i of both is a view of sample i. fp32, bf16, fp16 or fp64.
+        temperature, logit_scale, ids, normalize, reduction, weights: as in `nt_xent`.
+
+    Returns:
+        The loss, 0-d, or for "none" [2N] with the rows of z0 first, in fp32 (fp64). A row without negatives adds 0 and
+        counts in the mean.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+
+    Example:
+        >>> z0, z1 = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
+        >>> sslkern.functional.dcl(z0, z1, temperature=0.1).backward()
+    """
+    return _decoupled(z0, z1, temperature, None, logit_scale, ids, normalize, reduction, weights)
+
+
+def dclw(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.1,
+    sigma: float = 0.5,
+    *,
+    logit_scale: float | Tensor | None = None,
+    ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """DCL with the weights of https://arxiv.org/abs/2110.06848 on the positives: views far apart count more.
+
+        loss_i = - w_i positive_i + log sum_j exp(s_ij)        w_i = 2 - exp(<a_i, b_i> / sigma) / mean of the same
+
+    The weights, of mean 1, get no gradient. Which pairs count: see `dcl`.
+
+    Args:
+        z0, z1: [N, D], row i of both is a view of sample i. fp32, bf16, fp16 or fp64.
+        sigma: a positive number; the smaller, the more the weights differ.
+        temperature, logit_scale, ids, normalize, reduction, weights: as in `nt_xent`. (`weights` are those of samples,
+            and do not enter w.)
+
+    Returns, Raises: as `dcl`.
+
+    Example:
+        >>> z0, z1 = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
+        >>> sslkern.functional.dclw(z0, z1, temperature=0.1, sigma=0.5).backward()
+    """
+    check_number("sigma", sigma, 1e-6)
+    return _decoupled(z0, z1, temperature, sigma, logit_scale, ids, normalize, reduction, weights)
+
+
+def _decoupled(z0, z1, temperature, sigma, logit_scale, ids, normalize, reduction, weights):
+    z, ids, cosine = two_views(z0, z1, ids, normalize)
+    N = z0.shape[0]
+    check_options(reduction)
+    check_weights(weights, N, z0)
+    scale = scale_of(temperature, logit_scale, z0.device)
+    negative = similarity_lse(z, scale=scale, q_ids=ids)
+    positive = cosine * scale
+    if sigma is not None:
+        pull = 2 - N * torch.softmax(cosine[:N].detach() / sigma, 0)
+        positive = pull.repeat(2) * positive
+    losses = (negative - positive).masked_fill(negative == -torch.inf, 0)
+    loss = reduce(losses.view(2, N), reduction, weights)
+    return loss.view(-1) if reduction == "none" else loss

@@ -1,0 +1,118 @@
+"""Debiased contrastive loss: Chuang et al., "Debiased Contrastive Learning", 2020; and with hard negatives: Robinson et
+al., "Contrastive Learning with Hard Negative Samples", 2021."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..ops import similarity_lse
+from ._common import check_number, check_options, check_weights, reduce, scale_of, softplus
+from ._pairs import equal_ids, two_views
+
+
+def debiased(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.5,
+    tau_plus: float = 0.1,
+    *,
+    logit_scale: float | Tensor | None = None,
+    ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Debiased contrastive loss (https://arxiv.org/abs/2007.00224): some negatives are of the same class.
+
+    That share, tau_plus, is taken out of the sum of a row's M = 2N - 2 negatives, estimated by its positive p:
+
+        loss_i = log(1 + G / exp(p))        G = max((sum_j exp(s_ij) - tau_plus M exp(p)) / (1 - tau_plus), M e^(-1/T))
+
+    The lower bound is what M unit vectors reach at least. For tau_plus = 0 it is NT-Xent.
+
+                a0 a1 a2  b0 b1 b2        a = z0, b = z1
+            a0   .  -  -   +  -  -        + positive, - negative, of which a share is none, . left out
+            b1   -  +  -   -  .  -
+
+    Args:
+        z0, z1: [N, D], row i of both is a view of sample i. fp32, bf16, fp16 or fp64.
+        tau_plus: in [0, 1), the probability that two samples are of the same class.
+        temperature, logit_scale, ids, normalize, reduction, weights: as in `nt_xent`. Rows left out by `ids` do not
+            count in M.
+
+    Returns:
+        The loss, 0-d, or for "none" [2N] with the rows of z0 first, in fp32 (fp64). A row without negatives adds 0 and
+        counts in the mean.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+
+    Example:
+        >>> z0, z1 = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
+        >>> sslkern.functional.debiased(z0, z1, temperature=0.5, tau_plus=0.1).backward()
+    """
+    return _debiased(z0, z1, temperature, None, tau_plus, logit_scale, ids, normalize, reduction, weights)
+
+
+def hard_negative(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.5,
+    beta: float = 1.0,
+    tau_plus: float = 0.1,
+    *,
+    logit_scale: float | Tensor | None = None,
+    ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Debiased contrastive loss with weights on hard negatives (https://arxiv.org/abs/2010.04592).
+
+    `debiased` in which each negative has the weight exp(beta s_ij), divided by the mean of the row:
+
+        sum_j exp(s_ij)   becomes   M sum_j exp((1 + beta) s_ij) / sum_j exp(beta s_ij)
+
+    two log-sum-exps, at the scales (1 + beta) / T and beta / T. For beta = 0 it is `debiased`, where the pairs are
+    shown.
+
+    Args:
+        z0, z1: [N, D], row i of both is a view of sample i. fp32, bf16, fp16 or fp64.
+        beta: at least 0, how much hard negatives are preferred.
+        tau_plus: in [0, 1), the probability that two samples are of the same class.
+        temperature, logit_scale, ids, normalize, reduction, weights: as in `debiased`.
+
+    Returns, Raises: as `debiased`.
+
+    Example:
+        >>> z0, z1 = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
+        >>> sslkern.functional.hard_negative(z0, z1, temperature=0.5, beta=1.0, tau_plus=0.1).backward()
+    """
+    check_number("beta", beta, 0)
+    return _debiased(z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, reduction, weights)
+
+
+def _debiased(z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, reduction, weights):
+    z, ids, cosine = two_views(z0, z1, ids, normalize)
+    N = z0.shape[0]
+    check_number("tau_plus", tau_plus, 0, 1)
+    check_options(reduction)
+    check_weights(weights, N, z0)
+    scale = scale_of(temperature, logit_scale, z0.device)
+    positive = cosine * scale
+    log_count = (2 * N - equal_ids(ids, ids)[1]).to(cosine.dtype).log()  # of M; -inf for a row without negatives
+    if beta is None:
+        negative = similarity_lse(z, scale=scale, q_ids=ids)
+    else:
+        hard, soft = (similarity_lse(z, scale=scale * power, q_ids=ids) for power in (1 + beta, beta))
+        negative = log_count + hard - soft.masked_fill(soft == -torch.inf, 0)
+    # log G. All of it in logarithms: exp(1 / T) overflows at T = 0.01.
+    share = math.log(tau_plus) if tau_plus else -math.inf
+    gap = positive + (share + log_count) - negative
+    more = (gap < 0) & (log_count != -torch.inf)  # what is taken out is less than all
+    rest = negative + torch.log(-torch.expm1(gap.where(more, -1))) - math.log1p(-tau_plus)
+    floor = log_count - (scale.abs() if isinstance(scale, Tensor) else abs(scale))
+    estimate = torch.maximum(rest.masked_fill(~more, -torch.inf), floor)
+    loss = reduce(softplus(estimate - positive).view(2, N), reduction, weights)
+    return loss.view(-1) if reduction == "none" else loss

@@ -1,0 +1,120 @@
+"""MoCo: He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2019; v2: Chen et al.,
+"Improved Baselines with Momentum Contrastive Learning", 2020, the same loss; v3: Chen et al., "An Empirical Study of
+Training Self-Supervised Vision Transformers", 2021."""
+
+from torch import Tensor
+
+from ._common import check_alike, check_features, check_options, check_weights, reduce, scale_of, unit
+from .info_nce import info_nce
+
+
+def moco(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    logit_scale: float | Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    stats: bool = False,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss of MoCo v1 (eq. 1 of https://arxiv.org/abs/1911.05722) and v2 (https://arxiv.org/abs/2003.04297).
+
+    Each query has to find its key, which the momentum encoder made of the other view, among the keys of earlier
+    batches. Keys and queue get no gradient, and the queue may be overwritten before the backward.
+
+                k0 k1 k2   n0 n1 .. nK        n: the queue; + positive, - negative, . left out
+            q0   +  .  .    -  -     -
+            q1   .  +  .    -  -     -
+
+    Args:
+        query, key: [N, D], row i of both are views of sample i. fp32, bf16, fp16 or fp64.
+        queue: [K, D], the type of query, the keys as they are to be compared: `FeatureQueue` has normalised them. Its
+            buffer (D, K) is passed as `memory.queue.t()`.
+        normalize: divide query and key, but not the queue, by their norm.
+        temperature, logit_scale, reduction, stats, weights, label_smoothing: as in `info_nce`.
+
+    Returns:
+        The loss, 0-d, or for "none" [N], in fp32 (fp64); with `stats` also the share of queries that find their key.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+
+    Example:
+        >>> memory = sslkern.FeatureQueue(dim=128, size=4096)
+        >>> query, key = torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)
+        >>> loss = sslkern.functional.moco(query, key, memory.queue.t())
+        >>> memory.push(key)  # also allowed before the backward
+        >>> loss.backward()
+    """
+    check_features("query", query)
+    check_alike("key", key, "query", query)
+    check_alike("queue", queue, "query", query, f"[K, {query.shape[1]}]")
+    query, key = (unit(query), unit(key)) if normalize else (query, key)
+    return info_nce(
+        query,
+        key.detach(),
+        queue.detach(),
+        temperature,
+        logit_scale=logit_scale,
+        normalize=False,
+        reduction=reduction,
+        stats=stats,
+        weights=weights,
+        label_smoothing=label_smoothing,
+    )
+
+
+def moco_v3(
+    query0: Tensor,
+    query1: Tensor,
+    key0: Tensor,
+    key1: Tensor,
+    temperature: float | Tensor = 0.2,
+    *,
+    times_2t: bool = True,
+    logit_scale: float | Tensor | None = None,
+    ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The loss of MoCo v3 (algorithm 1 of https://arxiv.org/abs/2104.02057): in-batch InfoNCE, of both views.
+
+        loss_i = 2T (l(query0_i, key1) + l(query1_i, key0))
+
+    with l the cross-entropy of the own key among the keys of the batch. Keys get no gradient.
+
+                c0 c1 c2        q: query0, c: key1; the same for query1 and key0
+            q0   +  -  -        + positive, - negative
+            q1   -  +  -
+
+    Args:
+        query0, query1: [N, D], both views through encoder and predictor. fp32, bf16, fp16 or fp64.
+        key0, key1: [N, D], both views through the momentum encoder.
+        times_2t: multiply by twice the temperature as published, or not.
+        temperature, logit_scale, ids, normalize, reduction, weights, label_smoothing: as in `info_nce`.
+
+    Returns:
+        The loss, 0-d, or for "none" [N], in fp32 (fp64). A row without negatives adds 0 and counts in the mean.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+
+    Example:
+        >>> queries, keys = torch.randn(2, 64, 32, requires_grad=True), torch.randn(2, 64, 32)
+        >>> sslkern.functional.moco_v3(*queries, *keys, temperature=0.2).backward()
+    """
+    check_features("query0", query0)
+    for name, x in (("query1", query1), ("key0", key0), ("key1", key1)):
+        check_alike(name, x, "query0", query0)
+    check_options(reduction)
+    check_weights(weights, query0.shape[0], query0)
+    scale = scale_of(temperature, logit_scale, query0.device)
+    options = dict(logit_scale=scale, ids=ids, normalize=normalize, label_smoothing=label_smoothing, reduction="none")
+    losses = info_nce(query0, key1.detach(), **options) + info_nce(query1, key0.detach(), **options)
+    return reduce(losses * (2 / scale) if times_2t else losses, reduction, weights)
