@@ -2,5 +2,6 @@
 
 from .queue_push import queue_push_
 from .similarity_lse import similarity_lse, similarity_lse_bwd
+from .similarity_softplus import similarity_softplus
 
-__all__ = ["queue_push_", "similarity_lse", "similarity_lse_bwd"]
+__all__ = ["queue_push_", "similarity_lse", "similarity_lse_bwd", "similarity_softplus"]

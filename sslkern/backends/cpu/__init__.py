@@ -4,7 +4,7 @@ import torch
 
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRIMITIVES = ("similarity_lse", "queue_push", "unit_pairs")
+PRIMITIVES = ("similarity_lse", "similarity_softplus", "queue_push", "unit_pairs")
 KEEPS = 2**22  # most scores that similarity_lse keeps from the forward for the backward: 16 MB
 
 try:

@@ -2,6 +2,6 @@
 
 DEVICES = None  # any
 DTYPES = None  # any
-PRIMITIVES = ("similarity_lse", "queue_push", "unit_pairs")
+PRIMITIVES = ("similarity_lse", "similarity_softplus", "queue_push", "unit_pairs")
 KEEPS = 0  # scores that similarity_lse keeps from the forward for the backward: it recomputes all
 MISSING = None
