@@ -52,14 +52,17 @@ def compare(tensors, **options):
     as_double = {name: x.detach().double() if x.is_floating_point() else x for name, x in tensors.items()}
     as_double = {name: x.requires_grad_(tensors[name].requires_grad) for name, x in as_double.items()}
     exact = everything(dense_softplus, as_double, options)
-    # Sums whose terms cancel, of weights that carry the rounding of s: the scale of an error is that of the terms.
+    # Where terms cancel, they set the scale of an error, and a weight of a pair carries the rounding of its s.
     q, k = as_double["q"].detach(), as_double.get("k", as_double["q"]).detach()
-    N, M = q.shape[-2], k.shape[-2]
-    scale, largest = abs(float(tensors["scale"].detach())) if "scale" in tensors else 1, (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item()
-    weight = tensors["weights"].abs().max().item() if "weights" in tensors else 1
-    pull = 4 * weight * (1 + scale * largest)  # more than a weight of a pair, times what rounding does to it
-    scales = {"out": pull * (N * M) ** 0.5, "dq": pull * scale * M**0.5, "dk": pull * scale * N**0.5}
-    scales |= {"dscale": pull * largest * (N * M) ** 0.5, "dbias": pull * (N * M) ** 0.5, "dk_bias": pull * N**0.5}
+    largest = (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item()
+    scale = abs(as_double["scale"].item()) if "scale" in tensors else 1.0
+    positive, weight = dict(as_double), 1.0
+    if "weights" in tensors:
+        positive["weights"] = as_double["weights"].detach().abs()
+        weight = positive["weights"].max().item()
+    pairs = (q[..., 0].numel() * k.shape[-2]) ** 0.5
+    scales = {"out": 4 * dense_softplus(**positive, **options).max().item()}  # a softplus may be off by 3 ulps itself
+    scales["dscale"] = 2 * weight * largest * pairs * max(1, scale * largest)
     for name in exact:
         assert result[name].dtype == (tensors[name[1:]].dtype if name[0] == "d" else torch.float32), name
         dense.within(result[name], exact[name], plain[name], name, scales.get(name, 0.0))
