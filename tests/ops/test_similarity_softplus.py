@@ -56,13 +56,14 @@ def compare(tensors, **options):
     q, k = as_double["q"].detach(), as_double.get("k", as_double["q"]).detach()
     largest = (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item()
     scale = abs(as_double["scale"].item()) if "scale" in tensors else 1.0
-    positive, weight = dict(as_double), 1.0
+    positive, weight = dict(as_double), 2.0  # upstream gradients go up to 2
     if "weights" in tensors:
         positive["weights"] = as_double["weights"].detach().abs()
-        weight = positive["weights"].max().item()
-    pairs = (q[..., 0].numel() * k.shape[-2]) ** 0.5
+        weight *= positive["weights"].max().item()
+    rows, columns = q[..., 0].numel(), k.shape[-2]
     scales = {"out": 4 * dense_softplus(**positive, **options).max().item()}  # a softplus may be off by 3 ulps itself
-    scales["dscale"] = 2 * weight * largest * pairs * max(1, scale * largest)
+    scales["dscale"] = weight * largest * (rows * columns) ** 0.5 * max(1, scale * largest)
+    scales |= {"dbias": weight * columns, "dk_bias": weight * rows}
     for name in exact:
         assert result[name].dtype == (tensors[name[1:]].dtype if name[0] == "d" else torch.float32), name
         dense.within(result[name], exact[name], plain[name], name, scales.get(name, 0.0))
