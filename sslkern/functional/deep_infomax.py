@@ -1,4 +1,4 @@
-"""Deep InfoMax: Hjelm et al., "Learning deep representations by mutual information estimation and maximization", 2018."""
+"""Hjelm et al., "Learning deep representations by mutual information estimation and maximization" (DIM), 2018."""
 
 import torch
 from torch import Tensor
