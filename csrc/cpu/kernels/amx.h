@@ -13,7 +13,7 @@ struct EmulatedTiles {
   bool configured = false;
   Word at[8][16][16];
 };
-static thread_local EmulatedTiles tiles;
+inline thread_local EmulatedTiles tiles;
 
 inline auto& tile(int t) {
   if (!tiles.configured) __builtin_trap();
