@@ -212,6 +212,54 @@ def one_way_info_nce_pytorch(q, k):
     return info_nce(q, k, temperature=TEMPERATURE)
 
 
+# SigLIP, with a learned scale and bias
+
+
+def siglip(rows: int, d: int, dtype: torch.dtype) -> Problem:
+    image, text = correlated_pairs(rows, d, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    scale, bias = (torch.tensor(x, dtype=wide, requires_grad=True) for x in (10.0, -10.0))
+    contenders = {
+        "sslkern": functional.siglip,
+        "chunked torch": chunked(functional.siglip),
+        "dense logsigmoid": siglip_logsigmoid,
+        "dense softplus": siglip_softplus,
+        "compiled dense logsigmoid": torch.compile(siglip_logsigmoid, dynamic=False),
+        "open_clip": siglip_open_clip,
+    }
+    return Problem((image, text, scale, bias), contenders, "dense logsigmoid")
+
+
+def siglip_logits(image, text, scale, bias):
+    scale, bias = scale.to(image.dtype), bias.to(image.dtype)
+    return scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T + bias
+
+
+def siglip_logsigmoid(image, text, scale, bias):
+    logits = siglip_logits(image, text, scale, bias)
+    labels = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum() / len(logits)
+
+
+def siglip_softplus(image, text, scale, bias):
+    """softplus(-l) = softplus(l) - l: no matrix of labels."""
+    logits = siglip_logits(image, text, scale, bias)
+    return (F.softplus(logits).sum() - logits.diagonal().sum()) / len(logits)
+
+
+def siglip_open_clip(image, text, scale, bias):
+    scale, bias = scale.to(image.dtype), bias.to(image.dtype)
+    return open_clip_siglip_loss()(F.normalize(image, dim=1), F.normalize(text, dim=1), scale, bias)
+
+
+@cache
+def open_clip_siglip_loss():
+    allow_torchvision_import()
+    from open_clip.loss import SigLipLoss
+
+    return SigLipLoss()
+
+
 # A step of MoCo: loss of the queries against their keys and the queue, then the keys enter the queue
 
 
@@ -372,7 +420,8 @@ def nearest(queries: int, d: int, dtype: torch.dtype, count: int = 200) -> Probl
 
 
 PROBLEMS = {
-    problem.__name__: problem for problem in (nt_xent, two_way, one_way, moco_step, sup_con, nearest, *LSE_PROBLEMS)
+    problem.__name__: problem
+    for problem in (nt_xent, two_way, one_way, siglip, moco_step, sup_con, nearest, *LSE_PROBLEMS)
 }
 
 

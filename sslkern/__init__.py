@@ -12,6 +12,7 @@ from .losses import (
     DCLLoss,
     DCLWLoss,
     DebiasedLoss,
+    DeepInfoMaxLoss,
     HardNegativeLoss,
     InfoNCELoss,
     MatryoshkaLoss,
@@ -20,6 +21,7 @@ from .losses import (
     NNCLRLoss,
     NTXentLoss,
     NTXentMultiViewLoss,
+    SigLIPLoss,
     SupConLoss,
 )
 from .memory import FeatureQueue
@@ -32,6 +34,7 @@ __all__ = [
     "DCLLoss",
     "DCLWLoss",
     "DebiasedLoss",
+    "DeepInfoMaxLoss",
     "FeatureQueue",
     "HardNegativeLoss",
     "InfoNCELoss",
@@ -41,6 +44,7 @@ __all__ = [
     "NNCLRLoss",
     "NTXentLoss",
     "NTXentMultiViewLoss",
+    "SigLIPLoss",
     "SupConLoss",
     "functional",
     "ops",

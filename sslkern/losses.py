@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .functional._common import check_number, check_options, scale_of, unit
+from .functional.deep_infomax import check_estimator
 from .memory import FeatureQueue
 
 
@@ -517,3 +518,68 @@ class NNCLRLoss(_Loss):
         if self.training:
             self.support.push(z0)
         return loss
+
+
+class SigLIPLoss(nn.Module):
+    """The sigmoid loss of SigLIP. Arguments, formula and result: `sslkern.functional.siglip`.
+
+    Scale and bias are learned, so each step passes them to `forward`.
+
+    Example:
+        >>> criterion = sslkern.SigLIPLoss()
+        >>> log_scale, bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-10.0))
+        >>> loss = criterion(torch.randn(64, 32), torch.randn(64, 32), log_scale.exp(), bias)
+    """
+
+    def __init__(self, *, normalize: bool = True, reduction: str = "mean"):
+        super().__init__()
+        check_options(reduction, None, "all_gather")
+        self.normalize, self.reduction = normalize, reduction
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor,
+        *,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        options = dict(ids=ids, normalize=self.normalize, reduction=self.reduction)
+        return functional.siglip(image, text, logit_scale, logit_bias, **options)
+
+    def extra_repr(self) -> str:
+        return f"normalize={self.normalize}, reduction={self.reduction!r}"
+
+
+class DeepInfoMaxLoss(nn.Module):
+    """Deep InfoMax with one of its three estimators. Arguments, formula and result: `sslkern.functional.deep_infomax`.
+
+    A learned temperature is an `nn.Parameter`.
+
+    Example:
+        >>> criterion = sslkern.DeepInfoMaxLoss(estimator="infonce")
+        >>> loss = criterion(torch.randn(16, 64), torch.randn(16, 49, 64))
+    """
+
+    def __init__(
+        self,
+        estimator: str = "jsd",
+        temperature: float | Tensor = 1.0,
+        *,
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = False,
+    ):
+        super().__init__()
+        check_estimator(estimator)
+        scale_of(temperature, logit_scale)
+        self.estimator, self.temperature, self.logit_scale = estimator, temperature, logit_scale
+        self.normalize = normalize
+
+    def forward(self, features: Tensor, local_features: Tensor, *, ids: Tensor | None = None) -> Tensor:
+        options = dict(logit_scale=self.logit_scale, ids=ids, normalize=self.normalize)
+        return functional.deep_infomax(features, local_features, self.estimator, self.temperature, **options)
+
+    def extra_repr(self) -> str:
+        name = "temperature" if self.logit_scale is None else "logit_scale"
+        return f"estimator={self.estimator!r}, {name}={getattr(self, name)!r}, normalize={self.normalize}"

@@ -74,6 +74,17 @@ PYBIND11_MODULE(_cpu, module) {
                py::gil_scoped_release release;
                kernels().similarity_topk(p, count, to_values, to_indices);
              });
+  module.def("similarity_softplus",
+             [](const py::tuple& of, const py::object& bias, const py::object& weights, float sign,
+                const py::object& total, const py::object& row, const py::object& dq, const py::object& dk,
+                const py::object& dscale, const py::object& dbias, const py::object& dk_bias, int threads) {
+               const Similarity p = problem(of, threads);
+               const float *const of_bias = data(bias), *const of_weights = data(weights);
+               float *const to_total = data(total), *const to_row = data(row);
+               const SoftplusGradients gradients{data(dq), data(dk), data(dscale), data(dbias), data(dk_bias)};
+               py::gil_scoped_release release;
+               kernels().similarity_softplus(p, of_bias, of_weights, sign, to_total, to_row, gradients);
+             });
   module.def("queue_push_", [](int queue_dtype, int keys_dtype, int64_t size, int64_t dim, int64_t batch,
                                const py::object& queue, const py::object& ptr, const py::object& keys, int threads) {
     void* const to = data<void>(queue);

@@ -14,20 +14,28 @@
 
 namespace sslkern {
 
-#define SSLKERN_KERNELS(isa)                                                                                          \
-  namespace isa {                                                                                                     \
-  void similarity_lse_fwd(const Similarity&, float*, float*, float*);                                                 \
-  void similarity_lse_frozen_fwd(const Similarity&, float*, float*, float*);                                          \
-  void similarity_lse_bwd(const Similarity&, const float*, const float*, const float*, const float*, float*, float*,  \
-                          float*, float*);                                                                            \
-  void similarity_topk(const Similarity&, int64_t, float*, int64_t*);                                                 \
-  void queue_push(DType, DType, int64_t, int64_t, int64_t, void*, int64_t*, const void*, int);                        \
-  void unit_pairs_fwd(DType, int64_t, int64_t, const void*, const void*, void*, float*, float*, int);                 \
-  void unit_pairs_bwd(DType, int64_t, int64_t, const void*, const float*, const float*, const float*, const float*,   \
-                      void*, void*, int);                                                                             \
-  const Kernels table = {                                                                                             \
-      #isa,           similarity_lse_fwd, similarity_lse_frozen_fwd, similarity_lse_bwd, similarity_topk, queue_push, \
-      unit_pairs_fwd, unit_pairs_bwd};                                                                                \
+#define SSLKERN_KERNELS(isa)                                                                                         \
+  namespace isa {                                                                                                    \
+  void similarity_lse_fwd(const Similarity&, float*, float*, float*);                                                \
+  void similarity_lse_frozen_fwd(const Similarity&, float*, float*, float*);                                         \
+  void similarity_lse_bwd(const Similarity&, const float*, const float*, const float*, const float*, float*, float*, \
+                          float*, float*);                                                                           \
+  void similarity_topk(const Similarity&, int64_t, float*, int64_t*);                                                \
+  void similarity_softplus(const Similarity&, const float*, const float*, float, float*, float*,                     \
+                           const SoftplusGradients&);                                                                \
+  void queue_push(DType, DType, int64_t, int64_t, int64_t, void*, int64_t*, const void*, int);                       \
+  void unit_pairs_fwd(DType, int64_t, int64_t, const void*, const void*, void*, float*, float*, int);                \
+  void unit_pairs_bwd(DType, int64_t, int64_t, const void*, const float*, const float*, const float*, const float*,  \
+                      void*, void*, int);                                                                            \
+  const Kernels table = {#isa,                                                                                       \
+                         similarity_lse_fwd,                                                                         \
+                         similarity_lse_frozen_fwd,                                                                  \
+                         similarity_lse_bwd,                                                                         \
+                         similarity_topk,                                                                            \
+                         similarity_softplus,                                                                        \
+                         queue_push,                                                                                 \
+                         unit_pairs_fwd,                                                                             \
+                         unit_pairs_bwd};                                                                            \
   }
 
 #ifdef SSLKERN_HAS_AMX

@@ -5,6 +5,13 @@
 
 namespace sslkern {
 
+// Where the gradients of similarity_softplus go; null where one is not needed.
+struct SoftplusGradients {
+  float *q, *k;          // (groups, n, d), (groups, m, d); without k, q is all of it
+  float* scale;          // (groups)
+  float *bias, *k_bias;  // (groups, n), (groups, m)
+};
+
 struct Kernels {
   const char* name;
   // row (groups, n); col (groups, m) or null, as it is without k; best (groups, n) or, with col, (groups, n + m), or
@@ -19,6 +26,10 @@ struct Kernels {
   // values, indices (groups, n, count): the largest kept s of each row, of equal ones the lower index first; -inf and
   // -1 where fewer are kept. m < 2^31.
   void (*similarity_topk)(const Similarity&, int64_t count, float* values, int64_t* indices);
+  // row (groups, n): sum_j softplus(sign (s_ij + bias_i)); total (groups): sum_i weight_i row_i, and its gradients.
+  // bias and weight (groups, n) may be null: 0 and 1.
+  void (*similarity_softplus)(const Similarity&, const float* bias, const float* weight, float sign, float* total,
+                              float* row, const SoftplusGradients&);
   // Writes keys (batch, dim) into the ring queue (size, dim) at *ptr, which moves on; of more than `size` rows, the
   // last stay.
   void (*queue_push)(DType queue_type, DType keys_type, int64_t size, int64_t dim, int64_t batch, void* queue,

@@ -4,11 +4,13 @@ from .alignment_uniformity import alignment, alignment_uniformity, uniformity
 from .clip import clamp_logit_scale_, clip
 from .dcl import dcl, dclw
 from .debiased import debiased, hard_negative
+from .deep_infomax import deep_infomax
 from .info_nce import info_nce
 from .matryoshka import matryoshka
 from .moco import moco, moco_v3
 from .nnclr import nearest_neighbors, nnclr
 from .nt_xent import nt_xent, nt_xent_multi_view
+from .siglip import siglip
 from .sup_con import sup_con
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "dcl",
     "dclw",
     "debiased",
+    "deep_infomax",
     "hard_negative",
     "info_nce",
     "matryoshka",
@@ -28,6 +31,7 @@ __all__ = [
     "nnclr",
     "nt_xent",
     "nt_xent_multi_view",
+    "siglip",
     "sup_con",
     "uniformity",
 ]

@@ -76,7 +76,18 @@ def check_options(reduction: str, group=None, strategy: str = "all_gather") -> N
 
 def scale_of(temperature: float | Tensor, logit_scale: float | Tensor | None, device=None) -> float | Tensor:
     """What the dot products are multiplied by: logit_scale, or else 1 / temperature. Tensors are never read."""
-    name, value = ("temperature", temperature) if logit_scale is None else ("logit_scale", logit_scale)
+    if logit_scale is not None:
+        return scalar("logit_scale", logit_scale, device)
+    value = scalar("temperature", temperature, device)
+    if isinstance(value, Tensor):
+        return value.reciprocal()
+    if value == 0:
+        raise ValueError("temperature must not be 0: similarities are divided by it")
+    return 1.0 / value
+
+
+def scalar(name: str, value: float | Tensor, device=None) -> float | Tensor:
+    """A finite float, or a 0-d tensor of at least 32 bits: in 16, what is computed from it would lose digits."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor with one element, not {describe(value)}")
@@ -85,16 +96,10 @@ def scale_of(temperature: float | Tensor, logit_scale: float | Tensor | None, de
         if device is not None and value.device != device:
             raise ValueError(f"{name} is on {value.device} but the features are on {device}; move one of them")
         value = value.reshape(())
-        # in 16 bits 1 / temperature would lose digits
-        value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-        return value.reciprocal() if logit_scale is None else value
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number or a tensor with one element, not {value!r}")
-    if logit_scale is not None:
-        return float(value)
-    if value == 0:
-        raise ValueError("temperature must not be 0: similarities are divided by it")
-    return 1.0 / value
+    return float(value)
 
 
 def describe(x) -> str:

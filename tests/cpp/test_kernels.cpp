@@ -454,6 +454,69 @@ void test_topk(const Kernels& kernels, const Problem& p, int64_t count, double t
   report(kernels, c, "similarity_topk of " + std::to_string(count), problem);
 }
 
+// bias and weights of the rows are g, in order and reversed: both signs, all sizes.
+void test_softplus(const Kernels& kernels, const Problem& p, float sign, double tolerance, double product_tolerance) {
+  const Case& c = p.c;
+  if (c.poisoned) return;
+  const std::vector<float>&bias = p.g, weight(p.g.rbegin(), p.g.rend());
+  const auto zeros = [](int64_t count) { return std::vector<double>(count); };
+  auto total = zeros(c.groups), scale = total, row = zeros(c.groups * c.n), d_bias = row,
+       k_bias = zeros(c.groups * c.m), dq = zeros(row.size() * c.d), dk = zeros(k_bias.size() * c.d);
+  auto total_slack = total, scale_slack = scale, row_slack = row, d_bias_slack = row, k_bias_slack = k_bias,
+       dq_slack = dq, dk_slack = dk;
+  const double factor = float(c.scale);
+  for (int64_t i = 0; i < c.groups * c.n; ++i)
+    for (int64_t j = i / c.n * c.m; j < i / c.n * c.m + c.m; ++j) {
+      const double s = p.s[i * c.m + j % c.m], t = sign * (s + bias[i]), e = std::exp(-std::fabs(t));
+      if (s == -INF) continue;
+      const double value = std::max(t, 0.) + std::log1p(e), w = weight[i] * sign * (t > 0 ? 1 : e) / (1 + e);
+      const auto add = [](double x, double slack, double& to, double& to_slack) {
+        to += x, to_slack += std::fabs(slack);
+      };
+      add(value, value + 1, row[i], row_slack[i]);
+      add(weight[i] * value, weight[i] * (value + 1), total[i / c.n], total_slack[i / c.n]);
+      add(w, w, d_bias[i], d_bias_slack[i]);
+      add(w, w, k_bias[j], k_bias_slack[j]);
+      for (int64_t f = 0; f < c.d; ++f) {
+        const double x = p.q[i * c.d + f], y = p.k[j * c.d + f];
+        add(factor * w * y, factor * w * y, dq[i * c.d + f], dq_slack[i * c.d + f]);
+        add(factor * w * x, factor * w * x, c.self ? dq[j * c.d + f] : dk[j * c.d + f],
+            c.self ? dq_slack[j * c.d + f] : dk_slack[j * c.d + f]);
+        add(w * x * y, w * x * y, scale[i / c.n], scale_slack[i / c.n]);
+      }
+    }
+  Numbers q(c.dtype, p.q), k(c.dtype, p.k);
+  for (int wanted = c.self ? 2 : 0; wanted < 4; ++wanted) {  // bits: dk, dq and the others
+    const bool need_q = wanted & 2, need_k = !c.self && (wanted & 1);
+    std::string problem;
+    const auto results = for_threads(
+        [&](int threads) {
+          const auto sized = [](bool needed, size_t count) { return std::vector<float>(needed ? count : 0, NAN32); };
+          const auto at = [](auto& array) { return array.empty() ? nullptr : array.data(); };
+          std::vector<std::vector<float>> to = {sized(true, total.size()),
+                                                sized(true, row.size()),
+                                                sized(need_q, dq.size()),
+                                                sized(need_k, dk.size()),
+                                                sized(need_q, scale.size()),
+                                                sized(need_q, row.size()),
+                                                sized(!p.bias32.empty() && need_q, k_bias.size())};
+          kernels.similarity_softplus(p.arguments(q, k, threads), bias.data(), weight.data(), sign, at(to[0]),
+                                      at(to[1]), {at(to[2]), at(to[3]), at(to[4]), at(to[5]), at(to[6])});
+          return to;
+        },
+        problem);
+    const std::vector<double>* const want[] = {&total, &row, &dq, &dk, &scale, &d_bias, &k_bias};
+    const std::vector<double>* const slack[] = {&total_slack, &row_slack,    &dq_slack,    &dk_slack,
+                                                &scale_slack, &d_bias_slack, &k_bias_slack};
+    const char* const names[] = {"total", "row", "dq", "dk", "dscale", "dbias", "dk_bias"};
+    for (int r = 0; r < 7; ++r)
+      if (problem.empty() && !results[r].empty())
+        problem =
+            difference(names[r], results[r], *want[r], slack[r], r == 2 || r == 3 ? product_tolerance : tolerance);
+    report(kernels, c, sign > 0 ? "similarity_softplus" : "similarity_softplus with sign -1", problem);
+  }
+}
+
 void test_similarity(const Case& c) {
   const Problem p(c);
   std::vector<std::pair<bool, bool>> sides;  // of the backward: rows, columns
@@ -471,6 +534,7 @@ void test_similarity(const Case& c) {
     test_forward(**one, p, tolerance);
     test_frozen(**one, p, tolerance, product_tolerance);
     for (const int64_t count : {1, 100}) test_topk(**one, p, count, tolerance);
+    for (const float sign : {1.f, -1.f}) test_softplus(**one, p, sign, 2 * tolerance, product_tolerance);
     for (size_t i = 0; i < sides.size(); ++i)
       test_backward(**one, p, gradients[i], sides[i].first, sides[i].second, 2 * tolerance, product_tolerance);
   }

@@ -1,0 +1,62 @@
+"""`similarity_softplus` in plain torch, over the blocks of S of `similarity_lse`."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .similarity_lse import _blocks, _grouped
+
+
+def similarity_softplus_fwd(
+    q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, bias, weights, sign,
+    need_q, need_k, need_scale, need_bias, need_k_bias,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Returns total [G], row [G, N], and the gradients of total, None where not needed: dq [G, N, D], dk [G, M, D],
+    dscale [G], dbias [G, N], dk_bias [G, M]; k=None: all of the gradient in dq."""
+    groupless = q.ndim == 2
+    problem = _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
+    q, k, scale = problem[:3]
+    keys = q if k is None else k
+    if groupless:
+        bias, weights = (None if x is None else x.unsqueeze(0) for x in (bias, weights))
+
+    row = q.new_zeros(q.shape[:2])
+    dq = torch.zeros_like(q) if need_q or need_scale and not need_k else None
+    dk = dq if k is None else torch.zeros_like(k) if need_k else None
+    dbias = torch.zeros_like(row) if need_bias else None
+    dk_bias = q.new_zeros(keys.shape[:2]) if need_k_bias else None
+    for groups, rows, s in _blocks(*problem) if q.numel() and keys.shape[1] else ():
+        if sign < 0:  # what is left out stays at -inf
+            s.neg_().masked_fill_(s == math.inf, -math.inf)
+        if bias is not None:
+            s.add_(bias[groups, rows, None], alpha=sign)
+        # not torch's own threshold of 20, where in fp64 the rest still counts
+        row[groups, rows] = F.softplus(s, threshold=40).sum(2)
+        if dq is None and dk is None and not need_bias and not need_k_bias:
+            continue
+        w = s.sigmoid_()
+        if weights is not None:  # what is left out weighs 0, whatever the weight of its row
+            left_out = w == 0
+            w.mul_(weights[groups, rows, None]).masked_fill_(left_out, 0)
+        if sign < 0:
+            w.neg_()
+        if dq is not None:
+            dq[groups, rows] += torch.bmm(w, keys[groups])
+        if dk is not None:
+            dk[groups] += torch.bmm(w.transpose(1, 2), q[groups, rows])
+        if need_bias:
+            dbias[groups, rows] = w.sum(2)
+        if need_k_bias:
+            dk_bias[groups] += w.sum(1)
+
+    total = (row if weights is None else row * weights).sum(1)
+    dscale = None
+    if need_scale:  # <Q, W K>, of which <Z, (W + W^T) Z> is twice
+        dscale = (dq * q).sum((1, 2)) if dq is not None else (dk * k).sum((1, 2))
+        dscale = dscale / 2 if k is None else dscale
+    dq = dq.mul_(scale) if need_q else None
+    dk = dk.mul_(scale) if need_k and k is not None else None
+    out = total, row, dq, dk, dscale, dbias, dk_bias
+    return tuple(x[0] if groupless and x is not None else x for x in out)

@@ -1,0 +1,97 @@
+"""Hjelm et al., "Learning deep representations by mutual information estimation and maximization" (DIM), 2018."""
+
+import torch
+from torch import Tensor
+
+from ..ops import similarity_lse, similarity_softplus
+from ._common import check_alike, check_features, check_ids, describe, dots, scale_of, softplus, unit
+
+
+def deep_infomax(
+    features: Tensor,
+    local_features: Tensor,
+    estimator: str = "jsd",
+    temperature: float | Tensor = 1.0,
+    *,
+    logit_scale: float | Tensor | None = None,
+    ids: Tensor | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """Minus an estimate of the mutual information between images and the parts that they are made of.
+
+    The score `t` of an image and a location is the dot product of their features over `temperature` (section 4 of
+    https://arxiv.org/abs/1808.06670, "encode-and-dot"). P are the scores of the L locations of the own image, Q those
+    of all locations of the other images:
+
+                    locations of  image 0   image 1   image 2
+        features of image 0       + + + +   - - - -   - - - -
+        features of image 1       - - - -   + + + +   - - - -      + P, positive; - Q, negative
+        features of image 2       - - - -   - - - -   + + + +
+
+        "jsd"      E_P[softplus(-t)] + E_Q[softplus(t)]                           (eq. 4, Jensen-Shannon)
+        "infonce"  E_P[log(exp(t) + sum over Q of this image of exp(t')) - t]     (eq. 5, noise contrastive)
+        "dv"       log E_Q[exp(t)] - E_P[t]                                       (eq. 2, Donsker-Varadhan)
+
+    The scores of Q are never stored.
+
+    Args:
+        features: [N, D], one row per image. fp32, bf16, fp16 or fp64; sums run in fp32 (fp64).
+        local_features: [N, L, D], those of the L locations of each image; a map [N, D, H, W] is passed as
+            `map.flatten(2).transpose(1, 2)`. Or [N, D]: another view or layer of each image, L = 1.
+        estimator: "jsd", "infonce" or "dv". DV estimates the information in nats, the others only order it.
+        temperature: divides the scores: a nonzero number, or a tensor with one element that gets a gradient.
+        logit_scale: multiplies them instead and replaces `temperature`; already exponentiated.
+        ids: int64 [N]; images with equal ids are not negatives of each other. Default: all differ.
+        normalize: divide the features by their norm first (cosine similarity).
+
+    Returns:
+        The loss, 0-d, in fp32 (fp64). Without any negatives "infonce" and "dv" are 0, and "jsd" has its first term.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+
+    Example:
+        >>> images, maps = torch.randn(16, 64, requires_grad=True), torch.randn(16, 64, 7, 7)
+        >>> loss = sslkern.functional.deep_infomax(images, maps.flatten(2).transpose(1, 2), "jsd")
+        >>> loss.backward()
+    """
+    check_features("features", features)
+    check_estimator(estimator)
+    N, D = features.shape
+    check_alike("local_features", local_features, "features", features, f"[{N}, L, {D}] or [{N}, {D}]")
+    if local_features.ndim not in (2, 3) or local_features.shape[0] != N or local_features.numel() == 0:
+        wanted = f"[{N}, L, {D}] with L > 0 or [{N}, {D}]"
+        raise ValueError(f"local_features must be a tensor {wanted}, not {describe(local_features)}")
+    scale = scale_of(temperature, logit_scale, features.device)
+    if ids is not None:
+        check_ids("ids", ids, (N,), features)
+
+    if normalize:
+        features, local_features = unit(features), unit(local_features)
+    local_features = local_features.reshape(N, -1, D)
+    L = local_features.shape[1]
+    own = dots(local_features, features.unsqueeze(1)) * scale  # [N, L], the scores P
+    images = torch.arange(N, device=features.device) if ids is None else ids
+    q = dict(q_ids=images, k_ids=images.repeat_interleave(L, output_size=N * L))
+    locations = local_features.reshape(N * L, D)
+    if estimator == "infonce":
+        row = similarity_lse(features, locations, scale, **q)
+        return softplus(row.unsqueeze(1) - own).mean()
+    count = (_different_pairs(images) * L).to(own.dtype)
+    if estimator == "jsd":
+        return softplus(-own).mean() + similarity_softplus(features, locations, scale, **q) / count.clamp_min(1)
+    none = count == 0
+    total = similarity_lse(features, locations, scale, **q).masked_fill(none, 0).logsumexp(0)
+    return (total - count.clamp_min(1).log() - own.mean()).masked_fill(none, 0)
+
+
+def check_estimator(estimator: str) -> None:
+    if estimator not in ("jsd", "infonce", "dv"):
+        raise ValueError(f"estimator must be 'jsd', 'infonce' or 'dv', not {estimator!r}")
+
+
+def _different_pairs(ids: Tensor) -> Tensor:
+    """How many of the N^2 pairs have different ids, 0-d."""
+    ordered = ids.sort().values
+    equal = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+    return ids.numel() ** 2 - equal.sum()

@@ -1,0 +1,69 @@
+"""SigLIP: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023."""
+
+import torch
+from torch import Tensor
+
+from ..ops import similarity_softplus
+from ._common import check_alike, check_features, check_ids, check_options, dots, scalar, softplus, unit
+
+
+def siglip(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """The sigmoid loss (section 3.2 of https://arxiv.org/abs/2303.15343) of N pairs of image and text.
+
+    Each of the N x N pairs is a question of its own, whether the two belong together. With the logits
+    `l_ij = logit_scale * <image_i, text_j> + logit_bias`, which are never stored:
+
+        loss_i = softplus(-l_ii) + sum_(j != i) softplus(l_ij)
+
+                text 0  1  2  3
+        image 0      +  -  -  -
+        image 1      -  +  -  -      + positive, - negative
+        image 2      -  -  +  -
+        image 3      -  -  -  +
+
+    Args:
+        image, text: [N, D], row i of both belong together. fp32, bf16, fp16 or fp64; sums run in fp32 (fp64).
+        logit_scale: multiplies the similarities: a number or a tensor with one element, which gets a gradient. Already
+            exponentiated; the paper learns its logarithm, from log(10) on.
+        logit_bias: added to them, likewise; the paper learns it, from -10 on.
+        ids: int64 [N]; rows with equal ids are not negatives of each other (a caption's hash, a label), nor positives,
+            of which each row has one. Default: all differ.
+        normalize: divide the rows by their norm first (cosine similarity).
+        reduction: "mean" or "sum" over the N rows, or "none", which takes one pass over the logits more.
+
+    Returns:
+        The loss, 0-d, or for "none" [N], in fp32 (fp64). A row without negatives has the loss of its positive.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+
+    Example:
+        >>> image, text = torch.randn(64, 32, requires_grad=True), torch.randn(64, 32, requires_grad=True)
+        >>> log_scale, bias = torch.tensor(2.3, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+        >>> sslkern.functional.siglip(image, text, log_scale.exp(), bias).backward()
+    """
+    check_features("image", image)
+    check_alike("text", text, "image", image)
+    check_options(reduction, None, "all_gather")
+    scale, bias = scalar("logit_scale", logit_scale, image.device), scalar("logit_bias", logit_bias, image.device)
+    N = image.shape[0]
+    if ids is None:
+        ids = torch.arange(N, device=image.device)
+    else:
+        check_ids("ids", ids, (N,), image)
+    if normalize:
+        image, text = unit(image), unit(text)
+    positives = softplus(-(dots(image, text) * scale + bias))
+    if reduction == "none":
+        return positives + similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids, rows=True)
+    total = positives.sum() + similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids)
+    return total / N if reduction == "mean" else total

@@ -1,0 +1,238 @@
+"""`similarity_softplus`: a weighted sum of softplus over the pairs of a similarity matrix that is never stored.
+
+With s_ij = scale * <q_i, k_j> + k_bias_j over the pairs that are kept, and t_ij = sign (s_ij + bias_i):
+
+    row_i = sum_j softplus(t_ij)      total = sum_i w_i row_i      W_ij = w_i sign sigmoid(t_ij)
+    dQ = scale W K      dK = scale W^T Q      dscale = <Q, W K>      dbias_i = sum_j W_ij      dk_bias_j = sum_i W_ij
+
+W needs nothing but s and the weights, so the forward accumulates the gradients of total while it has a tile of S: three
+passes in all, and the backward multiplies them by the upstream gradient. It keeps no features, so that they may be
+overwritten before. Gradients of the rows, with upstream values of their own, are those of the total with these as
+weights: only then S is computed again.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..backends import load, resolve
+from ._library import define, library
+from .similarity_lse import _PROBLEM, Once, _accumulator, _check, _describe, _or_empty, _uniform
+
+
+def similarity_softplus(
+    q: Tensor,
+    k: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor = 0.0,
+    weights: Tensor | None = None,
+    *,
+    q_ids: Tensor | None = None,
+    k_ids: Tensor | None = None,
+    pairs: str = "different",
+    k_bias: Tensor | None = None,
+    q_limit: Tensor | None = None,
+    sign: int = 1,
+    rows: bool = False,
+) -> Tensor:
+    """`sum_i weights_i sum_j softplus(sign * (s_ij + bias_i))` of `s = scale * q @ k.T + k_bias`.
+
+    S is never stored: memory is O((N + M) D). Features are used as they are, not normalised. Sums run in fp32 (fp64 for
+    fp64 input); terms keep their relative accuracy however small they are. N = 0 and M = 0 are legal; a row with no
+    pair left adds 0 and gets exactly zero gradient. A score of -inf counts as left out.
+
+    Args:
+        q: [N, D] or [G, N, D], fp32, bf16, fp16 or fp64. G problems are independent.
+        k: [M, D] or [G, M, D], the type of q. None: q with itself without the self pairs, and one gradient.
+        scale: a number, or a 0-d tensor that receives a gradient. Zero and negative are exact.
+        bias: a number, a 0-d tensor, or [N] or [G, N] of each row; tensors receive a gradient.
+        weights: [N] or [G, N], with gradient. Default: 1.
+        q_ids, k_ids: int64 [N] and [M], or with a leading G. For k=None q_ids serves both sides.
+        pairs: "different" leaves out the pairs with equal ids, "same" keeps only those.
+        k_bias: [M] or [G, M], added to the scores of a column, with gradient; -inf takes the column out.
+        q_limit: [N] or [G, N], pairs with s_ij > q_limit_i are left out (bias is no part of s).
+        sign: 1, or -1 for `softplus(-(s_ij + bias_i))`.
+        rows: return the sum of each row, without weights. Costs one more pass over S in the backward.
+
+    Returns:
+        0-d or [G], with `rows` [N] or [G, N], in fp32 (fp64).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: the backend asked for by name cannot run this.
+        NotImplementedError: on a second derivative.
+
+    Example:
+        >>> q, k = torch.randn(8, 16), torch.randn(9, 16)
+        >>> total = sslkern.ops.similarity_softplus(q, k, 2.0, -1.0)
+        >>> torch.allclose(total, torch.nn.functional.softplus(2 * q @ k.T - 1).sum())
+        True
+    """
+    _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit)
+    if sign not in (1, -1):
+        raise ValueError(f"sign must be 1 or -1, not {sign!r}")
+    if rows and weights is not None:
+        raise ValueError("weights must be None with rows=True: multiply the rows that come back")
+    if weights is not None and not isinstance(weights, Tensor):
+        raise ValueError(f"weights must be a tensor {list(q.shape[:-1])}, not {_describe(weights)}")
+    bias, weights = _per_row("bias", bias, q), _per_row("weights", weights, q)
+    scale_tensor, scale, q_ids, k_ids, k_bias, q_limit = _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit)
+    problem = (q, k, scale_tensor, scale, q_ids, k_ids, pairs == "same", k_bias, q_limit, bias)
+    backend = resolve("similarity_softplus", q)
+    learns = torch.is_grad_enabled()
+    needs = tuple(learns and x is not None and x.requires_grad for x in (q, k, scale_tensor, bias, k_bias))
+    learns = any(needs) or (learns and weights is not None and weights.requires_grad)
+    # The same formulas as an eager autograd.Function cost less than the op's own at small sizes.
+    eager = learns and not torch.compiler.is_compiling()
+    if rows:
+        call = _EagerRows.apply if eager else torch.ops.sslkern.similarity_softplus_rows.default
+        return call(*problem, float(sign), backend)
+    call = _Eager.apply if eager else torch.ops.sslkern.similarity_softplus.default
+    return call(*problem, weights, float(sign), *needs, backend)[0]
+
+
+def _per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
+    """x with the shape of q's rows and the type of the accumulators; None where it is 0."""
+    shape = q.shape[:-1]
+    if isinstance(x, Tensor):
+        if x.shape not in ((), shape, shape[-1:]) or (name == "weights" and x.ndim == 0):
+            raise ValueError(f"{name} must be a tensor {list(shape)}, not {_describe(x)}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one of them")
+        return x.to(_accumulator(q)).expand(shape)
+    if x is None or (isinstance(x, (int, float)) and x == 0):
+        return None
+    if not isinstance(x, (int, float)) or not math.isfinite(x):
+        raise ValueError(f"{name} must be a finite number or a tensor {list(shape)}, not {x!r}")
+    return torch.full(shape, float(x), dtype=_accumulator(q), device=q.device)
+
+
+def _learning(*inputs: Tensor | None) -> Tensor | None:
+    """The first of them that requires a gradient."""
+    return next((x for x in inputs if x is not None and x.requires_grad), None)
+
+
+# ---- the total, with its gradients -----------------------------------------------------------------------------------
+
+
+def _kernel(*args):
+    *args, backend = args
+    total, *rest = load(backend, "similarity_softplus").similarity_softplus_fwd(*args)
+    return total, *(_or_empty(x, total) for x in rest)
+
+
+def _fake(q, k, *args):
+    *_, need_q, need_k, need_scale, need_bias, need_k_bias, _ = args
+    keys = q if k is None else k
+    groups, rows, columns = q.shape[:-2], q.shape[:-1], keys.shape[:-1]
+    shapes = (need_q, q.shape), (need_k, keys.shape), (need_scale, groups), (need_bias, rows), (need_k_bias, columns)
+    new = [q.new_empty(shape, dtype=_accumulator(q)) for shape in (groups, rows)]
+    return *new, *(q.new_empty(shape if need else 0, dtype=_accumulator(q)) for need, shape in shapes)
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, scale_tensor, ctx.scale, _, _, _, k_bias, _, bias, weights, *_ = inputs
+    _, row, *grads = output
+    ctx.mark_non_differentiable(row, *grads)
+    ctx.set_materialize_grads(False)
+    anchor = _learning(q, k, scale_tensor, k_bias, bias, weights)
+    ctx.save_for_backward(anchor, row if weights is not None and weights.requires_grad else None, *grads)
+    ctx.dtype = q.dtype
+
+
+def _backward(ctx, g, *_):
+    if g is None:
+        return (None,) * 18
+    anchor, row, dq, dk, dscale, dbias, dk_bias = ctx.saved_tensors
+    need_q, need_k, need_scale, *_ = ctx.needs_input_grad
+    need_k_bias, _, need_bias, need_weights = ctx.needs_input_grad[7:11]
+    with torch.no_grad():
+        of_rows, of_features = g.unsqueeze(-1), g.unsqueeze(-1).unsqueeze(-1)
+        dq = (of_features * dq).to(ctx.dtype) if need_q else None
+        dk = (of_features * dk).to(ctx.dtype) if need_k else None
+        dscale = torch.sum(g * dscale) * ctx.scale if need_scale else None
+        dk_bias = of_rows * dk_bias if need_k_bias else None
+        dbias = of_rows * dbias if need_bias else None
+        dweights = of_rows * row if need_weights else None
+    if torch.is_grad_enabled():  # create_graph=True
+        dq, dk, dscale, dk_bias, dbias, dweights = Once.apply(anchor, dq, dk, dscale, dk_bias, dbias, dweights)
+    return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, dweights, *(None,) * 7
+
+
+define(
+    f"similarity_softplus(Tensor q, Tensor? k, {_PROBLEM}, Tensor? bias, Tensor? weights, float sign, bool need_q,"
+    " bool need_k, bool need_scale, bool need_bias, bool need_k_bias, str backend) -> (Tensor total, Tensor row,"
+    " Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor dk_bias)",
+    _kernel,
+    _fake,
+)
+torch.library.register_autograd("sslkern::similarity_softplus", _backward, setup_context=_setup, lib=library)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = torch.ops.sslkern.similarity_softplus.default(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+# ---- the rows: what their gradients weigh is known in the backward only ----------------------------------------------
+
+
+def _rows_kernel(*args):
+    *problem, sign, backend = args
+    forward = load(backend, "similarity_softplus").similarity_softplus_fwd
+    return forward(*problem, None, sign, *(False,) * 5)[1]
+
+
+def _rows_fake(q, *_):
+    return q.new_empty(q.shape[:-1], dtype=_accumulator(q))
+
+
+def _rows_setup(ctx, inputs, output) -> None:
+    q, k, scale_tensor, ctx.scale, q_ids, k_ids, ctx.same, k_bias, q_limit, bias, ctx.sign, ctx.backend = inputs
+    ctx.save_for_backward(q, k, scale_tensor, q_ids, k_ids, k_bias, q_limit, bias)
+
+
+def _rows_backward(ctx, g):
+    q, k, scale_tensor, q_ids, k_ids, k_bias, q_limit, bias = ctx.saved_tensors
+    needs = need_q, need_k, need_scale, need_bias, need_k_bias = [ctx.needs_input_grad[i] for i in (0, 1, 2, 9, 7)]
+    with torch.no_grad():
+        _, _, dq, dk, dscale, dbias, dk_bias = torch.ops.sslkern.similarity_softplus.default(
+            q, k, scale_tensor, ctx.scale, q_ids, k_ids, ctx.same, k_bias, q_limit, bias, g, ctx.sign, *needs,
+            ctx.backend,
+        )  # fmt: skip
+        dq = dq.to(q.dtype) if need_q else None
+        dk = dk.to(q.dtype) if need_k else None
+        dscale = dscale.sum() * ctx.scale if need_scale else None
+        dk_bias, dbias = dk_bias if need_k_bias else None, dbias if need_bias else None
+    if torch.is_grad_enabled():  # create_graph=True
+        anchor = _learning(q, k, scale_tensor, k_bias, bias)
+        dq, dk, dscale, dk_bias, dbias = Once.apply(anchor, dq, dk, dscale, dk_bias, dbias)
+    return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, None, None
+
+
+define(
+    f"similarity_softplus_rows(Tensor q, Tensor? k, {_PROBLEM}, Tensor? bias, float sign, str backend) -> Tensor",
+    _rows_kernel,
+    _rows_fake,
+)
+torch.library.register_autograd(
+    "sslkern::similarity_softplus_rows", _rows_backward, setup_context=_rows_setup, lib=library
+)
+
+
+class _EagerRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = torch.ops.sslkern.similarity_softplus_rows.default(*inputs)
+        _rows_setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_rows_backward)
