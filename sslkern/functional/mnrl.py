@@ -155,7 +155,8 @@ def mnrl(
     # The log-sum-exp over the negatives of each direction, and the best of them.
     found = {direction: [] for direction in directions}
     one_pass = two_way and limit is None  # for query_to_doc and doc_to_query
-    for name, a, b in ((name, *pair) for name in directions for pair in _DIRECTIONS[name]):
+    sides = [(name, a, b) for name in directions for a, b in _DIRECTIONS[name]]
+    for name, a, b in sides:
         if b == len(features) or (one_pass and name == "doc_to_query"):
             continue
         q, k = features[a], features[b] if a != b else None

@@ -24,7 +24,7 @@ def dense(context, targets, predictors, temperature=1.0, negatives="all", normal
                 query = context[n, t] @ predictor.to(context.dtype).T
                 query = F.normalize(query.to(wide), dim=0).to(query.dtype) if normalize else query
                 pool = {"all": sample >= 0, "sample": time == t + k, "time": sample == n}[negatives]
-                s = (z @ query).to(wide).masked_fill(~pool, -math.inf).flatten() / temperature
+                s = ((z @ query).to(wide) / temperature).masked_fill(~pool, -math.inf).flatten()
                 target = torch.tensor(n * T + t + k)
                 step.append(F.cross_entropy(s, target))
                 wins.append(s[target] > s.index_fill(0, target, -math.inf).max())
