@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import similarity_lse
+from ..ops._library import transformed
 from ..ops.pair_contrast import pair_contrast
 
 EPS = 1e-12  # rows shorter than this are divided by it
@@ -108,7 +109,7 @@ def contrast(
     x: Tensor, y: Tensor, scale: float | Tensor, ids: Tensor | None, mode: str, normalize: bool, best: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Losses, positives and best negatives of `pair_contrast`; traced from its formulas in compiled code."""
-    if not torch.compiler.is_compiling() and (mode != "one_way" or y.requires_grad):
+    if not (torch.compiler.is_compiling() or transformed()) and (mode != "one_way" or y.requires_grad):
         return pair_contrast(x, y, scale, ids, mode, normalize, best)
     N = x.shape[0]
     ids = torch.arange(N, device=x.device) if ids is None else ids

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import keeps, load, resolve
-from .similarity_lse import Once
+from ._library import Once
 
 
 def pair_contrast(
