@@ -25,7 +25,10 @@ def check_features(name: str, x: Tensor) -> None:
 
 
 def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str | None = None) -> None:
-    """x has the type and device of other, and its shape, or its D where `shape` describes another layout."""
+    """x has the type and device of other, and its shape, or its D where `shape` describes another layout.
+
+    `shape` names the sizes: a number from x would tie compiled code to it.
+    """
     fits = isinstance(x, Tensor) and (x.shape == other.shape if shape is None else x.shape[-1:] == other.shape[-1:])
     if not fits:
         wanted = list(other.shape) if shape is None else shape

@@ -119,7 +119,7 @@ def mnrl(
     N, D = anchor.shape
     if negatives is not None:
         negatives = _stacked("negatives", negatives)
-        check_alike("negatives", negatives, "anchor", anchor, f"[{N}, H, {D}]")
+        check_alike("negatives", negatives, "anchor", anchor, "[N, H, D]")
         if negatives.shape[:-2] != (N,):
             raise ValueError(f"negatives must be [{N}, H, {D}] or H tensors [{N}, {D}], not {describe(negatives)}")
     if ids is not None:
@@ -194,13 +194,13 @@ def mnrl(
 
 def _guided_lse(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
     """The log-sum-exp [N] over the keys that the guide finds no more similar than `limit`, and their best score [N]."""
-    size = max(1, BLOCK // max(1, k.shape[0]))
+    N, size = q.shape[0], max(1, BLOCK // max(1, k.shape[0]))
     blocks = [
         checkpoint(
             _guided_block, q[i : i + size], k, scale, None if q_ids is None else q_ids[i : i + size], k_ids,
             guide_q[i : i + size], guide_k, limit[i : i + size], use_reentrant=False, preserve_rng_state=False,
         )
-        for i in range(0, q.shape[0], size)
+        for i in (range(0, N, size) if N > size else (0,))  # a range ties compiled code to N
     ]  # fmt: skip
     row, best = zip(*blocks, strict=True)
     return torch.cat(row), torch.cat(best)
