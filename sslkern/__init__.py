@@ -9,6 +9,7 @@ from .cached import CachedLoss
 from .losses import (
     AlignmentUniformityLoss,
     CLIPLoss,
+    CPCLoss,
     DCLLoss,
     DCLWLoss,
     DebiasedLoss,
@@ -18,6 +19,7 @@ from .losses import (
     MatryoshkaLoss,
     MoCoLoss,
     MoCoV3Loss,
+    MultipleNegativesRankingLoss,
     NNCLRLoss,
     NTXentLoss,
     NTXentMultiViewLoss,
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlignmentUniformityLoss",
     "CLIPLoss",
+    "CPCLoss",
     "CachedLoss",
     "DCLLoss",
     "DCLWLoss",
@@ -41,6 +44,7 @@ __all__ = [
     "MatryoshkaLoss",
     "MoCoLoss",
     "MoCoV3Loss",
+    "MultipleNegativesRankingLoss",
     "NNCLRLoss",
     "NTXentLoss",
     "NTXentMultiViewLoss",

@@ -583,3 +583,117 @@ class DeepInfoMaxLoss(nn.Module):
     def extra_repr(self) -> str:
         name = "temperature" if self.logit_scale is None else "logit_scale"
         return f"estimator={self.estimator!r}, {name}={getattr(self, name)!r}, normalize={self.normalize}"
+
+
+class MultipleNegativesRankingLoss(_Loss):
+    """Multiple negatives ranking, for text retrieval. Arguments, formula and result: `sslkern.functional.mnrl`.
+
+    Example:
+        >>> criterion = sslkern.MultipleNegativesRankingLoss(directions=("query_to_doc", "query_to_query"))
+        >>> loss = criterion(torch.randn(64, 32), torch.randn(64, 32), negatives=torch.randn(64, 3, 32))
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.05,
+        *,
+        logit_scale: float | Tensor | None = None,
+        directions: Sequence[str] = ("query_to_doc",),
+        partition: str = "joint",
+        margin: float | None = None,
+        margin_strategy: str = "absolute",
+        normalize: bool = True,
+        reduction: str = "mean",
+        stats: bool = False,
+        group: None = None,
+        strategy: str = "all_gather",
+    ):
+        super().__init__(
+            temperature,
+            logit_scale,
+            directions=directions,
+            partition=partition,
+            margin=margin,
+            margin_strategy=margin_strategy,
+            normalize=normalize,
+            reduction=reduction,
+            stats=stats,
+            group=group,
+            strategy=strategy,
+        )
+
+    def forward(
+        self,
+        anchor: Tensor,
+        positive: Tensor,
+        negatives: Tensor | Sequence[Tensor] | None = None,
+        *,
+        ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        guide: Sequence[Tensor] | None = None,
+        logit_scale: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        logit_scale = self.logit_scale if logit_scale is None else logit_scale
+        return functional.mnrl(
+            anchor,
+            positive,
+            negatives,
+            self.temperature,
+            logit_scale=logit_scale,
+            ids=ids,
+            negative_ids=negative_ids,
+            guide=guide,
+            **self.options,
+        )
+
+
+class CPCLoss(_Loss):
+    """CPC's InfoNCE with its predictors. Arguments, formula and result: `sslkern.functional.cpc`.
+
+    Args:
+        context_dim, target_dim, steps: the sizes Dc, Dz, K of the parameter `predictors` [K, Dz, Dc].
+
+    Example:
+        >>> criterion = sslkern.CPCLoss(context_dim=64, target_dim=32, steps=12)
+        >>> criterion(torch.randn(8, 50, 64), torch.randn(8, 50, 32)).backward()
+    """
+
+    def __init__(
+        self,
+        context_dim: int,
+        target_dim: int,
+        steps: int,
+        temperature: float | Tensor = 1.0,
+        *,
+        logit_scale: float | Tensor | None = None,
+        negatives: str = "all",
+        normalize: bool = False,
+        reduction: str = "mean",
+        stats: bool = False,
+        group: None = None,
+        strategy: str = "all_gather",
+    ):
+        super().__init__(
+            temperature,
+            logit_scale,
+            negatives=negatives,
+            normalize=normalize,
+            reduction=reduction,
+            stats=stats,
+            group=group,
+            strategy=strategy,
+        )
+        for name, size in (("context_dim", context_dim), ("target_dim", target_dim), ("steps", steps)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive integer, not {size!r}")
+        self.predictors = nn.Parameter(torch.empty(steps, target_dim, context_dim))
+        for predictor in self.predictors:
+            nn.init.kaiming_uniform_(predictor, a=5**0.5)  # as nn.Linear
+
+    def forward(
+        self, context: Tensor, targets: Tensor, *, logit_scale: float | Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        logit_scale = self.logit_scale if logit_scale is None else logit_scale
+        return functional.cpc(
+            context, targets, self.predictors, self.temperature, logit_scale=logit_scale, **self.options
+        )

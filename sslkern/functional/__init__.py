@@ -2,11 +2,13 @@
 
 from .alignment_uniformity import alignment, alignment_uniformity, uniformity
 from .clip import clamp_logit_scale_, clip
+from .cpc import cpc
 from .dcl import dcl, dclw
 from .debiased import debiased, hard_negative
 from .deep_infomax import deep_infomax
 from .info_nce import info_nce
 from .matryoshka import matryoshka
+from .mnrl import mnrl
 from .moco import moco, moco_v3
 from .nnclr import nearest_neighbors, nnclr
 from .nt_xent import nt_xent, nt_xent_multi_view
@@ -18,6 +20,7 @@ __all__ = [
     "alignment_uniformity",
     "clamp_logit_scale_",
     "clip",
+    "cpc",
     "dcl",
     "dclw",
     "debiased",
@@ -25,6 +28,7 @@ __all__ = [
     "hard_negative",
     "info_nce",
     "matryoshka",
+    "mnrl",
     "moco",
     "moco_v3",
     "nearest_neighbors",

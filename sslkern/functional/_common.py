@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import similarity_lse
+from ..ops._library import transformed
 from ..ops.pair_contrast import pair_contrast
 from ..ops.similarity_lse import small
 
@@ -25,7 +26,10 @@ def check_features(name: str, x: Tensor) -> None:
 
 
 def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str | None = None) -> None:
-    """x has the type and device of other, and its shape, or its D where `shape` describes another layout."""
+    """x has the type and device of other, and its shape, or its D where `shape` describes another layout.
+
+    `shape` names the sizes: a number from x would tie compiled code to it.
+    """
     fits = isinstance(x, Tensor) and (x.shape == other.shape if shape is None else x.shape[-1:] == other.shape[-1:])
     if not fits:
         wanted = list(other.shape) if shape is None else shape
@@ -135,10 +139,10 @@ def contrast(
     x: Tensor, y: Tensor, scale: float | Tensor, ids: Tensor | None, mode: str, normalize: bool, best: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Losses, positives and best negatives of `pair_contrast`; where the keys are frozen (one product less) or the
-    compiler does better, from its formulas."""
+    compiler does better, or torch.func is at work, from its formulas."""
     frozen = mode == "one_way" and not y.requires_grad
     rows = 2 * x.shape[0] if mode == "views" else x.shape[0]
-    if not frozen and not (torch.compiler.is_compiling() and small(x, rows, rows)):
+    if not frozen and not transformed() and not (torch.compiler.is_compiling() and small(x, rows, rows)):
         return pair_contrast(x, y, scale, ids, mode, normalize, best)
     N = x.shape[0]
     ids = torch.arange(N, device=x.device) if ids is None else ids

@@ -139,7 +139,7 @@ def _check_negatives(negatives: Tensor, query: Tensor, two_way: bool) -> None:
     if two_way:
         raise ValueError("two_way=True cannot be combined with negatives: they have no direction key -> query")
     N, D = query.shape
-    check_alike("negatives", negatives, "query", query, f"[M, {D}] or [{N}, M, {D}]")
+    check_alike("negatives", negatives, "query", query, "[M, D] or [N, M, D]")
     if negatives.ndim not in (2, 3) or (negatives.ndim == 3 and negatives.shape[0] != N):
         raise ValueError(f"negatives must be [M, {D}] or [{N}, M, {D}], not {describe(negatives)}")
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
-from ._library import define, library
-from .similarity_lse import Once
+from ._library import Once, define, library
 
 
 def pair_contrast(

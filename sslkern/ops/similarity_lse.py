@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
-from ._library import define, library
+from ._library import Once, define, differentiable, library, no_second_derivative, transformed
 
 _PROBLEM = "Tensor? scale_tensor, float scale, Tensor? q_ids, Tensor? k_ids, bool same, Tensor? k_bias, Tensor? q_limit"
 
@@ -76,21 +76,17 @@ def similarity_lse(
     scale_tensor, scale, q_ids, k_ids, k_bias, q_limit = _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit)
     problem = (q, k, scale_tensor, scale, q_ids, k_ids, pairs == "same", k_bias, q_limit)
     backend = resolve("similarity_lse", q)
-    keys_learn = (k is not None and k.requires_grad) or (k_bias is not None and k_bias.requires_grad)
+    keys_learn = (k is not None and k.requires_grad) or (k_bias is not None and k_bias.requires_grad) or transformed()
     learns = keys_learn or q.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
     learns = learns and torch.is_grad_enabled()
     if torch.compiler.is_compiling() and small(q, q.shape[:-1].numel(), (q if k is None else k).shape[-2]):
         return _dense(*problem, columns, best)
-    # The same formulas as an eager autograd.Function cost half the time of the op's own at small sizes.
-    eager = learns and not torch.compiler.is_compiling()
     if learns and not (columns or keys_learn or k is None):
-        call = _EagerFrozen.apply if eager else torch.ops.sslkern.similarity_lse_frozen.default
-        row, _, top = call(*problem, best, backend)
+        row, _, top = _frozen(*problem, best, backend, learns=True)
         return (row, top) if best else row
     groups, M = q.shape[:-2].numel(), (q if k is None else k).shape[-2]
     kept = kept_rows(backend, q.shape[-2], M, q.shape[-1], groups, itself=k is None)
-    call = _Eager.apply if eager else torch.ops.sslkern.similarity_lse.default
-    row, col, top, _ = call(*problem, columns, best, kept if learns else 0, backend)
+    row, col, top, _ = _lse(*problem, columns, best, kept if learns else 0, backend, learns=learns)
     if columns:
         return (row, col, top) if best else (row, col)
     return (row, top) if best else row
@@ -234,6 +230,8 @@ def _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit):
 
 def small(q: Tensor, rows: int, columns: int) -> bool:
     """Whether so few scores of features like q are better left to the compiler."""
+    if torch.is_autocast_enabled(q.device.type):
+        return False  # it would round the products to 16 bits, forward and backward
     scores = rows * columns
     # The formula multiplies in fp32, which of 16-bit inputs only the smallest can afford.
     return scores <= 2**14 and (q.dtype.itemsize > 2 or scores * q.shape[-1] <= 2**20)
@@ -324,17 +322,7 @@ define(
     _kernel,
     _fake,
 )
-torch.library.register_autograd("sslkern::similarity_lse", _backward, setup_context=_setup, lib=library)
-
-
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = torch.ops.sslkern.similarity_lse.default(*inputs)
-        _setup(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
+_lse = differentiable("similarity_lse", _setup, _backward)
 
 
 # ---- its derivative --------------------------------------------------------------------------------------------------
@@ -353,10 +341,6 @@ def _bwd_fake(q, k, *args):
     return tuple(q.new_empty(shape if need else 0, dtype=_accumulator(q)) for need, shape in shapes)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError("similarity_lse has no second derivative; compute the loss densely where one is needed")
-
-
 define(
     f"similarity_lse_bwd(Tensor q, Tensor? k, Tensor? row, Tensor? col, Tensor? g, Tensor? h, {_PROBLEM},"
     " Tensor? kept, bool need_q, bool need_k, bool need_scale, bool need_bias, str backend)"
@@ -364,17 +348,7 @@ define(
     _bwd_kernel,
     _bwd_fake,
 )
-torch.library.register_autograd("sslkern::similarity_lse_bwd", _no_second_derivative, lib=library)
-
-
-class Once(torch.autograd.Function):
-    """Lets gradients pass, as a function of q that cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, q, *grads):
-        return grads
-
-    backward = staticmethod(_no_second_derivative)
+torch.library.register_autograd("sslkern::similarity_lse_bwd", no_second_derivative, lib=library)
 
 
 # ---- rows only, with keys that need no gradient ----------------------------------------------------------------------
@@ -418,16 +392,4 @@ define(
     _frozen_kernel,
     _frozen_fake,
 )
-torch.library.register_autograd(
-    "sslkern::similarity_lse_frozen", _frozen_backward, setup_context=_frozen_setup, lib=library
-)
-
-
-class _EagerFrozen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = torch.ops.sslkern.similarity_lse_frozen.default(*inputs)
-        _frozen_setup(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_frozen_backward)
+_frozen = differentiable("similarity_lse_frozen", _frozen_setup, _frozen_backward)

@@ -1,7 +1,8 @@
 """`similarity_lse` in plain torch, one block of rows of S = scale * q k^T + k_bias at a time.
 
 S lives in one reused buffer that fits the cache. Forward and backward obtain it from the same `_blocks`, so they
-agree to the bit on which pairs a limit leaves out.
+agree to the bit on which pairs a limit leaves out. Products write into tensors that exist (out=, in place): those
+autocast leaves alone.
 """
 
 import math
@@ -126,7 +127,8 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
         top[groups, rows] = s.amax(2)
         shift = _shift(top[groups, rows])
         total = s.sub_(shift[..., None]).exp_().sum(2)
-        mean[groups, rows] = torch.bmm(s, k[groups]).div_(total.masked_fill(total == 0, 1)[..., None])
+        mean[groups, rows].baddbmm_(s, k[groups])
+        mean[groups, rows].div_(total.masked_fill(total == 0, 1)[..., None])
         row[groups, rows] = total.log_().add_(shift)
     return tuple(x[0] if groupless and x is not None else x for x in (row, mean, top if best else None))
 

@@ -1,0 +1,122 @@
+"""CPC: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import similarity_lse
+from ._common import check_features, check_options, describe, dots, reduce, scale_of, softplus, unit
+
+
+def cpc(
+    context: Tensor,
+    targets: Tensor,
+    predictors: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    logit_scale: float | Tensor | None = None,
+    negatives: str = "all",
+    normalize: bool = False,
+    reduction: str = "mean",
+    stats: bool = False,
+    group: None = None,
+    strategy: str = "all_gather",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """CPC's InfoNCE (eq. 3 and 4 of https://arxiv.org/abs/1807.03748): the context predicts K steps ahead.
+
+    The prediction W_k c_t of step k = 1 .. K is to be more similar to its target z_(t+k) than to other targets.
+    What they are for step k = 2 from t = 1 of sample a, of T = 5 (`+` positive, `-` negative):
+
+                          z of sample a        z of sample b
+                   time   0  1  2  3  4        0  1  2  3  4
+        "all"             -  -  -  +  -        -  -  -  -  -     any time of any sample
+        "sample"                   +                    -        the same time of other samples
+        "time"            -  -  -  +  -                          other times of the same sample
+
+    Predictions with nothing left to predict, t + k >= T, are left out; the rest, of all steps, make one launch of
+    `similarity_lse`: with groups of one time for "sample", of one sample for "time".
+
+    Args:
+        context: [N, T, Dc], c_t, what an autoregressive model made of the input up to t.
+        targets: [N, T, Dz], z_t, the encoded input, in the type of context: fp32, bf16, fp16 or fp64.
+        predictors: [K, Dz, Dc], the matrices W_k, 0 < K < T; cast to the type of context.
+        temperature: divides the scores z^T W c: a nonzero number, or a tensor with one element that gets a gradient.
+        logit_scale: multiplies them instead and replaces `temperature`; already exponentiated.
+        negatives: "all", "sample" or "time", see above.
+        normalize: divide predictions and targets by their norm first (cosine similarity).
+        reduction: over the K losses of the steps, each of them the mean over its N (T - k) predictions: "mean", "sum",
+            or "none".
+        stats: also return the share of predictions that are most similar to their target, of each step.
+        group, strategy: the processes that share a batch; only None, this process, so far.
+
+    Returns:
+        The loss, 0-d, or for "none" [K], in fp32 (fp64). With `stats` a pair of it and the shares [K] without
+        gradient. A prediction without negatives adds 0 and counts in the mean.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+
+    Example:
+        >>> context, targets = torch.randn(8, 50, 64, requires_grad=True), torch.randn(8, 50, 32)
+        >>> predictors = torch.randn(12, 32, 64) / 8
+        >>> losses, accuracy = sslkern.functional.cpc(context, targets, predictors, reduction="none", stats=True)
+        >>> losses.mean().backward()
+    """
+    _check(context, targets, predictors, negatives)
+    check_options(reduction, group, strategy)
+    scale = scale_of(temperature, logit_scale, context.device)
+    (N, T, _), (K, Dz, _) = context.shape, predictors.shape
+
+    predicted = F.linear(context, predictors.to(context.dtype).flatten(0, 1)).unflatten(2, (K, Dz)).to(targets.dtype)
+    # The predictions that have a target, step by step: S = sum_k (T - k) for each sample, and the targets' times.
+    counts = [T - k for k in range(1, K + 1)]
+    query = torch.cat([predicted[:, :count, k] for k, count in enumerate(counts)], 1)  # [N, S, Dz]
+    time = torch.cat([torch.arange(T - count, T, device=targets.device) for count in counts])  # [S]
+    if normalize:
+        query, targets = unit(query), unit(targets)
+    target = torch.cat([targets[:, T - count :] for count in counts], 1)  # [N, S, Dz]
+    positive = dots(query, target) * scale  # [N, S]
+
+    key, q_ids, k_ids = targets, time, torch.arange(T, device=targets.device)  # "time": N groups
+    if negatives == "all":
+        start = T * torch.arange(N, device=targets.device)
+        query, key = query.flatten(0, 1), targets.flatten(0, 1)
+        q_ids, k_ids = (start.unsqueeze(1) + time).flatten(), torch.arange(N * T, device=targets.device)
+    elif negatives == "sample":  # S groups
+        query, key = query.transpose(0, 1), target.transpose(0, 1)
+        q_ids = k_ids = torch.arange(N, device=targets.device)
+    out = similarity_lse(query, key, scale, q_ids=q_ids, k_ids=k_ids, best=stats)
+    row, best = (x.T if negatives == "sample" else x.view(N, -1) for x in (out if stats else (out, out)))
+
+    losses = _by_step(softplus(row - positive), counts)
+    loss = reduce(losses, reduction)
+    return (loss, _by_step((best < positive.detach()).float(), counts)) if stats else loss
+
+
+def _by_step(x: Tensor, counts: list[int]) -> Tensor:
+    """[K] means of x [N, S]."""
+    return torch.stack([step.mean() for step in x.split(counts, 1)])
+
+
+def _check(context: Tensor, targets: Tensor, predictors: Tensor, negatives: str) -> None:
+    for name, x in (("context", context), ("targets", targets)):
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            raise ValueError(f"{name} must be a tensor [N, T, D], not {describe(x)}")
+        check_features(name, x.flatten(0, 1))
+    if targets.shape[:2] != context.shape[:2]:
+        wanted = [*context.shape[:2], "Dz"]
+        raise ValueError(f"targets must be a tensor {wanted} to go with context, not {describe(targets)}")
+    if targets.dtype != context.dtype:
+        raise TypeError(f"targets must have the dtype of context, {context.dtype}, not {targets.dtype}; convert one")
+    T, Dc, Dz = *context.shape[1:], targets.shape[2]
+    if not isinstance(predictors, Tensor) or predictors.ndim != 3 or predictors.shape[1:] != (Dz, Dc):
+        raise ValueError(f"predictors must be a tensor [K, {Dz}, {Dc}], not {describe(predictors)}")
+    if not 0 < predictors.shape[0] < T:
+        raise ValueError(f"predictors must be for 1 to {T - 1} steps, as T is {T}, not for {predictors.shape[0]}")
+    if not predictors.dtype.is_floating_point:
+        raise TypeError(f"predictors must be floating point, not {predictors.dtype}; convert it with .float()")
+    for name, x in (("targets", targets), ("predictors", predictors)):
+        if x.device != context.device:
+            raise ValueError(f"{name} is on {x.device} but context is on {context.device}; move one of them")
+    if negatives not in ("all", "sample", "time"):
+        raise ValueError(f"negatives must be 'all', 'sample' or 'time', not {negatives!r}")

@@ -1,0 +1,268 @@
+"""Multiple negatives ranking: Henderson et al., "Efficient Natural Language Response Suggestion", 2017."""
+
+import math
+from collections.abc import Sequence
+from functools import reduce as fold
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..ops import similarity_lse
+from ._common import (
+    beaten,
+    check_alike,
+    check_features,
+    check_ids,
+    check_options,
+    contrast,
+    describe,
+    dots,
+    logaddexp,
+    reduce,
+    scale_of,
+    softplus,
+    unit,
+)
+
+BLOCK = 2**20  # scores that a guide decides on at a time
+
+# Who is contrasted with whom: 0 anchors, 1 positives, 2 hard negatives; the second may be missing.
+_DIRECTIONS = {
+    "query_to_doc": ((0, 1), (0, 2)),
+    "query_to_query": ((0, 0),),
+    "doc_to_query": ((1, 0),),
+    "doc_to_doc": ((1, 1), (1, 2)),
+}
+_TWO_WAY = {"query_to_doc", "doc_to_query"}
+
+
+def mnrl(
+    anchor: Tensor,
+    positive: Tensor,
+    negatives: Tensor | Sequence[Tensor] | None = None,
+    temperature: float | Tensor = 0.05,
+    *,
+    logit_scale: float | Tensor | None = None,
+    directions: Sequence[str] = ("query_to_doc",),
+    partition: str = "joint",
+    ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    margin: float | None = None,
+    margin_strategy: str = "absolute",
+    guide: Sequence[Tensor] | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    stats: bool = False,
+    group: None = None,
+    strategy: str = "all_gather",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multiple negatives ranking (section 4.4 of https://arxiv.org/abs/1705.00652), the loss of text retrieval.
+
+    Each anchor (a query) has to find its positive (a document) among the documents of the batch: the positives of
+    other anchors, and the hard negatives of all. N = 3, one hard negative each, `+` positive, `-` negative:
+
+                  p0 p1 p2 | n0 n1 n2      a0 a1 a2        and with further directions:
+               a0  +  -  - |  -  -  -          -  -        query_to_query
+               a1  -  +  - |  -  -  -       -     -
+               a2  -  -  + |  -  -  -       -  -
+               p0     -  - |     -  -       +  -  -        doc_to_doc, doc_to_query
+               p1  -     - |  -     -       -  +  -
+               p2  -  -    |  -  -          -  -  +
+
+    Row i is the loss of pair i: -log(exp(s_ii) / Z_i), where Z_i sums exp(s) of the positive and of all negatives in
+    rows a_i and p_i of the directions asked for. All four are GTE's loss (https://arxiv.org/abs/2308.03281), without
+    doc_to_query it is Qwen3-Embedding's (https://arxiv.org/abs/2506.05176, there with margin=0.1), and that with a
+    `guide` and temperature=0.01 is GISTEmbed's (https://arxiv.org/abs/2402.16829).
+
+    Args:
+        anchor, positive: [N, D], row i of both belong together. fp32, bf16, fp16 or fp64.
+        negatives: hard negatives, [N, H, D] or H tensors [N, D].
+        temperature: divides the similarities: a nonzero number, or a tensor with one element that gets a gradient.
+        logit_scale: multiplies the similarities instead and replaces `temperature`; already exponentiated.
+        directions: of "query_to_doc" (always), "query_to_query", "doc_to_query", "doc_to_doc".
+        partition: "joint", one Z_i over all directions; with doc_to_query the positive is in two of them and counts
+            twice, as published. "per_direction": the mean of a loss for query_to_doc and one for doc_to_query.
+        ids: int64 [N]; pairs with equal ids are not negatives of each other (a document's hash). Default: all differ.
+        negative_ids: int64 [N, H]; a hard negative is none for the anchors with its id. Needs `ids`.
+        margin: negatives more similar than the positive by over `margin` are taken for false ones and drop out:
+            those with sim > sim_ii + margin, before the temperature. None: no filter, or 0 where there is a guide.
+        margin_strategy: "absolute", or "relative": sim > sim_ii + margin * |sim_ii|.
+        guide: features of anchors, positives and, if given, negatives from another model, of the same layout and any
+            width. Their cosine similarity then decides which negatives drop out. It gets no gradient.
+        normalize: divide all rows by their norm first (cosine similarity).
+        reduction: "mean" or "sum" over the N pairs, or "none".
+        stats: also return the share of pairs whose positive beats every negative.
+        group, strategy: the processes that share a batch; only None, this process, so far.
+
+    Returns:
+        The loss, 0-d, or for "none" [N], in fp32 (fp64). With `stats` a pair of it and the share, 0-d without
+        gradient. A pair without negatives adds 0 and counts in the mean.
+
+        Similarities are never stored; with a guide, which no kernel knows, blocks of 2^20 of them are, in plain
+        torch, and computed anew in the backward.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+
+    Example:
+        >>> queries, documents = torch.randn(64, 32, requires_grad=True), torch.randn(64, 32)
+        >>> sslkern.functional.mnrl(queries, documents, negatives=torch.randn(64, 3, 32)).backward()
+        >>> both = ("query_to_doc", "doc_to_query")
+        >>> loss = sslkern.functional.mnrl(queries, documents, directions=both, partition="per_direction")
+    """
+    check_features("anchor", anchor)
+    check_alike("positive", positive, "anchor", anchor)
+    check_options(reduction, group, strategy)
+    scale = scale_of(temperature, logit_scale, anchor.device)
+    _check_directions(directions, partition)
+    N, D = anchor.shape
+    if negatives is not None:
+        negatives = _stacked("negatives", negatives)
+        check_alike("negatives", negatives, "anchor", anchor, "[N, H, D]")
+        if negatives.shape[:-2] != (N,):
+            raise ValueError(f"negatives must be [{N}, H, {D}] or H tensors [{N}, {D}], not {describe(negatives)}")
+    if ids is not None:
+        check_ids("ids", ids, (N,), anchor)
+    if negative_ids is not None:
+        if ids is None or negatives is None:
+            raise ValueError("negative_ids needs negatives and ids: the ids of the anchors to compare them with")
+        if "doc_to_doc" in directions:
+            raise ValueError("negative_ids cannot go with doc_to_doc, which leaves out negatives by their row")
+        check_ids("negative_ids", negative_ids, tuple(negatives.shape[:2]), anchor)
+    if guide is not None:
+        guide = _checked_guide(guide, anchor, negatives)
+    margin = _checked_margin(margin, margin_strategy, scale, guide)
+
+    two_way = _TWO_WAY <= set(directions)
+    if negatives is None and margin is None and (partition == "per_direction" or len(directions) == 1):
+        mode = "two_way" if two_way else "one_way"
+        losses, toward, best = contrast(anchor, positive, scale, ids, mode, normalize, stats)
+        loss = reduce(losses.mean(0), reduction)
+        return (loss, beaten(best, toward)) if stats else loss
+
+    features = [anchor, positive] if negatives is None else [anchor, positive, negatives.flatten(0, 1)]
+    if normalize:
+        features = [unit(x) for x in features]
+    cosine = dots(*features[:2])
+    toward = cosine * scale
+    rows = torch.arange(N, device=anchor.device)
+    limit = None  # what a row's negatives must not exceed
+    if margin is not None:
+        limit = cosine.detach() if guide is None else dots(*guide[:2])
+        limit = limit + margin * (limit.abs() if margin_strategy == "relative" else 1)
+
+    # The log-sum-exp over the negatives of each direction, and the best of them.
+    found = {direction: [] for direction in directions}
+    one_pass = two_way and limit is None  # for query_to_doc and doc_to_query
+    sides = [(name, a, b) for name in directions for a, b in _DIRECTIONS[name]]
+    for name, a, b in sides:
+        if b == len(features) or (one_pass and name == "doc_to_query"):
+            continue
+        q, k = features[a], features[b] if a != b else None
+        if b < 2:
+            q_ids = k_ids = rows if ids is None else ids
+        elif a == 1:  # all but its own hard negatives
+            q_ids, k_ids = rows, rows.repeat_interleave(negatives.shape[1])
+        else:
+            q_ids, k_ids = (None, None) if negative_ids is None else (ids, negative_ids.flatten())
+        if guide is not None:
+            found[name].append(_guided_lse(q, features[b], scale, q_ids, k_ids, guide[a], guide[b], limit))
+        elif one_pass and (a, b) == (0, 1):
+            row, column, *top = similarity_lse(q, k, scale, q_ids=q_ids, k_ids=k_ids, columns=True, best=stats)
+            top, other_top = top[0].chunk(2) if stats else (None, None)
+            found[name].append((row, top))
+            found["doc_to_query"].append((column, other_top))
+        else:
+            factor = scale.detach() if isinstance(scale, Tensor) else scale
+            q_limit = None if limit is None else limit * factor
+            k_ids = None if k is None else k_ids
+            out = similarity_lse(q, k, scale, q_ids=q_ids, k_ids=k_ids, q_limit=q_limit, best=stats)
+            found[name].append(out if stats else (out, None))
+
+    if partition == "joint":
+        found = {"all": [term for terms in found.values() for term in terms]}
+    negative = torch.stack([fold(logaddexp, [row for row, _ in terms]) for terms in found.values()])
+    if partition == "joint" and two_way:  # the second positive, in rows with any negative
+        negative = torch.where(negative == -math.inf, negative, logaddexp(negative, toward.expand_as(negative)))
+    loss = reduce(softplus(negative - toward).mean(0), reduction)
+    if not stats:
+        return loss
+    best = torch.stack([fold(torch.maximum, [top for _, top in terms]) for terms in found.values()])
+    return loss, beaten(best, toward)
+
+
+def _guided_lse(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
+    """The log-sum-exp [N] over the keys that the guide finds no more similar than `limit`, and their best score [N]."""
+    N, size = q.shape[0], max(1, BLOCK // max(1, k.shape[0]))
+    blocks = [
+        checkpoint(
+            _guided_block, q[i : i + size], k, scale, None if q_ids is None else q_ids[i : i + size], k_ids,
+            guide_q[i : i + size], guide_k, limit[i : i + size], use_reentrant=False, preserve_rng_state=False,
+        )
+        for i in (range(0, N, size) if N > size else (0,))  # a range ties compiled code to N
+    ]  # fmt: skip
+    row, best = zip(*blocks, strict=True)
+    return torch.cat(row), torch.cat(best)
+
+
+def _guided_block(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = guide_q @ guide_k.T > limit.unsqueeze(1)
+        if q_ids is not None:
+            out = out | (q_ids.unsqueeze(1) == k_ids)
+        empty = out.all(1)
+        s = (q.to(wide) @ k.to(wide).T * scale).masked_fill(out, -math.inf)
+        row = s.masked_fill(empty.unsqueeze(1), 0).logsumexp(1).masked_fill(empty, -math.inf)
+        return row, s.detach().amax(1) if s.shape[1] else row.detach()
+
+
+def _stacked(name: str, x: Tensor | Sequence[Tensor]) -> Tensor:
+    """[N, H, D] of H tensors [N, D]."""
+    if isinstance(x, Tensor):
+        return x
+    if not isinstance(x, Sequence) or not x or any(not isinstance(y, Tensor) or y.shape != x[0].shape for y in x):
+        raise ValueError(f"{name} must be a tensor [N, H, D] or tensors [N, D], one for each hard negative of a row")
+    return torch.stack(tuple(x), 1)
+
+
+def _check_directions(directions: Sequence[str], partition: str) -> None:
+    known = not isinstance(directions, str) and set(directions) <= set(_DIRECTIONS)
+    if not known or "query_to_doc" not in directions or len(set(directions)) < len(directions):
+        names = ", ".join(map(repr, _DIRECTIONS))
+        raise ValueError(f"directions must be some of {names}, 'query_to_doc' among them, not {directions!r}")
+    if partition not in ("joint", "per_direction"):
+        raise ValueError(f"partition must be 'joint' or 'per_direction', not {partition!r}")
+    if partition == "per_direction" and not set(directions) <= _TWO_WAY:
+        raise ValueError(
+            "partition='per_direction' needs directions that hold the positive: query_to_doc, doc_to_query"
+        )
+
+
+def _checked_margin(margin, margin_strategy, scale, guide) -> float | None:
+    if margin_strategy not in ("absolute", "relative"):
+        raise ValueError(f"margin_strategy must be 'absolute' or 'relative', not {margin_strategy!r}")
+    if margin is None:
+        return None if guide is None else 0.0
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise ValueError(f"margin must be a finite number or None, not {margin!r}")
+    if guide is None and not isinstance(scale, Tensor) and scale < 0:
+        raise ValueError("margin needs a positive temperature: with a negative one the most similar score lowest")
+    return float(margin)
+
+
+def _checked_guide(guide, anchor: Tensor, negatives: Tensor | None) -> list[Tensor]:
+    """The guide's features as unit rows in fp32 (fp64)."""
+    names = ["anchors", "positives"] if negatives is None else ["anchors", "positives", "negatives"]
+    if isinstance(guide, Tensor) or not isinstance(guide, Sequence) or len(guide) != len(names):
+        raise ValueError(f"guide must be a sequence of the guide's features of {', '.join(names)}")
+    guide = [_stacked("the guide's features of negatives", x) if i == 2 else x for i, x in enumerate(guide)]
+    for name, x in zip(names, guide, strict=True):
+        rows = negatives.shape[:2] if name == "negatives" else anchor.shape[:1]
+        if not isinstance(x, Tensor) or x.shape[:-1] != rows or x.shape[-1] != guide[0].shape[-1]:
+            raise ValueError(f"guide must have features {[*rows, 'Dg']} for the {name}, not {describe(x)}")
+        if not x.dtype.is_floating_point or x.device != anchor.device:
+            raise ValueError(f"guide must be floating point and on {anchor.device}, not {x.dtype} on {x.device}")
+    wide = torch.float64 if anchor.dtype == torch.float64 else torch.float32
+    return [unit(x.detach().to(wide)).flatten(0, -2) for x in guide]
