@@ -1,6 +1,5 @@
 import copy
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +8,8 @@ import torch.nn.functional as F
 import sslkern
 from sslkern.functional import nearest_neighbors, nnclr, nt_xent
 from tests.ops.dense import within
+
+from .agreement import peer
 
 
 def dense(z0, z1, p0, p1, support, temperature=0.1, two_way=False, ids=None):
@@ -116,18 +117,11 @@ def test_module_keeps_its_support(backend):
     assert criterion(*(x.bfloat16() for x in (z0, z1, p0, p1))).isfinite()
 
 
-def test_lightlys_recipe(monkeypatch):
+def test_lightlys_recipe():
     """Theirs contrasts the neighbours with NT-Xent, whose negatives come from both sides."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    from baselines import allow_torchvision_import
-
-    allow_torchvision_import()
-    pytest.importorskip("lightly")
-    from lightly.loss import NTXentLoss
-    from lightly.models.modules import NNMemoryBankModule
-
+    losses, modules = peer("lightly.loss"), peer("lightly.models.modules")
     z0, z1, p0, p1, _ = problem(16)
-    bank, criterion = NNMemoryBankModule(size=(40, 6)), NTXentLoss(temperature=0.3)
+    bank, criterion = modules.NNMemoryBankModule(size=(40, 6)), losses.NTXentLoss(temperature=0.3)
     bank(torch.randn(40, 6), update=True)
     near0, near1 = bank(z0), bank(z1)
     support = bank.bank

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +6,7 @@ import sslkern
 from sslkern.functional import siglip
 
 from ..ops.dense import within
+from .agreement import peer
 
 
 def dense(image, text, scale, bias, ids=None, normalize=True):
@@ -71,12 +70,8 @@ def test_is_as_exact_as_dense(backend, N, D, dtype, scale, bias):
         within(got, want, plain, scale=want.abs().max().item() * torch.finfo(got.dtype).eps / 2**-23)
 
 
-def test_equals_open_clip(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    from baselines import allow_torchvision_import
-
-    allow_torchvision_import()
-    loss_module = pytest.importorskip("open_clip.loss")
+def test_equals_open_clip():
+    loss_module = peer("open_clip.loss")
     x = inputs(40, 16)
     a, b = (F.normalize(t, dim=1) for t in x[:2])
     loss, expected = siglip(*x), loss_module.SigLipLoss()(a, b, *x[2:])
