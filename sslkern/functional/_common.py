@@ -142,9 +142,12 @@ def contrast(
     compiler does better, or torch.func is at work, from its formulas."""
     frozen = mode == "one_way" and not y.requires_grad
     rows = 2 * x.shape[0] if mode == "views" else x.shape[0]
-    if not frozen and not transformed() and not (torch.compiler.is_compiling() and small(x, rows, rows)):
+    traced = torch.compiler.is_compiling() and small(x, rows, rows)
+    if not frozen and not transformed() and not traced:
         return pair_contrast(x, y, scale, ids, mode, normalize, best)
     N = x.shape[0]
+    if traced and not frozen and ids is None and N > 1:
+        return _few_pairs(*((unit(x), unit(y)) if normalize else (x, y)), scale, mode, best)
     ids = torch.arange(N, device=x.device) if ids is None else ids
     x, y = (unit(x), unit(y)) if normalize else (x, y)
     positive = dots(x, y) * scale
@@ -157,6 +160,22 @@ def contrast(
     *negatives, top = out if best else (*(out if isinstance(out, tuple) else (out,)), None)
     losses = softplus(torch.cat(negatives).view(-1, N) - positive)
     return losses, positive.detach(), None if top is None else top.view(-1, N)
+
+
+def _few_pairs(x, y, scale, mode, best):
+    """`contrast` of at least two rows that all differ, for the compiler: every row has a negative, so nothing is
+    guarded."""
+    N = x.shape[0]
+    q, k = (torch.cat((x, y)),) * 2 if mode == "views" else (x, y)
+    s = wide(q @ k.mT) * scale
+    positive = dots(x, y) * scale
+    row = torch.arange(s.shape[0], device=s.device)
+    apart = row.unsqueeze(1) - row
+    s = s.masked_fill((apart == 0) | (apart.abs() == N), -math.inf)
+    sides = (1, 0) if mode == "two_way" else (1,)
+    losses = softplus(torch.stack([s.logsumexp(side) for side in sides]).view(-1, N) - positive)
+    top = torch.stack([s.amax(side) for side in sides]).view(-1, N).detach() if best else None
+    return losses, positive.detach(), top
 
 
 def beaten(best: Tensor, positive: Tensor) -> Tensor:

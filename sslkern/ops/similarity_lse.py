@@ -229,18 +229,16 @@ def _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit):
 
 
 def small(q: Tensor, rows: int, columns: int) -> bool:
-    """Whether so few scores of features like q are better left to the compiler."""
+    """Whether so few scores are better left to the compiler, on the device of q."""
     if torch.is_autocast_enabled(q.device.type):
         return False  # it would round the products to 16 bits, forward and backward
-    scores = rows * columns
-    # The formula multiplies in fp32, which of 16-bit inputs only the smallest can afford.
-    return scores <= 2**14 and (q.dtype.itemsize > 2 or scores * q.shape[-1] <= 2**20)
+    return rows * columns <= 2**16
 
 
 def _dense(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best):
     wide = _accumulator(q)
     keys, k_ids = (q, q_ids) if k is None else (k, k_ids)
-    s = (q.to(wide) @ keys.to(wide).mT) * (scale if scale_tensor is None else scale * scale_tensor)
+    s = (q @ keys.mT).to(wide) * (scale if scale_tensor is None else scale * scale_tensor)
     if k_bias is not None:
         s = s + k_bias.unsqueeze(-2)
     left_out = None
