@@ -1,6 +1,7 @@
 """What the losses share: argument checks, normalisation, and the few formulas that need care."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -158,8 +159,14 @@ def contrast(
     else:
         out = similarity_lse(x, y, scale, q_ids=ids, k_ids=ids, columns=mode == "two_way", best=best)
     *negatives, top = out if best else (*(out if isinstance(out, tuple) else (out,)), None)
-    losses = softplus(torch.cat(negatives).view(-1, N) - positive)
-    return losses, positive.detach(), None if top is None else top.view(-1, N)
+    negatives = negatives[0].view(2, N) if mode == "views" else negatives
+    return _each_side(negatives, positive), positive.detach(), None if top is None else top.view(-1, N)
+
+
+def _each_side(negatives: Sequence[Tensor], positive: Tensor) -> Tensor:
+    """softplus(negatives - positive) [sides, N]; stacked before that, the inductor of torch 2.13 computes gradients
+    that are wrong (where the scale is a tensor)."""
+    return torch.stack([softplus(side - positive) for side in negatives])
 
 
 def _few_pairs(x, y, scale, mode, best):
@@ -173,9 +180,9 @@ def _few_pairs(x, y, scale, mode, best):
     apart = row.unsqueeze(1) - row
     s = s.masked_fill((apart == 0) | (apart.abs() == N), -math.inf)
     sides = (1, 0) if mode == "two_way" else (1,)
-    losses = softplus(torch.stack([s.logsumexp(side) for side in sides]).view(-1, N) - positive)
+    negatives = [half for side in sides for half in s.logsumexp(side).view(-1, N)]
     top = torch.stack([s.amax(side) for side in sides]).view(-1, N).detach() if best else None
-    return losses, positive.detach(), top
+    return _each_side(negatives, positive), positive.detach(), top
 
 
 def beaten(best: Tensor, positive: Tensor) -> Tensor:
