@@ -93,6 +93,33 @@ PYBIND11_MODULE(_cpu, module) {
     py::gil_scoped_release release;
     kernels().queue_push(DType(queue_dtype), DType(keys_dtype), size, dim, batch, to, at, from, threads);
   });
+  module.def("sampled_similarity_fwd", [](const py::tuple& of, int64_t count, const py::object& index, bool streams,
+                                          const py::object& out, int threads) {
+    const Similarity p = problem(of, threads);
+    const int64_t* const at = data<int64_t>(index);
+    float* const to = data(out);
+    py::gil_scoped_release release;
+    return kernels().sampled_similarity_fwd(p, count, at, streams, to);
+  });
+  module.def("sampled_similarity_bwd",
+             [](const py::tuple& of, int64_t count, const py::object& index, bool streams, const py::object& g,
+                const py::object& dq, const py::object& dk, int threads) {
+               const Similarity p = problem(of, threads);
+               const int64_t* const at = data<int64_t>(index);
+               const float* const from = data(g);
+               float *const to_q = data(dq), *const to_k = data(dk);
+               py::gil_scoped_release release;
+               return kernels().sampled_similarity_bwd(p, count, at, streams, from, to_q, to_k);
+             });
+  module.def("bank_update_", [](int bank_dtype, int x_dtype, int64_t size, int64_t dim, int64_t batch,
+                                const py::object& bank, const py::object& index, const py::object& x, float momentum,
+                                int threads) {
+    void* const to = data<void>(bank);
+    const int64_t* const at = data<int64_t>(index);
+    const void* const from = data<void>(x);
+    py::gil_scoped_release release;
+    return kernels().bank_update(DType(bank_dtype), DType(x_dtype), size, dim, batch, to, at, from, momentum, threads);
+  });
   module.def("unit_pairs_fwd", [](int dtype, int64_t n, int64_t d, const py::object& x, const py::object& y,
                                   const py::object& z, const py::object& norm, const py::object& cosine, int threads) {
     const void *const from_x = data<void>(x), *const from_y = data<void>(y);

@@ -8,6 +8,7 @@
 #include <cpuid.h>
 #endif
 #ifdef __linux__
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -23,7 +24,10 @@ namespace sslkern {
   void similarity_topk(const Similarity&, int64_t, float*, int64_t*);                                                \
   void similarity_softplus(const Similarity&, const float*, const float*, float, float*, float*,                     \
                            const SoftplusGradients&);                                                                \
+  bool sampled_similarity_fwd(const Similarity&, int64_t, const int64_t*, bool, float*);                             \
+  bool sampled_similarity_bwd(const Similarity&, int64_t, const int64_t*, bool, const float*, float*, float*);       \
   void queue_push(DType, DType, int64_t, int64_t, int64_t, void*, int64_t*, const void*, int);                       \
+  bool bank_update(DType, DType, int64_t, int64_t, int64_t, void*, const int64_t*, const void*, float, int);         \
   void unit_pairs_fwd(DType, int64_t, int64_t, const void*, const void*, void*, float*, float*, int);                \
   void unit_pairs_bwd(DType, int64_t, int64_t, const void*, const float*, const float*, const float*, const float*,  \
                       void*, void*, int);                                                                            \
@@ -33,7 +37,10 @@ namespace sslkern {
                          similarity_lse_bwd,                                                                         \
                          similarity_topk,                                                                            \
                          similarity_softplus,                                                                        \
+                         sampled_similarity_fwd,                                                                     \
+                         sampled_similarity_bwd,                                                                     \
                          queue_push,                                                                                 \
+                         bank_update,                                                                                \
                          unit_pairs_fwd,                                                                             \
                          unit_pairs_bwd};                                                                            \
   }
@@ -135,11 +142,31 @@ const Kernels& kernels() { return *choice().current; }
 const Kernels* const* all_kernels() { return choice().runnable; }
 bool use_kernels(const char* name) { return choice().use(name); }
 
+// Large blocks come in huge pages where Linux has them: the faults of small ones take as long as a product.
+constexpr size_t LARGE = size_t(1) << 23;
+
 void* allocate(size_t bytes) {
+#ifdef __linux__
+  if (bytes >= LARGE) {
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    madvise(p, bytes, MADV_HUGEPAGE);
+    return p;
+  }
+#endif
   void* p = aligned_alloc(64, (bytes + 64) / 64 * 64);
   if (p == nullptr) throw std::bad_alloc();
   return p;
 }
-void release(void* p) { free(p); }
+
+void release(void* p, size_t bytes) {
+#ifdef __linux__
+  if (bytes >= LARGE) {
+    munmap(p, bytes);
+    return;
+  }
+#endif
+  free(p);
+}
 
 }  // namespace sslkern

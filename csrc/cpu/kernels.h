@@ -30,10 +30,21 @@ struct Kernels {
   // bias and weight (groups, n) may be null: 0 and 1.
   void (*similarity_softplus)(const Similarity&, const float* bias, const float* weight, float sign, float* total,
                               float* row, const SoftplusGradients&);
+  // out (groups, n, count): <q_i, k_index_ic>, of index (groups, n, count). scale, ids, bias, limits and kept are not
+  // looked at. `streams`: all scores are computed and some picked. False, and nothing is written, where an index is
+  // outside 0 ... m - 1.
+  bool (*sampled_similarity_fwd)(const Similarity&, int64_t count, const int64_t* index, bool streams, float* out);
+  // dq, dk (or null; dk only if it streams) from the gradient g of out; false as above.
+  bool (*sampled_similarity_bwd)(const Similarity&, int64_t count, const int64_t* index, bool streams, const float* g,
+                                 float* dq, float* dk);
   // Writes keys (batch, dim) into the ring queue (size, dim) at *ptr, which moves on; of more than `size` rows, the
   // last stay.
   void (*queue_push)(DType queue_type, DType keys_type, int64_t size, int64_t dim, int64_t batch, void* queue,
                      int64_t* ptr, const void* keys, int threads);
+  // Row index_i of bank (size, dim) becomes momentum * itself + (1 - momentum) * x_i, divided by its norm; of equal
+  // indices the last counts. False, and nothing is written, where an index is outside 0 ... size - 1.
+  bool (*bank_update)(DType bank_type, DType x_type, int64_t size, int64_t dim, int64_t batch, void* bank,
+                      const int64_t* index, const void* x, float momentum, int threads);
   // z (2 n, d) = x over y, each row divided by its norm (2 n) unless that is null; cosine_i = <z_i, z_(n + i)>.
   void (*unit_pairs_fwd)(DType, int64_t n, int64_t d, const void* x, const void* y, void* z, float* norm, float* cosine,
                          int threads);

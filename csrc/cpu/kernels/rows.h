@@ -27,6 +27,24 @@ void each_row(int64_t n, int64_t d, int threads, const Task& task) {
   });
 }
 
+// LANES numbers as floats.
+inline Vec widen(const float* x) { return load(x); }
+inline Vec widen(const bf16* x) {
+  typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+  return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(x), UVec) << 16);
+}
+inline Vec widen(const fp16* x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#else
+  float lanes[LANES];
+  for (int lane = 0; lane < LANES; ++lane) lanes[lane] = to_float(x[lane]);
+  return load(lanes);
+#endif
+}
+
 // sum_c a_c b_c in a fixed order: LANES sums, then one.
 template <class A, class B>
 float dot(const A* a, const B* b, int64_t d) {

@@ -4,7 +4,15 @@ import torch
 
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRIMITIVES = ("similarity_lse", "similarity_topk", "similarity_softplus", "queue_push", "unit_pairs")
+PRIMITIVES = (
+    "similarity_lse",
+    "similarity_softplus",
+    "similarity_topk",
+    "sampled_similarity",
+    "queue_push",
+    "bank_update",
+    "unit_pairs",
+)
 KEEPS = 2**22, 2**27  # scores of a small and of a large similarity_lse kept for the backward: 16 and 512 MB
 
 try:

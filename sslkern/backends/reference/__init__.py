@@ -2,6 +2,14 @@
 
 DEVICES = None  # any
 DTYPES = None  # any
-PRIMITIVES = ("similarity_lse", "similarity_topk", "similarity_softplus", "queue_push", "unit_pairs")
+PRIMITIVES = (
+    "similarity_lse",
+    "similarity_softplus",
+    "similarity_topk",
+    "sampled_similarity",
+    "queue_push",
+    "bank_update",
+    "unit_pairs",
+)
 KEEPS = 0, 0  # scores of similarity_lse kept for the backward: it recomputes all
 MISSING = None

@@ -1,0 +1,66 @@
+"""`bank_update_`: move rows of a memory bank towards new features (Wu et al. 2018, https://arxiv.org/abs/1805.01978)."""
+
+import torch
+from torch import Tensor
+
+from ..backends import load, resolve
+from ._library import define
+from .similarity_lse import _describe
+
+
+def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float = 0.5) -> None:
+    """bank[index_i] = unit(momentum * bank[index_i] + (1 - momentum) * x_i), in place. No host synchronisation.
+
+    Where an index comes more than once the last one counts, for any number of threads: it starts from the old row,
+    and the others leave no trace. A row of length 0 stays 0.
+
+    Args:
+        bank: [M, D], fp32, bf16, fp16 or fp64, overwritten; computed in fp32 (fp64) and rounded to its type.
+        index: int64 [B], rows of bank.
+        x: [B, D], floating point, detached.
+        momentum: how much of the old row stays, 0 <= momentum <= 1.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        IndexError: an index is no row of bank; then nothing was written (on the CPU; elsewhere as torch's indexing).
+
+    Example:
+        >>> bank = torch.eye(3)
+        >>> sslkern.ops.bank_update_(bank, torch.tensor([0]), torch.tensor([[0.0, 2.0, 0.0]]), momentum=0.0)
+        >>> bank[0]
+        tensor([0., 1., 0.])
+    """
+    if not isinstance(bank, Tensor) or bank.ndim != 2 or not bank.dtype.is_floating_point:
+        raise ValueError(f"bank must be a floating point tensor [M, D], not {_describe(bank)}")
+    if bank.requires_grad:
+        raise ValueError("bank gets no gradient; make it a buffer or pass bank.detach()")
+    if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != bank.shape[1]:
+        raise ValueError(
+            f"x must be a tensor [B, {bank.shape[1]}] to go with bank {list(bank.shape)}, not {_describe(x)}"
+        )
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x must be floating point, not {x.dtype}; convert it with .float()")
+    if not isinstance(index, Tensor) or index.shape != x.shape[:1]:
+        raise ValueError(
+            f"index must be an int64 tensor {list(x.shape[:1])}, a row of bank for each of x, not {_describe(index)}"
+        )
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, not {index.dtype}; convert it with .long()")
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be a number from 0 to 1, not {momentum!r}")
+    for name, other in (("index", index), ("x", x)):
+        if other.device != bank.device:
+            raise ValueError(f"{name} is on {other.device} but bank is on {bank.device}; move one of them")
+    backend = resolve("bank_update", bank)
+    torch.ops.sslkern.bank_update_.default(bank, index, x.detach(), float(momentum), backend)
+
+
+def _kernel(bank, index, x, momentum, backend):
+    load(backend, "bank_update").bank_update_(bank, index, x, momentum)
+
+
+def _fake(bank, index, x, momentum, backend):
+    return None
+
+
+define("bank_update_(Tensor(a!) bank, Tensor index, Tensor x, float momentum, str backend) -> ()", _kernel, _fake)

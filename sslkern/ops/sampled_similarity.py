@@ -1,0 +1,135 @@
+"""`sampled_similarity`: the scores of each query with some rows of a bank, which are never gathered.
+
+With j = index_it and g = dL/dout:
+
+    out_it = <q_i, bank_j>      dq_i = sum_t g_it bank_j      dbank_j = sum_{it: index_it = j} g_it q_i
+"""
+
+import torch
+from torch import Tensor
+
+from ..backends import load, resolve
+from ._library import define, differentiable, library, no_second_derivative
+from .similarity_lse import _accumulator, _describe
+
+
+def sampled_similarity(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
+    """<q_i, bank[index_it]> for the rows of a bank that each query names; `[N, K, D]` is never built.
+
+    Features are used as they are, not normalised. A row may be named more than once. On the CPU the bank is either
+    read where it is named or streamed once as a product of which the named scores are kept, whichever is cheaper.
+
+    Args:
+        q: [N, D] or [G, N, D], fp32, bf16, fp16 or fp64. G problems are independent.
+        bank: [M, D] or [G, M, D], the type of q.
+        index: int64 [N, K] or [G, N, K], rows of bank. K is any, 0 too.
+
+    Returns:
+        The scores, of the shape of index, in fp32 (fp64).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        IndexError: an index is no row of bank (on the CPU; elsewhere as torch's own indexing).
+        RuntimeError: the backend asked for by name cannot run this.
+        NotImplementedError: on a second derivative.
+
+    Example:
+        >>> q, bank, index = torch.randn(8, 16), torch.randn(1000, 16), torch.randint(1000, (8, 50))
+        >>> scores = sslkern.ops.sampled_similarity(q, bank, index)
+        >>> torch.allclose(scores, (bank[index] @ q.unsqueeze(2)).squeeze(2), atol=1e-5)
+        True
+    """
+    _check(q, bank, index)
+    learns = torch.is_grad_enabled() and (q.requires_grad or bank.requires_grad)
+    return _call(q, bank, index, resolve("sampled_similarity", q), learns=learns)
+
+
+def sampled_similarity_bwd(
+    q: Tensor, bank: Tensor, index: Tensor, g: Tensor, *, need_q: bool = True, need_bank: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of `sampled_similarity`, from the gradient g of its result: of q and of bank, in fp32 (fp64).
+
+    A loss whose weights are known in the forward takes its gradient there with this, and keeps no bank for later.
+
+    Raises:
+        As `sampled_similarity`.
+
+    Example:
+        >>> q, bank, index = torch.randn(8, 16), torch.randn(1000, 16), torch.randint(1000, (8, 50))
+        >>> dq, _ = sslkern.ops.sampled_similarity_bwd(q, bank, index, torch.ones(8, 50), need_bank=False)
+        >>> torch.allclose(dq, bank[index].sum(1), atol=1e-4)
+        True
+    """
+    _check(q, bank, index)
+    if not isinstance(g, Tensor) or g.shape != index.shape:
+        raise ValueError(f"g must be a tensor {list(index.shape)} like index, not {_describe(g)}")
+    g = g.detach().to(_accumulator(q))
+    backend = resolve("sampled_similarity", q)
+    dq, dbank = torch.ops.sslkern.sampled_similarity_bwd.default(
+        q.detach(), bank.detach(), index, g, need_q, need_bank, backend
+    )
+    return dq if need_q else None, dbank if need_bank else None
+
+
+def _check(q, bank, index) -> None:
+    if not isinstance(q, Tensor) or q.ndim not in (2, 3):
+        raise ValueError(f"q must be a tensor [N, D] or [G, N, D], not {_describe(q)}")
+    if not isinstance(bank, Tensor) or bank.ndim != q.ndim or bank.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"bank must be a tensor [.., M, {q.shape[-1]}] to go with q {list(q.shape)}, not {_describe(bank)}"
+        )
+    if bank.shape[:-2] != q.shape[:-2]:
+        raise ValueError(f"bank must have the groups of q {list(q.shape)}, not {_describe(bank)}")
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"q must be fp32, bf16, fp16 or fp64, not {q.dtype}; convert it with .float()")
+    if bank.dtype != q.dtype:
+        raise TypeError(f"bank must have the dtype of q, {q.dtype}, not {bank.dtype}; convert one")
+    if not isinstance(index, Tensor) or index.ndim != q.ndim or index.shape[:-1] != q.shape[:-1]:
+        raise ValueError(f"index must be an int64 tensor {[*q.shape[:-1], 'K']}, not {_describe(index)}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, not {index.dtype}; convert it with .long()")
+    for name, x in (("bank", bank), ("index", index)):
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one of them")
+
+
+def _kernel(q, bank, index, backend):
+    return load(backend, "sampled_similarity").sampled_similarity_fwd(q, bank, index)
+
+
+def _fake(q, bank, index, backend):
+    return q.new_empty(index.shape, dtype=_accumulator(q))
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, bank, index, ctx.backend = inputs
+    ctx.save_for_backward(q, bank, index)
+
+
+def _backward(ctx, g):
+    q, bank, index = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    dq, dbank = torch.ops.sslkern.sampled_similarity_bwd.default(q, bank, index, g, *needs, ctx.backend)
+    return dq.to(q.dtype) if needs[0] else None, dbank.to(q.dtype) if needs[1] else None, None, None
+
+
+def _bwd_kernel(*args):
+    *args, backend = args
+    grads = load(backend, "sampled_similarity").sampled_similarity_bwd(*args)
+    return tuple(x if x is not None else args[0].new_empty(0, dtype=_accumulator(args[0])) for x in grads)
+
+
+def _bwd_fake(q, bank, index, g, need_q, need_bank, backend):
+    shapes = q.shape if need_q else (0,), bank.shape if need_bank else (0,)
+    return tuple(q.new_empty(shape, dtype=_accumulator(q)) for shape in shapes)
+
+
+define("sampled_similarity(Tensor q, Tensor bank, Tensor index, str backend) -> Tensor", _kernel, _fake)
+define(
+    "sampled_similarity_bwd(Tensor q, Tensor bank, Tensor index, Tensor g, bool need_q, bool need_bank, str backend)"
+    " -> (Tensor dq, Tensor dbank)",
+    _bwd_kernel,
+    _bwd_fake,
+)
+torch.library.register_autograd("sslkern::sampled_similarity_bwd", no_second_derivative, lib=library)
+_call = differentiable("sampled_similarity", _setup, _backward)
