@@ -4,6 +4,7 @@ Each problem is a function of its size that returns the inputs and the contender
 compute the same quantity. Dense is what people write: logits and cross_entropy, or logsumexp.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -419,9 +420,65 @@ def nearest(queries: int, d: int, dtype: torch.dtype, count: int = 200) -> Probl
     return Problem((q, k), contenders, "dense matmul + topk")
 
 
+# NCE against a memory bank
+
+
+def memory_bank(rows: int, d: int, dtype: torch.dtype, size: int = 50_000, negatives: int = 16_384) -> Problem:
+    q, _ = correlated_pairs(rows, d, dtype)
+    generator = torch.Generator().manual_seed(1)
+    bank = F.normalize(torch.randn(size, d, generator=generator), dim=1).to(dtype)
+    index = torch.randint(size, (rows, 1 + negatives), generator=generator)
+    log_z = math.log(size) + d**-1 / (2 * TEMPERATURE**2)  # of independent unit vectors
+
+    def sslkern_nce(q):
+        return functional.nce(q, bank, index, TEMPERATURE, log_z=log_z)
+
+    contenders = {
+        "sslkern": sslkern_nce,
+        "chunked torch": chunked(sslkern_nce),
+        "gather + bmm (CMC)": lambda q: published_nce(gathered_scores(F.normalize(q, dim=1), bank, index), size, log_z),
+    }
+    if size < 10**6:  # all scores of a larger bank would take gigabytes
+        contenders["dense product"] = lambda q: published_nce(
+            picked_scores(F.normalize(q, dim=1), bank, index), size, log_z
+        )
+    return Problem((q,), contenders, "gather + bmm (CMC)")
+
+
+def memory_bank_large(rows: int, d: int, dtype: torch.dtype) -> Problem:
+    return memory_bank(rows, d, dtype, size=1_280_000)
+
+
+def gathered_scores(q, bank, index):
+    """Tian et al., arXiv:1906.05849: the rows of the bank are gathered, [N, 1 + K, D]."""
+    return torch.bmm(bank[index.view(-1)].view(*index.shape, -1), q.unsqueeze(2)).squeeze(2)
+
+
+def picked_scores(q, bank, index):
+    return (q @ bank.T).gather(1, index)
+
+
+def published_nce(scores, size, log_z):
+    p = torch.exp(scores / TEMPERATURE - log_z)
+    noise = (scores.shape[1] - 1) / size
+    positive, negative = p[:, 0], p[:, 1:]
+    return -((positive / (positive + noise)).log().sum() + (noise / (negative + noise)).log().sum()) / len(p)
+
+
 PROBLEMS = {
     problem.__name__: problem
-    for problem in (nt_xent, two_way, one_way, siglip, moco_step, sup_con, nearest, *LSE_PROBLEMS)
+    for problem in (
+        nt_xent,
+        two_way,
+        one_way,
+        siglip,
+        moco_step,
+        sup_con,
+        nearest,
+        memory_bank,
+        memory_bank_large,
+        *LSE_PROBLEMS,
+    )
 }
 
 

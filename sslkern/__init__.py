@@ -9,6 +9,7 @@ from .cached import CachedLoss
 from .losses import (
     AlignmentUniformityLoss,
     CLIPLoss,
+    CMCLoss,
     CPCLoss,
     DCLLoss,
     DCLWLoss,
@@ -20,20 +21,23 @@ from .losses import (
     MoCoLoss,
     MoCoV3Loss,
     MultipleNegativesRankingLoss,
+    NCELoss,
     NNCLRLoss,
     NTXentLoss,
     NTXentMultiViewLoss,
     SigLIPLoss,
     SupConLoss,
 )
-from .memory import FeatureQueue
+from .memory import CrossBatchMemory, FeatureQueue, MemoryBank
 
 __version__ = "0.1.0"
 __all__ = [
     "AlignmentUniformityLoss",
     "CLIPLoss",
+    "CMCLoss",
     "CPCLoss",
     "CachedLoss",
+    "CrossBatchMemory",
     "DCLLoss",
     "DCLWLoss",
     "DebiasedLoss",
@@ -42,9 +46,11 @@ __all__ = [
     "HardNegativeLoss",
     "InfoNCELoss",
     "MatryoshkaLoss",
+    "MemoryBank",
     "MoCoLoss",
     "MoCoV3Loss",
     "MultipleNegativesRankingLoss",
+    "NCELoss",
     "NNCLRLoss",
     "NTXentLoss",
     "NTXentMultiViewLoss",

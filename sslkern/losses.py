@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from . import functional
 from .functional._common import check_number, check_options, scale_of, unit
 from .functional.deep_infomax import check_estimator
-from .memory import FeatureQueue
+from .functional.nce import FORMS, cmc_and_log_z, cmc_pairs, nce_and_log_z
+from .memory import FeatureQueue, MemoryBank
 
 
 class _Loss(nn.Module):
@@ -583,6 +584,176 @@ class DeepInfoMaxLoss(nn.Module):
     def extra_repr(self) -> str:
         name = "temperature" if self.logit_scale is None else "logit_scale"
         return f"estimator={self.estimator!r}, {name}={getattr(self, name)!r}, normalize={self.normalize}"
+
+
+class _BankLoss(nn.Module):
+    """A loss against memory banks: options, and log Z [pairs], estimated by the first call and then kept."""
+
+    log_z: Tensor
+
+    def __init__(
+        self, pairs: int, negatives: int, temperature, logit_scale, form: str, normalize: bool, reduction: str
+    ):
+        super().__init__()
+        check_options(reduction)
+        scale_of(temperature, logit_scale)
+        if isinstance(negatives, bool) or not isinstance(negatives, int) or negatives < 0:
+            raise ValueError(f"negatives must be an integer, 0 or more, not {negatives!r}")
+        if form not in FORMS:
+            raise ValueError(f"form must be 'nce' or 'softmax', not {form!r}")
+        self.negatives, self.temperature, self.logit_scale = negatives, temperature, logit_scale
+        self.form, self.normalize, self.reduction = form, normalize, reduction
+        self.register_buffer("log_z", torch.full((pairs,), math.nan))
+        self._estimated = form == "softmax"
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._estimated = self.form == "softmax" or not bool(self.log_z.isnan().any())
+
+    def _scale(self, logit_scale):
+        return scale_of(self.temperature, self.logit_scale if logit_scale is None else logit_scale)
+
+    def _known_log_z(self) -> Tensor | None:
+        return self.log_z if self._estimated and self.form == "nce" else None
+
+    def _keep(self, log_z: Tensor | None) -> None:
+        if not self._estimated:
+            self.log_z.copy_(log_z.detach())
+            self._estimated = True
+
+    def extra_repr(self) -> str:
+        return f"negatives={self.negatives}, temperature={self.temperature!r}, form={self.form!r}"
+
+
+class NCELoss(_BankLoss):
+    """Instance discrimination with its memory bank. Arguments, formula and result: `sslkern.functional.nce`.
+
+    Samples the negatives, keeps the log Z that the first call estimates (the buffer `log_z`) and, in training mode,
+    updates the bank (the `MemoryBank` `memory`) with the queries. All of it is in the `state_dict`.
+
+    Args:
+        size, dim, momentum: of the bank.
+        negatives: K, sampled for each query.
+
+    Example:
+        >>> criterion = sslkern.NCELoss(size=50_000, dim=32, negatives=1024)
+        >>> query, sample = torch.randn(64, 32, requires_grad=True), torch.randint(50_000, (64,))
+        >>> criterion(query, sample).backward()
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        negatives: int = 4096,
+        temperature: float | Tensor = 0.07,
+        *,
+        momentum: float = 0.5,
+        form: str = "nce",
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+        stats: bool = False,
+    ):
+        super().__init__(1, negatives, temperature, logit_scale, form, normalize, reduction)
+        self.memory, self.stats = MemoryBank(size, dim, momentum), stats
+
+    def forward(
+        self,
+        query: Tensor,
+        sample: Tensor,
+        *,
+        index: Tensor | None = None,
+        weights: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """query [N, D] of the samples `sample` int64 [N]; index [N, 1 + K] replaces what would be sampled."""
+        index = self.memory.sample(sample, self.negatives) if index is None else index
+        known = self._known_log_z()
+        loss, share, log_z = nce_and_log_z(
+            query,
+            self.memory.bank.to(query.dtype),
+            index,
+            self._scale(logit_scale),
+            form=self.form,
+            log_z=None if known is None else known[0],
+            weights=weights,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            stats=self.stats,
+        )
+        self._keep(log_z)
+        if self.training:
+            self.memory.update(sample, query)
+        return (loss, share) if self.stats else loss
+
+
+class CMCLoss(_BankLoss):
+    """Contrastive multiview coding with its memory banks. Arguments, formula and result: `sslkern.functional.cmc`.
+
+    As `NCELoss`, with a bank for each view (`memories`) and a log Z for each ordered pair.
+
+    Args:
+        views: how many.
+        size, dim, momentum: of each bank.
+        negatives: K, sampled for each sample, the same for all pairs.
+
+    Example:
+        >>> criterion = sslkern.CMCLoss(views=2, size=50_000, dim=32, negatives=1024)
+        >>> luminance, chroma = torch.randn(2, 64, 32, requires_grad=True)
+        >>> criterion((luminance, chroma), torch.randint(50_000, (64,))).backward()
+    """
+
+    def __init__(
+        self,
+        views: int,
+        size: int,
+        dim: int,
+        negatives: int = 16384,
+        temperature: float | Tensor = 0.07,
+        *,
+        graph: str = "full",
+        momentum: float = 0.5,
+        form: str = "nce",
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ):
+        if isinstance(views, bool) or not isinstance(views, int) or views < 2:
+            raise ValueError(f"views must be an integer, 2 or more, not {views!r}")
+        pairs = len(cmc_pairs(views, graph))
+        super().__init__(pairs, negatives, temperature, logit_scale, form, normalize, reduction)
+        self.graph, self.memories = graph, nn.ModuleList(MemoryBank(size, dim, momentum) for _ in range(views))
+
+    def forward(
+        self,
+        views: Sequence[Tensor],
+        sample: Tensor,
+        *,
+        index: Tensor | None = None,
+        weights: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        """views: [N, D] each, of the samples `sample` int64 [N]; index [N, 1 + K] replaces what would be sampled."""
+        index = self.memories[0].sample(sample, self.negatives) if index is None else index
+        banks = [memory.bank.to(views[0].dtype) for memory in self.memories]
+        loss, log_z = cmc_and_log_z(
+            views,
+            banks,
+            index,
+            self._scale(logit_scale),
+            self.graph,
+            self._known_log_z(),
+            self.form,
+            weights,
+            self.normalize,
+            self.reduction,
+        )
+        self._keep(log_z)
+        if self.training:
+            for memory, view in zip(self.memories, views, strict=True):
+                memory.update(sample, view)
+        return loss
 
 
 class MultipleNegativesRankingLoss(_Loss):

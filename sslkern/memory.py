@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional._common import unit
-from .ops import queue_push_
+from .ops import bank_update_, queue_push_
 
 
 class FeatureQueue(nn.Module):
@@ -33,9 +33,7 @@ class FeatureQueue(nn.Module):
 
     def __init__(self, dim: int, size: int = 65536, normalize: bool = True):
         super().__init__()
-        for name, value in (("dim", dim), ("size", size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        _check_sizes(dim=dim, size=size)
         self.normalize = normalize
         self.register_buffer("queue", unit(torch.randn(size, dim)).t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
@@ -47,3 +45,106 @@ class FeatureQueue(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.queue.shape[0]}, size={self.queue.shape[1]}, normalize={self.normalize}"
+
+
+class CrossBatchMemory(FeatureQueue):
+    """The cross-batch memory of XBM (https://arxiv.org/abs/1912.06798): a queue that knows the label of each key.
+
+    Buffers as in `FeatureQueue`, and `labels` int64 (size,) and `count` int64 (1,), how many keys were ever pushed.
+
+    Example:
+        >>> memory = sslkern.CrossBatchMemory(dim=32, size=4096)
+        >>> z0, z1, labels = torch.randn(64, 32, requires_grad=True), torch.randn(64, 32), torch.randint(9, (64,))
+        >>> memory.push(z1, labels)
+        >>> keys, ids = memory.contents()
+        >>> loss = sslkern.functional.info_nce(z0, z1, keys, ids=labels, negative_ids=ids, in_batch=True)
+        >>> loss.backward()
+    """
+
+    labels: Tensor
+    count: Tensor
+
+    def __init__(self, dim: int, size: int = 8192, normalize: bool = True):
+        super().__init__(dim, size, normalize)
+        self.register_buffer("labels", torch.zeros(size, dtype=torch.long))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.long))
+
+    @torch.no_grad()
+    def push(self, keys: Tensor, labels: Tensor) -> None:
+        """Writes keys [B, dim] and their labels int64 [B] over the oldest."""
+        if not isinstance(labels, Tensor) or labels.shape != keys.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(f"labels must be an int64 tensor {list(keys.shape[:1])}, one for each key")
+        size, B = self.labels.shape[0], labels.shape[0]
+        last = torch.arange(max(0, B - size), B, device=self.labels.device)
+        place = (last + self.queue_ptr) % size
+        super().push(keys)
+        self.labels.index_copy_(0, place, labels[-size:])
+        self.count += B
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """The keys pushed so far and still there, [n, dim] and their labels [n]. The host waits for the count."""
+        n = min(int(self.count), self.labels.shape[0])
+        return self.queue.t()[:n], self.labels[:n]
+
+
+class MemoryBank(nn.Module):
+    """A unit vector for each sample of the data (https://arxiv.org/abs/1805.01978, section 3.2), a moving average.
+
+    It goes with the module through `state_dict`, `.to()` and `deepcopy` as the buffer `bank` (size, dim), at first
+    random unit vectors.
+
+    Args:
+        size: samples in the data.
+        dim: features per sample.
+        momentum: how much of a vector stays when it is updated, 0 to 1.
+
+    Example:
+        >>> memory = sslkern.MemoryBank(size=50_000, dim=32)
+        >>> query, sample = torch.randn(64, 32, requires_grad=True), torch.randint(50_000, (64,))
+        >>> loss = sslkern.functional.nce(query, memory.bank, memory.sample(sample, 4096))
+        >>> memory.update(sample, query)  # also allowed before the backward
+        >>> loss.backward()
+    """
+
+    bank: Tensor
+
+    def __init__(self, size: int, dim: int, momentum: float = 0.5):
+        super().__init__()
+        _check_sizes(size=size, dim=dim)
+        check_momentum(momentum)
+        self.momentum = momentum
+        self.register_buffer("bank", unit(torch.randn(size, dim)))
+
+    @torch.no_grad()
+    def update(self, index: Tensor, features: Tensor) -> None:
+        """Moves the vectors of samples index int64 [B] towards features [B, dim]; of equal samples the last counts."""
+        bank_update_(self.bank, index, unit(features), self.momentum)
+
+    def sample(self, index: Tensor, negatives: int, generator: torch.Generator | None = None) -> Tensor:
+        """Rows of the bank for `functional.nce`, int64 [B, 1 + negatives]: index [B] and, uniformly and with
+        repetition, rows other than it."""
+        size = self.bank.shape[0]
+        if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
+            raise ValueError("index must be an int64 tensor [B], the samples of the batch")
+        if not isinstance(negatives, int) or negatives < 0:
+            raise ValueError(f"negatives must be an integer, 0 or more, not {negatives!r}")
+        if size < 2 and negatives:
+            raise ValueError("negatives must be 0 for a bank of one sample: there is no other")
+        own = index.unsqueeze(1)
+        shape = (index.shape[0], negatives)
+        others = torch.randint(max(1, size - 1), shape, generator=generator, device=index.device)
+        return torch.cat((own, others.add_((others >= own).long())), 1)
+
+    def extra_repr(self) -> str:
+        return f"size={self.bank.shape[0]}, dim={self.bank.shape[1]}, momentum={self.momentum}"
+
+
+def check_momentum(momentum: float) -> None:
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be a number from 0 to 1, not {momentum!r}")
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, not {value!r}")

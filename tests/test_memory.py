@@ -4,7 +4,7 @@ import io
 import pytest
 import torch
 
-from sslkern import FeatureQueue
+from sslkern import CrossBatchMemory, FeatureQueue, MemoryBank
 
 
 def test_holds_the_last_keys(backend):
@@ -61,3 +61,46 @@ def test_bad_arguments_are_named():
         FeatureQueue(3, 0)
     with pytest.raises(ValueError, match="keys must"):
         FeatureQueue(3, 8).push(torch.ones(2, 4))
+
+
+def test_bank_samples_others_and_travels(backend):
+    memory = MemoryBank(size=5, dim=3)
+    assert torch.allclose(memory.bank.norm(dim=1), torch.ones(5))
+    index = torch.tensor([0, 4, 2])
+    rows = memory.sample(index, 4000, torch.Generator().manual_seed(0))
+    assert torch.equal(rows[:, 0], index) and rows.shape == (3, 4001)
+    for row in rows:
+        counts = row[1:].bincount(minlength=5)
+        assert counts[row[0]] == 0 and counts.sum() == 4000 and (counts[counts > 0] > 850).all()  # of 1,000
+    memory.update(index, torch.randn(3, 3, requires_grad=True))
+    other = MemoryBank(size=5, dim=3)
+    other.load_state_dict(memory.state_dict())
+    assert torch.equal(other.bank, memory.bank) and memory.state_dict().keys() == {"bank"}
+    x = torch.randn(3, 3)
+    memory.update(index, x)
+    other.update(index, x)
+    assert torch.equal(other.bank, memory.bank)
+    for bad in (lambda: memory.sample(index.float(), 3), lambda: memory.sample(index, -1)):
+        with pytest.raises(ValueError, match="must be"):
+            bad()
+    with pytest.raises(ValueError, match="negatives must be 0"):
+        MemoryBank(1, 3).sample(torch.zeros(1, dtype=torch.long), 1)
+
+
+def test_cross_batch_memory_knows_the_labels(backend):
+    memory, keys = CrossBatchMemory(dim=3, size=8), torch.nn.functional.normalize(torch.randn(21, 3), dim=1)
+    labels = torch.arange(21)
+    assert memory.contents()[0].shape == (0, 3)
+    memory.push(keys[:5], labels[:5])
+    assert torch.allclose(memory.contents()[0], keys[:5]) and torch.equal(memory.contents()[1], labels[:5])
+    memory.push(keys[5:9], labels[5:9])
+    kept, of = memory.contents()
+    assert sorted(of.tolist()) == list(range(1, 9)) and torch.allclose(kept, keys[of])
+    memory.push(keys[9:], labels[9:])  # more than fit
+    kept, of = memory.contents()
+    assert sorted(of.tolist()) == list(range(13, 21)) and torch.allclose(kept, keys[of])
+    other = CrossBatchMemory(dim=3, size=8)
+    other.load_state_dict(copy.deepcopy(memory.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(memory.contents(), other.contents(), strict=True))
+    with pytest.raises(ValueError, match="labels must"):
+        memory.push(keys[:2], labels[:3])

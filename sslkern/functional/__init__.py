@@ -10,6 +10,7 @@ from .info_nce import info_nce
 from .matryoshka import matryoshka
 from .mnrl import mnrl
 from .moco import moco, moco_v3
+from .nce import cmc, cmc_pairs, nce
 from .nnclr import nearest_neighbors, nnclr
 from .nt_xent import nt_xent, nt_xent_multi_view
 from .siglip import siglip
@@ -20,6 +21,8 @@ __all__ = [
     "alignment_uniformity",
     "clamp_logit_scale_",
     "clip",
+    "cmc",
+    "cmc_pairs",
     "cpc",
     "dcl",
     "dclw",
@@ -31,6 +34,7 @@ __all__ = [
     "mnrl",
     "moco",
     "moco_v3",
+    "nce",
     "nearest_neighbors",
     "nnclr",
     "nt_xent",

@@ -637,6 +637,104 @@ void test_queue(DType queue_type, DType keys_type, int64_t size, int64_t dim, in
     }
 }
 
+// ---- sampled_similarity, bank_update --------------------------------------------------------------------------------
+
+void count_result(const Kernels& kernels, const char* call, const std::string& problem) {
+  problem.empty() ? ++passed : ++failed;
+  if (!problem.empty()) printf("FAILED %s %s: %s\n", kernels.name, call, problem.c_str());
+}
+
+void test_sampled(DType dtype, int64_t groups, int64_t n, int64_t m, int64_t d, int64_t count) {
+  std::vector<double> q(groups * n * d), k(groups * m * d);
+  for (double& x : q) x = rounded(normal(), dtype);
+  for (double& x : k) x = rounded(normal(), dtype);
+  std::vector<int64_t> index(groups * n * count);
+  for (int64_t& j : index) j = below(m);
+  std::vector<float> g(index.size());
+  for (float& x : g) x = float(normal());
+  std::vector<double> out(index.size()), slack(index.size()), dq(q.size()), dk(k.size()), q_slack(q.size()),
+      k_slack(k.size());
+  for (int64_t i = 0; i < groups * n; ++i)
+    for (int64_t t = i * count; t < (i + 1) * count; ++t)
+      for (int64_t c = 0; c < d; ++c) {
+        const int64_t at_q = i * d + c, at_k = (i / n * m + index[t]) * d + c;
+        out[t] += q[at_q] * k[at_k];
+        slack[t] += std::fabs(q[at_q] * k[at_k]);
+        dq[at_q] += g[t] * k[at_k];
+        q_slack[at_q] += std::fabs(g[t] * k[at_k]);
+        dk[at_k] += g[t] * q[at_q];
+        k_slack[at_k] += std::fabs(g[t] * q[at_q]);
+      }
+  Numbers q_memory(dtype, q), k_memory(dtype, k);
+  const double exact = 64 * ULP, weights = dtype == DType::BF16 ? 0x1p-7 : exact;
+  for (const Kernels* const* one = all_kernels(); *one != nullptr; ++one)
+    for (const bool streams : {false, true}) {
+      const Kernels& kernels = **one;
+      std::string problem;
+      const auto at = [&](int threads) {
+        return Similarity{dtype, groups,  n,       m,       d, q_memory.data(), k_memory.data(), 1.f, nullptr, nullptr,
+                          false, nullptr, nullptr, nullptr, 0, threads};
+      };
+      const auto results = for_threads(
+          [&](int threads) {
+            std::vector<float> to(out.size(), NAN32), to_q(q.size(), NAN32), to_k(streams ? k.size() : 0, NAN32);
+            if (!kernels.sampled_similarity_fwd(at(threads), count, index.data(), streams, to.data()) ||
+                !kernels.sampled_similarity_bwd(at(threads), count, index.data(), streams, g.data(), to_q.data(),
+                                                streams ? to_k.data() : nullptr))
+              problem = "an index was refused";
+            return std::vector<std::vector<float>>{to, to_q, to_k};
+          },
+          problem);
+      if (problem.empty()) problem = difference("out", results[0], out, &slack, exact);
+      if (problem.empty()) problem = difference("dq", results[1], dq, &q_slack, streams ? weights : exact);
+      if (problem.empty() && streams) problem = difference("dk", results[2], dk, &k_slack, weights);
+      const int64_t last = index.back();
+      const int64_t outside[] = {-1, m, int64_t(1) << 62};
+      for (const int64_t bad : outside) {
+        index.back() = bad;
+        std::vector<float> untouched(out.size(), 7.f);
+        if (kernels.sampled_similarity_fwd(at(1), count, index.data(), streams, untouched.data()) ||
+            untouched != std::vector<float>(out.size(), 7.f))
+          problem = "an index outside was taken";
+      }
+      index.back() = last;
+      count_result(kernels, streams ? "sampled_similarity, streamed" : "sampled_similarity, gathered", problem);
+    }
+}
+
+void test_bank(DType bank_type, DType x_type, int64_t size, int64_t dim, int64_t batch, double momentum) {
+  std::vector<double> old(size * dim), x(batch * dim);
+  for (double& value : old) value = rounded(normal(), bank_type);
+  for (double& value : x) value = rounded(normal(), x_type);
+  std::vector<int64_t> index(batch);
+  for (int64_t& i : index) i = below(size);
+  std::vector<double> want = old;
+  for (int64_t i = 0; i < batch; ++i) {
+    double length = 0;
+    for (int64_t c = 0; c < dim; ++c) {
+      double& value = want[index[i] * dim + c];
+      value = momentum * old[index[i] * dim + c] + (1 - momentum) * x[i * dim + c];
+      length += value * value;
+    }
+    for (int64_t c = 0; c < dim; ++c) want[index[i] * dim + c] /= std::max(std::sqrt(length), 1e-12);
+  }
+  const double tolerance = bank_type == DType::F32 ? 64 * ULP : bank_type == DType::BF16 ? 0x1p-7 : 0x1p-10;
+  for (const Kernels* const* one = all_kernels(); *one != nullptr; ++one) {
+    std::string problem;
+    const auto results = for_threads(
+        [&](int threads) {
+          Numbers bank(bank_type, old), from(x_type, x);
+          if (!(*one)->bank_update(bank_type, x_type, size, dim, batch, bank.data(), index.data(), from.data(),
+                                   float(momentum), threads))
+            problem = "an index was refused";
+          return std::vector<std::vector<float>>{bank.values()};
+        },
+        problem);
+    if (problem.empty()) problem = difference("bank", results[0], want, nullptr, tolerance);
+    count_result(**one, "bank_update", problem);
+  }
+}
+
 }  // namespace
 
 // With an argument, as sanitizers run it, each shape and type meets one way of leaving pairs out in turn, not all.
@@ -684,6 +782,17 @@ int main(int argc, char**) {
       test_queue(queue_type, keys_type, 1, 1, 0, 0);
       test_queue(queue_type, keys_type, 700, 257, 300, 690);
     }
+  for (const DType dtype : dtypes) {
+    test_sampled(dtype, 1, 1, 1, 1, 1);
+    test_sampled(dtype, 3, 17, 33, 5, 40);
+    test_sampled(dtype, 1, 70, 400, 130, 37);
+    if (!brief || dtype == DType::F32) test_sampled(dtype, 1, 300, 193, 33, 50);  // more than one part of queries
+    for (const DType x_type : dtypes) {
+      test_bank(dtype, x_type, 7, 5, 30, 0.5);  // the last of equal ones counts
+      test_bank(dtype, x_type, 40, 33, 0, 0.5);
+      test_bank(dtype, x_type, 700, 129, 600, 0.9);
+    }
+  }
   printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }

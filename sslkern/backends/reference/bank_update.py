@@ -14,5 +14,6 @@ def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float) -> Non
     # All of equal indices write what the last of them would: which one writes last then makes no difference.
     in_order, order = index.sort(stable=True)
     last = order[torch.searchsorted(in_order, index.contiguous(), right=True) - 1]
-    moved = momentum * _wide(bank[index]) + (1 - momentum) * _wide(x)[last]
+    old = _wide(bank[index])
+    moved = momentum * old + (1 - momentum) * x[last].to(old.dtype)
     bank.index_copy_(0, index, F.normalize(moved, dim=1, eps=EPS).to(bank.dtype))

@@ -1,0 +1,261 @@
+"""Losses against a memory bank: instance discrimination (Wu et al. 2018) and contrastive multiview coding (Tian 2019).
+
+Of a query's logits l_0 (positive), l_1 ... l_K (negatives) over a bank of M rows, with u_k = l_k - log Z - log(K / M):
+
+    "nce"       loss = softplus(-u_0) + sum_k softplus(u_k)     dl_0 = -sigmoid(-u_0)     dl_k = sigmoid(u_k)
+    "softmax"   loss = softplus(logsumexp_k l_k - l_0)          dl_0 = exp(-loss) - 1     dl_k = exp(l_k - l_0 - loss)
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops import sampled_similarity, sampled_similarity_bwd
+from ..ops._library import Once, transformed
+from ._common import (
+    beaten,
+    check_alike,
+    check_features,
+    check_options,
+    check_weights,
+    describe,
+    reduce,
+    scalar,
+    scale_of,
+    softplus,
+    unit,
+)
+
+FORMS = ("nce", "softmax")
+GRAPHS = ("core", "full")
+
+
+def nce(
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    form: str = "nce",
+    log_z: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    weights: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    stats: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Instance discrimination with a memory bank (https://arxiv.org/abs/1805.01978): which row of the bank is mine?
+
+    With logits `l_k = <query_i, bank[index_ik]> / temperature`, the positive at k = 0, and K sampled negatives:
+
+        "nce"       loss_i = -log h_0 - sum_k log(1 - h_k),   h_k = P_k / (P_k + K / M),   P_k = exp(l_k) / Z  (eq. 4-7)
+        "softmax"   loss_i = -log(exp(l_0) / sum_k exp(l_k))
+
+                  bank 0  1  2  3  4  5
+        query 0        +     -        -     + positive, - negative; the others were not sampled
+        query 1           -  -  +
+
+    The bank may be updated before the backward: the gradient is computed in the forward.
+
+    Args:
+        query: [N, D], fp32, bf16, fp16 or fp64.
+        bank: [M, D], the type of query. A gradient is computed where it is wanted.
+        index: int64 [N, 1 + K], rows of bank, the positive first. `MemoryBank.sample` draws it.
+        temperature: divides the similarities: a nonzero number, or a tensor with one element that gets a gradient.
+        form: "nce" or "softmax".
+        log_z: log Z of the form "nce", a number or a 0-d tensor without gradient. None: estimated from this batch as
+            log(M mean exp(l)), eq. 8; the paper keeps the estimate of the first one, as `NCELoss` does.
+        logit_scale: multiplies the similarities instead and replaces `temperature`; already exponentiated.
+        weights: [N], of the samples; the mean is sum w l / sum w.
+        normalize: divide the queries by their norm first. Rows of the bank are used as they are.
+        reduction: "mean" or "sum" over the N queries, or "none".
+        stats: also return the share of queries whose positive beats every sampled negative.
+
+    Returns:
+        The loss, 0-d, or for "none" [N], in fp32 (fp64). With `stats` a pair of it and the share, 0-d without gradient.
+        Without negatives (K = 0) the loss is 0.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+        IndexError: an index is no row of bank.
+
+    Example:
+        >>> bank = torch.nn.functional.normalize(torch.randn(1000, 32), dim=1)
+        >>> query, index = torch.randn(8, 32, requires_grad=True), torch.randint(1000, (8, 1 + 100))
+        >>> sslkern.functional.nce(query, bank, index).backward()
+    """
+    loss, share, _ = nce_and_log_z(
+        query,
+        bank,
+        index,
+        scale_of(temperature, logit_scale, _device(query)),
+        form=form,
+        log_z=log_z,
+        weights=weights,
+        normalize=normalize,
+        reduction=reduction,
+        stats=stats,
+    )
+    return (loss, share) if stats else loss
+
+
+def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize, reduction, stats):
+    """`nce`, the share or None, and the log Z that was used, for a module to keep."""
+    check_features("query", query)
+    check_features("bank", bank)
+    check_alike("bank", bank, "query", query, f"[M, {query.shape[1]}]")
+    if not isinstance(index, Tensor) or index.ndim != 2 or index.shape[0] != query.shape[0] or index.shape[1] == 0:
+        wanted = f"[{query.shape[0]}, 1 + K], the positive first"
+        raise ValueError(f"index must be an int64 tensor {wanted}, not {describe(index)}")
+    if form not in FORMS:
+        raise ValueError(f"form must be 'nce' or 'softmax', not {form!r}")
+    if form == "softmax" and log_z is not None:
+        raise ValueError("log_z belongs to the form 'nce'; leave it out for 'softmax'")
+    check_options(reduction)
+    check_weights(weights, query.shape[0], query)
+    log_z = None if log_z is None else scalar("log_z", log_z, query.device)
+
+    query = unit(query) if normalize else query
+    frozen = not bank.requires_grad and not transformed()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        dots = sampled_similarity(query, bank, index)
+        logits = dots * scale
+        share = beaten(logits[:, 1:].amax(1), logits[:, 0]) if stats and index.shape[1] > 1 else None
+        if stats and share is None:
+            share = logits.new_ones(())
+        if form == "nce":
+            M, K = bank.shape[0], index.shape[1] - 1
+            if log_z is None:
+                log_z = logits.detach().logsumexp((0, 1)) + math.log(M / logits.numel())
+            logits = logits - (log_z + (math.log(K / M) if K else -math.inf))
+            losses = softplus(-logits[:, 0]) + softplus(logits[:, 1:]).sum(1)
+        else:
+            losses = softplus(logits[:, 1:].logsumexp(1) - logits[:, 0])
+    learned_scale = isinstance(scale, Tensor) and scale.requires_grad
+    if frozen and torch.is_grad_enabled() and (query.requires_grad or learned_scale):
+        with torch.no_grad():
+            slopes = _slopes(logits, losses, form)
+            dq, _ = sampled_similarity_bwd(query, bank, index, slopes, need_bank=False)
+            dscale = (slopes * dots).sum(1) if learned_scale else None
+            dq = dq * scale
+        losses = _Known.apply(losses, query, dq, scale if learned_scale else None, dscale)
+    return reduce(losses, reduction, weights), share, log_z
+
+
+def _slopes(logits: Tensor, losses: Tensor, form: str) -> Tensor:
+    """The gradients of the losses by the logits, which are overwritten."""
+    if form == "nce":
+        of_positive = -torch.sigmoid(-logits[:, 0])
+        logits.sigmoid_()
+    else:
+        of_positive = torch.expm1(-losses)
+        logits.sub_((logits[:, 0] + losses).unsqueeze(1)).exp_()
+    logits[:, 0] = of_positive
+    return logits
+
+
+class _Known(torch.autograd.Function):
+    """Losses [N] whose gradients came with them: by q [N, D], by the scale [N]."""
+
+    @staticmethod
+    def forward(ctx, losses, q, dq, scale, dscale):
+        ctx.save_for_backward(q, scale, dq, dscale)
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        q, scale, dq, dscale = ctx.saved_tensors
+        with torch.no_grad():
+            dq = (g.unsqueeze(1) * dq).to(q.dtype) if ctx.needs_input_grad[1] else None
+            dscale = torch.sum(g * dscale) if ctx.needs_input_grad[3] else None
+        if torch.is_grad_enabled():  # create_graph=True
+            dq, dscale = Once.apply(q if q.requires_grad else scale, dq, dscale)
+        return None, dq, None, dscale, None
+
+
+def cmc(
+    views: Sequence[Tensor],
+    banks: Sequence[Tensor],
+    index: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    graph: str = "full",
+    form: str = "nce",
+    log_z: Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    weights: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Contrastive multiview coding (https://arxiv.org/abs/1906.05849) of V views, each with a memory bank.
+
+    A pair of views (a, b) contrasts each row of view a with the bank of b and each row of view b with the bank of a
+    (eq. 6): L(a, b) = nce(view_a, bank_b) + nce(view_b, bank_a). The loss is the sum over the pairs of the graph:
+
+        "core"   the first view with each other     V0 - V1, V0 - V2, V0 - V3                  (eq. 7)
+        "full"   every two of them                  V0 - V1, V0 - V2, V0 - V3, V1 - V2, ...    (eq. 8)
+
+                   bank_b 0  1  2  3  4  5
+        view_a 0          +     -        -     + positive, - negative; the others were not sampled
+        view_a 1             -  -  +
+
+    Args:
+        views: V tensors [N, D], 2 or more, of one type: the same N samples.
+        banks: V tensors [M, D]: row j of each belongs to sample j of the data.
+        index: int64 [N, 1 + K], rows of the banks, the positive first; for all pairs.
+        graph: "core" or "full".
+        log_z: [P] for the P ordered pairs in the order of `cmc_pairs`, or None: estimated from this batch.
+        temperature, form, logit_scale, weights, normalize, reduction: as in `nce`.
+
+    Returns:
+        The loss, 0-d, or for "none" [N], in fp32 (fp64).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+        IndexError: an index is no row of the banks.
+
+    Example:
+        >>> banks = torch.nn.functional.normalize(torch.randn(3, 1000, 32), dim=2)
+        >>> views = [torch.randn(8, 32, requires_grad=True) for _ in range(3)]
+        >>> sslkern.functional.cmc(views, banks, torch.randint(1000, (8, 1 + 100)), graph="core").backward()
+    """
+    scale = scale_of(temperature, logit_scale)
+    return cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, normalize, reduction)[0]
+
+
+def cmc_pairs(views: int, graph: str) -> list[tuple[int, int]]:
+    """The ordered pairs (view, bank) that `cmc` contrasts."""
+    if graph not in GRAPHS:
+        raise ValueError(f"graph must be 'core' or 'full', not {graph!r}")
+    pairs = itertools.combinations(range(views), 2)
+    return [pair for a, b in pairs if graph == "full" or a == 0 for pair in ((a, b), (b, a))]
+
+
+def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, normalize, reduction):
+    """`cmc` and the log Z [P] that was used, for a module to keep."""
+    if not isinstance(views, (Sequence, Tensor)) or len(views) < 2:
+        raise ValueError("views must be two tensors [N, D] or more")
+    if not isinstance(banks, (Sequence, Tensor)) or len(banks) != len(views):
+        raise ValueError(f"banks must be {len(views)} tensors [M, D], one for each view")
+    for i, view in enumerate(views):
+        check_features(f"views[{i}]", view)
+        check_alike(f"views[{i}]", view, "views[0]", views[0])
+        check_alike(f"banks[{i}]", banks[i], "banks[0]", banks[0])
+    pairs = cmc_pairs(len(views), graph)
+    if log_z is not None and (not isinstance(log_z, Tensor) or log_z.shape != (len(pairs),)):
+        raise ValueError(f"log_z must be a tensor [{len(pairs)}], one for each ordered pair, not {describe(log_z)}")
+    views = [unit(view) for view in views] if normalize else views
+    options = dict(form=form, weights=weights, normalize=False, reduction=reduction, stats=False)
+    parts = [
+        nce_and_log_z(views[a], banks[b], index, scale, log_z=None if log_z is None else log_z[p], **options)
+        for p, (a, b) in enumerate(pairs)
+    ]
+    used = torch.stack([part[2] for part in parts]) if form == "nce" else None
+    return torch.stack([part[0] for part in parts]).sum(0), used
+
+
+def _device(x):
+    return x.device if isinstance(x, Tensor) else None
