@@ -47,8 +47,8 @@ struct Crew {
 };
 
 void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
-  for (int tries = 0; counter.load(std::memory_order_acquire) < value; ++tries)
-    if (tries >= 1000) std::this_thread::yield();  // its thread may wait for this very core
+  for (int spins = 1000; counter.load(std::memory_order_acquire) < value;)
+    spins > 0 ? void(--spins) : std::this_thread::yield();  // its thread may wait for this very core
 }
 
 void Team::barrier() { static_cast<Crew*>(crew_)->barrier(); }
