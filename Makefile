@@ -4,7 +4,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py csrc/native_build.py $(shell find csrc -name '*.cpp' -o -name '*.h')
-BENCHMARKS ?= similarity_lse similarity_softplus nt_xent info_nce queue never_worse
+BENCHMARKS ?= losses similarity_lse similarity_softplus sampled_similarity similarity_topk \
+	nt_xent info_nce sup_con queue never_worse
 RESULTS = benchmarks/results/$(shell $(BIN)/python benchmarks/harness.py)
 
 # A native module that does not compile is an error here, not a reason to go on without it.

@@ -11,7 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from baselines import TEMPERATURE as T
-from baselines import Problem, chunked, correlated_pairs, memory_bank, moco_step, nt_xent, siglip, sup_con, two_way
+from baselines import (
+    Problem,
+    chunked,
+    correlated_pairs,
+    gathered_scores,
+    memory_bank,
+    moco_step,
+    nt_xent,
+    one_way,
+    published_nce,
+    siglip,
+    sup_con,
+    two_way,
+)
 from harness import OURS, checked_steps
 
 from sslkern import functional
@@ -22,7 +35,7 @@ LOSSES = {}
 
 
 def loss(passes: float, n: int = N, m: int | None = None):
-    """Enters a problem into the table; passes: of 2 n m d flop that are needed, m the number of columns, n by default."""
+    """Enters a problem into the table; passes: how often 2 n m d flop are needed, m the number of columns (n)."""
 
     def enter(problem):
         LOSSES[problem.__name__] = problem, passes, n, m or n
@@ -76,6 +89,11 @@ def simclr(n, d, dtype):
 @loss(passes=4)
 def clip(n, d, dtype):
     return renamed(two_way(n, d, dtype), "dense cross_entropy", "compiled dense cross_entropy")
+
+
+@loss(passes=3)
+def in_batch(n, d, dtype):
+    return renamed(one_way(n, d, dtype), "dense cross_entropy", "compiled dense cross_entropy")
 
 
 @loss(passes=3)
@@ -281,6 +299,19 @@ def instance_discrimination(n, d, dtype):
     return renamed(memory_bank(n, d, dtype), "gather + bmm (CMC)")
 
 
+@loss(passes=2, n=256, m=16_384)
+def bank_softmax(n, d, dtype, size=50_000, negatives=16_384):
+    generator = torch.Generator().manual_seed(1)
+    bank = unit(torch.randn(size, d, generator=generator)).to(dtype)
+    index = torch.randint(size, (n, 1 + negatives), generator=generator)
+
+    def dense(q):
+        return F.cross_entropy(gathered_scores(unit(q), bank, index) / T, torch.zeros(len(q), dtype=torch.long))
+
+    ours = lambda q: functional.nce(q, bank, index, T, form="softmax")  # noqa: E731
+    return versus(ours, dense, correlated_pairs(n, d, dtype)[:1])
+
+
 @loss(passes=2 * 2, n=256, m=4096)
 def cmc(n, d, dtype, size=50_000, negatives=4096):
     """Two views and their banks."""
@@ -292,10 +323,7 @@ def cmc(n, d, dtype, size=50_000, negatives=4096):
     def dense(a, b):
         total = 0
         for view, bank in ((a, banks[1]), (b, banks[0])):
-            scores = torch.bmm(bank[index.flatten()].view(*index.shape, d), unit(view).unsqueeze(2)).squeeze(2)
-            p, noise = torch.exp(scores / T - log_z[0]), negatives / size
-            total = total - (p[:, 0] / (p[:, 0] + noise)).log().mean()
-            total = total - (noise / (p[:, 1:] + noise)).log().sum(1).mean()
+            total = total + published_nce(gathered_scores(unit(view), bank, index), size, log_z[0])
         return total
 
     ours = lambda a, b: functional.cmc((a, b), banks, index, T, log_z=log_z)  # noqa: E731

@@ -5,7 +5,7 @@ python -m pytest benchmarks/bench_sampled_similarity.py
 
 import pytest
 from baselines import memory_bank, memory_bank_large
-from harness import DTYPES, OURS, add_peak_memory, checked_steps
+from harness import OURS, add_peak_memory, checked_steps
 
 N, D, K = 256, 128, 16_384
 PUBLISHED = "gather + bmm (CMC)"
@@ -25,8 +25,7 @@ def bench_goals(race, goal, benchmark, problem, at_least):
     goal(f"{case}: peak extra memory over gather + bmm's", peak[OURS] / peak[PUBLISHED], at_most=0.05)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def bench_small_batch(race, dtype):
-    """The batch and the sample of instance discrimination on a small machine."""
-    steps = checked_steps(memory_bank, 64, D, dtype)
-    race(steps, seconds=5, problem="memory_bank", n=64, d=D, dtype=dtype, negatives=K)
+def bench_small_batch(race):
+    """Where a product with the whole bank is a serious rival. Not in bf16, which gather + bmm round too much."""
+    steps = checked_steps(memory_bank, 64, D, "fp32")
+    race(steps, seconds=5, problem="memory_bank", n=64, d=D, dtype="fp32", negatives=K)

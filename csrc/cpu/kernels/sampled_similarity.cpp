@@ -3,8 +3,7 @@
 //   1. Gather: read each named row and multiply, several rows at a time, the next ones on their way into the cache.
 //      Costs the bytes of n count rows, wherever they lie.
 //   2. Stream: go once through the bank in tiles of all its scores, and pick those that were named. Costs the product
-//   of
-//      all pairs, at many times the rate. What a query names is sorted by column block first.
+//      of all pairs, at many times the rate.
 #include "rows.h"
 #include "tiles.h"
 
@@ -126,12 +125,13 @@ struct Part {
 };
 
 // Visits the parts of a group in order: before(team, g, part), visit(x, group, g, tile, scores) for its tiles, after.
-template <class T, class Arithmetic, class Start, class Before, class Visit, class After>
+// SUMS: tiles add to the same rows and columns, and so take turns.
+template <bool SUMS, class T, class Arithmetic, class Start, class Before, class Visit, class After>
 void stream(const Similarity& p, const Start& start, const Before& before, const Visit& visit, const After& after) {
   constexpr int64_t MOST = 1 << 24, ROWS = 256;  // scores; queries, for each part of which the bank is packed again
   const int64_t most_rows = p.n < ROWS ? p.n : ROWS, fits = MOST / most_rows / BLOCK * BLOCK;
   const int64_t most_columns = p.m < fits ? p.m : fits, stride = round_up(most_columns, 16) + 16;
-  const Blocks rows(most_rows, false), columns(most_columns, false);
+  const Blocks rows(most_rows, false, SUMS ? most_columns : 0), columns(most_columns, false, SUMS ? most_rows : 0);
   const int64_t row_parts = (p.n + most_rows - 1) / most_rows, column_parts = (p.m + most_columns - 1) / most_columns;
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);
@@ -151,16 +151,24 @@ void stream(const Similarity& p, const Start& start, const Before& before, const
       if (part.i0 + part.rows > p.n) part.rows = p.n - part.i0;
       if (part.j0 + part.columns > p.m) part.columns = p.m - part.j0;
       before(team, g, part);
+      const auto within_part = [&](Tile tile) {
+        float* const scores = part.scores + tile.i0 * stride + tile.j0;
+        if (tile.i0 + tile.rows > part.rows) tile.rows = part.rows - tile.i0;
+        if (tile.j0 + tile.columns > part.columns) tile.columns = part.columns - tile.j0;
+        tile.i0 += part.i0;
+        tile.j0 += part.j0;
+        if (tile.rows > 0 && tile.columns > 0) visit(scratch[team.id], group, g, tile, scores, stride);
+      };
       const int64_t at = g * row_parts * column_parts + turn;
-      each_tile(team, rows, columns, row_turns.next + at * rows.count, column_turns.next + at * columns.count,
-                [&](Tile tile) {
-                  float* const scores = part.scores + tile.i0 * stride + tile.j0;
-                  if (tile.i0 + tile.rows > part.rows) tile.rows = part.rows - tile.i0;
-                  if (tile.j0 + tile.columns > part.columns) tile.columns = part.columns - tile.j0;
-                  tile.i0 += part.i0;
-                  tile.j0 += part.j0;
-                  if (tile.rows > 0 && tile.columns > 0) visit(scratch[team.id], group, g, tile, scores, stride);
-                });
+      if (SUMS) {
+        each_tile(team, rows, columns, row_turns.next + at * rows.count, column_turns.next + at * columns.count,
+                  within_part);
+      } else {
+        team.each(rows.count * columns.count, [&](int64_t t) {
+          const int64_t a = t % rows.count, b = t / rows.count;
+          within_part(Tile{rows.begin(a), rows.width(a), columns.begin(b), columns.width(b)});
+        });
+      }
       after(team, g, part);
     }
   });
@@ -168,7 +176,7 @@ void stream(const Similarity& p, const Start& start, const Before& before, const
 
 template <class T, class Arithmetic>
 void stream_fwd(const Similarity& p, int64_t count, const int64_t* index, float* out) {
-  stream<T, Arithmetic>(
+  stream<false, T, Arithmetic>(
       p, [](Team&, int64_t) {}, [](Team&, int64_t, const Part&) {},
       [&](Scratch& x, const Group<T, Arithmetic>& group, int64_t, const Tile& tile, float* scores, int64_t stride) {
         group.product(tile, x, x.s);
@@ -206,7 +214,7 @@ bool all_finite(const T* x, int64_t count) {
 template <class T, class Arithmetic>
 void stream_bwd(const Similarity& p, int64_t count, const int64_t* index, const float* weights, float* dq, float* dk) {
   const int64_t d = p.d;
-  stream<T, Arithmetic>(
+  stream<true, T, Arithmetic>(
       p,
       [&](Team& team, int64_t g) {
         const auto clear = [&](float* to, int64_t rows) {

@@ -239,7 +239,7 @@ void weigh_tile(const Tile& tile, Scratch& x, const Upstream& rows, const Upstre
 template <class T, class Arithmetic>
 void forward(const Similarity& p, float* row, float* col, float* best) {
   const bool triangle = symmetric(p);
-  const Blocks rows(p.n, triangle), columns(p.m, triangle);
+  const Blocks rows(p.n, triangle, p.m), columns(p.m, triangle, p.n);
   const Runs runs(rows, columns);
   const Turns row_turns(triangle || col != nullptr ? p.groups * rows.count : 0);
   const Turns column_turns(!triangle && col != nullptr ? p.groups * columns.count : 0);
@@ -349,7 +349,7 @@ template <class T, class Arithmetic>
 void backward(const Similarity& p, const float* row, const float* col, const float* g_row, const float* g_col,
               float* dq, float* dk, float* dscale, float* dbias) {
   const bool triangle = symmetric(p), self = p.k == nullptr;
-  const Blocks rows(p.n, triangle), columns(p.m, triangle);
+  const Blocks rows(p.n, triangle, p.m), columns(p.m, triangle, p.n);
   const Turns row_turns(p.groups * rows.count), column_turns(triangle ? 0 : p.groups * columns.count);
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);

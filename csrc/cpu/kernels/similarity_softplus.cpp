@@ -93,7 +93,7 @@ template <class T, class Arithmetic>
 void all_tiles(const Similarity& p, const float* bias, const float* weight, float sign, float* total, float* row,
                const SoftplusGradients& gradients) {
   const bool triangle = symmetric(p), self = p.k == nullptr;
-  const Blocks rows(p.n, triangle), columns(p.m, triangle);
+  const Blocks rows(p.n, triangle, p.m), columns(p.m, triangle, p.n);
   const Turns row_turns(p.groups * rows.count), column_turns(triangle ? 0 : p.groups * columns.count);
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);

@@ -241,10 +241,12 @@ inline double weighted_dots(const Tile& tile, const Scratch& x) {
 struct Blocks {
   int64_t length, size, count;
   // Some blocks even of short inputs, so that threads can share them: a triangle of three has three pairs and three
-  // halves, a rectangle is best cut evenly.
-  Blocks(int64_t length, bool triangle) : length(length) {
+  // halves, a rectangle is best cut evenly. `other` is the length of the other side: a short side is cut too where that
+  // is long.
+  Blocks(int64_t length, bool triangle, int64_t other = 0) : length(length) {
     int64_t wanted = (length + BLOCK - 1) / BLOCK;
-    const int64_t shared = length < 96 ? 1 : !triangle ? 2 : length < 768 ? 3 : 5;
+    const bool little = length < 96 && (length < 16 || other < 1024);
+    const int64_t shared = little ? 1 : !triangle ? 2 : length < 768 ? 3 : 5;
     if (wanted < shared) wanted = shared;
     if (!triangle && wanted > 1 && wanted < 12) wanted = (wanted + 1) / 2 * 2;
     size = (length + wanted - 1) / wanted;
