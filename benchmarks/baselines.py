@@ -352,8 +352,9 @@ def sup_con_published(z, labels):
 @cache
 def metric_learning_sup_con():
     from pytorch_metric_learning.losses import SupConLoss
+    from pytorch_metric_learning.reducers import MeanReducer
 
-    return SupConLoss(temperature=TEMPERATURE)
+    return SupConLoss(temperature=TEMPERATURE, reducer=MeanReducer())  # its own leaves out rows whose loss is 0
 
 
 # The primitive itself in its four forms, on unit vectors
