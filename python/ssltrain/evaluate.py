@@ -47,7 +47,7 @@ def of_images(encoder: nn.Module, untrained: nn.Module, images: Images, device: 
 
 
 def of_speech(encoder: nn.Module, untrained: nn.Module, speech: Speech, device: torch.device) -> Evaluation:
-    """Linear probes for word and speaker on the last context of each clip, beside log-mel statistics of the whole clip.
+    """Linear probes for word and speaker on the last context of a clip, beside log-mel statistics of all of it.
 
     The third figure is the word said by a speaker whom the probe has not heard, the mean over all speakers in turn.
     """
@@ -77,7 +77,7 @@ def of_speech(encoder: nn.Module, untrained: nn.Module, speech: Speech, device: 
 
 @torch.no_grad()
 def contexts(encoder: nn.Module, clips: Clips, device: torch.device, batch: int = 256) -> Tensor:
-    """The context of the last whole frame of each clip: float32 [N, F] on `device`. A clip too short for one gives 0."""
+    """The context of the last frame of each clip: float32 [N, F] on `device`; of a clip too short for one, 0."""
     training = encoder.training
     encoder.eval()
     out = []

@@ -26,7 +26,7 @@ PAIRS, COLUMNS = 15, 3
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere, as in a log file, a line now and then. And the curves for TensorBoard."""
+    """A progress bar on a terminal, elsewhere a line now and then; and the curves for TensorBoard."""
 
     LINE_EVERY = 10.0  # seconds
 

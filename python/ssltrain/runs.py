@@ -107,7 +107,7 @@ def _last_picture(method: nn.Module, loaded, device: torch.device):
     return lambda axes: report.draw_pairs(axes, views)
 
 
-# ---- A run that is done -----------------------------------------------------------------------------------------------
+# ---- A run that is done ----------------------------------------------------------------------------------------------
 
 
 def _load(folder: Path) -> tuple[config.Config, nn.Module, tuple[int, ...]]:
@@ -138,8 +138,8 @@ def evaluate_run(folder: Path, source: str | None, share: float | None, seed: in
     _describe(loaded)
     if shape and tuple(loaded.train.shape[1:]) != shape:
         raise UsageError(
-            f"--data {loaded.name}: its images are {tuple(loaded.train.shape[1:])} (channels, height, width) and those of "
-            f"the run {shape}; choose images alike."
+            f"--data {loaded.name}: its images are {tuple(loaded.train.shape[1:])} (channels, height, width), "
+            f"those of the run {shape}; choose images alike."
         )
     torch.manual_seed(options.seed)
     untrained = methods.build(options, loaded).encoder
@@ -208,8 +208,8 @@ def export_run(folder: Path, out: Path) -> None:
     print(f"{out}: {sum(x.numel() for x in weights.values()):,} numbers in {len(weights)} tensors")
     if options.method != "cpc" and options.encoder == "resnet18":
         print(
-            "To load: model = torchvision.models.resnet18(); model.conv1 = torch.nn.Conv2d(C, 64, 3, 1, 1, bias=False); "
-            "model.maxpool = model.fc = torch.nn.Identity(); model.load_state_dict(safetensors.torch.load_file(path))"
+            "To load: model = torchvision.models.resnet18(); model.conv1 = nn.Conv2d(C, 64, 3, 1, 1, bias=False)\n"
+            "model.maxpool = model.fc = nn.Identity(); model.load_state_dict(safetensors.torch.load_file(path))"
         )
 
 

@@ -212,7 +212,7 @@ def _decode(content: bytes) -> tuple[int, np.ndarray]:
 
 
 def log_mel_statistics(clips: Clips, rate: int, bands: int = 40) -> Tensor:
-    """float [N, 2 * bands]: mean and standard deviation over time of the logarithms of mel bands, as a plain baseline."""
+    """float [N, 2 * bands]: mean and deviation over time of the logarithms of mel bands, as a plain baseline."""
     size, hop = 256, 80
     hertz = torch.linspace(0, rate / 2, size // 2 + 1)
     mel = 2595 * torch.log10(1 + hertz / 700)

@@ -47,13 +47,13 @@ class CPC(nn.Module):
     """
 
     def __init__(
-        self, window: int = 2560, steps: int = 12, width: int = 128, context: int = 128, temperature: float = 1.0
+        self, window: int = 2048, steps: int = 8, width: int = 128, context: int = 128, temperature: float = 1.0
     ):
         super().__init__()
         if frame_count(window) <= steps:
             raise UsageError(
-                f"--steps {steps}: a --window of {window} samples has {frame_count(window)} frames; predict fewer steps "
-                "ahead, or cut longer windows."
+                f"--steps {steps}: a --window of {window} samples has {frame_count(window)} frames; predict fewer "
+                "steps ahead, or cut longer windows."
             )
         self.window = window
         self.encoder = ContextEncoder(width, context)
@@ -61,11 +61,11 @@ class CPC(nn.Module):
 
     @torch.no_grad()
     def views(self, clips: Clips) -> Tensor:
-        """B clips -> float [B, window]: a piece of each, at random. No silence is added: it would be easy to predict."""
+        """B clips -> float [B, window]: a random piece of each. Added silence would be easy to predict."""
         return clips.crop(self.window)
 
     def loss(self, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean over all frames and steps, and `top1`: how often the frame to come beats all others."""
+        """The mean over frames and steps, and `top1`: how often the frame to come beats all others."""
         frames, contexts = self.encoder.frames_and_contexts(windows)
         with torch.autocast(windows.device.type, enabled=False):  # the engine chooses its own precision
             loss, top1 = self.criterion(contexts.float(), frames.float())
@@ -73,7 +73,7 @@ class CPC(nn.Module):
 
 
 class ContextEncoder(nn.Module):
-    """Sound, float [B, samples] in [-1, 1] -> contexts [B, `frame_count(samples)`, context], one every `HOP` samples."""
+    """Sound, float [B, samples] in [-1, 1] -> contexts [B, `frame_count(samples)`, context], every `HOP` samples."""
 
     def __init__(self, width: int, context: int):
         super().__init__()

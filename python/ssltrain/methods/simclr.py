@@ -6,8 +6,7 @@ asks of each projection to find its partner among all other projections of the b
 
     loss_i = -log( exp(sim(z_i, z_j) / T) / sum over k != i of exp(sim(z_i, z_k) / T) ),    z = g(f(view))
 
-Afterwards g is thrown away: the features of f serve better (section 4.2). Version 2 has a head of three layers, of which
-fine-tuning keeps the first.
+Afterwards g is thrown away: the features of f serve better (section 4.2). Version 2 has a head of three layers.
 """
 
 from __future__ import annotations
