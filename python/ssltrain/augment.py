@@ -2,8 +2,8 @@
 
 Measured on one CPU core for 512 views: affine 6 ms, blur and erasing 3 ms each at 1 x 28 x 28; crop 22 ms, colour 9 ms
 and hue 2 ms at 3 x 32 x 32 (kornia's hue, by way of HSV, 35 ms: half the time of a small encoder's step). Elastic
-deformation, 53 and 140 ms, is left out for its price. On MNIST-5k, 40 epochs and one seed, a strong affine map without a
-crop gave 0.955 on held-out training images; a crop and a weaker one 0.943.
+deformation, 53 and 140 ms, is left out for its price. On MNIST-5k, 40 epochs and one seed, a strong affine map without
+a crop gave 0.955 on held-out training images; a crop and a weaker one 0.943.
 """
 
 from __future__ import annotations

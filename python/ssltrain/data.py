@@ -125,6 +125,8 @@ class _ArraysOnly(pickle.Unpickler):
             return np.core.multiarray._reconstruct if np.__version__ < "2" else np._core.multiarray._reconstruct
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in the protocol of Python 2
+            return lambda text, encoding: text.encode("latin1")
         raise pickle.UnpicklingError(f"it calls {module}.{name}")
 
 

@@ -87,12 +87,14 @@ class ResNet18(nn.Module):
 def _timm(name: str, channels: int) -> nn.Module:
     try:
         import timm
-    except ImportError as error:
-        raise UsageError(f"--encoder timm:{name}: timm is not installed; pip install timm.") from error
+    except (ImportError, RuntimeError) as error:  # the latter from a torchvision that does not fit to torch
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--encoder timm:{name}: timm cannot be imported ({reason}); pip install timm.") from error
     try:
         network = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels)
     except Exception as error:  # a model that is not there, or takes no such images
-        raise UsageError(f"--encoder timm:{name}: timm cannot build it ({error}); see timm.list_models().") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--encoder timm:{name}: timm cannot build it ({reason}); see timm.list_models().") from error
     network.features = network.num_features
     return network
 

@@ -15,6 +15,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from sslkern.functional import cpc
 from ssltrain import UsageError, augment, config, data, encoders, evaluate, loop, methods, report, speech
 from ssltrain.methods.cpc import ContextEncoder
 
@@ -100,7 +101,8 @@ def _last_picture(method: nn.Module, loaded, device: torch.device):
             return lambda axes: axes.set_axis_off()
         method.eval()
         frames, contexts = method.encoder.frames_and_contexts(method.views(long_enough[:256].to(device)))
-        _, by_step = method.criterion(contexts, frames, reduction="none")
+        loss = method.criterion
+        _, by_step = cpc(contexts, frames, loss.predictors, loss.temperature, reduction="none", stats=True)
         return lambda axes: report.draw_steps(axes, by_step)
     chosen = loaded.train[:: max(1, len(loaded.train) // report.PAIRS)][: report.PAIRS]
     views = method.views(chosen.to(device))
