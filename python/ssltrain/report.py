@@ -108,7 +108,7 @@ def draw(path: Path, result: dict, state: State, evaluation: Evaluation, last: C
     _draw_embedding(figure.add_subplot(grid[1, 0]), evaluation)
     last(figure.add_subplot(grid[1, 1]))
     figure.suptitle(
-        f"{result['method']} on {result['data']}: {state.samples:,} samples in {state.seconds:.0f} s "
+        f"{result['method']} on {Path(result['data']).name}: {state.samples:,} samples in {state.seconds:.0f} s "
         f"({state.samples_per_s:,.0f} a second, {state.precision}), {state.loss_share:.1%} of the time in the loss, "
         f"seed {result['seed']}",
         fontsize=12,
@@ -147,7 +147,7 @@ def _draw_accuracies(axes: Axes, method: str, evaluation: Evaluation) -> None:
         bars = axes.bar(np.arange(len(rows)) + shift, heights, 0.95 * width, color=BLUES[i], label=label)
         axes.bar_label(bars, fmt="%.3f", fontsize=9, padding=2)
     axes.set_xticks(range(len(rows)), [method if not prefix else name for prefix, name in rows.items()])
-    axes.set(ylim=(0, 1.12), yticks=np.linspace(0, 1, 6))
+    axes.set(ylim=(0, 1.2), yticks=np.linspace(0, 1, 6))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(loc="upper right", ncols=len(columns), frameon=False)
@@ -179,7 +179,7 @@ def draw_steps(axes: Axes, accuracies: Tensor) -> None:
     axes.set(xlabel="frames ahead", ylim=(0, 1), xticks=steps)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.set_title("How often the frame to come beats all other frames of the batch (test clips)")
+    axes.set_title("How often the frame to come beats all others of the batch")
 
 
 def draw_pairs(axes: Axes, views: Tensor) -> None:
