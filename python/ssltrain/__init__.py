@@ -1,6 +1,7 @@
-"""Reference trainers on top of `sslkern`: self-supervised methods that really learn, on images that fit in memory.
+"""Reference trainers on top of `sslkern`: self-supervised methods that really learn, on data that fits in memory.
 
-Read `loop.py` for how a run goes and `methods/simclr.py` for a method; the command line is `ssltrain simclr --help`.
+Read `runs.py` and `loop.py` for how a run goes, `methods/simclr.py` for a method, `config.py` for the options; the
+command line is `ssltrain --help`.
 """
 
 

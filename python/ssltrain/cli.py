@@ -7,7 +7,18 @@ import sys
 
 from ssltrain import UsageError
 
-REQUIRED = ("typer", "rich", "kornia", "sklearn", "matplotlib", "PIL", "mlxtend")  # the extra `train`
+REQUIRED = (
+    "typer",
+    "rich",
+    "kornia",
+    "sklearn",
+    "matplotlib",
+    "PIL",
+    "mlxtend",
+    "safetensors",
+    "tensorboard",
+    "yaml",
+)  # the extra `train`
 
 
 def main(arguments: list[str] | None = None) -> None:

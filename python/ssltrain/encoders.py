@@ -1,9 +1,11 @@
-"""Encoders for small images: a conv net of 0.1 M parameters, and ResNet-18 with the CIFAR stem."""
+"""Encoders for small images: a conv net of 0.1 M parameters, ResNet-18 with the CIFAR stem, and any model of timm."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from ssltrain import UsageError
 
 
 class Standardize(nn.Module):
@@ -49,44 +51,66 @@ class _Block(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
-        self.body = nn.Sequential(*_conv(c_in, c_out, stride), nn.ReLU(), *_conv(c_out, c_out, 1))
-        self.shortcut = nn.Identity()
+        self.conv1, self.bn1 = _conv(c_in, c_out, stride)
+        self.conv2, self.bn2 = _conv(c_out, c_out, 1)
+        self.downsample = None
         if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.shortcut(x))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + shortcut)
 
 
-class ResNet18(nn.Sequential):
+class ResNet18(nn.Module):
     """ResNet-18 for small images: a 3 x 3 stem of stride 1 and no max-pooling, as SimCLR's appendix B.9 does for CIFAR.
 
-    [B, C, H, W] -> [B, 8 * width]; 11 M parameters at width 64.
+    [B, C, H, W] -> [B, 8 * width]; 11 M parameters at width 64. Its weights have the names that torchvision and timm
+    use.
     """
 
     def __init__(self, channels: int, width: int = 64):
+        super().__init__()
         self.features = 8 * width
+        self.conv1, self.bn1 = _conv(channels, width, 1)
         widths = [width, width, 2 * width, 4 * width, 8 * width]
-        blocks = []
         for stage in range(4):
-            blocks += [
-                _Block(widths[stage], widths[stage + 1], 1 if stage == 0 else 2),
-                _Block(widths[stage + 1], widths[stage + 1], 1),
-            ]
-        super().__init__(*_conv(channels, width, 1), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            c_in, c_out = widths[stage : stage + 2]
+            blocks = _Block(c_in, c_out, 1 if stage == 0 else 2), _Block(c_out, c_out, 1)
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
 
 
-ENCODERS = {"convnet": ConvNet, "resnet18": ResNet18}
+def _timm(name: str, channels: int) -> nn.Module:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # the latter from a torchvision that does not fit to torch
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--encoder timm:{name}: timm cannot be imported ({reason}); pip install timm.") from error
+    try:
+        network = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels)
+    except Exception as error:  # a model that is not there, or takes no such images
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--encoder timm:{name}: timm cannot build it ({reason}); see timm.list_models().") from error
+    network.features = network.num_features
+    return network
 
 
 def build(name: str, images: Tensor) -> nn.Sequential:
     """The named encoder for images like these, uint8 [N, C, H, W]: float [B, C, H, W] in [0, 1] -> float [B, features].
 
+    `convnet`, `resnet18`, or `timm:<name>`.
+
     >>> encoder = build("convnet", torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     >>> encoder(torch.rand(5, 3, 32, 32)).shape, encoder.features
     (torch.Size([5, 128]), 128)
     """
-    network = ENCODERS[name](images.shape[1])
+    kind, _, model = name.partition(":")
+    builders = {"convnet": ConvNet, "resnet18": ResNet18, "timm": lambda channels: _timm(model, channels)}
+    network = builders[kind](images.shape[1])
     encoder = nn.Sequential(Standardize(images), network).to(memory_format=torch.channels_last)
     encoder.features = network.features
     return encoder

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import math
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,72 +19,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ssltrain import UsageError
-from ssltrain.encoders import ENCODERS
+from ssltrain.config import Config
+from ssltrain.speech import Clips
 
-DEFAULT_EPOCHS = 40
 WARMUP = 0.05  # of the schedule
-SAVE_EVERY = 30.0  # seconds between checkpoints
 READ_EVERY = 10  # steps
 CHECKPOINT = "checkpoint.pt"
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a run is. Two runs with equal configurations are the same run."""
-
-    method: str
-    data: str = "mnist5k"
-    limit: int | None = None  # training images
-    image_size: int | None = None
-    encoder: str = "convnet"
-    epochs: int | None = None
-    minutes: float | None = None
-    batch_size: int = 256
-    temperature: float = 0.2
-    dim: int = 128
-    lr: float = 2e-3
-    weight_decay: float = 1e-4
-    flip: bool | None = None
-    seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
-    precision: str = "auto"
-
-    def check(self) -> Config:
-        """The same with what is left open filled in; raises `UsageError` for a value that cannot be."""
-
-        def need(ok: bool, flag: str, what: str) -> None:
-            if not ok:
-                raise UsageError(f"{flag} {getattr(self, flag[2:].replace('-', '_'))}: {what}.")
-
-        need(self.encoder in ENCODERS, "--encoder", f"choose one of {', '.join(ENCODERS)}")
-        need(self.epochs is None or self.minutes is None, "--epochs", "give --epochs or --minutes, not both")
-        need(self.epochs is None or self.epochs > 0, "--epochs", "must be 1 or more")
-        need(self.minutes is None or 0 < self.minutes < math.inf, "--minutes", "must be more than 0")
-        need(self.batch_size > 1, "--batch-size", "must be 2 or more, for a pair needs others to differ from")
-        need(0 < self.temperature < math.inf, "--temperature", "must be more than 0; 0.1 to 0.5 is usual")
-        need(self.dim > 0, "--dim", "must be 1 or more")
-        need(0 < self.lr < math.inf, "--lr", "must be more than 0; 0.001 to 0.005 is usual")
-        need(0 <= self.weight_decay < math.inf, "--weight-decay", "must be 0 or more")
-        need(0 <= self.seed < 2**63, "--seed", "must be 0 or more")
-        need(self.threads is None or self.threads > 0, "--threads", "must be 1 or more")
-        need(self.limit is None or self.limit > 0, "--limit", "must be 1 or more")
-        need(self.image_size is None or 4 <= self.image_size <= 1024, "--image-size", "must be from 4 to 1024 pixels")
-        need(self.precision in ("auto", "fp32", "bf16"), "--precision", "choose auto, fp32 or bf16")
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device {device}: torch cannot use it here; try --device cpu.") from error
-        epochs = DEFAULT_EPOCHS if self.epochs is None and self.minutes is None else self.epochs
-        threads = self.threads or torch.get_num_threads()
-        return dataclasses.replace(self, epochs=epochs, threads=threads, device=device)
 
 
 @dataclass
@@ -93,14 +40,14 @@ class State:
     step: int = 0
     seconds: float = 0.0  # of training
     loss_seconds: float = 0.0  # of these, in the criterion, forward and backward
-    images: int = 0
+    samples: int = 0
     losses: list[float] = field(default_factory=list)  # one a step
     stats: dict[str, list[float]] = field(default_factory=dict)  # the method's own figures, one a step
     finished: bool = False
 
     @property
-    def images_per_s(self) -> float:
-        return self.images / max(self.seconds, 1e-9)
+    def samples_per_s(self) -> float:
+        return self.samples / max(self.seconds, 1e-9)
 
     @property
     def loss_share(self) -> float:
@@ -113,30 +60,31 @@ class Interrupted(Exception):
 
 def train(
     method: nn.Module,
-    images: Tensor,
+    data: Tensor | Clips,
     config: Config,
     out: Path,
     checkpoint: dict | None = None,
     report: Callable[[State, float], None] = lambda state, progress: None,
 ) -> State:
-    """Train `method` in place on `images`, uint8 [N, C, H, W], and leave its last checkpoint in the folder `out`.
+    """Train `method` in place on `data`, images uint8 [N, C, H, W] or clips, and leave its last checkpoint in `out`.
 
     `checkpoint`, from `load_checkpoint`, continues that run. `report(state, progress)` is called after every step,
     `progress` in [0, 1]. On SIGINT or SIGTERM the step is finished, a checkpoint written, and `Interrupted` raised.
     """
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(config.device)
-    if len(images) < config.batch_size:
+    if len(data) < config.batch_size:
         raise UsageError(
-            f"--batch-size {config.batch_size}: there are {len(images)} training images; use that many or fewer."
+            f"--batch-size {config.batch_size}: there are {len(data)} training samples; use that many or fewer."
         )
-    images = images.to(device)
+    data = data.to(device)
+    shape = list(data.shape[1:]) if isinstance(data, Tensor) else []
     method.to(device).train()
     optimizer = _optimizer(method, config)
     if checkpoint is None:
         precision = config.precision
         if precision == "auto":
-            precision = faster_precision(method, images[: config.batch_size])
+            precision = faster_precision(method, data[: config.batch_size])
         state = State(precision)
     else:
         method.load_state_dict(checkpoint["method"])
@@ -159,13 +107,13 @@ def train(
 
     def save() -> None:
         read()
-        save_checkpoint(out / CHECKPOINT, method, optimizer, state, config, device)
+        save_checkpoint(out, method, optimizer, state, config, shape, device)
 
-    steps_per_epoch = len(images) // config.batch_size
+    steps_per_epoch = len(data) // config.batch_size
     progress = _progress(state, config, steps_per_epoch)
     saved = start = time.perf_counter()
     with Stopwatch(method.criterion, device) as stopwatch, _signals() as stop_requested:
-        for batch in _batches(images, config, state.step):
+        for batch in _batches(data, config, state.step):
             if progress >= 1:
                 break
             for group in optimizer.param_groups:
@@ -179,7 +127,7 @@ def train(
 
             pending.append((loss.detach(), stats))
             state.step += 1
-            state.images += len(batch)
+            state.samples += len(batch)
             if state.step % READ_EVERY == 0:
                 read()
             now = time.perf_counter()
@@ -189,7 +137,7 @@ def train(
             if stop_requested() and progress < 1:
                 save()
                 raise Interrupted
-            if now - saved > SAVE_EVERY:
+            if now - saved > config.save_every:
                 save()
                 saved = start = time.perf_counter()  # writing is no training
         state.finished = True
@@ -222,26 +170,26 @@ def _cosine_with_warmup(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
 
 
-def _batches(images: Tensor, config: Config, step: int) -> Iterator[Tensor]:
+def _batches(data: Tensor | Clips, config: Config, step: int) -> Iterator[Tensor | Clips]:
     """Batches without end from `step` on. The order of an epoch depends only on its number and the seed."""
-    steps_per_epoch = len(images) // config.batch_size
+    steps_per_epoch = len(data) // config.batch_size
     while True:
         epoch, first = divmod(step, steps_per_epoch)
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(len(images), generator=generator).to(images.device)
+        order = torch.randperm(len(data), generator=generator).to(config.device)
         for rows in order.split(config.batch_size)[first:steps_per_epoch]:  # the uneven rest waits for another order
-            yield images[rows]
+            yield data[rows]
             step += 1
 
 
-def faster_precision(method: nn.Module, batch: Tensor, trials: int = 5) -> str:
+def faster_precision(method: nn.Module, batch: Tensor | Clips, trials: int = 5) -> str:
     """`bf16` if a training step under bf16 autocast is at least a tenth faster than in fp32 on this device, by trial.
 
     The best of the trials counts, since other programs only ever add time. The method and the random
     state are left as they were.
     """
     method = copy.deepcopy(method)
-    device = batch.device
+    device = next(method.parameters()).device
     times: dict[str, list[float]] = {"fp32": [], "bf16": []}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         views = method.views(batch)
@@ -322,22 +270,45 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
 
 def save_checkpoint(
-    path: Path, method: nn.Module, optimizer: torch.optim.Optimizer, state: State, config: Config, device: torch.device
+    out: Path,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    config: Config,
+    shape: list[int],
+    device: torch.device,
 ) -> None:
-    """Write a checkpoint atomically: a kill leaves the old one or the new one, never half of one."""
+    """Write a checkpoint into the folder `out`; a kill at any moment leaves the old one or the new one.
+
+    The weights come first, in a file of a new name; replacing checkpoint.pt, which names it, makes them count.
+    """
     rng = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(device)
+    weights = f"weights-{secrets.token_hex(4)}.safetensors"
     content = {
-        "method": method.state_dict(),
+        "weights": weights,
         "optimizer": optimizer.state_dict(),
         "state": dataclasses.asdict(state),
-        "config": dataclasses.asdict(config),
+        "config": config.as_dict(),
+        "shape": shape,
         "rng": rng,
     }
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    with replacing(out / weights) as file:
+        file.write(safetensors.torch.save({name: x.contiguous() for name, x in method.state_dict().items()}))
+    with replacing(out / CHECKPOINT) as file:
         torch.save(content, file)
+    for old in out.glob("weights-*.safetensors*"):
+        if old.name != weights:
+            old.unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[io.BufferedWriter]:
+    """A file that takes the place of `path` once it is written whole and lies on the disk."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -350,7 +321,8 @@ def load_checkpoint(out: Path) -> dict | None:
         return None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in ("method", "optimizer", "state", "config", "rng")}
+        method = safetensors.torch.load_file(out / Path(checkpoint["weights"]).name)
+        return {"method": method} | {key: checkpoint[key] for key in ("optimizer", "state", "config", "shape", "rng")}
     except Exception as error:  # unpickling a foreign or damaged file may raise nearly anything
         raise UsageError(
             f"--out {out}: {path.name} is no checkpoint that can be read; choose another folder."

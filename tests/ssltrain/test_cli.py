@@ -31,6 +31,7 @@ def test_a_run_leaves_accuracies_json_and_report_and_is_not_lost_unasked(capsys,
     assert result["method"] == "simclr" and result["data"] == "digits" and result["precision"] == "fp32"
     assert result["linear"] > 0.9 and result["raw_linear"] > 0.9 and 0 < result["loss_share"] < 1
     assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert "epochs: 2" in (out / "config.yaml").read_text() and any((out / "tensorboard").iterdir())
 
     code, _, error = ssltrain(capsys, *SHORT, "--out", out, "--seed", 1)
     assert code == 2 and "holds a run with other options" in error
@@ -65,6 +66,116 @@ def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     assert code == 0 and json.loads((out / "result.json").read_text())["steps"] == 10
 
 
+@pytest.fixture(scope="module")
+def moco_run(tmp_path_factory):
+    """A finished run of MoCo and its folder."""
+    out = tmp_path_factory.mktemp("moco") / "run"
+    options = ["--epochs", "3", "--queue", "512", "--threads", "1", "--precision", "fp32", "--limit", "600"]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["moco", "--data", "digits", *options, "--out", str(out)])
+    assert not exit.value.code
+    return out
+
+
+def test_evaluate_says_what_the_run_said(capsys, tmp_path, moco_run):
+    path = tmp_path / "figures.json"
+    code, text, _ = ssltrain(capsys, "evaluate", moco_run, "--labels", "0.05", "--json", path)
+    figures, result = json.loads(path.read_text()), json.loads((moco_run / "result.json").read_text())
+    accuracies = [row + column for row in ("", "raw_", "untrained_") for column in ("linear", "knn")]
+    assert code == 0 and all(figures[key] == result[key] for key in accuracies)
+    assert figures["labels"] == 10 * 3 and 0.1 < figures["scratch"] < 1 and 0.1 < figures["fine_tuned"] < 1
+    assert "30 labelled images" in text
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_embed(capsys, tmp_path, moco_run, suffix):
+    import numpy as np
+    import safetensors
+    from PIL import Image
+
+    for i in range(3):
+        (tmp_path / "images" / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 70 * i, 3)).save(tmp_path / "images" / "a" / f"{i}.png")
+    (tmp_path / "images" / "a" / "3.png").write_bytes(b"no image")
+    out = tmp_path / f"features.{suffix}"
+    code, _, error = ssltrain(capsys, "embed", moco_run, "--data", tmp_path / "images", "--out", out)
+    assert code == 0 and "a/3.png" in error
+    if suffix == "npz":
+        found = np.load(out)
+        features, names = found["features"], found["names"].tolist()
+    else:
+        with safetensors.safe_open(out, "np") as file:
+            features, names = file.get_tensor("features"), json.loads(file.metadata()["names"])
+    assert names == ["a/0.png", "a/1.png", "a/2.png"] and features.shape == (3, 128) and features.std(0).max() > 0
+
+
+def test_export(capsys, tmp_path, moco_run):
+    from safetensors.torch import load_file
+    from ssltrain.encoders import ConvNet
+
+    out = tmp_path / "encoder.safetensors"
+    assert ssltrain(capsys, "export", moco_run, "--out", out)[0] == 0
+    ConvNet(1).load_state_dict(load_file(out))
+
+
+def test_yaml_gives_options_and_flags_count_before_it(capsys, tmp_path):
+    file, out = tmp_path / "options.yaml", tmp_path / "run"
+    file.write_text("method: simclr\ndata: digits\nepochs: 7\nlr: 1e-3\nbatch-size: 128\nlimit: 300\nthreads: 1\n")
+    code, _, _ = ssltrain(capsys, "simclr", "--config", file, "--epochs", 2, "--precision", "fp32", "--out", out)
+    text = (out / "config.yaml").read_text()
+    assert code == 0 and all(line in text for line in ("epochs: 2\n", "lr: 0.001\n", "batch_size: 128\n"))
+    assert ssltrain(capsys, "simclr", "--config", out / "config.yaml", "--out", out)[0] == 0  # the run again
+    for content, expected in (
+        ("epoch: 3", "epoch is no option of simclr"),
+        ("method: moco", "is for moco"),
+        ("- 3", "option: value"),
+        ("lr: [1", "cannot be read as YAML"),
+        ("lr: fast", "--lr 'fast': must be a number"),
+        ("epochs: true", "--epochs True: must be a whole number"),
+    ):
+        file.write_text(content)
+        code, _, error = ssltrain(capsys, "simclr", "--config", file)
+        assert code == 2 and expected in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_random_moments_and_resumed_it_ends_at_the_same_bits(tmp_path):
+    import random
+    import signal
+    import time
+
+    import torch
+    from ssltrain import loop
+
+    options = ["--data", "digits", "--epochs", "150", "--threads", "1", "--precision", "fp32", "--save-every", "0.2"]
+    command = [sys.executable, "-m", "ssltrain", "moco", *options, "--out"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start = time.monotonic()
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    longest = time.monotonic() - start
+    draw, kills, arguments = random.Random(0), 0, []
+    while kills < 20:
+        process = subprocess.Popen([*command, str(killed), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            _, error = process.communicate(timeout=draw.uniform(0.3, 1) * longest / 2)
+            assert process.returncode == 0, error
+            arguments = ["--overwrite"]  # it was done: begin again
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            arguments = ["--resume"] if (killed / loop.CHECKPOINT).exists() else []
+    process = subprocess.run([*command, str(killed), *arguments], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    ends = [loop.load_checkpoint(folder) for folder in (whole, killed)]
+    assert all(torch.equal(ends[0]["method"][k], ends[1]["method"][k]) for k in ends[0]["method"])
+    assert ends[0]["state"]["losses"] == ends[1]["state"]["losses"]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, killed)]
+    timed = {"seconds", "images_per_s", "loss_share", "evaluation_seconds"}
+    assert all(results[0][k] == results[1][k] for k in results[0].keys() - timed)
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [
@@ -76,6 +187,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, monkeypatch):
         (["simclr", "--resume", "--out", "/no/such/run"], "holds no run"),
         (["simclr", "--data", "digits", "--out", "/dev/null/run"], "--out"),
         (["simclr", "--data", "digits", "--out", "{tmp}", "--json", "{tmp}"], "--json"),
+        (["moco", "--resume", "--out", "/no/such/run"], "holds no run"),
+        (["moco", "--queue", "0"], "--queue"),
+        (["cpc"], "--data is needed"),
+        (["cpc", "--data", "/no/such/folder"], "/no/such/folder"),
+        (["simclr", "--config", "/no/such/file.yaml"], "--config /no/such/file.yaml"),
+        (["simclr", "--encoder", "timm:no_such_model"], "--encoder timm:no_such_model"),
+        (["evaluate", "/no/such/run"], "holds no run"),
+        (["evaluate", "{tmp}", "--labels", "2"], "--labels"),
+        (["embed", "{tmp}", "--data", "x", "--out", "a.txt"], "--out"),
+        (["export", "{tmp}"], "holds no run"),
         (["barlow"], "barlow"),
     ],
 )
@@ -85,10 +206,13 @@ def test_mistakes_are_one_sentence(capsys, tmp_path, arguments, expected):
     assert error.startswith("ssltrain: ") and error.count("\n") == 1
 
 
-def test_help_names_every_flag(capsys):
-    assert "simclr" in ssltrain(capsys)[1]
-    code, text, _ = ssltrain(capsys, "simclr", "--help")
-    flags = "data epochs minutes batch-size temperature seed threads resume out json encoder lr dim device precision"
+@pytest.mark.parametrize("method", ["simclr", "moco", "cpc"])
+def test_help_names_every_flag(capsys, method):
+    assert method in ssltrain(capsys)[1]
+    code, text, _ = ssltrain(capsys, method, "--help")
+    flags = (
+        "data epochs minutes batch-size temperature seed threads resume out json lr device precision config save-every"
+    )
     assert code == 0 and all(f"--{flag} " in text or f"--{flag}\n" in text for flag in flags.split())
 
 

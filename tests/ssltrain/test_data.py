@@ -1,5 +1,6 @@
 """Every layout gives the same images, and what is wrong with a source is said in one sentence."""
 
+import pickle
 import shutil
 import tarfile
 from pathlib import Path
@@ -90,6 +91,61 @@ def test_16_bit_and_palette_images(folder):
     assert data.load(str(folder)).train[3, 0, 0, 0] == 200
     Image.new("P", (6, 5)).save(folder / "train" / "ant" / "4.png")
     assert data.load(str(folder)).channels == 3
+
+
+def test_classes_without_images_are_named(folder):
+    (folder / "train" / "cow").mkdir()
+    for file in (folder / "train" / "bee").iterdir():
+        file.write_bytes(b"no image")
+    for file in (folder / "test" / "bee").iterdir():
+        file.unlink()
+    draw(folder / "train" / "dog" / "0.png", 5)
+    notes = data.load(str(folder)).notes
+    assert "warning: no image in test/bee, train/bee, train/cow" in notes
+
+
+def cifar10(root: Path, **replaced) -> Path:
+    """The published files with 10 images a batch; the first pixel of each tells batch and place."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    for b, name in enumerate([*data.CIFAR10_TRAIN, data.CIFAR10_TEST]):
+        pixels = np.zeros((10, 3072), np.uint8)
+        pixels[:, 0], pixels[:, 1024] = 10 * b + np.arange(10), 200  # red and green of the first pixel
+        content = {b"data": pixels, b"labels": list(range(10)), b"batch_label": name.encode()}
+        (folder / name).write_bytes(pickle.dumps(replaced.get(name, content), protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"plane", *[b"x%d" % i for i in range(9)]]}))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["folder", "parent", "tar.gz"])
+def test_cifar10_as_published(tmp_path, layout):
+    path = cifar10(tmp_path)
+    if layout == "parent":
+        path = tmp_path
+    elif layout == "tar.gz":
+        archive = tmp_path / "cifar-10-python.tar.gz"
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(path, path.name)
+        path = archive
+    images = data.load(str(path))
+    assert images.train.shape == (50, 3, 32, 32) and images.test.shape == (10, 3, 32, 32)
+    assert images.train[:, 0, 0, 0].tolist() == list(range(50)) and images.test[3, :, 0, 0].tolist() == [53, 200, 0]
+    assert images.train_labels.tolist() == 5 * list(range(10)) and images.classes[0] == "plane"
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+def test_a_pickle_that_calls_something_is_refused(tmp_path, capsys):
+    path = cifar10(tmp_path, test_batch=Evil())
+    with pytest.raises(UsageError, match="it calls .*print.*download it again"):
+        data.load(str(path))
+    assert "must not run" not in capsys.readouterr().out
+    (path / "data_batch_3").unlink()
+    with pytest.raises(UsageError, match="data_batch_3 is missing"):
+        data.load(str(path))
 
 
 def test_mnist5k():

@@ -8,27 +8,27 @@ import time
 
 import pytest
 import torch
-from ssltrain import UsageError, augment, data, encoders, loop
-from ssltrain.methods.simclr import SimCLR
+from ssltrain import UsageError, config, data, loop, methods
 
-import sslkern
-
-CONFIG = loop.Config("simclr", data="digits", epochs=3, batch_size=64, precision="fp32", threads=1, device="cpu")
+COMMON = dict(data="digits", epochs=3, batch_size=64, dim=32, precision="fp32", threads=1, device="cpu")
+CONFIG = config.SimCLRConfig(**COMMON)
+METHODS = [CONFIG, config.MoCoConfig(**COMMON, queue=256), config.MoCoConfig(**COMMON, version=3)]
+per_method = pytest.mark.parametrize("options", METHODS, ids=["simclr", "moco", "moco v3"])
 
 
 @pytest.fixture(scope="module")
 def images():
-    return data.load("digits", limit=300).train
+    return data.load("digits", limit=300)
 
 
-def build(images, config) -> SimCLR:
-    torch.manual_seed(config.seed)
-    return SimCLR(encoders.build("convnet", images), augment.build(1, (8, 8)), 32, config.temperature)
+def build(images, options):
+    torch.manual_seed(options.seed)
+    return methods.build(options, images)
 
 
-def run(images, out, config=CONFIG, **options):
-    method = build(images, config)
-    state = loop.train(method, images, config, out, **options)
+def run(images, out, options=CONFIG, **more):
+    method = build(images, options)
+    state = loop.train(method, images.train, options, out, **more)
     return method.state_dict(), state
 
 
@@ -42,25 +42,28 @@ def stop_at(step: int):
     return report
 
 
-def test_a_run_repeats_and_another_seed_differs(images, tmp_path):
-    first, state = run(images, tmp_path)
-    again, _ = run(images, tmp_path)
-    other, _ = run(images, tmp_path, dataclasses.replace(CONFIG, seed=1))
+@per_method
+def test_a_run_repeats_and_another_seed_differs(images, tmp_path, options):
+    first, state = run(images, tmp_path, options)
+    again, _ = run(images, tmp_path, options)
+    other, _ = run(images, tmp_path, dataclasses.replace(options, seed=1))
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not all(torch.equal(first[k], other[k]) for k in first)
-    assert state.finished and state.step == len(state.losses) == len(state.stats["top1"]) == 12
-    assert 0 < state.loss_share < 1 and state.images == 12 * 64 and state.images_per_s > 0
+    assert state.finished and state.step == len(state.losses) == 12
+    assert all(len(values) == 12 for values in state.stats.values())
+    assert 0 < state.loss_share < 1 and state.samples == 12 * 64 and state.samples_per_s > 0
 
 
+@per_method
 @pytest.mark.parametrize("step", [1, 6, 8])
-def test_resumed_equals_uninterrupted_to_the_bit(images, tmp_path, step):
-    whole, state = run(images, tmp_path / "whole")
+def test_resumed_equals_uninterrupted_to_the_bit(images, tmp_path, options, step):
+    whole, state = run(images, tmp_path / "whole", options)
     with pytest.raises(loop.Interrupted):
-        run(images, tmp_path / "cut", report=stop_at(step))
+        run(images, tmp_path / "cut", options, report=stop_at(step))
     checkpoint = loop.load_checkpoint(tmp_path / "cut")
     assert checkpoint["state"]["step"] == step
     torch.manual_seed(123)  # the state of another process
-    resumed, resumed_state = run(images, tmp_path / "cut", checkpoint=checkpoint)
+    resumed, resumed_state = run(images, tmp_path / "cut", options, checkpoint=checkpoint)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert resumed_state.losses == state.losses and resumed_state.stats == state.stats
 
@@ -84,8 +87,7 @@ def test_minutes_end_by_the_clock(images, tmp_path):
 
 
 def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(images, tmp_path, monkeypatch):
-    run(images, tmp_path)
-    before = (tmp_path / loop.CHECKPOINT).read_bytes()
+    before, _ = run(images, tmp_path)
 
     def half(content, file):
         file.write(b"half of it")
@@ -93,18 +95,23 @@ def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(images, tmp_pa
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
-        run(images, tmp_path)
-    assert (tmp_path / loop.CHECKPOINT).read_bytes() == before
+        run(images, tmp_path, dataclasses.replace(CONFIG, seed=1))
+    checkpoint = loop.load_checkpoint(tmp_path)
+    assert all(torch.equal(before[k], checkpoint["method"][k]) for k in before)
+    assert sorted(f.suffix for f in tmp_path.iterdir()) == [".part", ".pt", ".safetensors", ".safetensors"]
+    monkeypatch.undo()
+    run(images, tmp_path)  # and the next one cleans up
+    assert sorted(f.suffix for f in tmp_path.iterdir()) == [".pt", ".safetensors"]
 
 
-def test_the_loss_goes_through_sslkern(images):
-    method = build(images, CONFIG)
-    assert isinstance(method.criterion, sslkern.NTXentLoss)
-    views = method.views(images[:32])
-    loss, stats = method.loss(views)
-    z0, z1 = method.head(method.encoder(views)).chunk(2)
-    assert torch.allclose(loss, sslkern.functional.nt_xent(z0, z1, CONFIG.temperature), rtol=1e-5)
-    assert 0 <= stats["top1"] <= 1
+@per_method
+def test_every_contrastive_loss_goes_through_the_engine(images, tmp_path, options):
+    with torch.profiler.profile() as profile:
+        _, state = run(images, tmp_path, options)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    engine = {name: count for name, count in calls.items() if name.startswith(("sslkern::sim", "_PairContrast"))}
+    assert max(engine.values()) >= state.step, engine
+    assert not any("softmax" in name or "cross_entropy" in name or "logsumexp" in name for name in calls)
 
 
 def test_the_stopwatch_sees_forward_and_backward_of_its_module_only():
@@ -136,7 +143,7 @@ def test_precision_is_chosen_by_trial_and_leaves_no_trace(images):
     method = build(images, CONFIG)
     before = {k: v.clone() for k, v in method.state_dict().items()}
     random_state = torch.get_rng_state()
-    assert loop.faster_precision(method, images[:64]) in ("fp32", "bf16")
+    assert loop.faster_precision(method, images.train[:64]) in ("fp32", "bf16")
     assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.grad is None for p in method.parameters())
@@ -151,15 +158,16 @@ def test_bf16_trains(images, tmp_path):
     "field, value",
     [("encoder", "vgg"), ("epochs", 0), ("minutes", 0.0), ("batch_size", 1), ("temperature", 0.0), ("dim", 0)]
     + [("temperature", float("nan")), ("lr", -1.0), ("weight_decay", -1.0), ("seed", -1), ("threads", 0), ("limit", 0)]
-    + [("image_size", 1), ("precision", "fp8"), ("device", "quark")],
+    + [("image_size", 1), ("precision", "fp8"), ("device", "quark"), ("version", 4), ("momentum", 1.0), ("queue", 0)]
+    + [("lr", "fast"), ("epochs", 1.5), ("flip", 3), ("data", None), ("save_every", -1.0)],
 )
 def test_every_wrong_value_names_its_flag(field, value):
     with pytest.raises(UsageError, match=f"^--{field.replace('_', '-')} .*\\.$"):
-        dataclasses.replace(loop.Config("simclr"), **{field: value}).check()
+        dataclasses.replace(config.MoCoConfig(), **{field: value}).check()
 
 
 def test_a_batch_larger_than_the_set(images, tmp_path):
-    with pytest.raises(UsageError, match="--batch-size 512: there are 300 training images"):
+    with pytest.raises(UsageError, match="--batch-size 512: there are 300 training samples"):
         run(images, tmp_path, dataclasses.replace(CONFIG, batch_size=512))
 
 

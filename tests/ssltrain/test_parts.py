@@ -1,8 +1,12 @@
 """Augmentation, encoders and the two evaluations, each by itself."""
 
+import importlib
+
 import pytest
 import torch
-from ssltrain import augment, encoders, evaluate
+from ssltrain import UsageError, augment, encoders, evaluate
+
+from ..functional.agreement import peer
 
 
 @pytest.mark.parametrize("channels, size", [(1, (28, 28)), (1, (8, 8)), (3, (32, 32)), (3, (24, 40))])
@@ -82,3 +86,28 @@ def test_features_come_from_the_encoder_in_evaluation_mode():
     parts = evaluate.features(encoder, images, torch.device("cpu"), batch=7)
     assert torch.allclose(whole, parts, atol=1e-5) and encoder.training
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+
+
+def test_any_model_of_timm():
+    peer("timm")
+    images = torch.randint(256, (4, 1, 32, 32), dtype=torch.uint8)
+    encoder = encoders.build("timm:resnet18", images)
+    assert encoder(images.float() / 255).shape == (4, 512) and encoder.features == 512
+    with pytest.raises(UsageError, match="^--encoder timm:no_such_model: timm cannot build it"):
+        encoders.build("timm:no_such_model", images)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_the_weights_of_resnet18_fit_other_libraries(library):
+    peer("timm")  # which also makes torchvision importable
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    encoder = encoders.build("resnet18", images).eval()
+    if library == "timm":
+        model = importlib.import_module("timm").create_model("resnet18", num_classes=0)
+    else:
+        model = importlib.import_module("torchvision.models").resnet18()
+    model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    model.maxpool = model.fc = torch.nn.Identity()
+    model.load_state_dict(encoder[1].state_dict())
+    x = encoder[0](images.float() / 255)
+    assert torch.allclose(model.eval()(x), encoder[1](x), atol=1e-5)

@@ -1,11 +1,12 @@
-"""SimCLR: Chen, Kornblith, Norouzi and Hinton, "A Simple Framework for Contrastive Learning", 2020, arXiv 2002.05709.
+"""SimCLR: Chen, Kornblith, Norouzi and Hinton, "A Simple Framework for Contrastive Learning", 2020, arXiv 2002.05709;
+version 2 by Chen, Kornblith, Swersky, Norouzi and Hinton, arXiv 2006.10029.
 
 Two random views of every image go through one encoder f and a small projection head g. The loss, NT-Xent (equation 1),
 asks of each projection to find its partner among all other projections of the batch:
 
     loss_i = -log( exp(sim(z_i, z_j) / T) / sum over k != i of exp(sim(z_i, z_k) / T) ),    z = g(f(view))
 
-Afterwards g is thrown away: the features of f serve better (section 4.2).
+Afterwards g is thrown away: the features of f serve better (section 4.2). Version 2 has a head of three layers.
 """
 
 from __future__ import annotations
@@ -32,24 +33,21 @@ class SimCLR(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module, augment: Callable[[Tensor], Tensor], dim: int = 128, temperature: float = 0.2
+        self,
+        encoder: nn.Module,
+        augment: Callable[[Tensor], Tensor],
+        dim: int = 128,
+        temperature: float = 0.2,
+        version: int = 1,
     ):
         super().__init__()
-        self.encoder = encoder
-        self.augment = augment
-        self.head = nn.Sequential(
-            nn.Linear(encoder.features, encoder.features, bias=False),
-            nn.BatchNorm1d(encoder.features),
-            nn.ReLU(),
-            nn.Linear(encoder.features, dim, bias=False),
-        )
+        self.encoder, self.augment = encoder, augment
+        self.head = head(encoder.features, dim, layers=version + 1)
         self.criterion = sslkern.NTXentLoss(temperature=temperature, stats=True)
 
-    @torch.no_grad()
     def views(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> float [2B, C, H, W]: the first views of all images, then the second ones."""
-        pixels = images.float() / 255
-        return self.augment(torch.cat([pixels, pixels]))
+        return two_views(self.augment, images)
 
     def loss(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of NT-Xent over the 2B views, and `top1`: how many of them find their partner first."""
@@ -57,3 +55,18 @@ class SimCLR(nn.Module):
         with torch.autocast(views.device.type, enabled=False):  # the engine chooses its own precision
             loss, top1 = self.criterion(z0, z1)
         return loss, {"top1": top1}
+
+
+def head(features: int, dim: int, layers: int) -> nn.Sequential:
+    """A projection head of `layers` linear layers, batch normalisation and ReLU between them."""
+    steps: list[nn.Module] = []
+    for _ in range(layers - 1):
+        steps += [nn.Linear(features, features, bias=False), nn.BatchNorm1d(features), nn.ReLU()]
+    return nn.Sequential(*steps, nn.Linear(features, dim, bias=False))
+
+
+@torch.no_grad()
+def two_views(augment: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """uint8 [B, C, H, W] -> float [2B, C, H, W]: the first views of all images, then the second ones."""
+    pixels = images.float() / 255
+    return augment(torch.cat([pixels, pixels]))

@@ -1,0 +1,240 @@
+"""What a run is: the options of every method, once, for the command line, YAML files, checkpoints and their checks.
+
+Two runs with equal configurations are the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ssltrain import UsageError
+
+DEFAULT_EPOCHS = 40
+
+
+def option(default: Any, help: str, ok: Callable[[Any], bool] | None = None, wrong: str = "", flags: str = ""):
+    """A field with its help; `ok` is asked of every value but None, and `wrong` says what to do if it says no."""
+    return field(default=default, metadata={"help": help, "ok": ok, "wrong": wrong, "flags": flags})
+
+
+def at_least(least: float, what: str = "") -> dict[str, Any]:
+    return {"ok": lambda x: least <= x < math.inf, "wrong": f"must be {least} or more{what}"}
+
+
+def positive(what: str = "") -> dict[str, Any]:
+    return {"ok": lambda x: 0 < x < math.inf, "wrong": f"must be more than 0{what}"}
+
+
+def one_of(*names) -> dict[str, Any]:
+    return {"ok": lambda x: x in names, "wrong": f"choose one of {', '.join(map(str, names))}"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What all methods have."""
+
+    method: ClassVar[str]
+
+    data: str = option("mnist5k", "What to train on.")
+    limit: int | None = option(None, "Train on a fixed random subset of that many samples.", **at_least(1))
+    epochs: int | None = option(None, f"Passes over the training data. [default: {DEFAULT_EPOCHS}]", **at_least(1))
+    minutes: float | None = option(None, "Train by the clock instead; the learning rate follows it.", **positive())
+    batch_size: int = option(256, "Samples a step.", **at_least(2, ", for a pair needs others to differ from"))
+    temperature: float = option(
+        0.2,
+        "Divides the similarities. Lower: the hardest negatives count for more.",
+        **positive("; 0.1 to 0.5 is usual"),
+    )
+    lr: float = option(
+        2e-3,
+        "Peak learning rate of AdamW; 5 % warm-up, then a cosine to zero.",
+        **positive("; 0.001 to 0.005 is usual"),
+    )
+    weight_decay: float = option(1e-4, "Weight decay of AdamW, on matrices and filters only.", **at_least(0))
+    seed: int = option(
+        0,
+        "Same seed, precision and number of threads: same result.",
+        lambda x: 0 <= x < 2**63,
+        "must be 0 or more",
+    )
+    threads: int | None = option(None, "CPU threads. [default: all cores]", **at_least(1))
+    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    precision: str = option(
+        "auto",
+        "fp32, bf16, or auto: time a few steps of both and take the faster one.",
+        **one_of("auto", "fp32", "bf16"),
+    )
+    save_every: float = option(
+        30.0, "Seconds between checkpoints: what a kill may cost, to be done again by --resume.", **at_least(0)
+    )
+
+    def check(self) -> Config:
+        """The same with what is left open filled in; raises `UsageError` for a value that cannot be."""
+        import torch
+
+        for name, kind in kinds(type(self)).items():
+            value, meta = getattr(self, name), fields(type(self))[name].metadata
+            if not _is_a(value, kind):
+                raise UsageError(f"{flag(name)} {value!r}: must be {_in_words(kind)}.")
+            if value is not None and meta["ok"] is not None and not meta["ok"](value):
+                raise UsageError(f"{flag(name)} {value}: {meta['wrong']}.")
+        if self.epochs is not None and self.minutes is not None:
+            raise UsageError(f"--epochs {self.epochs}: give --epochs or --minutes, not both.")
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"--device {device}: torch cannot use it here; try --device cpu.") from error
+        epochs = DEFAULT_EPOCHS if self.epochs is None and self.minutes is None else self.epochs
+        threads = self.threads or torch.get_num_threads()
+        return dataclasses.replace(self, epochs=epochs, threads=threads, device=device)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"method": self.method, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class ImageConfig(Config):
+    """What methods on images have."""
+
+    data: str = option(
+        "mnist5k",
+        "mnist5k (embedded), digits (scikit-learn), CIFAR-10 as published (cifar-10-python.tar.gz or its folder) or "
+        "the path of a folder, zip or tar of images laid out as train/<class>/* and test/<class>/*. Without a test "
+        "folder a fifth of every class is held out.",
+    )
+    encoder: str = option(
+        "convnet",
+        "convnet (0.1 M parameters, made for a CPU), resnet18 (11 M, made for a GPU), or timm:<name>, any of timm "
+        "where that is installed.",
+        lambda x: x in ("convnet", "resnet18") or x.startswith("timm:"),
+        "choose one of convnet, resnet18, timm:<name>",
+    )
+    dim: int = option(128, "Width of the projections that the loss compares.", **at_least(1))
+    flip: bool | None = option(None, "Mirror images at random. [default: colour images only]", flags="--flip/--no-flip")
+    image_size: int | None = option(
+        None,
+        "Scale image files to a square of that many pixels. [default: as they are, up to 96 pixels]",
+        lambda x: 4 <= x <= 1024,
+        "must be from 4 to 1024 pixels",
+    )
+
+
+@dataclass(frozen=True)
+class SimCLRConfig(ImageConfig):
+    method: ClassVar[str] = "simclr"
+
+    version: int = option(1, "1: a head of two layers. 2: of three.", **one_of(1, 2))
+
+
+@dataclass(frozen=True)
+class MoCoConfig(ImageConfig):
+    method: ClassVar[str] = "moco"
+
+    version: int = option(
+        2, "1: a linear head. 2: a head of two layers. 3: no queue, a predictor, both directions.", **one_of(1, 2, 3)
+    )
+    momentum: float = option(
+        0.99, "How much of the key encoder stays at each step.", lambda x: 0 <= x < 1, "must be from 0 to below 1"
+    )
+    queue: int = option(4096, "Keys of earlier batches that serve as negatives (versions 1 and 2).", **at_least(1))
+
+
+@dataclass(frozen=True)
+class CPCConfig(Config):
+    method: ClassVar[str] = "cpc"
+
+    data: str | None = option(
+        None, "A folder or zip of wav files named <word>_<speaker>_<index>.wav; index 0 to 4 is the test set."
+    )
+    batch_size: int = option(64, "Windows of sound a step.", **at_least(2, ", for a pair needs others to differ from"))
+    temperature: float = option(1.0, "Divides the scores of the bilinear form.", **positive())
+    window: int = option(2048, "Samples that are cut from a clip; shorter clips are left out.", **at_least(160))
+    steps: int = option(8, "How many frames ahead are predicted.", **at_least(1))
+    width: int = option(128, "Channels of the convolutions.", **at_least(1))
+    units: int = option(128, "Units of the GRU, the width of a context.", **at_least(1))
+
+
+CONFIGS = {config.method: config for config in (SimCLRConfig, MoCoConfig, CPCConfig)}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def fields(config: type[Config]) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(config)}
+
+
+def kinds(config: type[Config]) -> dict[str, Any]:
+    """The type of each field."""
+    hints = typing.get_type_hints(config)
+    return {name: hints[name] for name in fields(config)}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(value, bool):
+        return bool in choices
+    return isinstance(value, choices) or (isinstance(value, int) and float in choices)
+
+
+def _in_words(kind: Any) -> str:
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "left out"}
+    choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return " or ".join(words[choice] for choice in choices)
+
+
+def from_dict(values: dict[str, Any], source: str) -> Config:
+    """The configuration that `as_dict` or a YAML file gave; raises `UsageError` where it does not fit."""
+    values = dict(values)
+    method = values.pop("method", None)
+    if method not in CONFIGS:
+        raise UsageError(f"{source}: method is {method!r}; choose one of {', '.join(CONFIGS)}.")
+    unknown = sorted(map(str, values.keys() - fields(CONFIGS[method]).keys()))
+    if unknown:
+        raise UsageError(
+            f"{source}: {unknown[0]} is no option of {method}; see ssltrain {method} --help for what there is."
+        )
+    return CONFIGS[method](**values)
+
+
+def read_yaml(path: Path, method: str) -> dict[str, Any]:
+    """Options from a YAML file, `name: value` a line, names as the flags have them, with - or _."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: cannot be read as YAML ({' '.join(str(error).split())}).") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: must hold lines `option: value`.")
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if values.setdefault("method", method) != method:
+        raise UsageError(f"--config {path}: is for {values['method']}, not for {method}; use that command.")
+    for name, kind in kinds(CONFIGS[method]).items():  # YAML 1.1 reads 1e-3 as text
+        if float in (typing.get_args(kind) or (kind,)) and isinstance(values.get(name), str):
+            try:
+                values[name] = float(values[name])
+            except ValueError:
+                pass  # the check says what is wrong
+    from_dict(values, f"--config {path}")
+    del values["method"]
+    return values
+
+
+def write_yaml(path: Path, config: Config) -> None:
+    import yaml
+
+    path.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))

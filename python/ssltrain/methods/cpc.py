@@ -1,0 +1,93 @@
+"""CPC: van den Oord, Li and Vinyals, "Representation Learning with Contrastive Predictive Coding", 2018, arXiv
+1807.03748, on sound as in section 3.1, scaled down.
+
+Strided convolutions turn a window of sound into frames z_t of 10 ms, a GRU sums up the past of each in a context c_t,
+and from c_t a bilinear form W_k for each k = 1 ... K tells the frame z_(t+k) that will come from other frames (equation
+4):
+
+    loss = mean over t, k of -log( exp(z_(t+k)' W_k c_t) / sum over j of exp(z_j' W_k c_t) )
+
+The candidates j are the frames of the batch at all times. What it learns is what stays the same over some frames: who
+speaks, and which sound. Features for later use are the contexts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import sslkern
+from ssltrain import UsageError
+from ssltrain.speech import Clips
+
+STRIDES = (
+    (10, 5),
+    (8, 4),
+    (4, 2),
+    (4, 2),
+)  # kernel and stride of each layer; no padding, which would be easy to predict
+HOP = 80  # samples between frames: 10 ms at 8 kHz
+
+
+def frame_count(samples: int) -> int:
+    """How many frames a window gives."""
+    for kernel, stride in STRIDES:
+        samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
+    return samples
+
+
+class CPC(nn.Module):
+    """CPC on windows of `window` samples; `width` channels, a GRU of `context` units, `steps` predictions.
+
+    >>> from ssltrain.speech import Clips
+    >>> clips = Clips.of([torch.randint(-999, 999, (4000,), dtype=torch.int16) for _ in range(8)])
+    >>> method = CPC()
+    >>> loss, stats = method.loss(method.views(clips))
+    >>> loss.backward()
+    """
+
+    def __init__(
+        self, window: int = 2048, steps: int = 8, width: int = 128, context: int = 128, temperature: float = 1.0
+    ):
+        super().__init__()
+        if frame_count(window) <= steps:
+            raise UsageError(
+                f"--steps {steps}: a --window of {window} samples has {frame_count(window)} frames; predict fewer "
+                "steps ahead, or cut longer windows."
+            )
+        self.window = window
+        self.encoder = ContextEncoder(width, context)
+        self.criterion = sslkern.CPCLoss(context, width, steps, temperature, stats=True)
+
+    @torch.no_grad()
+    def views(self, clips: Clips) -> Tensor:
+        """B clips -> float [B, window]: a random piece of each. Added silence would be easy to predict."""
+        return clips.crop(self.window)
+
+    def loss(self, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over frames and steps, and `top1`: how often the frame to come beats all others."""
+        frames, contexts = self.encoder.frames_and_contexts(windows)
+        with torch.autocast(windows.device.type, enabled=False):  # the engine chooses its own precision
+            loss, top1 = self.criterion(contexts.float(), frames.float())
+        return loss, {"top1": top1.mean()}
+
+
+class ContextEncoder(nn.Module):
+    """Sound, float [B, samples] in [-1, 1] -> contexts [B, `frame_count(samples)`, context], every `HOP` samples."""
+
+    def __init__(self, width: int, context: int):
+        super().__init__()
+        layers, c_in = [], 1
+        for kernel, stride in STRIDES:
+            layers += [nn.Conv1d(c_in, width, kernel, stride, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+            c_in = width
+        self.convolutions = nn.Sequential(*layers)
+        self.recurrent = nn.GRU(width, context, batch_first=True)
+        self.features = context
+
+    def frames_and_contexts(self, sound: Tensor) -> tuple[Tensor, Tensor]:
+        frames = self.convolutions(sound.unsqueeze(1)).transpose(1, 2)
+        return frames, self.recurrent(frames)[0]
+
+    def forward(self, sound: Tensor) -> Tensor:
+        return self.frames_and_contexts(sound)[1]

@@ -1,0 +1,84 @@
+"""MoCo: He, Fan, Wu, Xie and Girshick, "Momentum Contrast for Unsupervised Visual Representation Learning", 2020,
+arXiv 1911.05722; version 2 by Chen, Fan, Girshick and He, arXiv 2003.04297; version 3 by Chen, Xie and He, 2104.02057.
+
+A query encoder learns to tell which key comes from its own image. The keys come from a second encoder that follows
+slowly, and in versions 1 and 2 a queue keeps those of earlier batches as negatives, so that their number does not
+depend on the batch:
+
+    loss_i = -log( exp(q_i . k_i / T) / (exp(q_i . k_i / T) + sum over queue of exp(q_i . k / T)) )        (equation 1)
+    key encoder <- momentum * key encoder + (1 - momentum) * query encoder                                (equation 2)
+
+Version 3 has no queue: the keys of the batch are the negatives, in both directions, and a predictor follows the query.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import sslkern
+from ssltrain.methods.simclr import head, two_views
+
+
+class MoCo(nn.Module):
+    """MoCo around any encoder that has the attribute `features`; `encoder` is the query encoder.
+
+    `augment` maps float [B, C, H, W] in [0, 1] to the same, each image by a draw of its own. `queue` is the number of
+    keys that versions 1 and 2 keep.
+
+    >>> from ssltrain import augment, encoders
+    >>> images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
+    >>> method = MoCo(encoders.build("convnet", images), augment.build(1, (28, 28)), queue=512)
+    >>> loss, stats = method.loss(method.views(images))
+    >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        augment: Callable[[Tensor], Tensor],
+        dim: int = 128,
+        temperature: float = 0.2,
+        version: int = 2,
+        momentum: float = 0.99,
+        queue: int = 4096,
+    ):
+        super().__init__()
+        self.encoder, self.augment, self.momentum = encoder, augment, momentum
+        self.head = head(encoder.features, dim, layers=version)
+        self.key = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
+        self.predictor = head(dim, dim, layers=2) if version == 3 else None
+        if version == 3:
+            self.criterion = sslkern.MoCoV3Loss(temperature=temperature)
+        else:
+            self.criterion = sslkern.MoCoLoss(dim, queue, temperature, stats=True)
+
+    def views(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] -> float [2B, C, H, W]: the first views of all images, then the second ones."""
+        return two_views(self.augment, images)
+
+    def loss(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the B queries (version 3: of the 2B), and `top1`: how many find their key first."""
+        self._follow()
+        if self.predictor is None:
+            first, second = views.chunk(2)
+            query = self.head(self.encoder(first))
+            with torch.no_grad():
+                key = self.key(second)
+            with torch.autocast(views.device.type, enabled=False):  # the engine chooses its own precision
+                loss, top1 = self.criterion(query, key)
+            return loss, {"top1": top1}
+        queries = self.predictor(self.head(self.encoder(views))).chunk(2)
+        with torch.no_grad():
+            keys = self.key(views).chunk(2)
+        with torch.autocast(views.device.type, enabled=False):
+            return self.criterion(*queries, *keys), {}
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Equation 2; the statistics of batch normalisation are the key encoder's own."""
+        own = [p for part in (self.encoder, self.head) for p in part.parameters()]
+        torch._foreach_lerp_(list(self.key.parameters()), own, 1 - self.momentum)

@@ -1,0 +1,232 @@
+"""The course of a run: load, train, evaluate, report; and what can be done with its folder afterwards."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import typer
+from torch import Tensor, nn
+
+from sslkern.functional import cpc
+from ssltrain import UsageError, augment, config, data, encoders, evaluate, loop, methods, report, speech
+from ssltrain.methods.cpc import ContextEncoder
+
+
+def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: Path | None) -> None:
+    """Train and evaluate; leaves checkpoint, config.yaml, result.json, report.png and TensorBoard's curves in `out`."""
+    torch.set_num_threads(options.threads)
+    loaded = methods.load_data(options)
+    _describe(loaded)
+    check_writable("--out", out / "result.json")
+    check_writable("--json", json_path)
+
+    torch.manual_seed(options.seed)
+    torch.backends.cudnn.deterministic = True
+    method = methods.build(options, loaded)
+    untrained = copy.deepcopy(method.encoder)
+    config.write_yaml(out / "config.yaml", options)
+    try:
+        with report.Progress(options, out) as progress:
+            state = loop.train(method, loaded.train, options, out, checkpoint, progress.update)
+    except loop.Interrupted:
+        print(f"Stopped. Continue with: ssltrain {options.method} --resume --out {out}")
+        raise typer.Exit(130) from None
+    print(
+        f"trained {state.samples:,} samples in {state.seconds:.0f} s ({state.samples_per_s:,.0f} a second, "
+        f"{state.precision}, {options.threads} threads, {state.loss_share:.1%} of the time in the loss)"
+    )
+
+    start = time.perf_counter()
+    device = torch.device(options.device)
+    found = _evaluate(method.encoder, untrained, loaded, device)
+    per_s = "clips_per_s" if options.method == "cpc" else "images_per_s"
+    result = {"method": options.method, "data": loaded.name}
+    result |= {key: round(figure, 4) for key, figure in found.accuracies.items()}
+    result |= {
+        per_s: round(state.samples_per_s, 1),
+        "loss_share": round(state.loss_share, 4),
+        "seconds": round(state.seconds, 2),
+        "seed": options.seed,
+        "evaluation_seconds": round(time.perf_counter() - start, 2),
+        "steps": state.step,
+        "precision": state.precision,
+        "threads": options.threads,
+        "device": options.device,
+        "loss": state.losses[-1],
+    }
+    written = [out / "result.json"] + ([json_path] if json_path else [])
+    for path in written:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    report.draw(out / "report.png", result, state, found, _last_picture(method, loaded, device))
+    print(report.table(found))
+    print(f"report: {out / 'report.png'}  figures: {written[-1]}")
+
+
+def _describe(loaded: data.Images | speech.Speech) -> None:
+    if isinstance(loaded, speech.Speech):
+        minutes = int(loaded.train.length.sum()) / loaded.rate / 60
+        print(
+            f"{loaded.name}: {len(loaded.train):,} training clips ({minutes:.0f} minutes at {loaded.rate} Hz) and "
+            f"{len(loaded.test):,} test clips, {len(loaded.words)} words, {len(loaded.speakers)} speakers"
+        )
+    else:
+        height, width = loaded.size
+        print(
+            f"{loaded.name}: {len(loaded.train):,} training and {len(loaded.test):,} test images of {width} x {height} "
+            f"pixels, {'colour' if loaded.channels == 3 else 'grayscale'}, {len(loaded.classes)} classes"
+        )
+    for note in loaded.notes:
+        typer.echo(note, err=note.startswith("warning"))
+
+
+def _evaluate(encoder: nn.Module, untrained: nn.Module, loaded, device: torch.device) -> evaluate.Evaluation:
+    of = evaluate.of_speech if isinstance(loaded, speech.Speech) else evaluate.of_images
+    return of(encoder, untrained, loaded, device)
+
+
+@torch.no_grad()
+def _last_picture(method: nn.Module, loaded, device: torch.device):
+    """What the report's last panel shows: accuracy by frames ahead, or pairs of views."""
+    if isinstance(loaded, speech.Speech):
+        long_enough = loaded.test[loaded.test.length >= method.window]
+        if len(long_enough) < 2:
+            return lambda axes: axes.set_axis_off()
+        method.eval()
+        frames, contexts = method.encoder.frames_and_contexts(method.views(long_enough[:256].to(device)))
+        loss = method.criterion
+        _, by_step = cpc(contexts, frames, loss.predictors, loss.temperature, reduction="none", stats=True)
+        return lambda axes: report.draw_steps(axes, by_step)
+    chosen = loaded.train[:: max(1, len(loaded.train) // report.PAIRS)][: report.PAIRS]
+    views = method.views(chosen.to(device))
+    return lambda axes: report.draw_pairs(axes, views)
+
+
+# ---- A run that is done ----------------------------------------------------------------------------------------------
+
+
+def _load(folder: Path) -> tuple[config.Config, nn.Module, tuple[int, ...]]:
+    """The configuration of a run, its encoder, and the shape of its samples, (C, H, W) for images."""
+    checkpoint = loop.load_checkpoint(folder)
+    if checkpoint is None:
+        raise UsageError(f"{folder}: holds no run; name the folder that a run has as --out.")
+    options = config.from_dict(checkpoint["config"], str(folder)).check()
+    torch.set_num_threads(options.threads)
+    shape = tuple(checkpoint["shape"])
+    if options.method == "cpc":
+        encoder = ContextEncoder(options.width, options.units)
+    else:
+        encoder = encoders.build(options.encoder, torch.zeros(1, *shape, dtype=torch.uint8))
+    prefix = "encoder."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["method"].items() if k.startswith(prefix)}
+    encoder.load_state_dict(weights)
+    return options, encoder.to(options.device).eval(), shape
+
+
+def evaluate_run(folder: Path, source: str | None, share: float | None, seed: int) -> dict[str, float]:
+    """Print and return the accuracies of a run's encoder, on other data if named."""
+    options, encoder, shape = _load(folder)
+    device = torch.device(options.device)
+    if source is not None:
+        options = config.from_dict(options.as_dict() | {"data": source}, str(folder))
+    loaded = methods.load_data(options)
+    _describe(loaded)
+    if shape and tuple(loaded.train.shape[1:]) != shape:
+        raise UsageError(
+            f"--data {loaded.name}: its images are {tuple(loaded.train.shape[1:])} (channels, height, width), "
+            f"those of the run {shape}; choose images alike."
+        )
+    torch.manual_seed(options.seed)
+    untrained = methods.build(options, loaded).encoder
+    found = _evaluate(encoder, untrained, loaded, device)
+    print(report.table(found))
+    figures = {key: round(figure, 4) for key, figure in found.accuracies.items()}
+    if share is not None:
+        if options.method == "cpc":
+            raise UsageError("--labels: is for runs on images; leave it out for cpc.")
+        torch.manual_seed(options.seed)
+        views = augment.build(loaded.channels, loaded.size, options.flip)
+        for name, network in (("fine_tuned", encoder), ("scratch", untrained)):
+            figures[name], count = evaluate.fine_tune(network, loaded, share, views, device, seed)
+            figures[name] = round(figures[name], 4)
+        figures["labels"] = count
+        print(
+            f"trained on {count} labelled images: {figures['fine_tuned']:.3f} from the run's encoder, "
+            f"{figures['scratch']:.3f} from scratch"
+        )
+    return figures
+
+
+def embed_run(folder: Path, source: str, out: Path) -> None:
+    """Write the features of every file of `source`."""
+    options, encoder, shape = _load(folder)
+    device = torch.device(options.device)
+    if options.method == "cpc":
+        names, clips, _, notes = speech.read_files(source)
+        features = evaluate.contexts(encoder, clips, device)
+    else:
+        names, pixels, notes = data.read_files(Path(source), shape[1:])
+        features = evaluate.features(encoder, _with_channels(pixels, shape[0]), device)
+    for note in notes:
+        typer.echo(note, err=note.startswith("warning"))
+    features = features.cpu().contiguous()
+    with loop.replacing(out) as file:
+        if out.suffix == ".npz":
+            np.savez(file, features=features.numpy(), names=np.array(names))
+        else:
+            file.write(safetensors.torch.save({"features": features}, {"names": json.dumps(names)}))
+    print(f"{out}: {len(names):,} x {features.shape[1]} features of {source}")
+
+
+def _with_channels(pixels: Tensor, channels: int) -> Tensor:
+    """uint8 [N, C, H, W] with that many channels, as Pillow converts between colour and gray."""
+    if pixels.shape[1] == channels:
+        return pixels
+    if channels == 3:
+        return pixels.expand(-1, 3, -1, -1)
+    red, green, blue = pixels.float().unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).round().to(torch.uint8).unsqueeze(1)
+
+
+def export_run(folder: Path, out: Path) -> None:
+    """Write the encoder's weights."""
+    options, encoder, _ = _load(folder)
+    about = {"method": options.method}
+    network = encoder
+    if options.method != "cpc":
+        standardize, network = encoder
+        about |= {"encoder": options.encoder}
+        about |= {name: json.dumps(getattr(standardize, name).flatten().tolist()) for name in ("mean", "std")}
+    weights = {name: x.cpu().contiguous() for name, x in network.state_dict().items()}
+    with loop.replacing(out) as file:
+        file.write(safetensors.torch.save(weights, about))
+    print(f"{out}: {sum(x.numel() for x in weights.values()):,} numbers in {len(weights)} tensors")
+    if options.method != "cpc" and options.encoder == "resnet18":
+        print(
+            "To load: model = torchvision.models.resnet18(); model.conv1 = nn.Conv2d(C, 64, 3, 1, 1, bias=False)\n"
+            "model.maxpool = model.fc = nn.Identity(); model.load_state_dict(safetensors.torch.load_file(path))"
+        )
+
+
+def check_writable(flag: str, path: Path | None) -> None:
+    """Find out before the work that nothing could be written after it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: is a folder; name a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UsageError(
+            f"{flag}: the folder {path.parent} cannot be written ({error.strerror}); choose another."
+        ) from error

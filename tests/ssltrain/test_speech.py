@@ -1,0 +1,148 @@
+"""Wav files of every kind become clips, bad ones are left out and named, and CPC learns from them."""
+
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import wavfile
+from ssltrain import UsageError, config, evaluate, loop, methods, speech
+from ssltrain.methods.cpc import CPC, frame_count
+
+RATE = 8000
+WORDS, SPEAKERS = ("no", "yes"), ("ann", "bob")
+
+
+def tone(word: int, speaker: int, seed: int, samples: int = 4000) -> np.ndarray:
+    """A sound whose pitch is the speaker's and whose rhythm is the word's."""
+    time = np.arange(samples) / RATE
+    noise = np.random.default_rng(seed).normal(0, 0.02, samples)
+    sound = np.sin(2 * np.pi * (300 + 400 * speaker) * time) * (np.sin(2 * np.pi * (4 + 9 * word) * time) > 0)
+    return (20000 * np.clip(0.8 * sound + noise, -1, 1)).astype(np.int16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "words"
+    root.mkdir()
+    for w, word in enumerate(WORDS):
+        for s, speaker in enumerate(SPEAKERS):
+            for i in range(13):
+                wavfile.write(root / f"{word}_{speaker}_{i}.wav", RATE, tone(w, s, i))
+    return root
+
+
+@pytest.mark.parametrize("layout", ["folder", "zip"])
+def test_layouts(folder, layout):
+    source = folder if layout == "folder" else shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
+    loaded = speech.load(str(source))
+    assert len(loaded.train) == 32 and len(loaded.test) == 20 and loaded.rate == RATE and not loaded.notes
+    assert loaded.words == list(WORDS) and loaded.speakers == list(SPEAKERS)
+    assert loaded.test_words.bincount().tolist() == loaded.test_speakers.bincount().tolist() == [10, 10]
+    first = loaded.test[:1].padded()[0]
+    assert torch.equal(first, torch.from_numpy(tone(0, 0, 0)).float() / 32768)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32, np.float32])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_kinds_of_samples(tmp_path, kind, channels):
+    value = {np.uint8: 192, np.int16: 16384, np.int32: 2**30, np.float32: 0.5}[kind]
+    wavfile.write(tmp_path / "a_b_7.wav", RATE, np.full((50, channels), value, kind))
+    _, clips, rate, _ = speech.read_files(str(tmp_path))
+    assert rate == RATE and torch.equal(clips.padded(), torch.full((1, 50), 0.5))
+
+
+def test_bad_files_are_left_out_and_named(folder):
+    (folder / "no_ann_30.wav").write_bytes(b"RIFF, but not really")
+    (folder / "no_ann_31.wav").write_bytes((folder / "no_ann_5.wav").read_bytes()[:30])
+    wavfile.write(folder / "no_ann_32.wav", 16000, tone(0, 0, 1))
+    wavfile.write(folder / "no_ann_33.wav", RATE, np.zeros(0, np.int16))
+    wavfile.write(folder / "no_ann_34.wav", RATE, np.full(9, np.nan, np.float32))
+    wavfile.write(folder / "noname.wav", RATE, tone(0, 0, 1))
+    wavfile.write(folder / "no_ann_35.wav", RATE, tone(0, 0, 1, 500))
+    loaded = speech.load(str(folder), shortest=2000)
+    notes = " ".join(loaded.notes)
+    assert len(loaded.train) == 32 and "5 files were left out" in notes and "noname.wav" in notes
+    assert all(f"no_ann_{i}.wav" in notes for i in (30, 31, 32, 33, 34)) and "16000 Hz, most have 8000 Hz" in notes
+    assert "1 training clips are shorter than the window of 2000" in notes
+
+
+def test_mistakes(folder, tmp_path):
+    def sentence(source, **options) -> str:
+        with pytest.raises(UsageError) as error:
+            speech.load(source if source is None else str(source), **options)
+        text = str(error.value)
+        assert "\n" not in text and text.endswith(".") and text.startswith("--data")
+        return text
+
+    assert "is needed" in sentence(None)
+    assert "no such folder" in sentence(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "no wav files" in sentence(tmp_path / "empty")
+    (tmp_path / "text.zip").write_text("not an archive")
+    assert "can be read" in sentence(tmp_path / "text.zip")
+    assert "no training clips of at least 9000" in sentence(folder, shortest=9000)
+    for file in folder.glob("*_[01234].wav"):
+        file.unlink()
+    assert "no test clips" in sentence(folder)
+    for file in folder.glob("*.wav"):
+        file.rename(file.with_name(file.name.replace("_", "-")))
+    assert "rename" in sentence(folder)
+    for file in folder.glob("*.wav"):
+        file.write_bytes(struct.pack("<I", 7))
+    assert "none of its 32 wav files" in sentence(folder)
+
+
+def test_crops_lie_within_their_clips_and_add_no_silence():
+    clips = speech.Clips.of([torch.arange(1, 101, dtype=torch.int16), torch.arange(1001, 1041, dtype=torch.int16)])
+    torch.manual_seed(0)
+    starts = set()
+    for _ in range(200):
+        pieces = (clips.crop(40) * 32768).long()
+        assert (pieces.diff(dim=1) == 1).all() and 1 <= pieces[0, 0] <= 61 and pieces[1, 0] == 1001
+        starts.add(int(pieces[0, 0]))
+    assert {1, 61} <= starts and len(starts) > 50
+
+
+def test_padding_after_a_clip_does_not_change_its_last_context(folder):
+    loaded, method = speech.load(str(folder)), CPC(width=8, context=8)
+    short = speech.Clips.of([loaded.test.samples[:1500]])
+    both = speech.Clips.of([loaded.test.samples[:1500], loaded.test.samples[:4000]])
+    alone = evaluate.contexts(method.encoder, short, torch.device("cpu"))
+    assert torch.allclose(alone[0], evaluate.contexts(method.encoder, both, torch.device("cpu"))[0], atol=1e-6)
+    too_short = speech.Clips.of([loaded.test.samples[:100]])
+    assert frame_count(100) == 0 and not evaluate.contexts(method.encoder, too_short, torch.device("cpu")).any()
+
+
+def test_frames_are_counted_as_the_convolutions_give_them():
+    method = CPC(width=4, context=4)
+    for samples in (465, 1000, 2048, 3001):
+        frames, contexts = method.encoder.frames_and_contexts(torch.randn(2, samples))
+        assert frames.shape[1] == contexts.shape[1] == frame_count(samples)
+    with pytest.raises(UsageError, match="--steps 8: a --window of 800 samples has"):
+        CPC(window=800)
+
+
+@pytest.mark.timeout(120)
+def test_cpc_learns_word_and_speaker_repeats_and_goes_through_the_engine(folder, tmp_path):
+    options = config.CPCConfig(
+        data=str(folder), epochs=60, batch_size=16, width=32, units=32, precision="fp32", threads=1, device="cpu"
+    )
+    loaded, ends = methods.load_data(options), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        method = methods.build(options, loaded)
+        with torch.profiler.profile() as profile:
+            state = loop.train(method, loaded.train, options, tmp_path)
+        ends.append(method.state_dict())
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+    assert sum(state.losses[-5:]) < sum(state.losses[:5]) - 2 and len(state.stats["top1"]) == state.step
+    engine = [e.count for e in profile.key_averages() if e.key.startswith("sslkern::similarity_lse")]
+    assert max(engine) >= state.step
+    found = evaluate.of_speech(method.encoder, methods.build(options, loaded).encoder, loaded, torch.device("cpu"))
+    assert found.accuracies["speaker"] > 0.9 and found.accuracies["log_mel_speaker"] == 1
+    keys = {
+        row + column for row in ("", "untrained_", "log_mel_") for column in ("word", "speaker", "word_new_speaker")
+    }
+    assert found.accuracies.keys() == keys and all(0 <= x <= 1 for x in found.accuracies.values())
