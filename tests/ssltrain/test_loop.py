@@ -12,8 +12,13 @@ from ssltrain import UsageError, config, data, loop, methods
 
 COMMON = dict(data="digits", epochs=3, batch_size=64, dim=32, precision="fp32", threads=1, device="cpu")
 CONFIG = config.SimCLRConfig(**COMMON)
-METHODS = [CONFIG, config.MoCoConfig(**COMMON, queue=256), config.MoCoConfig(**COMMON, version=3)]
-per_method = pytest.mark.parametrize("options", METHODS, ids=["simclr", "moco", "moco v3"])
+METHODS = [
+    CONFIG,
+    config.SimCLRConfig(**COMMON, version=2),
+    config.MoCoConfig(**COMMON, queue=256),
+    config.MoCoConfig(**COMMON, version=3),
+]
+per_method = pytest.mark.parametrize("options", METHODS, ids=["simclr", "simclr v2", "moco", "moco v3"])
 
 
 @pytest.fixture(scope="module")
