@@ -6,7 +6,29 @@ from sslkern.backends import BACKENDS
 
 _native = BACKENDS["cpu"]._cpu
 _ISAS = list(_native.isas()) if _native else []
-EVERY = ["reference", *(f"cpu-{isa}" for isa in _ISAS)]  # what can run here
+GPU = torch.cuda.is_available()
+
+
+def _runnable() -> list[str]:
+    """What can run here: the name of a backend, after a dash the variant of it."""
+    if BACKENDS["triton"].INTERPRETED:
+        return ["triton"]  # in a process of its own: the others do not change with it
+    names = ["reference", *(f"cpu-{isa}" for isa in _ISAS)]
+    return names + [name for name in ("cuda", "triton") if GPU and BACKENDS[name].MISSING is None]
+
+
+EVERY = _runnable()
+
+
+def pytest_generate_tests(metafunc):
+    """`backend`: each backend in turn; in the test of a primitive those that have it."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    primitive = metafunc.module.__name__.rpartition("test_")[2]
+    known = primitive in BACKENDS["reference"].PRIMITIVES
+    needed = primitive if known else "similarity_lse"
+    names = [name for name in EVERY if needed in BACKENDS[name.partition("-")[0]].PRIMITIVES]
+    metafunc.parametrize("backend", names, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -23,14 +45,18 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=EVERY)
+@pytest.fixture
 def backend(request):
-    """Each backend in turn, the native one with each instruction set that this machine runs."""
-    name, _, isa = request.param.partition("-")
-    before = _native.isa() if isa else None
-    if isa:
-        _native.set_isa(isa)
+    """The native one with each instruction set that this machine runs; those of a GPU with tensors that are born there."""
+    name, _, variant = request.param.partition("-")
+    before = _native.isa() if name == "cpu" else None
+    if name == "cpu":
+        _native.set_isa(variant)
+    if GPU and name in ("cuda", "triton"):
+        torch.set_default_device("cuda")
     with sslkern.use_backend(name):
         yield request.param
-    if isa:
+    if GPU:
+        torch.set_default_device(None)
+    if name == "cpu":
         _native.set_isa(before)

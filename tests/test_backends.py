@@ -46,7 +46,7 @@ thread.start(); thread.join()"""
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="cpu, reference"):
+    with pytest.raises(ValueError, match="cpu, cuda, triton, reference"):
         use_backend("tpu")
 
 

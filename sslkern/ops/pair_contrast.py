@@ -38,14 +38,14 @@ def pair_contrast(
     elif views:
         ids = ids.repeat(2)
     scale_tensor, scale = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    backend = resolve("unit_pairs", x)
+    backend, pairs_backend = resolve("similarity_lse", x), resolve("unit_pairs", x)
     N = x.shape[0]
     scale_learns = scale_tensor is not None and scale_tensor.requires_grad
     learns = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale_learns)
     rows = 2 * N if views else N
     keep = kept_rows(backend, rows, rows, x.shape[1], itself=views) if learns else 0
     call = torch.ops.sslkern.pair_contrast.default if torch.compiler.is_compiling() else _PairContrast.apply
-    losses, positive, top, *_ = call(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend)
+    losses, positive, top, *_ = call(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend, pairs_backend)
     return losses, positive, top if best else None
 
 
@@ -55,9 +55,9 @@ def _row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
         return torch.arange(n, device=device).repeat(copies)
 
 
-def _kernel(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend):
+def _kernel(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend, pairs_backend):
     N = x.shape[0]
-    z, norm, cosine = load(backend, "unit_pairs").unit_pairs_fwd(x, y, normalize)
+    z, norm, cosine = load(pairs_backend, "unit_pairs").unit_pairs_fwd(x, y, normalize)
     q, k, k_ids = (z, None, None) if mode == "views" else (z[:N], z[N:], ids)
     problem = (scale_tensor, scale, ids, k_ids, False, None, None)
     forward = load(backend, "similarity_lse").similarity_lse_fwd
@@ -71,7 +71,7 @@ def _kernel(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend
     return losses, positive, top, z, norm, cosine, gap, row, col, kept
 
 
-def _fake(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend):
+def _fake(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend, pairs_backend):
     (N, D), wide = x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
     views, sides = mode == "views", 1 if mode == "one_way" else 2
 
@@ -85,7 +85,7 @@ def _fake(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend):
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, y, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, _, ctx.backend = inputs
+    x, y, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, _, *ctx.backends = inputs
     _, *rest = output
     ctx.save_for_backward(x, y, scale_tensor, ids, *rest[2:])
     ctx.mark_non_differentiable(*rest)
@@ -94,15 +94,15 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(gradients, ctx, g, *_):
     if g is None:
-        return (None,) * 10
+        return (None,) * 11
     x, y, scale_tensor, ids, *saved = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     with torch.no_grad():
-        grads = gradients(g, *saved, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, *needs, ctx.backend)
+        grads = gradients(g, *saved, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, *needs, *ctx.backends)
     dx, dy, dscale = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     if torch.is_grad_enabled():  # create_graph=True
         dx, dy, dscale = Once.apply(x if x.requires_grad else y, dx, dy, dscale)
-    return dx, dy, dscale, *(None,) * 7
+    return dx, dy, dscale, *(None,) * 8
 
 
 def _gradients(
@@ -123,6 +123,7 @@ def _gradients(
     need_y,
     need_scale,
     backend,
+    pairs_backend,
 ):
     N, views = cosine.shape[0], mode == "views"
     col, kept, norm = col if mode == "two_way" else None, kept if kept.numel() else None, norm if normalize else None
@@ -140,12 +141,12 @@ def _gradients(
         da, db = grads[:2]
     dscale = (grads[2] - torch.dot(toward, cosine)).to(scale_tensor.dtype) if need_scale else row.new_empty(0)
     pull = toward * (scale if scale_tensor is None else scale_tensor)
-    dx, dy = load(backend, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
+    dx, dy = load(pairs_backend, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
     return *(z.new_empty(0) if grad is None else grad for grad in (dx, dy)), dscale
 
 
 def _gradients_fake(g, z, *args):
-    *_, scale_tensor, _, _, _, _, need_x, need_y, need_scale, _ = args
+    *_, scale_tensor, _, _, _, _, need_x, need_y, need_scale, _, _ = args
     row, half = args[4], (z.shape[0] // 2, z.shape[1])
     dscale = torch.empty_like(scale_tensor) if need_scale else row.new_empty(0)
     return z.new_empty(half if need_x else 0), z.new_empty(half if need_y else 0), dscale
@@ -153,7 +154,7 @@ def _gradients_fake(g, z, *args):
 
 define(
     "pair_contrast(Tensor x, Tensor y, Tensor? scale_tensor, float scale, Tensor ids, str mode, bool normalize,"
-    " bool best, int keep, str backend) -> (Tensor losses, Tensor positive, Tensor best, Tensor z, Tensor norm,"
+    " bool best, int keep, str backend, str pairs_backend) -> (Tensor losses, Tensor positive, Tensor best, Tensor z, Tensor norm,"
     " Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept)",
     _kernel,
     _fake,
@@ -161,7 +162,7 @@ define(
 define(
     "pair_contrast_bwd(Tensor g, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept,"
     " Tensor? scale_tensor, float scale, Tensor ids, str mode, bool normalize, bool need_x, bool need_y,"
-    " bool need_scale, str backend) -> (Tensor dx, Tensor dy, Tensor dscale)",
+    " bool need_scale, str backend, str pairs_backend) -> (Tensor dx, Tensor dy, Tensor dscale)",
     _gradients,
     _gradients_fake,
 )

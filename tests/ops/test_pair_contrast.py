@@ -83,5 +83,5 @@ def test_opcheck(backend, mode):
     ids = torch.arange(6).repeat(2 if mode == "views" else 1)
     name = backend.partition("-")[0]
     keep = 0 if name == "reference" else len(ids)
-    args = (x.requires_grad_(), y.requires_grad_(), scale, 1.0, ids, mode, True, False, keep, name)
+    args = (x.requires_grad_(), y.requires_grad_(), scale, 1.0, ids, mode, True, False, keep, name, name)
     torch.library.opcheck(torch.ops.sslkern.pair_contrast.default, args)

@@ -1,0 +1,35 @@
+"""GPU kernels written in Triton, one file per primitive: kernel and launcher, read from top to bottom.
+
+With `TRITON_INTERPRET=1` in the environment they also run on CPU tensors, slowly, which is how they are tested where
+there is no GPU. Triton itself is imported with the first kernel.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRIMITIVES = (
+    "similarity_lse",
+    "similarity_softplus",
+    "similarity_topk",
+    "sampled_similarity",
+    "queue_push",
+    "bank_update",
+    "unit_pairs",
+)
+KEEPS = 0, 0  # scores of similarity_lse kept for the backward: the chip recomputes them faster than it reads them
+
+
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton` brings it (a CUDA build of torch has it already)"
+    if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
+        return f"torch {torch.__version__} is a CPU build; a CUDA build brings it"
+    return None
+
+
+MISSING = _missing()
