@@ -15,7 +15,12 @@ from torch import Tensor
 
 from . import cpu, cuda, reference, triton
 
-BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}  # the fastest first: the order in which `auto` tries
+BACKENDS = {
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "reference": reference,
+}  # the fastest first: the order in which `auto` tries
 
 _process_choices: list["use_backend"] = []  # the last one counts
 _context_choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("sslkern_backend", default=None)

@@ -45,7 +45,9 @@ def pair_contrast(
     rows = 2 * N if views else N
     keep = kept_rows(backend, rows, rows, x.shape[1], itself=views) if learns else 0
     call = torch.ops.sslkern.pair_contrast.default if torch.compiler.is_compiling() else _PairContrast.apply
-    losses, positive, top, *_ = call(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend, pairs_backend)
+    losses, positive, top, *_ = call(
+        x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend, pairs_backend
+    )
     return losses, positive, top if best else None
 
 
