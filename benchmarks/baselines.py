@@ -238,7 +238,7 @@ def siglip_logits(image, text, scale, bias):
 
 def siglip_logsigmoid(image, text, scale, bias):
     logits = siglip_logits(image, text, scale, bias)
-    labels = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+    labels = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
     return -F.logsigmoid(labels * logits).sum() / len(logits)
 
 
