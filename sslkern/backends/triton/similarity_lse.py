@@ -1,0 +1,497 @@
+"""`similarity_lse`: the log-sum-exps of the rows and columns of S, whose tiles live in registers only.
+
+Floors, in passes of 2 N M D flop: rows and columns 1 from one pass, of q with itself 1/2, as S is symmetric and each
+tile serves its rows and its columns; frozen keys 2, gradient included; backward 2 for each side that learns, as a
+program owns rows of one gradient, computes S again and needs no atomics. One exponential for each pair and direction,
+and in the backward one for both directions where that is exact.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import similarity_lse as reference
+from . import hardware
+from .configs import choose
+from .tiles import (
+    INF,
+    Side,
+    counts,
+    dot_products,
+    exp,
+    extent,
+    finite_shift,
+    full_scale,
+    load_rows,
+    load_vector,
+    precision,
+    scores,
+    some_left_out,
+)
+
+LARGE = 2**22  # scores; from so many on it pays to know beforehand which tiles hold equal ids
+SIZES = ["G", "N", "M", "size", "programs", "rounds", "blocks", "splits", "split_size"]  # no new kernel for new sizes
+
+# ---- forward: rows, and from the same tiles the columns --------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _forward(
+    q, k, q_side, k_side, scale_tensor, scale, row, row_best, col, col_best, G, N, M, programs, rounds, split_size,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr,
+    COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Program (g, p) takes a block of rows in each round, and of the columns a split.
+
+    row [splits, G, N] gets the log-sum-exp of each row over a split, col [programs, G, M] that of each column over the
+    rows of a program. TRIANGLE: only pairs above the diagonal are visited, and each counts for its row and its column.
+    """
+    g, p, split = tl.program_id(0) // programs, tl.program_id(0) % programs, tl.program_id(1)
+    q_start, k_start = g.to(tl.int64) * N, g.to(tl.int64) * M
+    scale = full_scale(scale, scale_tensor)
+    for r in range(rounds):
+        # there and back, so that programs share a triangle evenly
+        block = r * programs + tl.where(r % 2 == 0, p, programs - 1 - p)
+        i0 = block * BM
+        i = i0 + tl.arange(0, BM)
+        first, last = split * split_size, tl.minimum((split + 1) * split_size, M)
+        if TRIANGLE:
+            first = tl.maximum(first, i0 // BN * BN)
+        if i0 >= N:
+            last = first
+        if D <= BD:
+            x = load_rows(q, q_start, i0, 0, N, D, BM, BD, TMA)
+        limit = None
+        if q_side.limit is not None:
+            limit = load_vector(q_side.limit, q_start, i, N, INF)[:, None]
+        top = tl.full((BM,), -INF, tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+        for j0 in range(first, last, BN):
+            j = j0 + tl.arange(0, BN)
+            if D <= BD:
+                y = load_rows(k, k_start, j0, 0, M, D, BN, BD, TMA)
+                dots = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+            else:
+                dots = dot_products(q, k, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+            bias = None
+            if k_side.bias is not None:
+                bias = load_vector(k_side.bias, k_start, j, M, 0.0)[None, :]
+            s = scores(dots, scale, bias, limit)
+            x_block, y_block = g * tl.cdiv(N, BM) + block, g * tl.cdiv(M, BN) + j0 // BN
+            if some_left_out(q_side, k_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
+                s = tl.where(counts(q_side, k_side, q_start, k_start, i, j, N, M, ITSELF, TRIANGLE, SAME), s, -INF)
+
+            new = tl.maximum(top, tl.max(s, 1))
+            shift = finite_shift(new)
+            total = total * exp(top - shift) + tl.sum(exp(s - shift[:, None]), 1)
+            top = new
+            if COLUMNS:  # the first round comes to every tile that later ones come to
+                place = (p.to(tl.int64) * G + g) * M + j
+                old = tl.load(col + place, mask=(j < M) & (r > 0), other=-INF)
+                here = tl.max(s, 0)
+                shift = finite_shift(tl.maximum(old, here))
+                sums = exp(old - shift) + tl.sum(exp(s - shift[None, :]), 0)
+                tl.store(col + place, shift + tl.log(sums), mask=j < M)
+                if col_best is not None:
+                    old = tl.load(col_best + place, mask=(j < M) & (r > 0), other=-INF)
+                    tl.store(col_best + place, tl.maximum(old, here), mask=j < M)
+
+        place = (split.to(tl.int64) * G + g) * N + i
+        tl.store(row + place, finite_shift(top) + tl.log(total), mask=i < N)
+        if row_best is not None:
+            tl.store(row_best + place, top, mask=i < N)
+        if COLUMNS:
+            tl.debug_barrier()  # threads that wrote columns need not be those that read them in the next round
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _merge_parts(top, total, largest, part, best, x, size, N, slots, STEP: tl.constexpr, BN: tl.constexpr):
+    """Takes part [slots, size] into the running sums of exp(part - top). STEP: slot n came to the columns from those of
+    its first block on, which starts at n * STEP."""
+    for n in range(slots):
+        there = x < size
+        if STEP > 0:
+            there &= n * STEP // BN * BN <= x % N
+        value = tl.load(part + x, mask=there, other=-INF)
+        new = tl.maximum(top, value)
+        shift = finite_shift(new)
+        total = total * exp(top - shift) + exp(value - shift)
+        top = new
+        part += size
+        if best is not None:
+            largest = tl.maximum(largest, tl.load(best + x, mask=there, other=-INF))
+            best += size
+    return top, total, largest
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _merge(
+    part, best, col_part, col_best, out, out_best, size, N, splits, programs,
+    BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out [size] = log-sum-exp over part [splits, size] and, of a triangle, over col_part [programs, size]."""
+    x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    top, total = tl.full((BLOCK,), -INF, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    largest = top
+    top, total, largest = _merge_parts(top, total, largest, part, best, x, size, N, splits, 0, BN)
+    if col_part is not None:
+        top, total, largest = _merge_parts(top, total, largest, col_part, col_best, x, size, N, programs, BM, BN)
+    tl.store(out + x, finite_shift(top) + tl.log(total), mask=x < size)
+    if best is not None:
+        tl.store(out_best + x, largest, mask=x < size)
+
+
+def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best, kept_rows):
+    """Returns row [G, N], col [G, M] or None, best [G, N + M or N] or None, and no scores: it does not keep them."""
+    problem, sizes = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
+    if 0 in sizes:
+        return reference.similarity_lse_fwd(q, k, *problem[2:], columns, best, 0)
+    q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
+    (G, N, M, D), groups = sizes, q.shape[:-2]
+    chip = hardware.of(q.device)
+    config = choose("forward", q.dtype, D, chip)
+    triangle = k is None and k_bias is None and q_limit is None and N >= 32 * config.BM
+    both = columns or triangle
+    row_blocks, col_blocks = triton.cdiv(N, config.BM), triton.cdiv(M, config.BN)
+    # Columns cost a vector for each program, so these are no more than run side by side, in rounds.
+    rounds = triton.cdiv(row_blocks * G, 2 * chip.processors) if both else 1
+    rounds = min(rounds, row_blocks)
+    programs = triton.cdiv(row_blocks, rounds)
+    split_blocks, splits = _split(col_blocks, G * programs, chip)
+
+    new = _allocator(q)
+    row, col = new(splits, G, N), new(programs, G, M) if both else None
+    row_best, col_best = new(splits, G, N) if best else None, new(programs, G, M) if best and both else None
+    sides = Side(q_ids, limit=q_limit), Side(q_ids if k is None else k_ids, bias=k_bias)
+    q_side, k_side = _with_extents(*sides, N * M >= LARGE, same, False, config)
+    _forward[(G * programs, splits)](
+        q, q if k is None else k, q_side, k_side, scale_tensor, scale, row, row_best, col, col_best,
+        G, N, M, programs, rounds, split_blocks * config.BN, D=D, BM=config.BM, BN=config.BN, BD=config.BD,
+        ITSELF=k is None, SAME=same, COLUMNS=both, TRIANGLE=triangle, PRECISION=precision(q.dtype), TMA=False,
+        **config.launch(),
+    )  # fmt: skip
+    if triangle:
+        row, row_best = _merged(row, row_best, config, col, col_best)
+    else:
+        row, row_best = _merged(row, row_best, config)
+        if columns:
+            col, col_best = _merged(col, col_best, config)
+    row, col = row.view(*groups, N), col.view(*groups, M) if columns else None
+    if best and columns:
+        row_best = torch.cat((row_best, col_best), 1)
+    return row, col, row_best.view(*groups, -1) if best else None, None
+
+
+def _merged(part: Tensor, best: Tensor | None, config, col_part=None, col_best=None) -> tuple[Tensor, Tensor | None]:
+    """The log-sum-exps over the first dimension of part and col_part, and the largest of best and col_best."""
+    splits, *shape = part.shape
+    if splits == 1 and col_part is None:
+        return part[0], None if best is None else best[0]
+    out = part.new_empty(shape)
+    out_best = None if best is None else part.new_empty(shape)
+    programs = 0 if col_part is None else col_part.shape[0]
+    BLOCK = 128
+    _merge[(triton.cdiv(out.numel(), BLOCK),)](
+        part, best, col_part, col_best, out, out_best, out.numel(), shape[1], splits, programs,
+        BM=config.BM, BN=config.BN, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return out, out_best
+
+
+# ---- rows only, with keys that need no gradient: it is accumulated in the forward ------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _frozen(
+    q, k, q_side, k_side, scale_tensor, scale, row, mean, best, G, N, M, blocks, split_size,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, SAME: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """row [splits, G, N] and mean [splits, G, N, D] = sum_j softmax_ij k_j over a split of the keys, DV features."""
+    g, block, split, chunk = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1), tl.program_id(2)
+    q_start, k_start = g.to(tl.int64) * N, g.to(tl.int64) * M
+    scale = full_scale(scale, scale_tensor)
+    i0, d0 = block * BM, chunk * DV
+    i = i0 + tl.arange(0, BM)
+    if D <= BD:
+        x = load_rows(q, q_start, i0, 0, N, D, BM, BD, TMA)
+    limit = None
+    if q_side.limit is not None:
+        limit = load_vector(q_side.limit, q_start, i, N, INF)[:, None]
+    top, total = tl.full((BM,), -INF, tl.float32), tl.zeros((BM,), tl.float32)
+    sums = tl.zeros((BM, DV), tl.float32)
+    for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
+        j = j0 + tl.arange(0, BN)
+        if D <= BD:
+            y = load_rows(k, k_start, j0, 0, M, D, BN, BD, TMA)
+            dots = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+        else:
+            dots = dot_products(q, k, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+        bias = None
+        if k_side.bias is not None:
+            bias = load_vector(k_side.bias, k_start, j, M, 0.0)[None, :]
+        s = scores(dots, scale, bias, limit)
+        x_block, y_block = g * blocks + block, g * tl.cdiv(M, BN) + j0 // BN
+        if some_left_out(q_side, k_side, x_block, y_block, i0, j0, N, M, BM, BN, False, SAME):
+            s = tl.where(counts(q_side, k_side, q_start, k_start, i, j, N, M, False, False, SAME), s, -INF)
+
+        new = tl.maximum(top, tl.max(s, 1))
+        shift = finite_shift(new)
+        shrink, e = exp(top - shift), exp(s - shift[:, None])
+        total = total * shrink + tl.sum(e, 1)
+        if D > BD:
+            y = load_rows(k, k_start, j0, d0, M, D, BN, DV, False)
+        sums = tl.dot(e.to(y.dtype), y, sums * shrink[:, None], input_precision=PRECISION)
+        top = new
+
+    place = (split.to(tl.int64) * G + g) * N + i
+    sums = sums / tl.where(total == 0, 1.0, total)[:, None]
+    d = d0 + tl.arange(0, DV)
+    tl.store(mean + place[:, None] * D + d[None, :], sums, mask=(i < N)[:, None] & (d < D)[None, :])
+    if chunk == 0:
+        tl.store(row + place, finite_shift(top) + tl.log(total), mask=i < N)
+        if best is not None:
+            tl.store(best + place, top, mask=i < N)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _merge_means(part, means, row, mean, size, splits, D: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr):
+    """mean [size, D] over means [splits, size, D], weighted by the exp(part - row) of their splits."""
+    x, d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * DV + tl.arange(0, DV)
+    inside, place = (x < size)[:, None] & (d < D)[None, :], x[:, None] * D + d[None, :]
+    shift = finite_shift(tl.load(row + x, mask=x < size, other=0.0))
+    total = tl.zeros((BLOCK, DV), tl.float32)
+    for _ in range(splits):
+        weight = exp(tl.load(part + x, mask=x < size, other=-INF) - shift)
+        total += weight[:, None] * tl.load(means + place, mask=inside, other=0.0)
+        part += size
+        means += size.to(tl.int64) * D
+    tl.store(mean + place, total, mask=inside)
+
+
+def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, best):
+    """Returns row [G, N], mean [G, N, D] = sum_j softmax_ij k_j (0 for an empty row), best [G, N] or None."""
+    problem, sizes = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
+    if 0 in sizes:
+        return reference.similarity_lse_frozen_fwd(q, k, *problem[2:], best)
+    q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
+    G, N, M, D = sizes
+    chip = hardware.of(q.device)
+    config = choose("backward", q.dtype, D, chip)
+    blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
+    split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks * chunks, chip)
+    new = _allocator(q)
+    part, means, part_best = new(splits, G, N), new(splits, G, N, D), new(splits, G, N) if best else None
+    sides = Side(q_ids, limit=q_limit), Side(k_ids, bias=k_bias)
+    q_side, k_side = _with_extents(*sides, N * M >= LARGE, same, False, config)
+    _frozen[(G * blocks, splits, chunks)](
+        q, k, q_side, k_side, scale_tensor, scale, part, means, part_best, G, N, M, blocks, split_blocks * config.BN,
+        D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, SAME=same, PRECISION=precision(q.dtype), TMA=False,
+        **config.launch(),
+    )  # fmt: skip
+    row, top = _merged(part, part_best, config)
+    mean = means[0]
+    if splits > 1:
+        mean, BLOCK, DV = new(G, N, D), 4, min(128, triton.next_power_of_2(D))
+        _merge_means[(triton.cdiv(G * N, BLOCK), triton.cdiv(D, DV))](
+            part, means, row, mean, G * N, splits, D=D, BLOCK=BLOCK, DV=DV, num_warps=4
+        )
+    rows = q.shape[:-1]
+    return row.view(rows), mean.view(q.shape), top.view(rows) if best else None
+
+
+# ---- backward: S is computed again, once for each side that learns ---------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _backward(
+    x, y, x_side, y_side, scale_tensor, scale, fold, dx, dscale, dbias, G, N, M, blocks, split_size,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr, FEATURES: tl.constexpr, SHARED: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """dx [splits, G, N, D] = scale sum_j w_ij y_j with w_ij = g_i exp(s_ij - lse_i) + h_j exp(s_ij - lse_j).
+
+    x is q, or TRANSPOSED k (then bias belongs to rows and limits to columns of the tile), or both (ITSELF: the second
+    term is that of s_ji, with bias and limit of the other side). Also the sum over j of w_ij <x_i, y_j>, dscale
+    [splits, G, N], and of what of w_ij the bias of i is in, dbias [splits, G, N].
+    """
+    g, block, split, chunk = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1), tl.program_id(2)
+    x_start, y_start = g.to(tl.int64) * N, g.to(tl.int64) * M
+    scale = full_scale(scale, scale_tensor)
+    i0, d0 = block * BM, chunk * DV
+    i = i0 + tl.arange(0, BM)
+    fold_by = 1.0 if fold is None else tl.load(fold)
+    if D <= BD:
+        a = load_rows(x, x_start, i0, 0, N, D, BM, BD, TMA)
+    x_bias, x_limit, y_bias, y_limit = None, None, None, None
+    if x_side.bias is not None:
+        x_bias = load_vector(x_side.bias, x_start, i, N, 0.0)[:, None]
+    if x_side.limit is not None:
+        x_limit = load_vector(x_side.limit, x_start, i, N, INF)[:, None]
+    if x_side.grad is not None:
+        x_lse = load_vector(x_side.lse, x_start, i, N, -INF)
+        # A row with nothing left gets weight 0, whatever gradient arrived.
+        x_grad = tl.where(x_lse == -INF, 0.0, load_vector(x_side.grad, x_start, i, N, 0.0)) * fold_by
+        x_lse = finite_shift(x_lse)
+    x_block = g * blocks + block
+    if SHARED:
+        x_low, x_high = tl.load(x_side.lse_extent + 2 * x_block), tl.load(x_side.lse_extent + 2 * x_block + 1)
+
+    sums = tl.zeros((BM, DV), tl.float32)
+    scale_sum, bias_sum = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
+        j = j0 + tl.arange(0, BN)
+        if D <= BD:
+            b = load_rows(y, y_start, j0, 0, M, D, BN, BD, TMA)
+            dots = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        else:
+            dots = dot_products(x, y, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+        if y_side.bias is not None:
+            y_bias = load_vector(y_side.bias, y_start, j, M, 0.0)[None, :]
+        if y_side.limit is not None:
+            y_limit = load_vector(y_side.limit, y_start, j, M, INF)[None, :]
+        s = scores(dots, scale, x_bias if TRANSPOSED else y_bias, y_limit if TRANSPOSED else x_limit)
+        ONE_SIDED: tl.constexpr = ITSELF and (y_side.bias is not None or y_side.limit is not None)
+        back = scores(dots, scale, x_bias, y_limit) if ONE_SIDED else s
+        y_block = g * tl.cdiv(M, BN) + j0 // BN
+        if some_left_out(x_side, y_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
+            keep = counts(x_side, y_side, x_start, y_start, i, j, N, M, ITSELF, False, SAME)
+            s = tl.where(keep, s, -INF)
+            back = tl.where(keep, back, -INF) if ONE_SIDED else s
+
+        if y_side.grad is not None:
+            y_lse = load_vector(y_side.lse, y_start, j, M, -INF)
+            y_grad = tl.where(y_lse == -INF, 0.0, load_vector(y_side.grad, y_start, j, M, 0.0)) * fold_by
+            y_lse = finite_shift(y_lse)
+        if SHARED:
+            # One exponential: from the lowest log-sum-exp on, terms neither overflow nor vanish within e^80.
+            y_extent = y_side.lse_extent + 2 * y_block
+            low, high = tl.minimum(x_low, tl.load(y_extent)), tl.maximum(x_high, tl.load(y_extent + 1))
+            if high - low < 80:
+                of_rows = x_grad * exp(tl.minimum(low - x_lse, 0.0))
+                of_columns = y_grad * exp(tl.minimum(low - y_lse, 0.0))
+                w = exp(s - low) * (of_rows[:, None] + of_columns[None, :])
+            else:
+                w = x_grad[:, None] * exp(s - x_lse[:, None]) + y_grad[None, :] * exp(s - y_lse[None, :])
+        elif x_side.grad is not None:
+            w = x_grad[:, None] * exp(s - x_lse[:, None])
+            if y_side.grad is not None:
+                other = y_grad[None, :] * exp(back - y_lse[None, :])
+                w += other
+        else:
+            w = y_grad[None, :] * exp(back - y_lse[None, :])
+        if dscale is not None:
+            scale_sum += tl.sum(w * dots, 1)
+        if dbias is not None:
+            bias_sum += tl.sum(other if ITSELF else w, 1)
+        if FEATURES:
+            if D > BD:
+                b = load_rows(y, y_start, j0, d0, M, D, BN, DV, False)
+            sums = tl.dot(w.to(b.dtype), b, sums, input_precision=PRECISION)
+
+    place = (split.to(tl.int64) * G + g) * N + i
+    if FEATURES:
+        d = d0 + tl.arange(0, DV)
+        inside = (i < N)[:, None] & (d < D)[None, :]
+        tl.store(dx + place[:, None] * D + d[None, :], sums * (scale / fold_by), mask=inside)
+    if chunk == 0:
+        if dscale is not None:
+            tl.store(dscale + place, scale_sum / fold_by, mask=i < N)
+        if dbias is not None:
+            tl.store(dbias + place, bias_sum / fold_by, mask=i < N)
+
+
+def similarity_lse_bwd(
+    q, k, row, col, g, h, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, kept,
+    need_q, need_k, need_scale, need_bias,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Returns dq [G, N, D], dk [G, M, D], dscale [], dbias [G, M], None where not needed; k=None: all of dZ in dq."""
+    problem, sizes = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
+    if 0 in sizes:
+        return reference.similarity_lse_bwd(
+            q, k, row, col, g, h, *problem[2:], kept, need_q, need_k, need_scale, need_bias
+        )
+    q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
+    row, col, g, h = (None if x is None else x.contiguous() for x in (row, col, g, h))
+    (G, N, M, D), itself = sizes, k is None
+    chip = hardware.of(q.device)
+    config = choose("backward", q.dtype, D, chip)
+    fold = _fold(q.dtype, (row, g), (col, h))
+    if itself:  # a row is a column, too
+        q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, lse=row, grad=g)
+    else:
+        q_side, k_side = Side(q_ids, limit=q_limit, lse=row, grad=g), Side(k_ids, bias=k_bias, lse=col, grad=h)
+    large, one_sided = N * M >= LARGE, itself and (k_bias is not None or q_limit is not None)
+    shared = large and q_side.grad is not None and k_side.grad is not None and not one_sided
+
+    def gradients(x, y, x_side, y_side, transposed: bool, features: bool, scale_too: bool, bias_too: bool):
+        rows, columns = x.shape[-2], y.shape[-2]
+        x_side, y_side = _with_extents(x_side, y_side, large, same, shared, config)
+        blocks, chunks = triton.cdiv(rows, config.BM), triton.cdiv(D, config.DV) if features else 1
+        split_blocks, splits = _split(triton.cdiv(columns, config.BN), G * blocks * chunks, chip)
+        new = _allocator(x)
+        dx = new(splits, G, rows, D) if features else None
+        dscale, dbias = (new(splits, G, rows) if wanted else None for wanted in (scale_too, bias_too))
+        _backward[(G * blocks, splits, chunks)](
+            x, y, x_side, y_side, scale_tensor, scale, fold, dx, dscale, dbias, G, rows, columns, blocks,
+            split_blocks * config.BN, D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV,
+            TRANSPOSED=transposed, ITSELF=itself, SAME=same, FEATURES=features, SHARED=shared,
+            PRECISION=precision(x.dtype), TMA=False, **config.launch(),
+        )  # fmt: skip
+        dx, dbias = (None if d is None else d[0] if splits == 1 else d.sum(0) for d in (dx, dbias))
+        return dx, None if dscale is None else dscale.sum(), dbias
+
+    dq = dk = dscale = dbias = None
+    if itself:
+        dq, dscale, dbias = gradients(q, q, q_side, k_side, False, need_q, need_scale, need_bias)
+        dscale = dscale / 2 if need_scale else None  # w_ij came as such and as w_ji
+    else:
+        if need_q or need_scale:
+            dq, dscale, _ = gradients(q, k, q_side, k_side, False, need_q, need_scale, False)
+        if need_k or need_bias:
+            dk, _, dbias = gradients(k, q, k_side, q_side, True, need_k, False, need_bias)
+    dq, dk = None if dq is None else dq.view(q.shape), None if dk is None else dk.view(k.shape)
+    return dq, dk, dscale, dbias.view((q if itself else k).shape[:-1]) if need_bias else None
+
+
+def _fold(dtype: torch.dtype, *sides) -> Tensor | None:
+    """What weights are multiplied by on their way through fp16, where those of large batches would vanish: it brings
+    the largest there can be to 2^14."""
+    if dtype != torch.float16:
+        return None
+    largest = [g.masked_fill(lse == -torch.inf, 0).abs().amax() for lse, g in sides if g is not None]
+    return 2.0**14 / sum(largest).clamp(2.0**-100, 2.0**100)
+
+
+# ---- how a launcher cuts a problem -----------------------------------------------------------------------------------
+
+
+def _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit):
+    """The arguments as the kernels read them, and (G, N, M, D)."""
+    tensors = (None if x is None else x.contiguous() for x in (q, k, q_ids, k_ids, k_bias, q_limit))
+    q, k, q_ids, k_ids, k_bias, q_limit = tensors
+    G, N, D = (1, *q.shape) if q.ndim == 2 else q.shape
+    problem = q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit
+    return problem, (G, N, N if k is None else k.shape[-2], D)
+
+
+def _with_extents(x_side: Side, y_side: Side, ids: bool, same: bool, lse: bool, config) -> tuple[Side, Side]:
+    """The sides with what tells a tile at a glance that it holds no equal ids, and that its log-sum-exps are close."""
+    sides = []
+    for side, block in ((x_side, config.BM), (y_side, config.BN)):
+        ids_extent = extent(side.ids, block) if ids and not same else None
+        sides.append(side._replace(ids_extent=ids_extent, lse_extent=extent(side.lse, block) if lse else None))
+    return tuple(sides)
+
+
+def _split(blocks: int, programs: int, chip) -> tuple[int, int]:
+    """Blocks for each of how many splits, so that programs fill the chip about twice."""
+    splits = min(blocks, triton.cdiv(2 * chip.processors, programs))
+    each = triton.cdiv(blocks, splits)
+    return each, triton.cdiv(blocks, each)
+
+
+def _allocator(like: Tensor):
+    return lambda *shape: torch.empty(shape, dtype=torch.float32, device=like.device)

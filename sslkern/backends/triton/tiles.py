@@ -1,0 +1,157 @@
+"""A tile of S = scale * x y^T + bias and which of its pairs count: what the kernels of the similarity family share.
+
+A tile has BM rows i of one side x and BN columns j of the other, y. In the forward x is q and y is k; in the backward
+the side whose gradient a program owns is x.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+INF = tl.constexpr(float("inf"))
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Side(NamedTuple):
+    """What there is for each of the rows (columns) of S but the features, [G, N] each, or None."""
+
+    ids: torch.Tensor | None = None  # int64
+    ids_extent: torch.Tensor | None = None  # int64 [G, blocks, 2]: lowest and highest id of each block
+    bias: torch.Tensor | None = None  # fp32, is added to the scores
+    limit: torch.Tensor | None = None  # fp32, scores above it do not count
+    lse: torch.Tensor | None = None  # fp32, the log-sum-exp over the other side
+    lse_extent: torch.Tensor | None = None  # fp32 [G, blocks, 2], without those that are -inf
+    grad: torch.Tensor | None = None  # fp32, the gradient of lse
+
+
+@triton.jit
+def load_vector(x, start, i, size, other):
+    """x[start + i], `other` beyond the size of the side."""
+    return tl.load(x + start + i, mask=i < size, other=other)
+
+
+@triton.jit
+def load_rows(x, start, i0, d0, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
+    """x[start + i0 ..., d0 ...] [BLOCK, BLOCK_D], 0 beyond the size of the side and beyond D."""
+    if TMA:
+        return x.load([i0, d0])  # there is one group, so what is outside of the tensor is outside of the side
+    i, d = tl.arange(0, BLOCK), d0 + tl.arange(0, BLOCK_D)
+    first = x + (start + i0).to(tl.int64) * D
+    mask = (i0 + i < size)[:, None]
+    if D % BLOCK_D != 0:
+        mask = mask & (d < D)[None, :]
+    return tl.load(first + i[:, None] * D + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def dot_products(
+    x, y, x_start, y_start, i0, j0, N, M,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """<x_i, y_j> [BM, BN] in fp32, BD features at a time."""
+    dots = tl.zeros((BM, BN), tl.float32)
+    for d0 in range(0, D, BD):
+        a = load_rows(x, x_start, i0, d0, N, D, BM, BD, TMA)
+        b = load_rows(y, y_start, j0, d0, M, D, BN, BD, TMA)
+        dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION)
+    return dots
+
+
+@triton.jit
+def scores(dots, scale, bias, limit):
+    """scale * dots + bias, -inf where that is above the limit; bias and limit broadcast to dots, or None.
+
+    Forward and backward must agree to the bit on what is above: so both call this, which leaves the compiler no choice.
+    """
+    if bias is None:
+        s = dots * scale
+    else:
+        s = tl.where(bias == -INF, -INF, tl.fma(dots, tl.zeros_like(dots) + scale, tl.zeros_like(dots) + bias))
+    if limit is not None:
+        s = tl.where(s > limit, -INF, s)
+    return s
+
+
+@triton.jit
+def some_left_out(
+    x_side, y_side, x_block, y_block, i0, j0, N, M,
+    BM: tl.constexpr, BN: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile may hold pairs that do not count, as far as one can tell without looking at each."""
+    found = (i0 + BM > N) | (j0 + BN > M)
+    if ITSELF:
+        found |= (i0 < j0 + BN) & (j0 < i0 + BM)
+    if x_side.ids is not None:
+        if SAME or x_side.ids_extent is None:
+            found |= True
+        else:
+            x_extent, y_extent = x_side.ids_extent + 2 * x_block, y_side.ids_extent + 2 * y_block
+            found |= (tl.load(x_extent) <= tl.load(y_extent + 1)) & (tl.load(y_extent) <= tl.load(x_extent + 1))
+    return found
+
+
+@triton.jit
+def counts(
+    x_side, y_side, x_start, y_start, i, j, N, M,
+    ITSELF: tl.constexpr, ABOVE: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """Which pairs count, as far as places and ids say; ABOVE: only those above the diagonal."""
+    keep = (i < N)[:, None] & (j < M)[None, :]
+    if ABOVE:
+        keep &= i[:, None] < j[None, :]
+    elif ITSELF:
+        keep &= i[:, None] != j[None, :]
+    if x_side.ids is not None:
+        of_rows = load_vector(x_side.ids, x_start, i, N, 0)
+        of_columns = load_vector(y_side.ids, y_start, j, M, 0)
+        equal = of_rows[:, None] == of_columns[None, :]
+        keep &= equal if SAME else equal == 0
+    return keep
+
+
+@triton.jit
+def exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def finite_shift(top):
+    """What to subtract before the exponential: the maximum, but 0 of nothing (-inf - -inf is NaN)."""
+    return tl.where(top == -INF, 0.0, top)
+
+
+@triton.jit
+def full_scale(scale, scale_tensor):
+    return scale if scale_tensor is None else scale * tl.load(scale_tensor)
+
+
+@triton.jit(do_not_specialize=["N", "blocks"])
+def _extent(x, out, N, blocks, BLOCK: tl.constexpr, LSE: tl.constexpr):
+    g, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    inside = i < N
+    value = tl.load(x + g.to(tl.int64) * N + i, mask=inside, other=0)
+    if LSE:
+        inside &= value != -INF
+        low, high = tl.where(inside, value, INF), tl.where(inside, value, -INF)
+    else:
+        low, high = tl.where(inside, value, 2**63 - 1), tl.where(inside, value, -(2**63))
+    tl.store(out + 2 * tl.program_id(0), tl.min(low, 0))
+    tl.store(out + 2 * tl.program_id(0) + 1, tl.max(high, 0))
+
+
+def extent(x: torch.Tensor | None, block: int) -> torch.Tensor | None:
+    """Lowest and highest of each block of x [.., N], [.., blocks, 2]; of log-sum-exps without the -inf."""
+    if x is None:
+        return None
+    N, G = x.shape[-1], x.shape[:-1].numel()
+    out = torch.empty((G, triton.cdiv(N, block), 2), dtype=x.dtype, device=x.device)
+    _extent[(G * out.shape[1],)](x, out, N, out.shape[1], BLOCK=block, LSE=x.is_floating_point(), num_warps=1)
+    return out
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 features are multiplied: as torch.set_float32_matmul_precision says."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" or dtype != torch.float32 else "tf32"
