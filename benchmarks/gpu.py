@@ -140,8 +140,8 @@ def measure(case, key: str, skip: set, device: str, deadline: float) -> dict:
             if case.graph and may_be_captured(name):
                 try:
                     graphs[name] = captured(step, device)
-                except Exception as error:
-                    facts["failed"][f"{name}, CUDA graph"] = reason(error)
+                except Exception as error:  # such an error ends the capture, not the process
+                    facts["failed"][f"{name}, CUDA graph"] = words(error)
             steps[name], facts["contenders"][name] = step, figures
         except Exception as error:
             facts["failed"][name] = reason(error)
@@ -164,15 +164,20 @@ def measure(case, key: str, skip: set, device: str, deadline: float) -> dict:
 
 
 def reason(error: Exception) -> str:
+    """Why a contender has no figures; after an error that leaves the GPU unusable the process ends here."""
+    text = words(error)
+    if FATAL.search(text) and "out of memory" not in text:
+        tell("fatal", reason=text)
+        os._exit(3)
+    return text
+
+
+def words(error: Exception) -> str:
     import torch
 
-    text = " ".join(str(error).split())[:200]
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    if FATAL.search(text):
-        tell("fatal", reason=text)
-        os._exit(3)  # nothing works any more in this process
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def step_of(problem, function: Callable, inputs=None) -> Callable:
@@ -293,7 +298,9 @@ def check_some_losses(problem, count: int = 1024) -> float:
 
 def may_be_captured(name: str) -> bool:
     """Others wait for the GPU within their step."""
-    return name.split(",")[0] in ("sslkern", "chunked products") or name.startswith(("dense", "compiled", "backend"))
+    if name.split(",")[0] in ("sslkern", "chunked products"):
+        return True
+    return name.startswith(("dense", "compiled", "backend")) and name != "backend reference"
 
 
 def captured(step: Callable, device: str) -> Callable:
@@ -329,12 +336,12 @@ def run_in_turn(steps: dict[str, Callable], seconds: float, device: str) -> dict
     calls = {}
     for name, step in steps.items():
         estimate = min(seconds_per_call(step, 1, device) for _ in range(2))
-        calls[name] = max(1, min(100, round(1e-3 / estimate)))
+        calls[name] = max(1, min(100, round(1e-3 / max(estimate, 1e-6))))
     times = {name: [] for name in steps}
-    start = time.perf_counter()
-    while len(times[next(iter(steps))]) < 3 or (
-        time.perf_counter() - start < seconds and len(times[next(iter(steps))]) < 100
-    ):
+    begun = time.perf_counter()
+    for done in range(100):
+        if done >= 3 and time.perf_counter() - begun > seconds:
+            break
         for name, step in steps.items():
             times[name].append(seconds_per_call(step, calls[name], device))
     return {name: statistics.median(of) for name, of in times.items()}
@@ -429,17 +436,17 @@ def warm_part(part: int, parts: int, dry: bool) -> None:
 
     tasks = {}
     for case in plan():
-        rows = case.n if case.n <= 8192 else None if case.problem in ("nt_xent", "clip", "siglip") else 0
-        for name in ("ours and rivals", "compiled"):
-            if case.dtype == "bf16" and (name == "ours and rivals" or rows is not None):
-                fixed = rows if name == "compiled" else min(case.n, 1024)
-                tasks.setdefault((case.problem, case.d, name, fixed), case)
-    for (_, _, kind, rows), case in list(tasks.items())[part::parts]:
+        matrix = case.problem in ("nt_xent", "clip", "siglip")
+        if case.dtype == "bf16":
+            tasks[case.problem, case.d, min(case.n, 8192) if matrix else case.n, False] = case
+        if case.dtype == "bf16" and not (matrix and case.n > 8192):
+            tasks[case.problem, case.d, case.n, True] = case
+    for (_, _, rows, compiled), case in list(tasks.items())[part::parts]:
         with contextlib.suppress(Exception):
             torch.compiler.reset()
-            problem = (shrunk(case) if dry else case).build("cpu" if dry else "cuda", None if dry else rows or None)
+            problem = shrunk(case).build("cpu") if dry else case.build("cuda", rows)
             for name, factory in problem.contenders.items():
-                if case.wants(name) and ("compiled" in name) == (kind == "compiled"):
+                if ("compiled" in name) == compiled and name != "cut-cross-entropy":
                     with contextlib.suppress(Exception):
                         step_of(problem, factory())()
 

@@ -80,7 +80,7 @@ class Case:
 
     @property
     def graph(self) -> bool:
-        return self.n <= SMALL or self.problem in KERNELS
+        return self.n <= SMALL or self.problem in ("moco", "nce", *KERNELS)
 
 
 # Contenders that several losses have

@@ -28,7 +28,7 @@ COLORS = ["#d62728", "#1f77b4", "#2ca02c", "#7f7f7f", "#bcbd22", "#9467bd", "#8c
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |" for cells in lines) + "\n"
 
 
 def judged(results: dict) -> list[dict]:
@@ -241,6 +241,8 @@ def write(out: Path, stages: Path | None = None) -> None:
         print(f"{step[0]:<22}{step[1]:<10}{step[2]}")
     for goal in results["goals"]:
         print(f"{goal['state']:<20}{number(goal['figure']):>9}  {goal['goal']:<34}{goal['what']}")
+    states = [goal["state"].partition(",")[0] for goal in results["goals"]]
+    print("goals: " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
 
 
 if __name__ == "__main__":
