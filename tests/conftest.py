@@ -18,6 +18,10 @@ def _runnable() -> list[str]:
 
 
 EVERY = _runnable()
+if EVERY == ["triton"]:
+    from . import interpreter
+
+    interpreter.mend()
 
 
 def pytest_generate_tests(metafunc):

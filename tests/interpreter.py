@@ -1,0 +1,26 @@
+"""Mends bf16 in Triton's interpreter: 3.6 and 3.9 multiply its bits as integers, and cut off instead of rounding."""
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def mend() -> None:
+    cast, multiply = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast_impl(self, x, to):
+        if (x.dtype.scalar, to.scalar) == (tl.bfloat16, tl.float32):
+            return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if (x.dtype.scalar, to.scalar) == (tl.float32, tl.bfloat16):
+            bits = x.data.view(np.uint32)
+            rounded = bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))  # to the nearest, ties to even
+            rounded = np.where(np.isnan(x.data), np.uint32(0x7FC00000), rounded)
+            return TensorHandle((rounded >> 16).astype(np.uint16), tl.bfloat16)
+        return cast(self, x, to)
+
+    def create_dot(self, a, b, *args):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        return multiply(self, a, b, *args)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
