@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := setup.py csrc/native_build.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+NATIVE := setup.py csrc/native_build.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 BENCHMARKS ?= losses similarity_lse similarity_softplus sampled_similarity similarity_topk \
 	nt_xent info_nce sup_con queue never_worse
 RESULTS = benchmarks/results/$(shell $(BIN)/python benchmarks/harness.py)
@@ -11,7 +11,7 @@ RESULTS = benchmarks/results/$(shell $(BIN)/python benchmarks/harness.py)
 # A native module that does not compile is an error here, not a reason to go on without it.
 export SSLKERN_REQUIRE_NATIVE = 1
 
-.PHONY: help setup build demo test test-all lint format sanitize bench-setup bench clean
+.PHONY: help setup build demo test test-all lint format sanitize bench-setup bench gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,5 +74,9 @@ bench: bench-setup  ## all benchmarks: JSON, tables and plots into benchmarks/re
 	done
 	$(BIN)/python benchmarks/plots.py $(RESULTS)
 
+# Not in .venv: a machine with a GPU may have no network, and its own torch is the one to use.
+gpu:  ## on a machine with a GPU: build, tests, sanitizer, timings and a training run, into OUT; WHEELS as in gpu.sh
+	PYTHON=$(PYTHON) benchmarks/gpu.sh $(or $(OUT),benchmarks/results/gpu) $(WHEELS)
+
 clean:  ## remove what was built, keep .venv
-	rm -rf build *.egg-info sslkern/_cpu*.so
+	rm -rf build *.egg-info sslkern/_cpu*.so sslkern/_cuda*.so
