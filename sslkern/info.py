@@ -21,7 +21,7 @@ def collect() -> dict:
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in backend.DTYPES] if backend.DTYPES else "any",
             "primitives": list(backend.PRIMITIVES),
         }
-    native = BACKENDS["cpu"]._cpu
+    native, cuda = BACKENDS["cpu"]._cpu, BACKENDS["cuda"]._cuda
     return {
         "sslkern": __version__,
         "torch": torch.__version__,
@@ -33,6 +33,7 @@ def collect() -> dict:
         "cpu_isas": list(native.isas()) if native else [],
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
+        "cuda_built": cuda.ARCHITECTURES.split() if cuda else [],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

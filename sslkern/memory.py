@@ -41,7 +41,7 @@ class FeatureQueue(nn.Module):
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
         """Writes keys [B, dim] over the oldest; of a batch larger than the queue the last rows stay."""
-        queue_push_(self.queue.t(), self.queue_ptr, unit(keys) if self.normalize else keys)
+        queue_push_(self.queue.t(), self.queue_ptr, keys, self.normalize)
 
     def extra_repr(self) -> str:
         return f"dim={self.queue.shape[0]}, size={self.queue.shape[1]}, normalize={self.normalize}"

@@ -1,3 +1,8 @@
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,7 +19,9 @@ def _runnable() -> list[str]:
     if BACKENDS["triton"].INTERPRETED:
         return ["triton"]  # in a process of its own: the others do not change with it
     names = ["reference", *(f"cpu-{isa}" for isa in _ISAS)]
-    return names + [name for name in ("cuda", "triton") if GPU and BACKENDS[name].MISSING is None]
+    if not GPU:
+        return [*names, "cuda-emulated"]
+    return names + [name for name in ("cuda", "triton") if BACKENDS[name].MISSING is None]
 
 
 EVERY = _runnable()
@@ -22,6 +29,7 @@ if EVERY == ["triton"]:
     from . import interpreter
 
     interpreter.mend()
+    interpreter.hurry()
 
 
 def pytest_generate_tests(metafunc):
@@ -49,10 +57,32 @@ def seeded():
     torch.manual_seed(0)
 
 
+@functools.cache
+def emulated_cuda():
+    """The module `sslkern._cuda` on the CPU: tests/cuda_emulation takes the place of the GPU."""
+    for needed in ("ninja", "pybind11"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed; it is needed to build the emulated CUDA kernels")
+    root = Path(__file__).resolve().parent.parent
+    sys.path.insert(0, str(root / "csrc"))
+    import native_build
+
+    path = root / "build" / sys.implementation.cache_tag / "emulated" / "_cuda.so"
+    native_build.build_emulated_cuda_module(path)
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
-def backend(request):
-    """The native one with each instruction set that this machine runs; those of a GPU with tensors that are born there."""
+def backend(request, monkeypatch):
+    """The native one with each instruction set that this machine runs; those of a GPU with tensors that are born there,
+    or emulated on the CPU."""
     name, _, variant = request.param.partition("-")
+    if variant == "emulated":
+        for attribute, value in (("_cuda", emulated_cuda()), ("MISSING", None), ("DEVICES", ("cpu",))):
+            monkeypatch.setattr(BACKENDS[name], attribute, value)
     before = _native.isa() if name == "cpu" else None
     if name == "cpu":
         _native.set_isa(variant)

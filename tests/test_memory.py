@@ -44,7 +44,9 @@ def test_travels(backend, how):
     keys = torch.randn(6, 3)
     memory.push(keys)
     other.push(keys)
-    assert torch.equal(memory.queue, other.queue) and torch.equal(memory.queue_ptr, other.queue_ptr)
+    near = 1e-7 if how == "assign" else 0  # of a queue in another layout the keys are divided by other code
+    assert torch.allclose(memory.queue, other.queue, rtol=0, atol=near)
+    assert torch.equal(memory.queue_ptr, other.queue_ptr)
 
 
 def test_compiled_push_does_not_clone_the_queue(backend):

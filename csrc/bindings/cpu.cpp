@@ -86,12 +86,13 @@ PYBIND11_MODULE(_cpu, module) {
                kernels().similarity_softplus(p, of_bias, of_weights, sign, to_total, to_row, gradients);
              });
   module.def("queue_push_", [](int queue_dtype, int keys_dtype, int64_t size, int64_t dim, int64_t batch,
-                               const py::object& queue, const py::object& ptr, const py::object& keys, int threads) {
+                               const py::object& queue, const py::object& ptr, const py::object& keys, bool normalize,
+                               int threads) {
     void* const to = data<void>(queue);
     int64_t* const at = data<int64_t>(ptr);
     const void* const from = data<void>(keys);
     py::gil_scoped_release release;
-    kernels().queue_push(DType(queue_dtype), DType(keys_dtype), size, dim, batch, to, at, from, threads);
+    kernels().queue_push(DType(queue_dtype), DType(keys_dtype), size, dim, batch, to, at, from, normalize, threads);
   });
   module.def("sampled_similarity_fwd", [](const py::tuple& of, int64_t count, const py::object& index, bool streams,
                                           const py::object& out, int threads) {

@@ -26,7 +26,7 @@ namespace sslkern {
                            const SoftplusGradients&);                                                                \
   bool sampled_similarity_fwd(const Similarity&, int64_t, const int64_t*, bool, float*);                             \
   bool sampled_similarity_bwd(const Similarity&, int64_t, const int64_t*, bool, const float*, float*, float*);       \
-  void queue_push(DType, DType, int64_t, int64_t, int64_t, void*, int64_t*, const void*, int);                       \
+  void queue_push(DType, DType, int64_t, int64_t, int64_t, void*, int64_t*, const void*, bool, int);                 \
   bool bank_update(DType, DType, int64_t, int64_t, int64_t, void*, const int64_t*, const void*, float, int);         \
   void unit_pairs_fwd(DType, int64_t, int64_t, const void*, const void*, void*, float*, float*, int);                \
   void unit_pairs_bwd(DType, int64_t, int64_t, const void*, const float*, const float*, const float*, const float*,  \

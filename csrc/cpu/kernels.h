@@ -37,10 +37,10 @@ struct Kernels {
   // dq, dk (or null; dk only if it streams) from the gradient g of out; false as above.
   bool (*sampled_similarity_bwd)(const Similarity&, int64_t count, const int64_t* index, bool streams, const float* g,
                                  float* dq, float* dk);
-  // Writes keys (batch, dim) into the ring queue (size, dim) at *ptr, which moves on; of more than `size` rows, the
-  // last stay.
+  // Writes keys (batch, dim), with `normalize` each row divided by its norm, into the ring queue (size, dim) at *ptr,
+  // which moves on; of more than `size` rows, the last stay.
   void (*queue_push)(DType queue_type, DType keys_type, int64_t size, int64_t dim, int64_t batch, void* queue,
-                     int64_t* ptr, const void* keys, int threads);
+                     int64_t* ptr, const void* keys, bool normalize, int threads);
   // Row index_i of bank (size, dim) becomes momentum * itself + (1 - momentum) * x_i, divided by its norm; of equal
   // indices the last counts. False, and nothing is written, where an index is outside 0 ... size - 1.
   bool (*bank_update)(DType bank_type, DType x_type, int64_t size, int64_t dim, int64_t batch, void* bank,

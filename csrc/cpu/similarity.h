@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace sslkern {
+#include "../dtype.h"
 
-enum class DType : int { F32 = 0, BF16 = 1, FP16 = 2 };
+namespace sslkern {
 
 // Every array is dense and row-major. Optional ones are null.
 struct Similarity {

@@ -7,7 +7,7 @@ from ..backends import load, resolve
 from ._library import define
 
 
-def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
+def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = False) -> None:
     """Writes keys over the oldest rows of the ring, in place, and advances the pointer. No host synchronisation.
 
     Row i of keys goes to row (ptr + i) mod size; of a batch larger than the ring the last `size` rows stay.
@@ -16,6 +16,8 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
         queue: [size, D], fp32, bf16, fp16 or fp64, overwritten.
         ptr: int64 [1], the row to write next, updated.
         keys: [B, D] of any B, floating point; detached and cast to the type of queue.
+        normalize: divide each row of keys by its norm, which is computed in fp32 (fp64), before it is cast: it is
+            rounded once, whatever the types. Rows shorter than 1e-12 are divided by that.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -44,15 +46,17 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
     for name, x in (("ptr", ptr), ("keys", keys)):
         if x.device != queue.device:
             raise ValueError(f"{name} is on {x.device} but queue is on {queue.device}; move one of them")
-    torch.ops.sslkern.queue_push_.default(queue, ptr, keys.detach(), resolve("queue_push", queue))
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be True or False, not {normalize!r}")
+    torch.ops.sslkern.queue_push_.default(queue, ptr, keys.detach(), normalize, resolve("queue_push", queue))
 
 
-def _kernel(queue, ptr, keys, backend):
-    load(backend, "queue_push").queue_push_(queue, ptr, keys)
+def _kernel(queue, ptr, keys, normalize, backend):
+    load(backend, "queue_push").queue_push_(queue, ptr, keys, normalize)
 
 
-def _fake(queue, ptr, keys, backend):
+def _fake(queue, ptr, keys, normalize, backend):
     return None
 
 
-define("queue_push_(Tensor(a!) queue, Tensor(b!) ptr, Tensor keys, str backend) -> ()", _kernel, _fake)
+define("queue_push_(Tensor(a!) queue, Tensor(b!) ptr, Tensor keys, bool normalize, str backend) -> ()", _kernel, _fake)

@@ -625,7 +625,7 @@ void test_queue(DType queue_type, DType keys_type, int64_t size, int64_t dim, in
     for (int threads = 1; threads <= 3; ++threads) {
       Numbers queue(queue_type, old), from(keys_type, keys);
       int64_t ptr = start;
-      (*one)->queue_push(queue_type, keys_type, size, dim, batch, queue.data(), &ptr, from.data(), threads);
+      (*one)->queue_push(queue_type, keys_type, size, dim, batch, queue.data(), &ptr, from.data(), false, threads);
       if (ptr == (start + batch) % size &&
           memcmp(queue.data(), want.data(), size * dim * format(queue_type).bytes) == 0) {
         ++passed;
@@ -635,6 +635,33 @@ void test_queue(DType queue_type, DType keys_type, int64_t size, int64_t dim, in
                (*one)->name, int(queue_type), int(keys_type), long(size), long(dim), long(batch), long(start), threads);
       }
     }
+}
+
+void test_unit_queue(DType queue_type, DType keys_type, int64_t size, int64_t dim, int64_t batch, int64_t start) {
+  std::vector<double> old(size * dim), keys(batch * dim);
+  for (double& x : old) x = rounded(normal(), queue_type);
+  for (double& x : keys) x = rounded(normal(), keys_type);
+  std::vector<double> want = old;
+  for (int64_t i = 0; i < batch; ++i) {
+    double squares = 0;
+    for (int64_t f = 0; f < dim; ++f) squares += keys[i * dim + f] * keys[i * dim + f];
+    for (int64_t f = 0; f < dim; ++f) want[(start + i) % size * dim + f] = keys[i * dim + f] / std::sqrt(squares);
+  }
+  const double tolerance = queue_type == DType::F32 ? 64 * ULP : queue_type == DType::BF16 ? 0x1p-8 : 0x1p-11;
+  for (const Kernels* const* one = all_kernels(); *one != nullptr; ++one) {
+    std::string problem;
+    const auto results = for_threads(
+        [&](int threads) {
+          Numbers queue(queue_type, old), from(keys_type, keys);
+          int64_t ptr = start;
+          (*one)->queue_push(queue_type, keys_type, size, dim, batch, queue.data(), &ptr, from.data(), true, threads);
+          return std::vector<std::vector<float>>{queue.values()};
+        },
+        problem);
+    if (problem.empty()) problem = difference("queue", results[0], want, nullptr, tolerance);
+    problem.empty() ? ++passed : ++failed;
+    if (!problem.empty()) printf("FAILED %s queue_push, normalized: %s\n", (*one)->name, problem.c_str());
+  }
 }
 
 // ---- sampled_similarity, bank_update --------------------------------------------------------------------------------
@@ -777,6 +804,7 @@ int main(int argc, char**) {
   for (const DType queue_type : dtypes)
     for (const DType keys_type : dtypes) {
       test_queue(queue_type, keys_type, 7, 5, 3, 0);
+      test_unit_queue(queue_type, keys_type, 70, 33, 90, 6);
       test_queue(queue_type, keys_type, 7, 5, 4, 6);    // wraps
       test_queue(queue_type, keys_type, 7, 33, 24, 2);  // more than fits
       test_queue(queue_type, keys_type, 1, 1, 0, 0);

@@ -1,7 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sslkern.ops import queue_push_
+
+from . import dense
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -23,6 +26,33 @@ def test_equals_writing_one_by_one(backend, dtype, keys_dtype, strided):
         assert torch.equal(queue, expected) and ptr.item() == at % size
 
 
+@pytest.mark.parametrize("keys_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_normalizes_and_rounds_once(backend, dtype, keys_dtype):
+    for size, D, batch in ((40, 1, 5), (40, 33, 17), (9, 136, 21), (2, 5000, 3)):
+        queue, ptr = torch.zeros(size, D, dtype=dtype), torch.tensor([size - 1])
+        keys = (3 * torch.randn(batch, D)).to(keys_dtype)
+        keys[0] = 0
+        queue_push_(queue, ptr, keys, normalize=True)
+        assert ptr.item() == (size - 1 + batch) % size
+        last = keys[-size:]
+        rows = (size - 1 + torch.arange(batch)[-size:]) % size
+        dense.within(queue[rows], F.normalize(last.double(), dim=1), F.normalize(last.float(), dim=1).to(dtype))
+        untouched = torch.ones(size, dtype=torch.bool).index_fill(0, rows, False)
+        assert (queue[untouched] == 0).all()
+
+
+def test_the_longest_rows_and_a_wild_pointer(backend):
+    """Rows that no block holds at once; a pointer outside the ring, which the write never leaves."""
+    queue, keys = torch.zeros(5, 9001), torch.randn(3, 9001)
+    for start in (0, 4, 5, 8, -1, -12, 2**40 + 3):
+        ptr = torch.tensor([start])
+        queue_push_(queue, ptr, keys, normalize=True)
+        if abs(start) < 2**39:
+            rows = (start + torch.arange(3)) % 5
+            assert torch.allclose(queue[rows], F.normalize(keys, dim=1), atol=1e-7) and ptr.item() == (start + 3) % 5
+
+
 def test_autograd_sees_the_write(backend):
     queue, ptr, keys = torch.zeros(4, 2), torch.zeros(1, dtype=torch.long), torch.ones(3, 2, requires_grad=True)
     w = torch.ones(2, requires_grad=True)
@@ -35,7 +65,7 @@ def test_autograd_sees_the_write(backend):
 
 
 def test_opcheck(backend):
-    args = torch.zeros(4, 2), torch.zeros(1, dtype=torch.long), torch.ones(3, 2), backend.partition("-")[0]
+    args = torch.zeros(4, 2), torch.zeros(1, dtype=torch.long), torch.ones(3, 2), True, backend.partition("-")[0]
     torch.library.opcheck(torch.ops.sslkern.queue_push_.default, args)
 
 
@@ -50,6 +80,7 @@ def test_bad_arguments_are_named():
         ("keys must", (queue, ptr, keys[:, :1])),
         ("keys must", (queue, ptr, keys.long())),
         ("keys is on meta", (queue, ptr, keys.to("meta"))),
+        ("normalize must", (queue, ptr, keys, 1)),
     ]
     for message, args in cases:
         with pytest.raises((ValueError, TypeError), match=message):

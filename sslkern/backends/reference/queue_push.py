@@ -1,13 +1,20 @@
 """`queue_push_` in plain torch."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .unit_pairs import EPS
 
-def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
-    """Writes keys [B, D] into the ring queue [size, D] from row ptr [1] on; the last of them where B > size."""
+
+def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool) -> None:
+    """Writes keys [B, D] into the ring queue [size, D] from row ptr [1] on; the last of them where B > size. With
+    `normalize` divided by their norms, in fp32 (fp64), before they are rounded to the type of queue."""
     size, B = queue.shape[0], keys.shape[0]
     kept = keys[-size:]
+    if normalize:
+        wide = torch.promote_types(torch.promote_types(keys.dtype, queue.dtype), torch.float32)
+        kept = F.normalize(kept.to(wide), dim=1, eps=EPS)
     place = torch.arange(B - kept.shape[0], B, device=queue.device).add_(ptr).remainder_(size)
     queue.index_copy_(0, place, kept.to(queue.dtype))
     ptr.add_(B).remainder_(size)

@@ -1,0 +1,92 @@
+// Moving rows of a memory bank towards new features, on the unit sphere.
+// Floor: of the rows that are named, the old and the new read once, the old written once.
+//
+// Of equal indices the last counts. In a small batch each team looks through the later indices itself. In a large one
+// two kernels before it leave in last[j], for each row j that is named, the largest i that names it, whatever the order
+// in which they run; the rest of `last` is neither read nor written.
+#include "rows.h"
+
+namespace sslkern::cuda {
+namespace {
+
+constexpr int PIECES = 2;
+
+__global__ void __launch_bounds__(THREADS) forget(int64_t size, int64_t batch, const int64_t* index, int64_t* last) {
+  for (int64_t i = block_id() * THREADS + thread_id(); i < batch; i += block_count() * THREADS) {
+    assert(0 <= index[i] && index[i] < size && "index must be a row of the bank");
+    last[index[i]] = -1;
+  }
+}
+
+__global__ void __launch_bounds__(THREADS) claim(int64_t batch, const int64_t* index, int64_t* last) {
+  for (int64_t i = block_id() * THREADS + thread_id(); i < batch; i += block_count() * THREADS)
+    raise_to(last + index[i], i);
+}
+
+__device__ bool named_later(const Teams& teams, int64_t i, int64_t batch, const int64_t* index) {
+  float found = 0.f;
+  for (int64_t later = i + 1 + teams.lane(); later < batch; later += teams.size)
+    if (index[later] == index[i]) found = 1.f;
+  return teams.sum(found) > 0.f;
+}
+
+template <class To, class From>
+__global__ void __launch_bounds__(THREADS)
+    update(Teams teams, int64_t size, int64_t batch, To* bank, const int64_t* index, const From* x, float momentum,
+           const int64_t* last) {
+  constexpr int V = PIECE<To, From>;
+  each_row(teams, batch, [&](int64_t i, bool here) {
+    const int64_t j = index[i];
+    assert(0 <= j && j < size && "index must be a row of the bank");
+    const bool outdated = last == nullptr ? named_later(teams, i, batch, index) : last[j] != i;
+    To* const row = bank + j * teams.d;
+    const From* const towards = x + i * teams.d;
+    const int64_t rounds = teams.rounds(PIECES);
+    Row<float, V, PIECES> moved;
+    const auto move = [&](int64_t round) {
+      Row<To, V, PIECES> old;
+      Row<From, V, PIECES> fresh;
+      old.load(teams, row, round);
+      fresh.load(teams, towards, round);
+#pragma unroll
+      for (int n = 0; n < moved.NUMBERS; ++n) moved.set(n, momentum * old[n] + (1.f - momentum) * fresh[n]);
+    };
+    float squares = 0.f;
+    for (int64_t round = 0; round < rounds; ++round) {
+      move(round);
+      squares += dot(moved, moved);
+    }
+    const float norm = length(teams.sum(squares));
+    if (outdated || !here) return;
+    for (int64_t round = 0; round < rounds; ++round) {
+      if (rounds > 1) move(round);
+      Row<To, V, PIECES> unit;
+#pragma unroll
+      for (int n = 0; n < unit.NUMBERS; ++n) unit.set(n, moved[n] / norm);
+      unit.store(teams, row, round);
+    }
+  });
+}
+
+}  // namespace
+
+void bank_update(DType bank_type, DType x_type, int64_t size, int64_t dim, int64_t batch, void* bank,
+                 const int64_t* index, const void* x, float momentum, int64_t* last, Stream stream) {
+  if (batch == 0) return;
+  if (last != nullptr) {
+    const int64_t wanted = (batch + THREADS - 1) / THREADS, blocks = wanted < MOST_BLOCKS ? wanted : MOST_BLOCKS;
+    launch("bank_update", forget, blocks, stream, size, batch, index, last);
+    launch("bank_update", claim, blocks, stream, batch, index, last);
+  }
+  with_type(bank_type, [&](auto to) {
+    with_type(x_type, [&](auto from) {
+      using To = decltype(to);
+      using From = decltype(from);
+      const Teams teams(dim, PIECE<To, From>, PIECES, THREADS, {bank, x});
+      launch("bank_update", update<To, From>, teams.blocks(batch), stream, teams, size, batch, static_cast<To*>(bank),
+             index, static_cast<const From*>(x), momentum, last);
+    });
+  });
+}
+
+}  // namespace sslkern::cuda

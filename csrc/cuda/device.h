@@ -1,0 +1,86 @@
+// What kernels ask of the machine: intrinsics, PTX and the launch syntax stand here and nowhere else. With
+// SSLKERN_EMULATED tests/cuda_emulation takes the machine's place, and a C++ compiler compiles the same sources.
+#pragma once
+
+#include <cassert>  // of an index outside: the kernel stops, as torch's own indexing does
+#include <cstdint>
+
+namespace sslkern::cuda {
+
+constexpr int THREADS = 256;  // of every block
+constexpr int WARP = 32;
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+}  // namespace sslkern::cuda
+
+#ifdef SSLKERN_EMULATED
+#include "emulation.h"
+#else
+#include <cuda_runtime.h>
+
+#include "kernels.h"
+
+namespace sslkern::cuda {
+
+__device__ inline int thread_id() { return threadIdx.x; }
+__device__ inline int64_t block_id() { return blockIdx.x; }
+__device__ inline int64_t block_count() { return gridDim.x; }
+__device__ inline void sync_block() { __syncthreads(); }
+
+// x of the lane whose number differs in the bit `by`, among the `width` lanes (a power of two) that call this together.
+__device__ inline float exchange(float x, int by, int width) {
+  const unsigned lanes = (width == WARP ? ~0u : (1u << width) - 1) << (threadIdx.x % WARP & ~(width - 1));
+  return __shfl_xor_sync(lanes, x, by);
+}
+
+// What this thread read before is read before others see the sum. Returns the value from before.
+__device__ inline int64_t add_to(int64_t* at, int64_t x) {
+  __threadfence();
+  return atomicAdd(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(x));
+}
+__device__ inline void raise_to(int64_t* at, int64_t x) { atomicMax(reinterpret_cast<long long*>(at), x); }
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ inline float to_float(fp16 x) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+}
+
+// Rounds to the nearest, to even in between.
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline bf16 from_float<bf16>(float x) {
+  bf16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+}
+template <>
+__device__ inline fp16 from_float<fp16>(float x) {
+  fp16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+}
+
+void check(cudaError_t, const char* what);
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, Stream stream, Arguments... arguments) {
+  kernel<<<unsigned(blocks), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  check(cudaGetLastError(), name);
+}
+
+}  // namespace sslkern::cuda
+#endif

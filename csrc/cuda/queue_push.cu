@@ -1,0 +1,76 @@
+// Writing a batch of keys into a ring, divided by their norms and cast to its type, in one kernel.
+// Floor: the keys read once, their rows of the ring written once.
+#include <type_traits>
+
+#include "rows.h"
+
+namespace sslkern::cuda {
+namespace {
+
+constexpr int PIECES = 4;
+
+// The pointer stays on the device, and is read by all blocks before the last of them moves it. Which one is the last
+// they find out by taking tickets, that are counted above bit 40 of the pointer itself: nothing else is to be kept or
+// cleared.
+constexpr int64_t TICKET = int64_t(1) << 40;
+constexpr int64_t MOST_TICKETS = 1 << 12;
+
+__device__ int64_t tickets(int64_t word) { return (word + TICKET / 2) >> 40; }
+
+template <class To, class From>
+__global__ void __launch_bounds__(THREADS)
+    push(Teams teams, int64_t size, int64_t batch, To* queue, int64_t* ptr, const From* keys, bool normalize) {
+  constexpr int V = PIECE<To, From>;
+  const int64_t dropped = batch > size ? batch - size : 0, rows = batch - dropped;
+  const int64_t word = *static_cast<volatile int64_t*>(ptr), pointer = word - tickets(word) * TICKET;
+  const int64_t start = ((pointer % size + size) % size + dropped) % size;  // a wild pointer stays inside the ring
+  each_row(teams, rows, [&](int64_t i, bool here) {
+    const From* const key = keys + (dropped + i) * teams.d;
+    To* const to = queue + (start + i < size ? start + i : start + i - size) * teams.d;
+    const int64_t rounds = teams.rounds(PIECES);
+    Row<From, V, PIECES> from;
+    float norm = 1.f;
+    if (normalize) {
+      float squares = 0.f;
+      for (int64_t round = 0; round < rounds; ++round) {
+        from.load(teams, key, round);
+        squares += dot(from, from);
+      }
+      norm = length(teams.sum(squares));
+    }
+    if (!here) return;
+    for (int64_t round = 0; round < rounds; ++round) {
+      if (!normalize || rounds > 1) from.load(teams, key, round);
+      if constexpr (std::is_same_v<To, From>) {
+        if (!normalize) {
+          from.store(teams, to, round);
+          continue;
+        }
+      }
+      Row<To, V, PIECES> unit;
+#pragma unroll
+      for (int n = 0; n < unit.NUMBERS; ++n) unit.set(n, normalize ? from[n] / norm : from[n]);
+      unit.store(teams, to, round);
+    }
+  });
+  sync_block();
+  if (thread_id() == 0 && tickets(add_to(ptr, TICKET)) == block_count() - 1) *ptr = (start + rows) % size;
+}
+
+}  // namespace
+
+void queue_push(DType queue_type, DType keys_type, int64_t size, int64_t dim, int64_t batch, void* queue, int64_t* ptr,
+                const void* keys, bool normalize, Stream stream) {
+  with_type(queue_type, [&](auto to) {
+    with_type(keys_type, [&](auto from) {
+      using To = decltype(to);
+      using From = decltype(from);
+      const Teams teams(dim, PIECE<To, From>, PIECES, THREADS, {queue, keys});
+      const int64_t blocks = teams.blocks(batch < size ? batch : size);
+      launch("queue_push", push<To, From>, blocks < MOST_TICKETS ? blocks : MOST_TICKETS, stream, teams, size, batch,
+             static_cast<To*>(queue), ptr, static_cast<const From*>(keys), normalize);
+    });
+  });
+}
+
+}  // namespace sslkern::cuda

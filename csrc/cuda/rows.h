@@ -1,0 +1,146 @@
+// How the threads of a block share rows of d numbers.
+//
+// A row is read in pieces of V neighbouring numbers, of which the wider type fills 16 bytes. Teams of threads take a
+// row each: thread t of a team has the pieces t, t + team, t + 2 team, ... and reads PIECES of them at once, before it
+// needs the first. So neighbours read neighbouring memory, several loads of each thread are on their way, and a short
+// row takes a part of a warp, a long one a block. Where rows do not lie on whole pieces the same thread reads the same
+// numbers one by one: the sums are the same bits.
+#pragma once
+
+#include <cmath>
+#include <initializer_list>
+
+#include "device.h"
+#include "kernels.h"
+
+namespace sslkern::cuda {
+
+constexpr float EPS = 1e-12f;             // rows shorter than this are divided by it
+constexpr int64_t MOST_BLOCKS = 1 << 16;  // which take further rows in turn
+
+// Numbers of a piece of rows of these types.
+template <class A, class B = A>
+constexpr int PIECE = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
+
+struct Teams {
+  int64_t d, pieces;  // numbers and pieces of a row
+  int size;           // threads of a team, a power of two
+  bool whole;         // all pieces are whole and lie on multiples of their size
+
+  // For rows in these arrays; a team has up to `most` threads.
+  Teams(int64_t d, int piece, int at_once, int most, std::initializer_list<const void*> arrays)
+      : d(d), pieces((d + piece - 1) / piece), size(1), whole(d % piece == 0) {
+    constexpr int LINE = 8;  // pieces of 16 bytes in a cache line
+    while (size < most && (size * at_once < pieces || size < (pieces < LINE ? pieces : LINE))) size *= 2;
+    for (const void* array : arrays) whole = whole && reinterpret_cast<uintptr_t>(array) % 16 == 0;
+  }
+
+  int64_t blocks(int64_t rows) const {
+    const int64_t wanted = (rows + THREADS / size - 1) / (THREADS / size);
+    return wanted < 1 ? 1 : wanted < MOST_BLOCKS ? wanted : MOST_BLOCKS;
+  }
+
+  __device__ int64_t rounds(int at_once) const { return (pieces + at_once * size - 1) / (at_once * size); }
+  __device__ int count() const { return THREADS / size; }
+  __device__ int id() const { return thread_id() / size; }
+  __device__ int lane() const { return thread_id() & (size - 1); }
+
+  // The sum of the x of a team's threads, in a fixed order. Of a team larger than a warp, the whole block calls it.
+  __device__ float sum(float x) const {
+    const int width = size < WARP ? size : WARP;
+    for (int by = width / 2; by > 0; by /= 2) x += exchange(x, by, width);
+    if (size <= WARP) return x;
+    __shared__ float of_warp[THREADS / WARP];
+    sync_block();  // the sums of the last call were read
+    of_warp[thread_id() / WARP] = x;
+    sync_block();
+    float total = 0.f;
+    for (int warp = id() * size / WARP; warp < (id() + 1) * size / WARP; ++warp) total += of_warp[warp];
+    return total;
+  }
+};
+
+// The length of a row whose squares have this sum, as a divisor; NaN stays NaN.
+__device__ inline float length(float squares) {
+  const float root = sqrtf(squares);
+  return root < EPS ? EPS : root;
+}
+
+template <class T, int V>
+struct alignas(V * sizeof(T)) Piece {
+  T at[V];
+};
+
+// A thread's pieces of a row in memory, PIECES at a time: a round. Pieces outside the row are 0.
+template <class T, int V, int PIECES>
+struct Row {
+  static constexpr int NUMBERS = V * PIECES;
+  Piece<T, V> piece[PIECES];
+
+  __device__ static int64_t number(const Teams& teams, int64_t round, int p) {
+    return (round * PIECES + p) * teams.size + teams.lane();
+  }
+
+  __device__ void load(const Teams& teams, const T* row, int64_t round) {
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p) {
+      const int64_t at = number(teams, round, p);
+      piece[p] = {};
+      if (at >= teams.pieces) continue;
+      if (teams.whole) {
+        piece[p] = *reinterpret_cast<const Piece<T, V>*>(row + at * V);
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          if (at * V + v < teams.d) piece[p].at[v] = row[at * V + v];
+      }
+    }
+  }
+
+  __device__ void store(const Teams& teams, T* row, int64_t round) const {
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p) {
+      const int64_t at = number(teams, round, p);
+      if (at >= teams.pieces) continue;
+      if (teams.whole) {
+        *reinterpret_cast<Piece<T, V>*>(row + at * V) = piece[p];
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          if (at * V + v < teams.d) row[at * V + v] = piece[p].at[v];
+      }
+    }
+  }
+
+  __device__ float operator[](int i) const { return to_float(piece[i / V].at[i % V]); }
+  __device__ void set(int i, float x) { piece[i / V].at[i % V] = from_float<T>(x); }
+};
+
+// sum_i a_i b_i over a thread's numbers.
+template <class A, class B>
+__device__ float dot(const A& a, const B& b) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < A::NUMBERS; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// Calls body(i, here) for each row i of a team's share. The threads of a block go together: a team that is past the end
+// reads the last row once more, and `here` is false.
+template <class Body>
+__device__ void each_row(const Teams& teams, int64_t rows, const Body& body) {
+  for (int64_t first = block_id() * teams.count(); first < rows; first += block_count() * teams.count()) {
+    const int64_t i = first + teams.id();
+    body(i < rows ? i : rows - 1, i < rows);
+  }
+}
+
+// Calls body(T()) with the type that `dtype` names.
+template <class Body>
+void with_type(DType dtype, const Body& body) {
+  if (dtype == DType::F32) body(float());
+  if (dtype == DType::BF16) body(bf16());
+  if (dtype == DType::FP16) body(fp16());
+}
+
+}  // namespace sslkern::cuda

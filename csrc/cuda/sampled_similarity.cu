@@ -1,0 +1,147 @@
+// The scores of each query with the rows of a bank that it names, and the gradient of the query, from the rows as they
+// lie: nothing is gathered first.
+// Floor: the named rows read once. What else is read and written (8 + 4 bytes for each of them, and the queries) is
+// little beside them.
+#include "rows.h"
+
+namespace sslkern::cuda {
+namespace {
+
+constexpr int PIECES = 2;
+constexpr int ROWS = 4;       // of the bank that a team reads at once
+constexpr int SHARE = 64;     // names of a query that a team takes in the forward
+constexpr int PART = 256;     // and at least those that a block takes in the backward
+constexpr int BLOCKS = 1024;  // that keep a large chip busy
+
+__device__ int64_t row_of(const int64_t* index, int64_t at, int64_t m) {
+  const int64_t j = index[at];
+  assert(0 <= j && j < m && "index must be a row of the bank");
+  return j;
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS) forward(Teams teams, int64_t queries, int64_t n, int64_t m, int64_t count,
+                                                   const T* q, const T* bank, const int64_t* index, float* out) {
+  constexpr int V = PIECE<T>;
+  const int64_t shares = (count + SHARE - 1) / SHARE, rounds = teams.rounds(PIECES);
+  each_row(teams, queries * shares, [&](int64_t task, bool here) {
+    if (!here) return;  // a team is at most a warp here, and waits for no other
+    const int64_t i = task / shares, begin = task % shares * SHARE, end = begin + SHARE < count ? begin + SHARE : count;
+    const T* const of_group = bank + i / n * m * teams.d;
+    Row<T, V, PIECES> query;
+    query.load(teams, q + i * teams.d, 0);
+    for (int64_t t = begin; t < end; t += ROWS) {
+      const T* named[ROWS];
+      float sums[ROWS] = {};
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r)
+        named[r] = of_group + row_of(index, i * count + (t + r < end ? t + r : end - 1), m) * teams.d;
+      for (int64_t round = 0; round < rounds; ++round) {
+        if (rounds > 1) query.load(teams, q + i * teams.d, round);
+        Row<T, V, PIECES> rows[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) rows[r].load(teams, named[r], round);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) sums[r] += dot(query, rows[r]);
+      }
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        const float score = teams.sum(sums[r]);
+        if (teams.lane() == 0 && t + r < end) out[i * count + t + r] = score;
+      }
+    }
+  });
+}
+
+// sum_t g_it bank[index_it] over a part of the names of query i, in a strip of the columns: the teams of a block take
+// rows in turn, and then add their sums in order. to (queries, parts, d).
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    backward(Teams teams, int64_t queries, int64_t n, int64_t m, int64_t count, int64_t parts, const T* bank,
+             const int64_t* index, const float* g, float* to) {
+  constexpr int V = PIECE<T>, NUMBERS = V * PIECES;
+  __shared__ float of_team[NUMBERS * THREADS];
+  const int64_t strips = teams.rounds(PIECES), width = NUMBERS * teams.size;
+  for (int64_t task = block_id(); task < queries * parts * strips; task += block_count()) {
+    const int64_t strip = task % strips, part = task / strips % parts, i = task / strips / parts;
+    const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
+    const T* const of_group = bank + i / n * m * teams.d;
+    float sums[NUMBERS] = {};
+    for (int64_t t = begin + teams.id() * ROWS; t < end; t += teams.count() * ROWS) {
+      Row<T, V, PIECES> rows[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        const int64_t at = i * count + (t + r < end ? t + r : end - 1);
+        rows[r].load(teams, of_group + row_of(index, at, m) * teams.d, strip);
+      }
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        if (t + r >= end) continue;
+        const float weight = g[i * count + t + r];
+#pragma unroll
+        for (int c = 0; c < NUMBERS; ++c) sums[c] += weight * rows[r][c];
+      }
+    }
+    sync_block();  // the sums of the last task were read
+#pragma unroll
+    for (int c = 0; c < NUMBERS; ++c)
+      of_team[teams.id() * width + (c / V * teams.size + teams.lane()) * V + c % V] = sums[c];
+    sync_block();
+    for (int64_t c = thread_id(); c < width && strip * width + c < teams.d; c += THREADS) {
+      float total = 0.f;
+      for (int team = 0; team < teams.count(); ++team) total += of_team[team * width + c];
+      to[(i * parts + part) * teams.d + strip * width + c] = total;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(THREADS)
+    add_parts(int64_t queries, int64_t d, int64_t parts, const float* sums, float* dq) {
+  for (int64_t at = block_id() * THREADS + thread_id(); at < queries * d; at += block_count() * THREADS) {
+    const float* const of_query = sums + at / d * parts * d + at % d;
+    float total = 0.f;
+    for (int64_t part = 0; part < parts; ++part) total += of_query[part * d];
+    dq[at] = total;
+  }
+}
+
+int64_t at_most(int64_t blocks) { return blocks < MOST_BLOCKS ? blocks : MOST_BLOCKS; }
+
+}  // namespace
+
+void sampled_similarity_fwd(DType dtype, int64_t groups, int64_t n, int64_t m, int64_t d, int64_t count, const void* q,
+                            const void* bank, const int64_t* index, float* out, Stream stream) {
+  if (groups * n * count == 0) return;
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    const Teams teams(d, PIECE<T>, PIECES, WARP, {q, bank});
+    launch("sampled_similarity", forward<T>, teams.blocks(groups * n * ((count + SHARE - 1) / SHARE)), stream, teams,
+           groups * n, n, m, count, static_cast<const T*>(q), static_cast<const T*>(bank), index, out);
+  });
+}
+
+// Depends on the problem alone, not on the chip: everywhere the same bits.
+int64_t sampled_similarity_parts(int64_t queries, int64_t d, int64_t count) {
+  const int64_t strips = (d + 511) / 512, wanted = (BLOCKS + queries * strips - 1) / (queries * strips);
+  const int64_t most = (count + PART - 1) / PART;
+  return wanted < most ? wanted : most;
+}
+
+void sampled_similarity_bwd(DType dtype, int64_t groups, int64_t n, int64_t m, int64_t d, int64_t count,
+                            const void* bank, const int64_t* index, const float* g, float* dq, float* sums,
+                            Stream stream) {
+  if (groups * n * count == 0) return;
+  const int64_t queries = groups * n, parts = sampled_similarity_parts(queries, d, count);
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    const Teams teams(d, PIECE<T>, PIECES, WARP, {bank});
+    const int64_t width = PIECES * PIECE<T> * teams.size, strips = (d + width - 1) / width;
+    launch("sampled_similarity", backward<T>, at_most(queries * parts * strips), stream, teams, queries, n, m, count,
+           parts, static_cast<const T*>(bank), index, g, parts > 1 ? sums : dq);
+  });
+  if (parts > 1)
+    launch("sampled_similarity", add_parts, at_most((queries * d + THREADS - 1) / THREADS), stream, queries, d, parts,
+           sums, dq);
+}
+
+}  // namespace sslkern::cuda
