@@ -71,6 +71,9 @@ class Config:
         "fp32, bf16, or auto: time a few steps of both and take the faster one.",
         **one_of("auto", "fp32", "bf16"),
     )
+    compile: bool = option(
+        False, "Compile the networks by torch.compile when training starts; the checkpoints are the same."
+    )
     save_every: float = option(
         30.0, "Seconds between checkpoints: what a kill may cost, to be done again by --resume.", **at_least(0)
     )
@@ -90,10 +93,8 @@ class Config:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device {device}: torch cannot use it here; try --device cpu.") from error
+        if not is_usable(device):
+            raise UsageError(f"--device {device}: torch cannot use it here; try --device cpu.")
         epochs = DEFAULT_EPOCHS if self.epochs is None and self.minutes is None else self.epochs
         threads = self.threads or torch.get_num_threads()
         return dataclasses.replace(self, epochs=epochs, threads=threads, device=device)
@@ -165,6 +166,16 @@ class CPCConfig(Config):
 
 
 CONFIGS = {config.method: config for config in (SimCLRConfig, MoCoConfig, CPCConfig)}
+
+
+def is_usable(device: str) -> bool:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):  # of another machine, or no device at all
+        return False
+    return True
 
 
 def flag(name: str) -> str:

@@ -83,10 +83,10 @@ def contexts(encoder: nn.Module, clips: Clips, device: torch.device, batch: int 
     out = []
     for rows in torch.arange(len(clips)).split(batch):
         part = clips[rows]
-        last = torch.tensor([frame_count(int(n)) for n in part.length]) - 1
+        last = torch.tensor([frame_count(n) for n in part.length.tolist()], device=device) - 1
         sound = F.pad(part.padded(), (0, 400)).to(device)  # at least a frame
-        found = encoder(sound)[torch.arange(len(part)), last.clamp_min(0).to(device)].float()
-        out.append(found * (last >= 0).to(device).unsqueeze(1))
+        found = encoder(sound)[torch.arange(len(part), device=device), last.clamp_min(0)].float()
+        out.append(found * (last >= 0).unsqueeze(1))
     encoder.train(training)
     return torch.cat(out)
 
@@ -120,9 +120,9 @@ def fine_tune(
     head = nn.Linear(encoder.features, len(images.classes)).to(device)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
-    for step in range(steps):
+    draws = torch.randint(len(rows), (steps, min(batch, len(rows))), generator=generator).to(device)
+    for step, picked in enumerate(draws):
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        picked = torch.randint(len(rows), (min(batch, len(rows)),), generator=generator).to(device)
         with torch.no_grad():
             x = augment(pixels[picked].float() / 255)
         loss = F.cross_entropy(head(encoder(x)), labels[picked])
@@ -153,7 +153,7 @@ def linear_probe(
     """
     mean, std = train.mean(0), train.std(0, correction=0)
     std = torch.where(std > 1e-6, std, torch.ones_like(std))  # a feature that never moves says nothing
-    train, test = (train - mean) / std, (test - mean) / std
+    train, test = (train - mean).div_(std), (test - mean).div_(std)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     weight = train.new_zeros(classes, train.shape[1], requires_grad=True)
     bias = train.new_zeros(classes, requires_grad=True)

@@ -14,8 +14,8 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,8 +78,21 @@ def train(
             f"--batch-size {config.batch_size}: there are {len(data)} training samples; use that many or fewer."
         )
     data = data.to(device)
-    shape = list(data.shape[1:]) if isinstance(data, Tensor) else []
     method.to(device).train()
+    with _compiled(method) if config.compile else nullcontext():
+        return _train(method, data, config, out, checkpoint, report)
+
+
+def _train(
+    method: nn.Module,
+    data: Tensor | Clips,
+    config: Config,
+    out: Path,
+    checkpoint: dict | None,
+    report: Callable[[State, float], None],
+) -> State:
+    device = torch.device(config.device)
+    shape = list(data.shape[1:]) if isinstance(data, Tensor) else []
     optimizer = _optimizer(method, config)
     if checkpoint is None:
         precision = config.precision
@@ -91,27 +104,39 @@ def train(
         optimizer.load_state_dict(checkpoint["optimizer"])
         state = State(**checkpoint["state"])
         _set_rng(checkpoint["rng"], device)
+    if config.compile:
+        rehearse(method, data[: config.batch_size], [state.precision])  # to compile is no training
 
     pending: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def read() -> None:
-        """Fetch the figures of the last steps: together, since on a GPU each fetch waits for the queued work."""
-        for loss, stats in pending:
-            state.losses.append(loss.item())
-            for name, value in stats.items():
-                state.stats.setdefault(name, []).append(value.item())
+        """Fetch the figures of the last steps: at once, since on a GPU a fetch waits for the queued work."""
+        rows = [[loss, *stats.values()] for loss, stats in pending]
+        figures = torch.stack([x.float() for row in rows for x in row]).tolist() if rows else []
+        names = list(pending[0][1]) if rows else []
+        state.losses += figures[:: 1 + len(names)]
+        for place, name in enumerate(names, 1):
+            state.stats.setdefault(name, []).extend(figures[place :: 1 + len(names)])
         pending.clear()
         state.loss_seconds += stopwatch.read()
+        tick()
         if state.losses and not math.isfinite(state.losses[-1]):
             raise UsageError(f"the loss became {state.losses[-1]}; try a smaller --lr or a larger --temperature.")
 
+    def tick() -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        state.seconds, clock = state.seconds + now - clock, now
+
     def save() -> None:
+        nonlocal saved, clock
         read()
         save_checkpoint(out, method, optimizer, state, config, shape, device)
+        saved = clock = time.perf_counter()  # writing is no training
 
     steps_per_epoch = len(data) // config.batch_size
     progress = _progress(state, config, steps_per_epoch)
-    saved = start = time.perf_counter()
+    saved = clock = time.perf_counter()
     with Stopwatch(method.criterion, device) as stopwatch, _signals() as stop_requested:
         for batch in _batches(data, config, state.step):
             if progress >= 1:
@@ -130,16 +155,14 @@ def train(
             state.samples += len(batch)
             if state.step % READ_EVERY == 0:
                 read()
-            now = time.perf_counter()
-            state.seconds, start = state.seconds + now - start, now
+            tick()
             progress = _progress(state, config, steps_per_epoch)
             report(state, progress)
             if stop_requested() and progress < 1:
                 save()
                 raise Interrupted
-            if now - saved > config.save_every:
+            if clock - saved > config.save_every:
                 save()
-                saved = start = time.perf_counter()  # writing is no training
         state.finished = True
         save()
 
@@ -153,7 +176,8 @@ def _optimizer(method: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr)
+    fused = True if config.device.startswith("cuda") else None  # a kernel or two for all parameters
+    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
 
 
 def _progress(state: State, config: Config, steps_per_epoch: int) -> float:
@@ -176,7 +200,10 @@ def _batches(data: Tensor | Clips, config: Config, step: int) -> Iterator[Tensor
     while True:
         epoch, first = divmod(step, steps_per_epoch)
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(len(data), generator=generator).to(config.device)
+        order = torch.randperm(len(data), generator=generator)
+        if config.device.startswith("cuda"):
+            order = order.pin_memory()  # else the copy would wait for the steps that are queued
+        order = order.to(config.device, non_blocking=True)
         for rows in order.split(config.batch_size)[first:steps_per_epoch]:  # the uneven rest waits for another order
             yield data[rows]
             step += 1
@@ -185,12 +212,22 @@ def _batches(data: Tensor | Clips, config: Config, step: int) -> Iterator[Tensor
 def faster_precision(method: nn.Module, batch: Tensor | Clips, trials: int = 5) -> str:
     """`bf16` if a training step under bf16 autocast is at least a tenth faster than in fp32 on this device, by trial.
 
-    The best of the trials counts, since other programs only ever add time. The method and the random
-    state are left as they were.
+    The best of the trials counts, since other programs only ever add time.
     """
-    method = copy.deepcopy(method)
+    times = rehearse(method, batch, ("fp32", "bf16"), trials)
+    return "bf16" if min(times["bf16"]) < 0.9 * min(times["fp32"]) else "fp32"
+
+
+def rehearse(
+    method: nn.Module, batch: Tensor | Clips, precisions: Sequence[str], trials: int = 0
+) -> dict[str, list[float]]:
+    """Seconds of some forward and backward passes, by precision, after one of each that warms up, and may compile.
+
+    The method and the random state are left as they were.
+    """
+    before = copy.deepcopy(method.state_dict())
     device = next(method.parameters()).device
-    times: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    times: dict[str, list[float]] = {precision: [] for precision in precisions}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         views = method.views(batch)
         for trial in range(trials + 1):
@@ -202,16 +239,41 @@ def faster_precision(method: nn.Module, batch: Tensor | Clips, trials: int = 5) 
                 loss.item()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                if trial > 0:  # the first one warms up
+                if trial > 0:
                     measured.append(time.perf_counter() - start)
-    return "bf16" if min(times["bf16"]) < 0.9 * min(times["fp32"]) else "fp32"
+    method.zero_grad(set_to_none=True)
+    method.load_state_dict(before)
+    return times
+
+
+@contextmanager
+def _compiled(method: nn.Module) -> Iterator[None]:
+    """Meanwhile the `networks` of a method are compiled: as functions, so that no name in a checkpoint changes."""
+    from torch._dynamo.exc import TorchDynamoException  # a second to import
+
+    def impossible(error: Exception) -> UsageError:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        return UsageError(f"--compile: torch.compile cannot compile the networks here ({reason}); leave it out.")
+
+    try:
+        compiled = {name: torch.compile(getattr(method, name), dynamic=False) for name in method.networks}
+    except RuntimeError as error:  # not for this Python or system
+        raise impossible(error) from error
+    vars(method).update(compiled)
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise impossible(error) from error
+    finally:
+        for name in compiled:
+            del vars(method)[name]
 
 
 class Stopwatch:
     """Seconds spent in a module, forward and backward, by hooks; on a GPU by events, without waiting for it."""
 
     def __init__(self, module: nn.Module, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.device = device
         self.marks: list = []
         self.hooks = [
             module.register_forward_pre_hook(self._mark),
@@ -228,9 +290,9 @@ class Stopwatch:
             hook.remove()
 
     def _mark(self, *_) -> None:
-        if self.cuda:
+        if self.device.type == "cuda":
             mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
+            mark.record(torch.cuda.current_stream(self.device))
         else:
             mark = time.perf_counter()
         self.marks.append(mark)
@@ -239,8 +301,9 @@ class Stopwatch:
         """Seconds since the last reading."""
         marks, self.marks = self.marks, []
         pairs = zip(marks[::2], marks[1::2], strict=True)
-        if self.cuda:
-            torch.cuda.synchronize()
+        if self.device.type == "cuda":
+            if marks:
+                marks[-1].synchronize()
             return sum(a.elapsed_time(b) for a, b in pairs) / 1e3
         return sum(b - a for a, b in pairs)
 

@@ -28,13 +28,13 @@ PAIRS, COLUMNS = 15, 3
 class Progress:
     """A progress bar on a terminal, elsewhere a line now and then; and the curves for TensorBoard."""
 
-    LINE_EVERY = 10.0  # seconds
+    LINE_EVERY, SHOW_EVERY = 10.0, 0.1  # seconds
 
     def __init__(self, config: Config, out: Path):
         self.config, self.out = config, out
         self.unit = "clips" if config.method == "cpc" else "images"
         self.console = Console()
-        self.last = time.perf_counter()
+        self.last, self.shown = time.perf_counter(), 0.0
         self.logged: int | None = None  # steps
         self.bar = Bar(
             TextColumn("{task.description}"),
@@ -61,13 +61,16 @@ class Progress:
     def update(self, state: State, progress: float) -> None:
         """Show where the run stands; `progress` is the part of it that is done."""
         self._log(state)
+        now = time.perf_counter()
+        if now - self.shown < self.SHOW_EVERY and progress < 1:
+            return  # a step of a GPU can be shorter than this takes
+        self.shown = now
         figures = f"T {self.config.temperature:g}  {state.samples_per_s:,.0f} {self.unit}/s"
         for name, values in {"loss": state.losses, **state.stats}.items():
             if values:
                 recent = values[-10:]
                 figures = f"{name} {sum(recent) / len(recent):.3f}  {figures}"
         self.bar.update(self.task, completed=progress, figures=figures)
-        now = time.perf_counter()
         if not self.console.is_terminal and now - self.last > self.LINE_EVERY:
             self.last = now
             left = state.seconds * (1 - progress) / progress
@@ -110,7 +113,7 @@ def draw(path: Path, result: dict, state: State, evaluation: Evaluation, last: C
     figure.suptitle(
         f"{result['method']} on {Path(result['data']).name}: {state.samples:,} samples in {state.seconds:.0f} s "
         f"({state.samples_per_s:,.0f} a second, {state.precision}), {state.loss_share:.1%} of the time in the loss, "
-        f"seed {result['seed']}",
+        f"seed {result['seed']}" + (f"\n{result['device_name']}" if "device_name" in result else ""),
         fontsize=12,
     )
     figure.savefig(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import tempfile
@@ -28,8 +29,8 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
     check_writable("--out", out / "result.json")
     check_writable("--json", json_path)
 
+    on_gpu = _prepare(options.device)
     torch.manual_seed(options.seed)
-    torch.backends.cudnn.deterministic = True
     method = methods.build(options, loaded)
     untrained = copy.deepcopy(method.encoder)
     config.write_yaml(out / "config.yaml", options)
@@ -39,9 +40,14 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
     except loop.Interrupted:
         print(f"Stopped. Continue with: ssltrain {options.method} --resume --out {out}")
         raise typer.Exit(130) from None
+    gpu = {}
+    if on_gpu:
+        gpu["device_name"] = torch.cuda.get_device_name()
+        gpu["peak_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)  # of the training
     print(
         f"trained {state.samples:,} samples in {state.seconds:.0f} s ({state.samples_per_s:,.0f} a second, "
-        f"{state.precision}, {options.threads} threads, {state.loss_share:.1%} of the time in the loss)"
+        f"{state.precision}, {gpu.get('device_name') or f'{options.threads} threads'}, {state.loss_share:.1%} of the "
+        "time in the loss)"
     )
 
     start = time.perf_counter()
@@ -60,6 +66,7 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
         "precision": state.precision,
         "threads": options.threads,
         "device": options.device,
+        **gpu,
         "loss": state.losses[-1],
     }
     written = [out / "result.json"] + ([json_path] if json_path else [])
@@ -68,6 +75,18 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
     report.draw(out / "report.png", result, state, found, _last_picture(method, loaded, device))
     print(report.table(found))
     print(f"report: {out / 'report.png'}  figures: {written[-1]}")
+
+
+def _prepare(device: str) -> bool:
+    """Make `device` the one that all work goes to, with kernels that repeat their bits; true for a GPU by CUDA."""
+    torch.backends.cudnn.deterministic = True
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for GRUs
+    if torch.device(device).type != "cuda":
+        return False
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)
+    torch.cuda.reset_peak_memory_stats()
+    return True
 
 
 def _describe(loaded: data.Images | speech.Speech) -> None:
@@ -117,8 +136,12 @@ def _load(folder: Path) -> tuple[config.Config, nn.Module, tuple[int, ...]]:
     checkpoint = loop.load_checkpoint(folder)
     if checkpoint is None:
         raise UsageError(f"{folder}: holds no run; name the folder that a run has as --out.")
-    options = config.from_dict(checkpoint["config"], str(folder)).check()
+    options = config.from_dict(checkpoint["config"], str(folder))
+    if not config.is_usable(options.device):  # trained on another machine
+        options = dataclasses.replace(options, device="auto")
+    options = options.check()
     torch.set_num_threads(options.threads)
+    _prepare(options.device)
     shape = tuple(checkpoint["shape"])
     if options.method == "cpc":
         encoder = ContextEncoder(options.width, options.units)

@@ -1,8 +1,9 @@
-"""One module per method. A method is an `nn.Module` with the four things that `ssltrain.loop` asks for:
+"""One module per method. A method is an `nn.Module` with the five things that `ssltrain.loop` asks for:
 
 - `encoder`: what the evaluation looks at, images [B, C, H, W] in [0, 1] -> features [B, F], or sound [B, samples] ->
   contexts [B, frames, F];
 - `criterion`: the contrastive loss of `sslkern`, a module of its own so that the loop can time it;
+- `networks`: the names of its functions that run the networks, which `--compile` compiles;
 - `views(batch)`: the augmented views of a batch, without gradient and always in fp32;
 - `loss(views) -> (loss, stats)`: a scalar to minimise and a dict of detached scalars to show.
 

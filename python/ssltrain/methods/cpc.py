@@ -46,6 +46,8 @@ class CPC(nn.Module):
     >>> loss.backward()
     """
 
+    networks = ("frames_and_contexts",)
+
     def __init__(
         self, window: int = 2048, steps: int = 8, width: int = 128, context: int = 128, temperature: float = 1.0
     ):
@@ -66,10 +68,13 @@ class CPC(nn.Module):
 
     def loss(self, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over frames and steps, and `top1`: how often the frame to come beats all others."""
-        frames, contexts = self.encoder.frames_and_contexts(windows)
+        frames, contexts = self.frames_and_contexts(windows)
         with torch.autocast(windows.device.type, enabled=False):  # the engine chooses its own precision
             loss, top1 = self.criterion(contexts.float(), frames.float())
         return loss, {"top1": top1.mean()}
+
+    def frames_and_contexts(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder.frames_and_contexts(windows)
 
 
 class ContextEncoder(nn.Module):

@@ -36,6 +36,8 @@ class MoCo(nn.Module):
     >>> loss.backward()
     """
 
+    networks = ("queries", "keys")
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -65,17 +67,24 @@ class MoCo(nn.Module):
         self._follow()
         if self.predictor is None:
             first, second = views.chunk(2)
-            query = self.head(self.encoder(first))
+            query = self.queries(first)
             with torch.no_grad():
-                key = self.key(second)
+                key = self.keys(second)
             with torch.autocast(views.device.type, enabled=False):  # the engine chooses its own precision
                 loss, top1 = self.criterion(query, key)
             return loss, {"top1": top1}
-        queries = self.predictor(self.head(self.encoder(views))).chunk(2)
+        queries = self.queries(views).chunk(2)
         with torch.no_grad():
-            keys = self.key(views).chunk(2)
+            keys = self.keys(views).chunk(2)
         with torch.autocast(views.device.type, enabled=False):
             return self.criterion(*queries, *keys), {}
+
+    def queries(self, views: Tensor) -> Tensor:
+        query = self.head(self.encoder(views))
+        return query if self.predictor is None else self.predictor(query)
+
+    def keys(self, views: Tensor) -> Tensor:
+        return self.key(views)
 
     @torch.no_grad()
     def _follow(self) -> None:

@@ -32,6 +32,8 @@ class SimCLR(nn.Module):
     >>> loss.backward()
     """
 
+    networks = ("projections",)
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -51,10 +53,13 @@ class SimCLR(nn.Module):
 
     def loss(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of NT-Xent over the 2B views, and `top1`: how many of them find their partner first."""
-        z0, z1 = self.head(self.encoder(views)).chunk(2)
+        z0, z1 = self.projections(views).chunk(2)
         with torch.autocast(views.device.type, enabled=False):  # the engine chooses its own precision
             loss, top1 = self.criterion(z0, z1)
         return loss, {"top1": top1}
+
+    def projections(self, views: Tensor) -> Tensor:
+        return self.head(self.encoder(views))
 
 
 def head(features: int, dim: int, layers: int) -> nn.Sequential:
@@ -67,6 +72,9 @@ def head(features: int, dim: int, layers: int) -> nn.Sequential:
 
 @torch.no_grad()
 def two_views(augment: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """uint8 [B, C, H, W] -> float [2B, C, H, W]: the first views of all images, then the second ones."""
+    """uint8 [B, C, H, W] -> float [2B, C, H, W]: the first views of all images, then the second ones.
+
+    Channels last, as the encoder's filters are: the convolutions would convert them, forward and backward.
+    """
     pixels = images.float() / 255
-    return augment(torch.cat([pixels, pixels]))
+    return augment(torch.cat([pixels, pixels])).contiguous(memory_format=torch.channels_last)
