@@ -150,10 +150,13 @@ def measure(case, key: str, skip: set, device: str, deadline: float) -> dict:
             torch.cuda.empty_cache()
     del want
     tell("timing", key=key)
-    for name, seconds in run_in_turn(steps, case.seconds, device).items():
+    for name, seconds in run_in_turn(steps, case.seconds, device, facts["failed"]).items():
         facts["contenders"][name]["seconds"] = seconds
-    for name, seconds in run_in_turn(graphs, case.seconds / 2, device).items():
+    failed_graphs: dict[str, str] = {}
+    for name, seconds in run_in_turn(graphs, case.seconds / 2, device, failed_graphs).items():
         facts["contenders"][name]["graph_seconds"] = seconds
+    facts["failed"] |= {f"{name}, CUDA graph": why for name, why in failed_graphs.items()}
+    facts["contenders"] = {name: figures for name, figures in facts["contenders"].items() if "seconds" in figures}
     for figures in facts["contenders"].values():
         best = min(figures["seconds"], figures.get("graph_seconds", figures["seconds"]))
         if problem.flops:
@@ -329,22 +332,25 @@ def captured(step: Callable, device: str) -> Callable:
     return replay
 
 
-def run_in_turn(steps: dict[str, Callable], seconds: float, device: str) -> dict[str, float]:
+def run_in_turn(steps: dict[str, Callable], seconds: float, device: str, failed: dict[str, str]) -> dict[str, float]:
     """Median seconds per call over rounds a, b, c, a, b, c, ... that take about `seconds`."""
-    if not steps:
-        return {}
-    calls = {}
-    for name, step in steps.items():
-        estimate = min(seconds_per_call(step, 1, device) for _ in range(2))
-        calls[name] = max(1, min(100, round(1e-3 / max(estimate, 1e-6))))
-    times = {name: [] for name in steps}
+    calls, times = {}, {}
     begun = time.perf_counter()
-    for done in range(100):
-        if done >= 3 and time.perf_counter() - begun > seconds:
+    for done in range(101):
+        if done > 3 and time.perf_counter() - begun > seconds:
             break
         for name, step in steps.items():
-            times[name].append(seconds_per_call(step, calls[name], device))
-    return {name: statistics.median(of) for name, of in times.items()}
+            if name in failed:
+                continue
+            try:
+                estimate = seconds_per_call(step, 1, device)  # also gives it back the memory that others had meanwhile
+                if done == 0:
+                    calls[name], times[name] = max(1, min(100, round(1e-3 / max(estimate, 1e-6)))), []
+                else:
+                    times[name].append(seconds_per_call(step, calls[name], device))
+            except Exception as error:
+                failed[name] = reason(error)
+    return {name: statistics.median(of) for name, of in times.items() if name not in failed}
 
 
 # ---- the parent: keeps the results, restarts the worker, never touches the GPU --------------------------------------
@@ -488,7 +494,10 @@ def machine() -> dict:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             facts[package] = importlib.metadata.version(package)
-    return facts | {"python": platform.python_version()}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        facts["commit"] = commit.stdout.strip()
+    return facts | {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
 
 
 def main() -> None:

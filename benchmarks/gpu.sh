@@ -121,7 +121,7 @@ fi
 if has sslkern.backends.triton.tuning; then
   stage tuning 40 "$python" -m sslkern.backends.triton.tuning
 fi
-training=60 sanitizer=45
+training=75 sanitizer=75
 seconds=$(($(left) - training - sanitizer - 15))
 ((seconds > 20)) || seconds=20
 stage timings $((seconds + 30)) "$python" benchmarks/gpu.py "$out" --seconds "${GPU_SECONDS:-$seconds}" $dry ${GPU_SELECT:+--select "$GPU_SELECT"}
@@ -137,12 +137,13 @@ else
 fi
 
 # ---- b, second part: the sanitizer, in the time that is left --------------------------------------------------------
+tools=3
 for tool in memcheck racecheck initcheck; do
   if ! command -v compute-sanitizer >/dev/null; then
     note "$tool" "not run" "compute-sanitizer is not installed"
   elif [[ -n $dry ]]; then
     note "$tool" "not run" "a dry run"
-  elif ! stage "$tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  elif ! stage "$tool" $(($(left) / tools--)) env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/gpu.py --exercise; then
     if refusal=$(grep -sim 1 'not supported\|not permitted\|unable to' "$work/$tool.log"); then
       sed -i '$d' "$stages"

@@ -7,7 +7,7 @@ listed with the reason. Formulas of other packages that need no code of theirs a
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,7 @@ class ChunkedLse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, scale, columns, itself, compile):
-        ctx.functions = [compiled(f) if compile else f for f in (lse_of_chunk, weights_of_chunk)]
+        ctx.functions = compiled_chunk_functions() if compile else (lse_of_chunk, weights_of_chunk)
         row = q.new_empty(len(q), dtype=torch.float32)
         col = q.new_full((len(k) if columns else 0,), float("-inf"), dtype=torch.float32)
         for rows in row_chunks(q, k):
@@ -179,6 +179,11 @@ def weights_of_chunk(s, scale, row, g, col, h):
     if col is not None:
         w = w + (x - col).exp() * h
     return (w * scale).to(s.dtype)
+
+
+@cache
+def compiled_chunk_functions():
+    return compiled(lse_of_chunk), compiled(weights_of_chunk)
 
 
 # The losses
