@@ -397,7 +397,9 @@ def supervise(out: Path, seconds: float, dry: bool, select: str = "") -> dict:
 def talk(first: int, skip: set, deadline: float, dry: bool, select: str):
     """Yields what a worker tells, and in the end how it died, if it did."""
     arguments = ["--worker", json.dumps([first, sorted(skip), deadline, dry, select])]
-    process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, env=few_compilers(4)
+    )
     lines: queue.Queue = queue.Queue()
 
     def read():
@@ -430,9 +432,15 @@ def talk(first: int, skip: set, deadline: float, dry: bool, select: str):
 def warm(processes: int, dry: bool) -> None:
     """Fills the compilers' caches on disk from several processes, so that measuring finds what it needs."""
     parts = [json.dumps([i, processes, dry]) for i in range(processes)]
-    children = [subprocess.Popen([sys.executable, __file__, "--warm-part", part]) for part in parts]
+    command = [sys.executable, __file__, "--warm-part"]
+    children = [subprocess.Popen([*command, part], env=few_compilers(1)) for part in parts]
     for child in children:
         child.wait()
+
+
+def few_compilers(processes: int) -> dict[str, str]:
+    """torch.compile would start one for each core, which takes longer than our few kernels."""
+    return {"TORCHINDUCTOR_COMPILE_THREADS": str(processes)} | os.environ
 
 
 def warm_part(part: int, parts: int, dry: bool) -> None:

@@ -212,6 +212,7 @@ def report(results: dict, stages: list[list[str]], plotted: str | None) -> str:
         ]
     parts += [
         "## Goals\n",
+        "They are set for an H100, in bf16, forward + backward.\n",
         goals_table(results),
         *(["## Steps\n", table(["step", "", ""], stages)] if stages else []),
         *([f"![time against N]({plotted})\n"] if plotted else []),
