@@ -24,6 +24,7 @@ SHORT = {  # columns of the tables of losses
     "chunked products": "chunked products",
 }
 COLORS = ["#d62728", "#1f77b4", "#2ca02c", "#7f7f7f", "#bcbd22", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#ff7f0e"]
+COLORS += ["#000000", "#1b9e77", "#7570b3", "#a6761d"]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
