@@ -1,11 +1,16 @@
-"""Mends bf16 in Triton's interpreter: 3.6 and 3.9 multiply its bits as integers, and cut off instead of rounding."""
+"""Triton's interpreter (3.6 and 3.9) with bf16 mended, and without what takes half of its time."""
+
+import dataclasses
+import functools
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def mend() -> None:
+    """It cuts bf16 off instead of rounding, and multiplies its bits as if they were integers."""
     cast, multiply = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self, x, to):
@@ -24,3 +29,17 @@ def mend() -> None:
         return multiply(self, a, b, *args)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+
+
+def hurry() -> None:
+    # Each sum of integers is looked at for an overflow, which the small problems of tests do not have.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    # Each call of a function within a kernel puts in place again what an earlier one did.
+    patch = functools.cache(interpreter._patch_lang)
+
+    def call(self, *args, **kwargs):
+        patch(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
