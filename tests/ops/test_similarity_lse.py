@@ -246,8 +246,8 @@ def test_backward_of_blocks_sums_to_the_whole(backend):
 
 
 def test_same_bits_for_any_number_of_threads(backend):
-    if backend == "reference":
-        pytest.skip("torch's matrix product decides")
+    if not backend.startswith("cpu"):
+        pytest.skip("only the native kernels share their work among threads themselves")
     z = features(700, 48).requires_grad_()
     k = features(500, 48).requires_grad_()
     before, results = torch.get_num_threads(), []
