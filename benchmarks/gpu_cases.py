@@ -385,7 +385,7 @@ def queue_push(n, d, dtype, device):
     def run(backend, owner):
         queue, ptr = state(owner)
         with sslkern.use_backend(backend):
-            ops.queue_push_(queue, ptr, keys)
+            ops.queue_push_(queue, ptr, keys, normalize=True)
         return (queue,)
 
     return kernel("queue_push", keys, run, 2 * keys.nbytes)
