@@ -11,7 +11,7 @@ RESULTS = benchmarks/results/$(shell $(BIN)/python benchmarks/harness.py)
 # A native module that does not compile is an error here, not a reason to go on without it.
 export SSLKERN_REQUIRE_NATIVE = 1
 
-.PHONY: help setup build demo test test-all lint format sanitize bench-setup bench gpu clean
+.PHONY: help setup build demo test test-all triton-test triton-offline lint format sanitize bench-setup bench gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,26 @@ test: setup  ## the tests, without the slow ones
 
 test-all: setup  ## all tests
 	$(BIN)/python -m pytest -m ''
+
+# Triton beside torch's packages, not among them: the version of torch 2.11, and the newest.
+$(VENV)/triton-%: | $(VENV)/.setup
+	$(INSTALL) --no-deps --target $@.tmp triton$(if $(filter newest,$*),,==$*) && mv $@.tmp $@
+
+# TODO: tests/ops and the functional ones, once every primitive has a kernel
+TRITON = $(basename $(notdir $(wildcard sslkern/backends/triton/*.py)))
+INTERPRETED = $(wildcard $(TRITON:%=tests/ops/test_%.py)) $(if $(filter unit_pairs,$(TRITON)), \
+	tests/ops/test_pair_contrast.py tests/functional/test_nt_xent.py tests/functional/test_info_nce.py) \
+	$(if $(filter similarity_softplus,$(TRITON)),tests/functional/test_siglip.py)
+
+triton-interpret-%: $(VENV)/triton-%
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest $(INTERPRETED)
+
+triton-test:  ## the Triton kernels without a GPU: their values in the interpreter, their code for three architectures
+	$(MAKE) -j2 -O triton-interpret-3.6.0 triton-interpret-newest
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0 $(BIN)/python -m pytest tests/gpu
+
+triton-offline: $(VENV)/triton-3.6.0  ## compile all Triton kernels, into benchmarks/results/offline
+	PYTHONPATH=$(CURDIR)/$< $(BIN)/python tests/gpu/offline.py --all
 
 lint: $(VENV)/.dev  ## ruff and clang-format, nothing is changed
 	$(BIN)/ruff check .

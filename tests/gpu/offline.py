@@ -1,5 +1,6 @@
 """Compiles the Triton kernels for chips that are not there, as the launchers would launch them, and looks at the code.
 
+    export PYTHONPATH=.venv/triton-3.6.0   # make .venv/triton-3.6.0
     .venv/bin/python tests/gpu/offline.py --only similarity_lse --arch 90 --dtype bf16 --d 512
     .venv/bin/python tests/gpu/offline.py --all   # everything, into benchmarks/results/offline/triton.{json,md}
 
@@ -191,7 +192,7 @@ def sampled_negatives(f, new):
 
 @case("queue_push")
 def push(f, new):
-    f.queue_push_(new.features(65536), new.integers(1), new.features(256))
+    f.queue_push_(new.features(65536), new.integers(1), new.features(256), True)
 
 
 @case("bank_update")
@@ -222,9 +223,13 @@ SIZES = {"bf16": (1, 33, 64, 128, 256, 512, 768, 2048), "fp16": (33, 128, 512), 
 SIZES["tf32"] = SIZES["fp32"]
 
 
+def job_of(row: dict) -> Job:
+    return Job(*(row[name] for name in Job._fields))
+
+
 def jobs(only: str = "", dtypes: Iterable[str] = DTYPES, sizes: Iterable[int] = (), archs: Iterable[int] = CHIPS):
     """Everything, or `only` what has this in its primitive/case, or these sizes (or those that are usual for a dtype).
-    Primitives without a file in the backend are left out."""
+    Primitives without a file in the backend are left out."""  # TODO: not once all have one
     return [
         Job(primitive, name, dtype, D, arch)
         for primitive, name, _ in CASES
@@ -464,7 +469,7 @@ def write(rows: list[dict]) -> None:
     kept = [{name: value for name, value in row.items() if name not in ("hash", "threads")} for row in rows]
     lines = ",\n".join(json.dumps(row) for row in kept)
     (RESULTS / "triton.json").write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
-    bad = [f"- {row['kernel']} of {Job(*(row[n] for n in Job._fields))}: {', '.join(complaints(row))}"
+    bad = [f"- {row['kernel']} of {job_of(row)}: {', '.join(complaints(row))}"
            for row in rows if complaints(row)]  # fmt: skip
     said = "\n".join(["What is not so:", "", *bad]) if bad else "All of it holds for every row."
     text = HEADER.format(version=triton.__version__, complaints=said) + table(rows) + "\n"
@@ -495,7 +500,7 @@ def main() -> int:
         print(table(rows, [name for name in COLUMNS if name != "primitive"], markdown=False))
     bad = [row for row in rows if complaints(row)]
     for row in bad:
-        print(f"{row['kernel']} of {Job(*(row[name] for name in Job._fields))}: {', '.join(complaints(row))}")
+        print(f"{row['kernel']} of {job_of(row)}: {', '.join(complaints(row))}")
     print(f"{len(rows)} kernels, {len(bad)} not as they must be")
     return bool(bad)
 

@@ -1,0 +1,45 @@
+"""The code of the Triton kernels on chips that are not there: nothing spills, and products use the matrix units."""
+
+import json
+
+import pytest
+import torch
+
+from sslkern.backends import BACKENDS
+
+from . import offline
+
+pytest.importorskip("triton")
+if BACKENDS["triton"].INTERPRETED or torch.cuda.is_available():
+    pytest.skip("for machines without a GPU, and not for the interpreter", allow_module_level=True)
+
+# All cases once, and the most used ones with so many features that a tile takes them in parts.
+JOBS = offline.jobs(dtypes=["bf16"], sizes=[128]) + [
+    job
+    for name in ("nt_xent", "two_way", "frozen", "siglip")
+    for job in offline.jobs(name, dtypes=["bf16"], sizes=[512], archs=[90])
+]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return list(offline.compile_all(JOBS))
+
+
+def bad(rows):
+    return [
+        f"{row['kernel']} of {offline.job_of(row)}: {offline.complaints(row)}"
+        for row in rows
+        if offline.complaints(row)
+    ]
+
+
+def test_no_kernel_spills_or_misses_the_matrix_units(rows):
+    assert not bad(rows)
+
+
+def test_the_table_is_of_these_kernels(rows):
+    table = json.loads((offline.RESULTS / "triton.json").read_text())["kernels"]
+    assert not bad(table)
+    names = {(row["arch"], row["primitive"], row["kernel"]) for row in table}
+    assert {(row["arch"], row["primitive"], row["kernel"]) for row in rows} <= names, "`make triton-offline` renews it"
