@@ -9,16 +9,14 @@
 namespace sslkern::cuda {
 namespace {
 
-constexpr int PIECES = 2;
-
-__global__ void __launch_bounds__(THREADS) forget(int64_t size, int64_t batch, const int64_t* index, int64_t* last) {
+__global__ void __launch_bounds__(THREADS, 3) forget(int64_t size, int64_t batch, const int64_t* index, int64_t* last) {
   for (int64_t i = block_id() * THREADS + thread_id(); i < batch; i += block_count() * THREADS) {
-    assert(0 <= index[i] && index[i] < size && "index must be a row of the bank");
+    require(0 <= index[i] && index[i] < size);
     last[index[i]] = -1;
   }
 }
 
-__global__ void __launch_bounds__(THREADS) claim(int64_t batch, const int64_t* index, int64_t* last) {
+__global__ void __launch_bounds__(THREADS, 3) claim(int64_t batch, const int64_t* index, int64_t* last) {
   for (int64_t i = block_id() * THREADS + thread_id(); i < batch; i += block_count() * THREADS)
     raise_to(last + index[i], i);
 }
@@ -31,36 +29,36 @@ __device__ bool named_later(const Teams& teams, int64_t i, int64_t batch, const 
 }
 
 template <class To, class From>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)
     update(Teams teams, int64_t size, int64_t batch, To* bank, const int64_t* index, const From* x, float momentum,
            const int64_t* last) {
-  constexpr int V = PIECE<To, From>;
+  constexpr int V = WIDTH<To, From>;
   each_row(teams, batch, [&](int64_t i, bool here) {
     const int64_t j = index[i];
-    assert(0 <= j && j < size && "index must be a row of the bank");
+    require(0 <= j && j < size);
     const bool outdated = last == nullptr ? named_later(teams, i, batch, index) : last[j] != i;
     To* const row = bank + j * teams.d;
     const From* const towards = x + i * teams.d;
-    const int64_t rounds = teams.rounds(PIECES);
-    Row<float, V, PIECES> moved;
-    const auto move = [&](int64_t round) {
-      Row<To, V, PIECES> old;
-      Row<From, V, PIECES> fresh;
+    const int rounds = teams.rounds();
+    Row<float, V> moved;
+    const auto move = [&](int round) {
+      Row<To, V> old;
+      Row<From, V> fresh;
       old.load(teams, row, round);
       fresh.load(teams, towards, round);
 #pragma unroll
       for (int n = 0; n < moved.NUMBERS; ++n) moved.set(n, momentum * old[n] + (1.f - momentum) * fresh[n]);
     };
     float squares = 0.f;
-    for (int64_t round = 0; round < rounds; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       move(round);
       squares += dot(moved, moved);
     }
     const float norm = length(teams.sum(squares));
     if (outdated || !here) return;
-    for (int64_t round = 0; round < rounds; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       if (rounds > 1) move(round);
-      Row<To, V, PIECES> unit;
+      Row<To, V> unit;
 #pragma unroll
       for (int n = 0; n < unit.NUMBERS; ++n) unit.set(n, moved[n] / norm);
       unit.store(teams, row, round);
@@ -82,7 +80,7 @@ void bank_update(DType bank_type, DType x_type, int64_t size, int64_t dim, int64
     with_type(x_type, [&](auto from) {
       using To = decltype(to);
       using From = decltype(from);
-      const Teams teams(dim, PIECE<To, From>, PIECES, THREADS, {bank, x});
+      const Teams teams(dim, WIDTH<To, From>, THREADS, {bank, x});
       launch("bank_update", update<To, From>, teams.blocks(batch), stream, teams, size, batch, static_cast<To*>(bank),
              index, static_cast<const From*>(x), momentum, last);
     });

@@ -2,7 +2,7 @@
 // SSLKERN_EMULATED tests/cuda_emulation takes the machine's place, and a C++ compiler compiles the same sources.
 #pragma once
 
-#include <cassert>  // of an index outside: the kernel stops, as torch's own indexing does
+#include <cassert>
 #include <cstdint>
 
 namespace sslkern::cuda {
@@ -72,6 +72,13 @@ __device__ inline fp16 from_float<fp16>(float x) {
   fp16 result;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
   return result;
+}
+
+// The kernel stops, as torch's own indexing does.
+__device__ inline void require(bool is_row) {
+  if (is_row) return;
+  assert(false && "index must be a row of the bank");
+  __builtin_unreachable();
 }
 
 void check(cudaError_t, const char* what);

@@ -7,8 +7,6 @@
 namespace sslkern::cuda {
 namespace {
 
-constexpr int PIECES = 4;
-
 // The pointer stays on the device, and is read by all blocks before the last of them moves it. Which one is the last
 // they find out by taking tickets, that are counted above bit 40 of the pointer itself: nothing else is to be kept or
 // cleared.
@@ -18,39 +16,37 @@ constexpr int64_t MOST_TICKETS = 1 << 12;
 __device__ int64_t tickets(int64_t word) { return (word + TICKET / 2) >> 40; }
 
 template <class To, class From>
-__global__ void __launch_bounds__(THREADS)
-    push(Teams teams, int64_t size, int64_t batch, To* queue, int64_t* ptr, const From* keys, bool normalize) {
-  constexpr int V = PIECE<To, From>;
-  const int64_t dropped = batch > size ? batch - size : 0, rows = batch - dropped;
+__global__ void __launch_bounds__(THREADS, 3) push(Teams teams, int64_t size, int64_t dropped, int64_t rows, To* queue,
+                                                   int64_t* ptr, const From* keys, bool normalize) {
+  constexpr int V = WIDTH<To, From>;
   const int64_t word = *static_cast<volatile int64_t*>(ptr), pointer = word - tickets(word) * TICKET;
   const int64_t start = ((pointer % size + size) % size + dropped) % size;  // a wild pointer stays inside the ring
   each_row(teams, rows, [&](int64_t i, bool here) {
     const From* const key = keys + (dropped + i) * teams.d;
     To* const to = queue + (start + i < size ? start + i : start + i - size) * teams.d;
-    const int64_t rounds = teams.rounds(PIECES);
-    Row<From, V, PIECES> from;
+    const int rounds = teams.rounds();
+    Row<From, V> from;
     float norm = 1.f;
     if (normalize) {
       float squares = 0.f;
-      for (int64_t round = 0; round < rounds; ++round) {
+      for (int round = 0; round < rounds; ++round) {
         from.load(teams, key, round);
         squares += dot(from, from);
       }
       norm = length(teams.sum(squares));
     }
     if (!here) return;
-    for (int64_t round = 0; round < rounds; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       if (!normalize || rounds > 1) from.load(teams, key, round);
       if constexpr (std::is_same_v<To, From>) {
-        if (!normalize) {
-          from.store(teams, to, round);
-          continue;
-        }
-      }
-      Row<To, V, PIECES> unit;
+        if (normalize) from.divide(norm);
+        from.store(teams, to, round);
+      } else {
+        Row<To, V> unit;
 #pragma unroll
-      for (int n = 0; n < unit.NUMBERS; ++n) unit.set(n, normalize ? from[n] / norm : from[n]);
-      unit.store(teams, to, round);
+        for (int n = 0; n < unit.NUMBERS; ++n) unit.set(n, from[n] / norm);
+        unit.store(teams, to, round);
+      }
     }
   });
   sync_block();
@@ -65,10 +61,10 @@ void queue_push(DType queue_type, DType keys_type, int64_t size, int64_t dim, in
     with_type(keys_type, [&](auto from) {
       using To = decltype(to);
       using From = decltype(from);
-      const Teams teams(dim, PIECE<To, From>, PIECES, THREADS, {queue, keys});
-      const int64_t blocks = teams.blocks(batch < size ? batch : size);
-      launch("queue_push", push<To, From>, blocks < MOST_TICKETS ? blocks : MOST_TICKETS, stream, teams, size, batch,
-             static_cast<To*>(queue), ptr, static_cast<const From*>(keys), normalize);
+      const Teams teams(dim, WIDTH<To, From>, THREADS, {queue, keys});
+      const int64_t rows = batch < size ? batch : size, blocks = teams.blocks(rows);
+      launch("queue_push", push<To, From>, blocks < MOST_TICKETS ? blocks : MOST_TICKETS, stream, teams, size,
+             batch - rows, rows, static_cast<To*>(queue), ptr, static_cast<const From*>(keys), normalize);
     });
   });
 }

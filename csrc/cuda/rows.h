@@ -15,23 +15,25 @@
 
 namespace sslkern::cuda {
 
+constexpr int PIECES = 2;
 constexpr float EPS = 1e-12f;             // rows shorter than this are divided by it
 constexpr int64_t MOST_BLOCKS = 1 << 16;  // which take further rows in turn
 
 // Numbers of a piece of rows of these types.
 template <class A, class B = A>
-constexpr int PIECE = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
+constexpr int WIDTH = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
 
 struct Teams {
-  int64_t d, pieces;  // numbers and pieces of a row
-  int size;           // threads of a team, a power of two
-  bool whole;         // all pieces are whole and lie on multiples of their size
+  int64_t d;   // numbers of a row
+  int pieces;  // of a row, fewer than 2^31 as are the numbers
+  int size;    // threads of a team, a power of two
+  bool whole;  // all pieces are whole and lie on multiples of their size
 
   // For rows in these arrays; a team has up to `most` threads.
-  Teams(int64_t d, int piece, int at_once, int most, std::initializer_list<const void*> arrays)
-      : d(d), pieces((d + piece - 1) / piece), size(1), whole(d % piece == 0) {
+  Teams(int64_t d, int width, int most, std::initializer_list<const void*> arrays)
+      : d(d), pieces(int((d + width - 1) / width)), size(1), whole(d % width == 0) {
     constexpr int LINE = 8;  // pieces of 16 bytes in a cache line
-    while (size < most && (size * at_once < pieces || size < (pieces < LINE ? pieces : LINE))) size *= 2;
+    while (size < most && (size * PIECES < pieces || size < (pieces < LINE ? pieces : LINE))) size *= 2;
     for (const void* array : arrays) whole = whole && reinterpret_cast<uintptr_t>(array) % 16 == 0;
   }
 
@@ -40,7 +42,7 @@ struct Teams {
     return wanted < 1 ? 1 : wanted < MOST_BLOCKS ? wanted : MOST_BLOCKS;
   }
 
-  __device__ int64_t rounds(int at_once) const { return (pieces + at_once * size - 1) / (at_once * size); }
+  __device__ int rounds() const { return (pieces + PIECES * size - 1) / (PIECES * size); }
   __device__ int count() const { return THREADS / size; }
   __device__ int id() const { return thread_id() / size; }
   __device__ int lane() const { return thread_id() & (size - 1); }
@@ -71,49 +73,56 @@ struct alignas(V * sizeof(T)) Piece {
   T at[V];
 };
 
-// A thread's pieces of a row in memory, PIECES at a time: a round. Pieces outside the row are 0.
-template <class T, int V, int PIECES>
+// A thread's pieces of a row, PIECES at a time: a round. Pieces outside the row are 0.
+template <class T, int V>
 struct Row {
   static constexpr int NUMBERS = V * PIECES;
-  Piece<T, V> piece[PIECES];
+  using Vector = Piece<T, V>;
+  Vector piece[PIECES];
 
-  __device__ static int64_t number(const Teams& teams, int64_t round, int p) {
+  // Its place in the row: of piece p of a round.
+  __device__ static int place(const Teams& teams, int round, int p) {
     return (round * PIECES + p) * teams.size + teams.lane();
   }
 
-  __device__ void load(const Teams& teams, const T* row, int64_t round) {
+  __device__ void load(const Teams& teams, const T* row, int round) {
+    if (teams.whole) {
 #pragma unroll
-    for (int p = 0; p < PIECES; ++p) {
-      const int64_t at = number(teams, round, p);
-      piece[p] = {};
-      if (at >= teams.pieces) continue;
-      if (teams.whole) {
-        piece[p] = *reinterpret_cast<const Piece<T, V>*>(row + at * V);
-      } else {
+      for (int p = 0; p < PIECES; ++p) {
+        const int at = place(teams, round, p);
+        piece[p] = at < teams.pieces ? reinterpret_cast<const Vector*>(row)[at] : Vector{};
+      }
+    } else {
 #pragma unroll
-        for (int v = 0; v < V; ++v)
-          if (at * V + v < teams.d) piece[p].at[v] = row[at * V + v];
+      for (int n = 0; n < NUMBERS; ++n) {
+        const int64_t at = int64_t(place(teams, round, n / V)) * V + n % V;
+        piece[n / V].at[n % V] = at < teams.d ? row[at] : T{};
       }
     }
   }
 
-  __device__ void store(const Teams& teams, T* row, int64_t round) const {
+  __device__ void store(const Teams& teams, T* row, int round) const {
+    if (teams.whole) {
 #pragma unroll
-    for (int p = 0; p < PIECES; ++p) {
-      const int64_t at = number(teams, round, p);
-      if (at >= teams.pieces) continue;
-      if (teams.whole) {
-        *reinterpret_cast<Piece<T, V>*>(row + at * V) = piece[p];
-      } else {
+      for (int p = 0; p < PIECES; ++p) {
+        const int at = place(teams, round, p);
+        if (at < teams.pieces) reinterpret_cast<Vector*>(row)[at] = piece[p];
+      }
+    } else {
 #pragma unroll
-        for (int v = 0; v < V; ++v)
-          if (at * V + v < teams.d) row[at * V + v] = piece[p].at[v];
+      for (int n = 0; n < NUMBERS; ++n) {
+        const int64_t at = int64_t(place(teams, round, n / V)) * V + n % V;
+        if (at < teams.d) row[at] = piece[n / V].at[n % V];
       }
     }
   }
 
   __device__ float operator[](int i) const { return to_float(piece[i / V].at[i % V]); }
   __device__ void set(int i, float x) { piece[i / V].at[i % V] = from_float<T>(x); }
+  __device__ void divide(float norm) {
+#pragma unroll
+    for (int i = 0; i < NUMBERS; ++i) set(i, (*this)[i] / norm);
+  }
 };
 
 // sum_i a_i b_i over a thread's numbers.

@@ -7,7 +7,6 @@
 namespace sslkern::cuda {
 namespace {
 
-constexpr int PIECES = 2;
 constexpr int ROWS = 4;       // of the bank that a team reads at once
 constexpr int SHARE = 64;     // names of a query that a team takes in the forward
 constexpr int PART = 256;     // and at least those that a block takes in the backward
@@ -15,39 +14,42 @@ constexpr int BLOCKS = 1024;  // that keep a large chip busy
 
 __device__ int64_t row_of(const int64_t* index, int64_t at, int64_t m) {
   const int64_t j = index[at];
-  assert(0 <= j && j < m && "index must be a row of the bank");
+  require(0 <= j && j < m);
   return j;
 }
 
-template <class T>
-__global__ void __launch_bounds__(THREADS) forward(Teams teams, int64_t queries, int64_t n, int64_t m, int64_t count,
-                                                   const T* q, const T* bank, const int64_t* index, float* out) {
-  constexpr int V = PIECE<T>;
-  const int64_t shares = (count + SHARE - 1) / SHARE, rounds = teams.rounds(PIECES);
+template <class T, bool WHOLE>
+__global__ void __launch_bounds__(THREADS, 2) forward(Teams teams, int64_t queries, int64_t n, int64_t m, int64_t count,
+                                                      const T* q, const T* bank, const int64_t* index, float* out) {
+  constexpr int V = WIDTH<T>, AT_ONCE = WHOLE ? ROWS : ROWS / 2;  // numbers one by one take a register each
+  teams.whole = WHOLE;                                            // the compiler leaves the other way out
+  const int64_t shares = (count + SHARE - 1) / SHARE;
+  const int rounds = teams.rounds();
   each_row(teams, queries * shares, [&](int64_t task, bool here) {
     if (!here) return;  // a team is at most a warp here, and waits for no other
-    const int64_t i = task / shares, begin = task % shares * SHARE, end = begin + SHARE < count ? begin + SHARE : count;
+    const int64_t i = task / shares, first = i * count + task % shares * SHARE;
+    const int names = int(count - task % shares * SHARE < SHARE ? count - task % shares * SHARE : SHARE);
     const T* const of_group = bank + i / n * m * teams.d;
-    Row<T, V, PIECES> query;
+    Row<T, V> query;
     query.load(teams, q + i * teams.d, 0);
-    for (int64_t t = begin; t < end; t += ROWS) {
-      const T* named[ROWS];
-      float sums[ROWS] = {};
+    for (int t = 0; t < names; t += AT_ONCE) {
+      const T* named[AT_ONCE];
+      float sums[AT_ONCE] = {};
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-        named[r] = of_group + row_of(index, i * count + (t + r < end ? t + r : end - 1), m) * teams.d;
-      for (int64_t round = 0; round < rounds; ++round) {
+      for (int r = 0; r < AT_ONCE; ++r)
+        named[r] = of_group + row_of(index, first + (t + r < names ? t + r : names - 1), m) * teams.d;
+      for (int round = 0; round < rounds; ++round) {
         if (rounds > 1) query.load(teams, q + i * teams.d, round);
-        Row<T, V, PIECES> rows[ROWS];
+        Row<T, V> rows[AT_ONCE];
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) rows[r].load(teams, named[r], round);
+        for (int r = 0; r < AT_ONCE; ++r) rows[r].load(teams, named[r], round);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) sums[r] += dot(query, rows[r]);
+        for (int r = 0; r < AT_ONCE; ++r) sums[r] += dot(query, rows[r]);
       }
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
+      for (int r = 0; r < AT_ONCE; ++r) {
         const float score = teams.sum(sums[r]);
-        if (teams.lane() == 0 && t + r < end) out[i * count + t + r] = score;
+        if (teams.lane() == 0 && t + r < names) out[first + t + r] = score;
       }
     }
   });
@@ -55,20 +57,22 @@ __global__ void __launch_bounds__(THREADS) forward(Teams teams, int64_t queries,
 
 // sum_t g_it bank[index_it] over a part of the names of query i, in a strip of the columns: the teams of a block take
 // rows in turn, and then add their sums in order. to (queries, parts, d).
-template <class T>
-__global__ void __launch_bounds__(THREADS)
+template <class T, bool WHOLE>
+__global__ void __launch_bounds__(THREADS, 2)
     backward(Teams teams, int64_t queries, int64_t n, int64_t m, int64_t count, int64_t parts, const T* bank,
              const int64_t* index, const float* g, float* to) {
-  constexpr int V = PIECE<T>, NUMBERS = V * PIECES;
+  constexpr int V = WIDTH<T>, NUMBERS = V * PIECES;
+  teams.whole = WHOLE;
   __shared__ float of_team[NUMBERS * THREADS];
-  const int64_t strips = teams.rounds(PIECES), width = NUMBERS * teams.size;
+  const int strips = teams.rounds(), width = NUMBERS * teams.size;
   for (int64_t task = block_id(); task < queries * parts * strips; task += block_count()) {
-    const int64_t strip = task % strips, part = task / strips % parts, i = task / strips / parts;
+    const int strip = int(task % strips);
+    const int64_t part = task / strips % parts, i = task / strips / parts;
     const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
     const T* const of_group = bank + i / n * m * teams.d;
     float sums[NUMBERS] = {};
     for (int64_t t = begin + teams.id() * ROWS; t < end; t += teams.count() * ROWS) {
-      Row<T, V, PIECES> rows[ROWS];
+      Row<T, V> rows[ROWS];
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         const int64_t at = i * count + (t + r < end ? t + r : end - 1);
@@ -87,15 +91,15 @@ __global__ void __launch_bounds__(THREADS)
     for (int c = 0; c < NUMBERS; ++c)
       of_team[teams.id() * width + (c / V * teams.size + teams.lane()) * V + c % V] = sums[c];
     sync_block();
-    for (int64_t c = thread_id(); c < width && strip * width + c < teams.d; c += THREADS) {
+    for (int c = thread_id(); c < width && int64_t(strip) * width + c < teams.d; c += THREADS) {
       float total = 0.f;
       for (int team = 0; team < teams.count(); ++team) total += of_team[team * width + c];
-      to[(i * parts + part) * teams.d + strip * width + c] = total;
+      to[(i * parts + part) * teams.d + int64_t(strip) * width + c] = total;
     }
   }
 }
 
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)
     add_parts(int64_t queries, int64_t d, int64_t parts, const float* sums, float* dq) {
   for (int64_t at = block_id() * THREADS + thread_id(); at < queries * d; at += block_count() * THREADS) {
     const float* const of_query = sums + at / d * parts * d + at % d;
@@ -114,9 +118,10 @@ void sampled_similarity_fwd(DType dtype, int64_t groups, int64_t n, int64_t m, i
   if (groups * n * count == 0) return;
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    const Teams teams(d, PIECE<T>, PIECES, WARP, {q, bank});
-    launch("sampled_similarity", forward<T>, teams.blocks(groups * n * ((count + SHARE - 1) / SHARE)), stream, teams,
-           groups * n, n, m, count, static_cast<const T*>(q), static_cast<const T*>(bank), index, out);
+    const Teams teams(d, WIDTH<T>, WARP, {q, bank});
+    launch("sampled_similarity", teams.whole ? forward<T, true> : forward<T, false>,
+           teams.blocks(groups * n * ((count + SHARE - 1) / SHARE)), stream, teams, groups * n, n, m, count,
+           static_cast<const T*>(q), static_cast<const T*>(bank), index, out);
   });
 }
 
@@ -134,10 +139,11 @@ void sampled_similarity_bwd(DType dtype, int64_t groups, int64_t n, int64_t m, i
   const int64_t queries = groups * n, parts = sampled_similarity_parts(queries, d, count);
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    const Teams teams(d, PIECE<T>, PIECES, WARP, {bank});
-    const int64_t width = PIECES * PIECE<T> * teams.size, strips = (d + width - 1) / width;
-    launch("sampled_similarity", backward<T>, at_most(queries * parts * strips), stream, teams, queries, n, m, count,
-           parts, static_cast<const T*>(bank), index, g, parts > 1 ? sums : dq);
+    const Teams teams(d, WIDTH<T>, WARP, {bank});
+    const int64_t width = PIECES * WIDTH<T> * teams.size, strips = (d + width - 1) / width;
+    launch("sampled_similarity", teams.whole ? backward<T, true> : backward<T, false>,
+           at_most(queries * parts * strips), stream, teams, queries, n, m, count, parts, static_cast<const T*>(bank),
+           index, g, parts > 1 ? sums : dq);
   });
   if (parts > 1)
     launch("sampled_similarity", add_parts, at_most((queries * d + THREADS - 1) / THREADS), stream, queries, d, parts,

@@ -6,20 +6,18 @@
 namespace sslkern::cuda {
 namespace {
 
-constexpr int PIECES = 2;  // of each of several rows
-
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)
     forward(Teams teams, int64_t n, const T* x, const T* y, T* z, float* norm, float* cosine) {
-  constexpr int V = PIECE<T>;
+  constexpr int V = WIDTH<T>;
   each_row(teams, n, [&](int64_t i, bool here) {
     const T *const from_a = x + i * teams.d, *const from_b = y + i * teams.d;
     T *const to_a = z + i * teams.d, *const to_b = z + (n + i) * teams.d;
-    const int64_t rounds = teams.rounds(PIECES);
-    Row<T, V, PIECES> a, b;
+    const int rounds = teams.rounds();
+    Row<T, V> a, b;
     float norm_a = 1.f, norm_b = 1.f;
     if (norm != nullptr) {
-      for (int64_t round = 0; round < rounds; ++round) {
+      for (int round = 0; round < rounds; ++round) {
         if (round == 0) norm_a = norm_b = 0.f;
         a.load(teams, from_a, round);
         b.load(teams, from_b, round);
@@ -30,17 +28,14 @@ __global__ void __launch_bounds__(THREADS)
       norm_b = length(teams.sum(norm_b));
     }
     float along = 0.f;
-    for (int64_t round = 0; round < rounds; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       if (norm == nullptr || rounds > 1) {
         a.load(teams, from_a, round);
         b.load(teams, from_b, round);
       }
       if (norm != nullptr) {
-#pragma unroll
-        for (int c = 0; c < a.NUMBERS; ++c) {
-          a.set(c, a[c] / norm_a);
-          b.set(c, b[c] / norm_b);
-        }
+        a.divide(norm_a);
+        b.divide(norm_b);
       }
       if (here) {
         a.store(teams, to_a, round);
@@ -59,16 +54,17 @@ __global__ void __launch_bounds__(THREADS)
 
 // Through u = x / |x|: dx = (du - u <u, du>) / |x|, where du also takes the pull of the positive, -pull other.
 template <class T>
-__global__ void __launch_bounds__(THREADS) backward(Teams teams, int64_t n, const T* z, const float* norm,
-                                                    const float* pull, const float* da, const float* db, T* dx, T* dy) {
-  constexpr int V = PIECE<float>;
+__global__ void __launch_bounds__(THREADS, 3)
+    backward(Teams teams, int64_t n, const T* z, const float* norm, const float* pull, const float* da, const float* db,
+             T* dx, T* dy) {
+  constexpr int V = WIDTH<float>;
   each_row(teams, n, [&](int64_t i, bool here) {
     const T *const unit_a = z + i * teams.d, *const unit_b = z + (n + i) * teams.d;
     const float weight = pull[i];
-    const int64_t rounds = teams.rounds(PIECES);
-    Row<T, V, PIECES> a, b;
-    Row<float, V, PIECES> to_a, to_b;
-    const auto load = [&](int64_t round) {
+    const int rounds = teams.rounds();
+    Row<T, V> a, b;
+    Row<float, V> to_a, to_b;
+    const auto load = [&](int round) {
       a.load(teams, unit_a, round);
       b.load(teams, unit_b, round);
       if (dx != nullptr) to_a.load(teams, da + i * teams.d, round);
@@ -81,7 +77,7 @@ __global__ void __launch_bounds__(THREADS) backward(Teams teams, int64_t n, cons
     };
     float along_a = 0.f, along_b = 0.f, inverse_a = 1.f, inverse_b = 1.f;
     if (norm != nullptr) {
-      for (int64_t round = 0; round < rounds; ++round) {
+      for (int round = 0; round < rounds; ++round) {
         load(round);
         if (dx != nullptr) along_a += dot(to_a, a);
         if (dy != nullptr) along_b += dot(to_b, b);
@@ -92,14 +88,14 @@ __global__ void __launch_bounds__(THREADS) backward(Teams teams, int64_t n, cons
       inverse_b = 1.f / norm[n + i];
     }
     if (!here) return;
-    const auto store = [&](const Row<float, V, PIECES>& to, const Row<T, V, PIECES>& unit, float along, float inverse,
-                           T* grad, int64_t round) {
-      Row<T, V, PIECES> rounded;
+    const auto store = [&](const Row<float, V>& to, const Row<T, V>& unit, float along, float inverse, T* grad,
+                           int round) {
+      Row<T, V> rounded;
 #pragma unroll
       for (int c = 0; c < rounded.NUMBERS; ++c) rounded.set(c, (to[c] - along * unit[c]) * inverse);
       rounded.store(teams, grad + i * teams.d, round);
     };
-    for (int64_t round = 0; round < rounds; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       if (norm == nullptr || rounds > 1) load(round);
       if (dx != nullptr) store(to_a, a, along_a, inverse_a, dx, round);
       if (dy != nullptr) store(to_b, b, along_b, inverse_b, dy, round);
@@ -114,7 +110,7 @@ void unit_pairs_fwd(DType dtype, int64_t n, int64_t d, const void* x, const void
   if (n == 0) return;
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    const Teams teams(d, PIECE<T>, PIECES, THREADS, {x, y, z});
+    const Teams teams(d, WIDTH<T>, THREADS, {x, y, z});
     launch("unit_pairs", forward<T>, teams.blocks(n), stream, teams, n, static_cast<const T*>(x),
            static_cast<const T*>(y), static_cast<T*>(z), norm, cosine);
   });
@@ -125,7 +121,7 @@ void unit_pairs_bwd(DType dtype, int64_t n, int64_t d, const void* z, const floa
   if (n == 0 || (dx == nullptr && dy == nullptr)) return;
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    const Teams teams(d, PIECE<float>, PIECES, THREADS, {z, da, db, dx, dy});
+    const Teams teams(d, WIDTH<float>, THREADS, {z, da, db, dx, dy});
     launch("unit_pairs", backward<T>, teams.blocks(n), stream, teams, n, static_cast<const T*>(z), norm, pull, da, db,
            static_cast<T*>(dx), static_cast<T*>(dy));
   });

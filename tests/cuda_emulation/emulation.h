@@ -11,7 +11,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 namespace sslkern::cuda {
 
@@ -41,6 +41,8 @@ inline int64_t add_to(int64_t* at, int64_t x) {
   return before;
 }
 inline void raise_to(int64_t* at, int64_t x) { *at = x > *at ? x : *at; }
+
+inline void require(bool is_row) { assert(is_row); }
 
 inline float from_bits(uint32_t bits) {
   float x;
