@@ -252,7 +252,8 @@ def _compiled(method: nn.Module) -> Iterator[None]:
     from torch._dynamo.exc import TorchDynamoException  # a second to import
 
     def impossible(error: Exception) -> UsageError:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        cause = getattr(error, "inner_exception", error)  # what the compiler itself said
+        reason = (str(cause).strip() or type(cause).__name__).partition("\n")[0].rstrip(".")
         return UsageError(f"--compile: torch.compile cannot compile the networks here ({reason}); leave it out.")
 
     try:

@@ -118,6 +118,21 @@ def test_export(capsys, tmp_path, moco_run):
     ConvNet(1).load_state_dict(load_file(out))
 
 
+def test_a_run_of_a_gpu_that_is_not_here_can_be_used(capsys, tmp_path, moco_run):
+    import shutil
+
+    import torch
+    from ssltrain import loop
+
+    run = shutil.copytree(moco_run, tmp_path / "run")
+    checkpoint = torch.load(run / loop.CHECKPOINT, weights_only=True)
+    checkpoint["config"]["device"] = "cuda:63"
+    torch.save(checkpoint, run / loop.CHECKPOINT)
+    assert ssltrain(capsys, "export", run, "--out", tmp_path / "encoder.safetensors")[0] == 0
+    code, _, error = ssltrain(capsys, "moco", "--resume", "--out", run)
+    assert code == 2 and "--device cuda:63" in error
+
+
 def test_yaml_gives_options_and_flags_count_before_it(capsys, tmp_path):
     file, out = tmp_path / "options.yaml", tmp_path / "run"
     file.write_text("method: simclr\ndata: digits\nepochs: 7\nlr: 1e-3\nbatch-size: 128\nlimit: 300\nthreads: 1\n")

@@ -1,0 +1,111 @@
+"""A GPU that is not there: tensors of its device have shapes and no values, and whatever would wait for it fails.
+
+`python -m tests.ssltrain.pretend_gpu` runs steps of every method on it, in a process of its own since torch keeps the
+device. What a real GPU adds is in `test_gpu.py`.
+"""
+
+import sys
+import traceback
+
+import torch
+from ssltrain import augment, config, encoders, loop, methods, speech
+from ssltrain.methods.moco import MoCo
+from ssltrain.methods.simclr import SimCLR
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+
+class Backend(_DummyBackendModule):
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+class PretendGPU(TorchDispatchMode):
+    """Whatever touches the device is computed in shapes alone; the CPU computes as ever.
+
+    Notes the copies between the two that wait; to read a value fails by itself, as there is none.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = FakeTensorMode()
+        self.waits: list[str] = []
+
+    def to(self, x: Tensor) -> Tensor:
+        with self.shapes:
+            return self.shapes.from_tensor(x).to("gpu")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        device = kwargs.get("device")
+        if not any(isinstance(x, FakeTensor) for x in tensors) and (device is None or device.type == "cpu"):
+            return func(*args, **kwargs)
+        args, kwargs = tree_map(lambda x: self.shapes.from_tensor(x) if _is_real(x) else x, (args, kwargs))
+        with self.shapes:
+            out = func(*args, **kwargs)
+        source = {"_to_copy": 0, "copy_": 1}.get(func.overloadpacket.__name__)
+        if source is not None and args[source].device.type != out.device.type and not kwargs.get("non_blocking"):
+            frames = traceback.extract_stack()
+            # kornia waits for no CUDA device, but for any other kind
+            if not any(f.name == "_to_device_nonblocking" for f in frames):
+                where = [f"{f.filename}:{f.lineno}" for f in frames if "site-packages/torch" not in f.filename]
+                self.waits.append(f"{func} at {where[-2]}")
+        return out
+
+
+class Recurrent(nn.Linear):
+    """In place of the GRU, which is one kernel on a real GPU and unknown to a pretended one."""
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, None]:
+        return super().forward(frames), None
+
+
+def _is_real(x) -> bool:
+    return isinstance(x, Tensor) and not isinstance(x, FakeTensor)
+
+
+def build(name: str, channels: int) -> tuple[nn.Module, Tensor | speech.Clips]:
+    """A method and a batch, still on the CPU."""
+    if name == "cpc":
+        method = methods.build(config.CPCConfig(width=8, units=8), None)
+        method.encoder.recurrent = Recurrent(8, 8)
+        clips = speech.Clips.of([torch.zeros(3000 + i, dtype=torch.int16) for i in range(8)])
+        return method, clips
+    images = torch.zeros(8, channels, 16, 16, dtype=torch.uint8)
+    parts = encoders.build("convnet", images), augment.build(channels, (16, 16), flip=True)
+    kinds = {
+        "simclr": lambda: SimCLR(*parts),
+        "moco": lambda: MoCo(*parts, queue=32),
+        "moco v3": lambda: MoCo(*parts, version=3),
+    }
+    return kinds[name](), images
+
+
+def main() -> None:
+    _setup_privateuseone_for_python_backend("gpu", Backend())
+    gpu, failed = PretendGPU(), 0
+    for name, channels in [(n, c) for n in ("simclr", "moco", "moco v3") for c in (1, 3)] + [("cpc", 0)]:
+        method, batch = build(name, channels)
+        method._apply(gpu.to)
+        batch = gpu.to(batch) if isinstance(batch, Tensor) else speech.Clips(*map(gpu.to, vars(batch).values()))
+        optimizer = loop._optimizer(method, config.SimCLRConfig(device="gpu"))
+        with gpu:
+            for _ in range(2):
+                views = method.views(batch)
+                loss, stats = method.loss(views)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+        where = {x.device.type for x in (views, loss, *stats.values(), *method.state_dict().values())}
+        if gpu.waits or where != {"gpu"}:
+            failed = 1
+            print(f"{name}, {channels} channels: on {where}", *gpu.waits, sep="\n    ")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
