@@ -219,8 +219,7 @@ class Job(NamedTuple):
         return f"{self.primitive}/{self.case} {self.dtype} D={self.D} sm_{self.arch}"
 
 
-SIZES = {"bf16": (1, 33, 64, 128, 256, 512, 768, 2048), "fp16": (33, 128, 512), "fp32": (33, 128, 512)}
-SIZES["tf32"] = SIZES["fp32"]
+SIZES = {"bf16": (33, 128, 256, 512, 768, 2048)} | dict.fromkeys(("fp16", "fp32", "tf32"), (128, 512))
 
 
 def job_of(row: dict) -> Job:
