@@ -312,8 +312,8 @@ def compile_job(job: Job) -> list[dict]:
         call(module, Inputs(DTYPES[job.dtype], job.D))
     except Exception:
         error = traceback.format_exc()
-    kernels = {kernel.hash: (kernel, said) for kernel, said in _compiled}
-    rows = [job._asdict() | inspect(kernel, said, job.arch) for kernel, said in kernels.values()]
+    kernels = {kernel.hash: (kernel, said) for kernel, said in reversed(_compiled)}  # ptxas speaks the first time only
+    rows = [job._asdict() | inspect(kernel, said, job.arch) for kernel, said in reversed(kernels.values())]
     return rows + ([job._asdict() | {"kernel": "?", "error": error}] if error else [])
 
 
