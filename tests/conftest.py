@@ -1,3 +1,4 @@
+import fcntl
 import functools
 import importlib.util
 import sys
@@ -68,7 +69,10 @@ def emulated_cuda():
     import native_build
 
     path = root / "build" / sys.implementation.cache_tag / "emulated" / "_cuda.so"
-    native_build.build_emulated_cuda_module(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may be building it
+        native_build.build_emulated_cuda_module(path)
     spec = importlib.util.spec_from_file_location("_cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -83,6 +83,20 @@ print("make setup" in collect()["backends"]["cpu"]["missing"])"""
     assert run(code) == "True"
 
 
+def test_cuda_module_is_switched_by_the_environment():
+    code = """
+try:
+    from sslkern.backends import cuda
+    print(cuda.MISSING)
+except ImportError as error:
+    print("refused:", error)"""
+    assert run(code, SSLKERN_CUDA="0") == "SSLKERN_CUDA=0 switches it off"
+    assert "must be 0, 1 or auto, not 'yes'" in run(code, SSLKERN_CUDA="yes")
+    missing = run(code, SSLKERN_CUDA="auto")
+    asked = run(code, SSLKERN_CUDA="1")
+    assert asked == "None" if missing == "None" else asked.endswith(missing) and asked.startswith("refused:")
+
+
 def test_import_brings_nothing_but_torch():
     code = """
 import sys, torch

@@ -1,6 +1,6 @@
 """The machine code of csrc/cuda for each architecture: registers, shared memory, spills, and how wide its loads are.
 
-.venv/bin/python -m pytest tests/gpu/test_cuda_resources.py   # also writes benchmarks/results/offline/cuda.{json,md}
+It also goes into a table, benchmarks/results/offline/cuda.{json,md}.
 """
 
 import importlib.util
