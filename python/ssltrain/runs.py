@@ -79,10 +79,10 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
 
 def _prepare(device: str) -> bool:
     """Make `device` the one that all work goes to, with kernels that repeat their bits; true for a GPU by CUDA."""
-    torch.backends.cudnn.deterministic = True
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for GRUs
     if torch.device(device).type != "cuda":
         return False
+    torch.backends.cudnn.deterministic = True
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for GRUs
     if torch.device(device).index is not None:
         torch.cuda.set_device(device)
     torch.cuda.reset_peak_memory_stats()

@@ -38,6 +38,33 @@ def test_no_step_waits_for_a_pretended_gpu():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_on_a_gpu_the_stopwatch_reads_events_and_waits_for_the_last_one_only(monkeypatch):
+    ticks, waited = iter(range(100)), []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "the stream of cuda:1"
+            self.at = next(ticks)
+
+        def synchronize(self) -> None:
+            waited.append(self.at)
+
+        def elapsed_time(self, later) -> float:
+            return 1000 * (later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    criterion = torch.nn.Linear(3, 1)
+    with loop.Stopwatch(criterion, torch.device("cuda:1")) as stopwatch:
+        for _ in range(2):
+            criterion(torch.ones(1, 3, requires_grad=True)).sum().backward()
+        assert stopwatch.read() == 4 and waited == [7]  # two passes, forward and backward, a tick each
+        assert stopwatch.read() == 0 and waited == [7]
+
+
 @pytest.fixture(autouse=True)
 def repeatable(monkeypatch):
     """As the command line sets it."""
