@@ -1,4 +1,4 @@
-"""Triton's interpreter (3.6 and 3.9) with bf16 mended, and without what takes half of its time."""
+"""Triton's interpreter (3.6 and 3.9), mended, and without what takes half of its time."""
 
 import dataclasses
 import functools
@@ -10,7 +10,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def mend() -> None:
-    """It cuts bf16 off instead of rounding, and multiplies its bits as if they were integers."""
+    """It cuts bf16 off instead of rounding, and multiplies its bits as if they were integers. With 3.6, numpy 2.4 does
+    not take an array of one number for a number."""
     cast, multiply = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self, x, to):
@@ -29,6 +30,14 @@ def mend() -> None:
         return multiply(self, a, b, *args)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def hurry() -> None:
