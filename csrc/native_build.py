@@ -146,8 +146,10 @@ def build_cuda_module(output: Path, nvcc: str) -> None:
 
 
 def build_emulated_cuda_module(output: Path) -> None:
-    """Compile `sslkern._cuda` for tests, without CUDA: its kernels run on the CPU, slowly."""
-    flags = [*FLAGS, "-O2", "-DSSLKERN_EMULATED", f"-I{ROOT / 'tests/cuda_emulation'}"]
+    """Compile `sslkern._cuda` for tests, without CUDA: its kernels run on the CPU, slowly, and stop at a load that is
+    not aligned, as they would on a GPU, at a shift or an integer that overflows."""
+    sanitizer = ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
+    flags = [*FLAGS, "-O1", "-DSSLKERN_EMULATED", f"-I{ROOT / 'tests/cuda_emulation'}", *sanitizer]
     command = shlex.join([*find_compiler(), *flags])
     kernels = [source for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if source.stem != "runtime"]
     edges = [("compile", source, "once", ["-x", "c++"]) for source in kernels]

@@ -19,8 +19,9 @@ __device__ int64_t row_of(const int64_t* index, int64_t at, int64_t m) {
 }
 
 template <class T, bool WHOLE>
-__global__ void __launch_bounds__(THREADS, 2) forward(Teams teams, int64_t queries, int64_t n, int64_t m, int64_t count,
-                                                      const T* q, const T* bank, const int64_t* index, float* out) {
+__global__ void __launch_bounds__(THREADS, 2)
+    sampled_forward(Teams teams, int64_t queries, int64_t n, int64_t m, int64_t count, const T* q, const T* bank,
+                    const int64_t* index, float* out) {
   constexpr int V = WIDTH<T>, AT_ONCE = WHOLE ? ROWS : ROWS / 2;  // numbers one by one take a register each
   teams.whole = WHOLE;                                            // the compiler leaves the other way out
   const int64_t shares = (count + SHARE - 1) / SHARE;
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(THREADS, 2) forward(Teams teams, int64_t queri
 // rows in turn, and then add their sums in order. to (queries, parts, d).
 template <class T, bool WHOLE>
 __global__ void __launch_bounds__(THREADS, 2)
-    backward(Teams teams, int64_t queries, int64_t n, int64_t m, int64_t count, int64_t parts, const T* bank,
-             const int64_t* index, const float* g, float* to) {
+    sampled_backward(Teams teams, int64_t queries, int64_t n, int64_t m, int64_t count, int64_t parts, const T* bank,
+                     const int64_t* index, const float* g, float* to) {
   constexpr int V = WIDTH<T>, NUMBERS = V * PIECES;
   teams.whole = WHOLE;
   __shared__ float of_team[NUMBERS * THREADS];
@@ -119,7 +120,7 @@ void sampled_similarity_fwd(DType dtype, int64_t groups, int64_t n, int64_t m, i
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
     const Teams teams(d, WIDTH<T>, WARP, {q, bank});
-    launch("sampled_similarity", teams.whole ? forward<T, true> : forward<T, false>,
+    launch("sampled_similarity", teams.whole ? sampled_forward<T, true> : sampled_forward<T, false>,
            teams.blocks(groups * n * ((count + SHARE - 1) / SHARE)), stream, teams, groups * n, n, m, count,
            static_cast<const T*>(q), static_cast<const T*>(bank), index, out);
   });
@@ -141,7 +142,7 @@ void sampled_similarity_bwd(DType dtype, int64_t groups, int64_t n, int64_t m, i
     using T = decltype(t);
     const Teams teams(d, WIDTH<T>, WARP, {bank});
     const int64_t width = PIECES * WIDTH<T> * teams.size, strips = (d + width - 1) / width;
-    launch("sampled_similarity", teams.whole ? backward<T, true> : backward<T, false>,
+    launch("sampled_similarity", teams.whole ? sampled_backward<T, true> : sampled_backward<T, false>,
            at_most(queries * parts * strips), stream, teams, queries, n, m, count, parts, static_cast<const T*>(bank),
            index, g, parts > 1 ? sums : dq);
   });

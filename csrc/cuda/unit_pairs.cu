@@ -8,7 +8,7 @@ namespace {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS, 3)
-    forward(Teams teams, int64_t n, const T* x, const T* y, T* z, float* norm, float* cosine) {
+    pair_forward(Teams teams, int64_t n, const T* x, const T* y, T* z, float* norm, float* cosine) {
   constexpr int V = WIDTH<T>;
   each_row(teams, n, [&](int64_t i, bool here) {
     const T *const from_a = x + i * teams.d, *const from_b = y + i * teams.d;
@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(THREADS, 3)
 // Through u = x / |x|: dx = (du - u <u, du>) / |x|, where du also takes the pull of the positive, -pull other.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 3)
-    backward(Teams teams, int64_t n, const T* z, const float* norm, const float* pull, const float* da, const float* db,
-             T* dx, T* dy) {
+    pair_backward(Teams teams, int64_t n, const T* z, const float* norm, const float* pull, const float* da,
+                  const float* db, T* dx, T* dy) {
   constexpr int V = WIDTH<float>;
   each_row(teams, n, [&](int64_t i, bool here) {
     const T *const unit_a = z + i * teams.d, *const unit_b = z + (n + i) * teams.d;
@@ -111,7 +111,7 @@ void unit_pairs_fwd(DType dtype, int64_t n, int64_t d, const void* x, const void
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
     const Teams teams(d, WIDTH<T>, THREADS, {x, y, z});
-    launch("unit_pairs", forward<T>, teams.blocks(n), stream, teams, n, static_cast<const T*>(x),
+    launch("unit_pairs", pair_forward<T>, teams.blocks(n), stream, teams, n, static_cast<const T*>(x),
            static_cast<const T*>(y), static_cast<T*>(z), norm, cosine);
   });
 }
@@ -122,8 +122,8 @@ void unit_pairs_bwd(DType dtype, int64_t n, int64_t d, const void* z, const floa
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
     const Teams teams(d, WIDTH<float>, THREADS, {z, da, db, dx, dy});
-    launch("unit_pairs", backward<T>, teams.blocks(n), stream, teams, n, static_cast<const T*>(z), norm, pull, da, db,
-           static_cast<T*>(dx), static_cast<T*>(dy));
+    launch("unit_pairs", pair_backward<T>, teams.blocks(n), stream, teams, n, static_cast<const T*>(z), norm, pull, da,
+           db, static_cast<T*>(dx), static_cast<T*>(dy));
   });
 }
 

@@ -34,6 +34,17 @@ def test_equals_updating_one_by_one(backend, dtype, x_dtype, strided):
         assert torch.equal(bank[untouched], want[untouched])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_rows_of_any_length(backend, dtype):
+    for D in (1, 8, 136, 768, 4100):  # parts of a warp to more than a block holds
+        bank = F.normalize(torch.randn(9, D), dim=1).to(dtype)
+        index, x = torch.tensor([4, 0, 4, 8, 4]), torch.randn(5, D)
+        want = one_by_one(bank, index, x, 0.5)
+        bank_update_(bank, index, x, 0.5)
+        tolerance = {torch.float32: 2e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+        assert (bank.double() - want.double()).abs().max() <= tolerance
+
+
 def test_the_last_of_many_wins_for_any_number_of_threads(backend):
     before, banks = torch.get_num_threads(), []
     start, index, x = F.normalize(torch.randn(30, 80), dim=1), torch.randint(30, (5000,)), torch.randn(5000, 80)

@@ -26,6 +26,26 @@ def test_equals_writing_one_by_one(backend, dtype, keys_dtype, strided):
         assert torch.equal(queue, expected) and ptr.item() == at % size
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("keys_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rounds_as_torch_does(backend, keys_dtype, dtype):
+    """Every number of 16 bits; of 32, those around the numbers of 16 and halfway between."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    keys = bits.view(keys_dtype if keys_dtype != torch.float32 else torch.float16)
+    if keys_dtype == torch.float32:
+        near = torch.cat((keys.float(), bits.view(torch.bfloat16).float())).view(torch.int32)
+        keys = (near.unsqueeze(1) + torch.tensor([0, 2**12, 2**12 + 1, 2**15, 2**15 - 1])).to(torch.int32)
+        keys = keys.view(torch.float32)
+    keys = keys.reshape(-1, 64)
+    queue, ptr = torch.empty(keys.shape, dtype=dtype), torch.zeros(1, dtype=torch.long)
+    queue_push_(queue, ptr, keys)
+    expected = keys.to(dtype)
+    assert torch.equal(queue.isnan(), expected.isnan())
+    signs = queue.nan_to_num(nan=1.0, posinf=torch.inf, neginf=-torch.inf)
+    expected = expected.nan_to_num(nan=1.0, posinf=torch.inf, neginf=-torch.inf)
+    assert torch.equal(signs, expected) and torch.equal(signs.signbit(), expected.signbit())
+
+
 @pytest.mark.parametrize("keys_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_normalizes_and_rounds_once(backend, dtype, keys_dtype):

@@ -108,6 +108,16 @@ def test_same_bits_for_any_number_of_threads(way, streams):
         assert all(torch.equal(a, b) for a, b in zip(all_results[0], other, strict=True))
 
 
+def test_same_bits_wherever_rows_lie(backend):
+    """Rows that begin on no multiple of 16 bytes are summed in the same order."""
+    q, bank, index = problem(5, 90, 700, 64)
+    weights, all_results = torch.randn(5, 700), []
+    for shift in (0, 1):
+        moved = [torch.empty(x.numel() + shift)[shift:].view(x.shape).copy_(x.detach()) for x in (q, bank)]
+        all_results.append(results(sampled_similarity, *(x.requires_grad_() for x in moved), index, weights))
+    assert all(torch.equal(a, b) for a, b in zip(*all_results, strict=True))
+
+
 def test_derivatives():
     q, bank, index = problem(3, 5, 4, 3)
     inputs = [x.detach().double().requires_grad_() for x in (q, bank)]
