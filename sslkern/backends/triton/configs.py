@@ -25,21 +25,25 @@ class Config(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware) -> Config:
-    """kind: "forward", or "backward" of a kernel with a second product."""
+def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: bool = False) -> Config:
+    """kind: "forward", or with a second product "frozen", "backward" or, with the gradient of the scale, "scaled";
+    crowded: what else a tile needs takes registers, too."""
     width = max(16, triton.next_power_of_2(D))
     if INTERPRETED:  # a step costs the same whatever its size
         return Config(64, 32, min(width, 128), min(width, 256 if width > 128 else 128), 4, 1)
-    large = hardware.architecture in (90, 100, 103)
     if dtype == torch.float32:
-        BD = min(width, 32)
-        return Config(64, 64, BD, min(width, 64), 4, 2)
+        return Config(64, 64, min(width, 32), min(width, 64), 8, 2)
+    hopper, blackwell = hardware.architecture == 90, hardware.architecture >= 100
+    large = hopper or blackwell  # shared memory, and matrix units that read it by themselves
+    stages = 3 if large else 2
     if kind == "forward":
-        if width <= 128:
-            return Config(128, 128, width, width, 8, 3 if large else 2)
-        return Config(128, 128, 64, 64, 8, 4 if large else 3)
+        BD = width if width <= 128 else 64
+        return Config(128, 32 if crowded else 64, BD, BD, 4 if hopper and not crowded else 8, stages)
     if width <= 128:
-        return Config(128, 64, width, width, 8, 3 if large else 2)
+        few = crowded or blackwell or kind == "scaled" or not large
+        return Config(128, 32 if few else 64, width, width, 8, stages)
     if width == 256:
-        return Config(64, 64, width, width, 4, 2)
+        return Config(128 if large else 64, 32, 256, 256, 8, stages)
+    if width == 512 and large and not crowded:
+        return Config(64, 64 if kind == "frozen" else 32, 512, 512, 8, 2 if kind == "frozen" else 3)
     return Config(64, 64, 64, 256, 8, 2)

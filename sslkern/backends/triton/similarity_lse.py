@@ -16,11 +16,13 @@ from . import hardware
 from .configs import choose
 from .tiles import (
     INF,
+    TMA_FROM,
     Side,
     counts,
     dot_products,
     exp,
     extent,
+    features,
     finite_shift,
     full_scale,
     load_rows,
@@ -150,7 +152,8 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
     (G, N, M, D), groups = sizes, q.shape[:-2]
     chip = hardware.of(q.device)
-    config = choose("forward", q.dtype, D, chip)
+    crowded = k_bias is not None or q_limit is not None or N * M < TMA_FROM
+    config = choose("forward", q.dtype, D, chip, crowded)
     triangle = k is None and k_bias is None and q_limit is None and N >= 32 * config.BM
     both = columns or triangle
     row_blocks, col_blocks = triton.cdiv(N, config.BM), triton.cdiv(M, config.BN)
@@ -165,10 +168,11 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
     row_best, col_best = new(splits, G, N) if best else None, new(programs, G, M) if best and both else None
     sides = Side(q_ids, limit=q_limit), Side(q_ids if k is None else k_ids, bias=k_bias)
     q_side, k_side = _with_extents(*sides, N * M >= LARGE, same, False, config)
+    x, y, tma = features(q, q if k is None else k, config, chip)
     _forward[(G * programs, splits)](
-        q, q if k is None else k, q_side, k_side, scale_tensor, scale, row, row_best, col, col_best,
+        x, y, q_side, k_side, scale_tensor, scale, row, row_best, col, col_best,
         G, N, M, programs, rounds, split_blocks * config.BN, D=D, BM=config.BM, BN=config.BN, BD=config.BD,
-        ITSELF=k is None, SAME=same, COLUMNS=both, TRIANGLE=triangle, PRECISION=precision(q.dtype), TMA=False,
+        ITSELF=k is None, SAME=same, COLUMNS=both, TRIANGLE=triangle, PRECISION=precision(q.dtype), TMA=tma,
         **config.launch(),
     )  # fmt: skip
     if triangle:
@@ -204,7 +208,7 @@ def _merged(part: Tensor, best: Tensor | None, config, col_part=None, col_best=N
 
 @triton.jit(do_not_specialize=SIZES)
 def _frozen(
-    q, k, q_side, k_side, scale_tensor, scale, row, mean, best, G, N, M, blocks, split_size,
+    q, k, v, q_side, k_side, scale_tensor, scale, row, mean, best, G, N, M, blocks, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, SAME: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -241,7 +245,7 @@ def _frozen(
         shrink, e = exp(top - shift), exp(s - shift[:, None])
         total = total * shrink + tl.sum(e, 1)
         if D > BD:
-            y = load_rows(k, k_start, j0, d0, M, D, BN, DV, False)
+            y = load_rows(v, k_start, j0, d0, M, D, BN, DV, False)
         sums = tl.dot(e.to(y.dtype), y, sums * shrink[:, None], input_precision=PRECISION)
         top = new
 
@@ -278,16 +282,17 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
     G, N, M, D = sizes
     chip = hardware.of(q.device)
-    config = choose("backward", q.dtype, D, chip)
+    config = choose("frozen", q.dtype, D, chip, k_bias is not None or q_limit is not None)
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
     split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks * chunks, chip)
     new = _allocator(q)
     part, means, part_best = new(splits, G, N), new(splits, G, N, D), new(splits, G, N) if best else None
     sides = Side(q_ids, limit=q_limit), Side(k_ids, bias=k_bias)
     q_side, k_side = _with_extents(*sides, N * M >= LARGE, same, False, config)
+    x, y, tma = features(q, k, config, chip)
     _frozen[(G * blocks, splits, chunks)](
-        q, k, q_side, k_side, scale_tensor, scale, part, means, part_best, G, N, M, blocks, split_blocks * config.BN,
-        D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, SAME=same, PRECISION=precision(q.dtype), TMA=False,
+        x, y, k, q_side, k_side, scale_tensor, scale, part, means, part_best, G, N, M, blocks, split_blocks * config.BN,
+        D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, SAME=same, PRECISION=precision(q.dtype), TMA=tma,
         **config.launch(),
     )  # fmt: skip
     row, top = _merged(part, part_best, config)
@@ -306,7 +311,7 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward(
-    x, y, x_side, y_side, scale_tensor, scale, fold, dx, dscale, dbias, G, N, M, blocks, split_size,
+    x, y, v, x_side, y_side, scale_tensor, scale, fold, dx, dscale, dbias, G, N, M, blocks, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     TRANSPOSED: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr, FEATURES: tl.constexpr, SHARED: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -325,7 +330,7 @@ def _backward(
     fold_by = 1.0 if fold is None else tl.load(fold)
     if D <= BD:
         a = load_rows(x, x_start, i0, 0, N, D, BM, BD, TMA)
-    x_bias, x_limit, y_bias, y_limit = None, None, None, None
+    x_bias, x_limit = None, None
     if x_side.bias is not None:
         x_bias = load_vector(x_side.bias, x_start, i, N, 0.0)[:, None]
     if x_side.limit is not None:
@@ -340,7 +345,7 @@ def _backward(
         x_low, x_high = tl.load(x_side.lse_extent + 2 * x_block), tl.load(x_side.lse_extent + 2 * x_block + 1)
 
     sums = tl.zeros((BM, DV), tl.float32)
-    scale_sum, bias_sum = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    scale_sum, bias_sum = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
         j = j0 + tl.arange(0, BN)
         if D <= BD:
@@ -348,6 +353,7 @@ def _backward(
             dots = tl.dot(a, tl.trans(b), input_precision=PRECISION)
         else:
             dots = dot_products(x, y, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+        y_bias, y_limit = None, None
         if y_side.bias is not None:
             y_bias = load_vector(y_side.bias, y_start, j, M, 0.0)[None, :]
         if y_side.limit is not None:
@@ -383,12 +389,12 @@ def _backward(
         else:
             w = y_grad[None, :] * exp(back - y_lse[None, :])
         if dscale is not None:
-            scale_sum += tl.sum(w * dots, 1)
+            scale_sum += w * dots
         if dbias is not None:
-            bias_sum += tl.sum(other if ITSELF else w, 1)
+            bias_sum += other if ITSELF else w
         if FEATURES:
             if D > BD:
-                b = load_rows(y, y_start, j0, d0, M, D, BN, DV, False)
+                b = load_rows(v, y_start, j0, d0, M, D, BN, DV, False)
             sums = tl.dot(w.to(b.dtype), b, sums, input_precision=PRECISION)
 
     place = (split.to(tl.int64) * G + g) * N + i
@@ -398,9 +404,9 @@ def _backward(
         tl.store(dx + place[:, None] * D + d[None, :], sums * (scale / fold_by), mask=inside)
     if chunk == 0:
         if dscale is not None:
-            tl.store(dscale + place, scale_sum / fold_by, mask=i < N)
+            tl.store(dscale + place, tl.sum(scale_sum, 1) / fold_by, mask=i < N)
         if dbias is not None:
-            tl.store(dbias + place, bias_sum / fold_by, mask=i < N)
+            tl.store(dbias + place, tl.sum(bias_sum, 1) / fold_by, mask=i < N)
 
 
 def similarity_lse_bwd(
@@ -417,7 +423,7 @@ def similarity_lse_bwd(
     row, col, g, h = (None if x is None else x.contiguous() for x in (row, col, g, h))
     (G, N, M, D), itself = sizes, k is None
     chip = hardware.of(q.device)
-    config = choose("backward", q.dtype, D, chip)
+    config = choose("scaled" if need_scale else "backward", q.dtype, D, chip, k_bias is not None or q_limit is not None)
     fold = _fold(q.dtype, (row, g), (col, h))
     if itself:  # a row is a column, too
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, lse=row, grad=g)
@@ -426,19 +432,20 @@ def similarity_lse_bwd(
     large, one_sided = N * M >= LARGE, itself and (k_bias is not None or q_limit is not None)
     shared = large and q_side.grad is not None and k_side.grad is not None and not one_sided
 
-    def gradients(x, y, x_side, y_side, transposed: bool, features: bool, scale_too: bool, bias_too: bool):
+    def gradients(x, y, x_side, y_side, transposed: bool, rows_too: bool, scale_too: bool, bias_too: bool):
         rows, columns = x.shape[-2], y.shape[-2]
         x_side, y_side = _with_extents(x_side, y_side, large, same, shared, config)
-        blocks, chunks = triton.cdiv(rows, config.BM), triton.cdiv(D, config.DV) if features else 1
+        blocks, chunks = triton.cdiv(rows, config.BM), triton.cdiv(D, config.DV) if rows_too else 1
         split_blocks, splits = _split(triton.cdiv(columns, config.BN), G * blocks * chunks, chip)
         new = _allocator(x)
-        dx = new(splits, G, rows, D) if features else None
+        dx = new(splits, G, rows, D) if rows_too else None
         dscale, dbias = (new(splits, G, rows) if wanted else None for wanted in (scale_too, bias_too))
+        a, b, tma = features(x, y, config, chip)
         _backward[(G * blocks, splits, chunks)](
-            x, y, x_side, y_side, scale_tensor, scale, fold, dx, dscale, dbias, G, rows, columns, blocks,
+            a, b, y, x_side, y_side, scale_tensor, scale, fold, dx, dscale, dbias, G, rows, columns, blocks,
             split_blocks * config.BN, D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV,
-            TRANSPOSED=transposed, ITSELF=itself, SAME=same, FEATURES=features, SHARED=shared,
-            PRECISION=precision(x.dtype), TMA=False, **config.launch(),
+            TRANSPOSED=transposed, ITSELF=itself, SAME=same, FEATURES=rows_too, SHARED=shared,
+            PRECISION=precision(x.dtype), TMA=tma, **config.launch(),
         )  # fmt: skip
         dx, dbias = (None if d is None else d[0] if splits == 1 else d.sum(0) for d in (dx, dbias))
         return dx, None if dscale is None else dscale.sum(), dbias

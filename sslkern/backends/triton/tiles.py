@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+TMA_FROM = 2**20  # scores; making a descriptor costs the host some microseconds
 INF = tl.constexpr(float("inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -35,14 +37,15 @@ def load_vector(x, start, i, size, other):
 @triton.jit
 def load_rows(x, start, i0, d0, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
     """x[start + i0 ..., d0 ...] [BLOCK, BLOCK_D], 0 beyond the size of the side and beyond D."""
-    if TMA:
-        return x.load([i0, d0])  # there is one group, so what is outside of the tensor is outside of the side
-    i, d = tl.arange(0, BLOCK), d0 + tl.arange(0, BLOCK_D)
-    first = x + (start + i0).to(tl.int64) * D
-    mask = (i0 + i < size)[:, None]
-    if D % BLOCK_D != 0:
-        mask = mask & (d < D)[None, :]
-    return tl.load(first + i[:, None] * D + d[None, :], mask=mask, other=0.0)
+    if TMA:  # there is one group, so what is outside of the tensor is outside of the side
+        return x.load([i0, d0])
+    else:
+        i, d = tl.arange(0, BLOCK), d0 + tl.arange(0, BLOCK_D)
+        first = x + (start + i0).to(tl.int64) * D
+        mask = (i0 + i < size)[:, None]
+        if D % BLOCK_D != 0:
+            mask = mask & (d < D)[None, :]
+        return tl.load(first + i[:, None] * D + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -155,3 +158,14 @@ def extent(x: torch.Tensor | None, block: int) -> torch.Tensor | None:
 def precision(dtype: torch.dtype) -> str:
     """How fp32 features are multiplied: as torch.set_float32_matmul_precision says."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" or dtype != torch.float32 else "tf32"
+
+
+def features(x: torch.Tensor, y: torch.Tensor, config, chip) -> tuple:
+    """x and y as a kernel loads tiles of them, and whether that is through tensor descriptors (TMA), which takes the
+    addresses off the registers: on chips that have it, of one group with whole rows of 16 bytes."""
+    whole = all(side.data_ptr() % 16 == 0 and side.shape[-1] * side.element_size() % 16 == 0 for side in (x, y))
+    if chip.architecture < 90 or x.shape[:-2].numel() > 1 or not whole or x.shape[-2] * y.shape[-2] < TMA_FROM:
+        return x, y, False
+    sides = (side.view(-1, side.shape[-1]) for side in (x, y))
+    blocks = [config.BM, config.BD], [config.BN, config.BD]
+    return *(TensorDescriptor.from_tensor(side, block) for side, block in zip(sides, blocks, strict=True)), True
