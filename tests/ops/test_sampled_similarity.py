@@ -138,6 +138,8 @@ def test_opcheck(backend):
 
 
 def test_no_row_of_the_bank(backend):
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("on a GPU an index outside stops the kernel, and with it all that the process has there")
     q, bank, index = problem(40, 50, 60, 8)
     for bad in (-1, 50, 2**40, -(2**63)):
         index[7, 9] = bad

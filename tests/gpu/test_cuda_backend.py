@@ -1,0 +1,79 @@
+"""What of the CUDA kernels only a GPU shows: CUDA graphs, streams, the same bits every run, an index outside."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import sslkern
+from sslkern.backends import BACKENDS, load
+from sslkern.ops import bank_update_, queue_push_, sampled_similarity, sampled_similarity_bwd
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or BACKENDS["cuda"].MISSING is not None,
+    reason="needs a GPU and the CUDA module of sslkern",
+)
+
+
+class Work:
+    """All primitives once, on buffers that stay where they are."""
+
+    def __init__(self, B: int, dtype: torch.dtype):
+        with torch.device("cuda"):
+            self.queue, self.ptr = torch.zeros(700, 128, dtype=dtype), torch.zeros(1, dtype=torch.long)
+            self.bank = normalize(torch.randn(5000, 128), dim=1).to(dtype)
+            self.x, self.y = (torch.randn(B, 128).to(dtype) for _ in range(2))
+            self.index, self.names = torch.randint(5000, (B,)), torch.randint(5000, (B, 300))
+            self.g = torch.randn(B, 300)
+        self.start = self.bank.clone()
+
+    def reset(self) -> None:
+        self.queue.zero_(), self.ptr.zero_(), self.bank.copy_(self.start)
+
+    def run(self) -> list[torch.Tensor]:
+        queue_push_(self.queue, self.ptr, self.x, normalize=True)
+        bank_update_(self.bank, self.index, self.x, 0.5)
+        scores = sampled_similarity(self.x, self.bank, self.names)
+        grads = sampled_similarity_bwd(self.x, self.bank, self.names, self.g)
+        pairs = load("cuda", "unit_pairs")
+        z, norm, cosine = pairs.unit_pairs_fwd(self.x, self.y, True)
+        dx, dy = pairs.unit_pairs_bwd(z, norm, cosine, self.x.float(), self.y.float(), True, True)
+        return [self.queue, self.ptr, self.bank, scores, *grads, z, norm, cosine, dx, dy]
+
+    def results(self) -> list[torch.Tensor]:
+        self.reset()
+        return [x.clone() for x in self.run()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("B", [256, 3000])
+def test_in_a_graph_and_again(B, dtype):
+    work = Work(B, dtype)
+    with sslkern.use_backend("cuda"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            expected = work.results()
+            again = work.results()
+        torch.cuda.current_stream().wait_stream(side)
+        assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = work.run()
+    for _ in range(2):
+        work.reset()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(expected, out, strict=True))
+
+
+def test_an_index_outside_stops():
+    code = """
+import torch, sslkern
+sslkern.use_backend("cuda")
+bank = torch.ones(4, 8, device="cuda")
+sslkern.ops.bank_update_(bank, torch.tensor([4], device="cuda"), torch.ones(1, 8, device="cuda"))
+torch.cuda.synchronize()"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert out.returncode != 0 and "index must be a row of the bank" in out.stdout + out.stderr
