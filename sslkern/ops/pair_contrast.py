@@ -156,8 +156,8 @@ def _gradients_fake(g, z, *args):
 
 define(
     "pair_contrast(Tensor x, Tensor y, Tensor? scale_tensor, float scale, Tensor ids, str mode, bool normalize,"
-    " bool best, int keep, str backend, str pairs_backend) -> (Tensor losses, Tensor positive, Tensor best, Tensor z, Tensor norm,"
-    " Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept)",
+    " bool best, int keep, str backend, str pairs_backend) -> (Tensor losses, Tensor positive, Tensor best, Tensor z,"
+    " Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept)",
     _kernel,
     _fake,
 )

@@ -32,15 +32,19 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
     if INTERPRETED:  # a step costs the same whatever its size
         return Config(64, 32, min(width, 128), min(width, 256 if width > 128 else 128), 4, 1)
     if dtype == torch.float32:
-        return Config(64, 64, min(width, 32), min(width, 64), 8, 2)
+        return Config(64, 32, 16, min(width, 64), 8, 2)
     hopper, blackwell = hardware.architecture == 90, hardware.architecture >= 100
     large = hopper or blackwell  # shared memory, and matrix units that read it by themselves
     stages = 3 if large else 2
     if kind == "forward":
         BD = width if width <= 128 else 64
+        if crowded and blackwell:
+            return Config(64, 64, BD, BD, 4, stages)
         return Config(128, 32 if crowded else 64, BD, BD, 4 if hopper and not crowded else 8, stages)
     if width <= 128:
-        few = crowded or blackwell or kind == "scaled" or not large
+        if not large:
+            return Config(64, 32, width, width, 4, stages)
+        few = crowded or blackwell or kind == "scaled"
         return Config(128, 32 if few else 64, width, width, 8, stages)
     if width == 256:
         return Config(128 if large else 64, 32, 256, 256, 8, stages)

@@ -16,9 +16,9 @@ from . import hardware
 from .configs import choose
 from .tiles import (
     INF,
-    TMA_FROM,
     Side,
     counts,
+    crowded,
     dot_products,
     exp,
     extent,
@@ -152,8 +152,7 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
     (G, N, M, D), groups = sizes, q.shape[:-2]
     chip = hardware.of(q.device)
-    crowded = k_bias is not None or q_limit is not None or N * M < TMA_FROM
-    config = choose("forward", q.dtype, D, chip, crowded)
+    config = choose("forward", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
     triangle = k is None and k_bias is None and q_limit is None and N >= 32 * config.BM
     both = columns or triangle
     row_blocks, col_blocks = triton.cdiv(N, config.BM), triton.cdiv(M, config.BN)
@@ -282,7 +281,7 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
     G, N, M, D = sizes
     chip = hardware.of(q.device)
-    config = choose("frozen", q.dtype, D, chip, k_bias is not None or q_limit is not None)
+    config = choose("frozen", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
     split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks * chunks, chip)
     new = _allocator(q)
@@ -423,7 +422,8 @@ def similarity_lse_bwd(
     row, col, g, h = (None if x is None else x.contiguous() for x in (row, col, g, h))
     (G, N, M, D), itself = sizes, k is None
     chip = hardware.of(q.device)
-    config = choose("scaled" if need_scale else "backward", q.dtype, D, chip, k_bias is not None or q_limit is not None)
+    kind = "scaled" if need_scale else "backward"
+    config = choose(kind, q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
     fold = _fold(q.dtype, (row, g), (col, h))
     if itself:  # a row is a column, too
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, lse=row, grad=g)

@@ -26,6 +26,8 @@ class Side(NamedTuple):
     lse: torch.Tensor | None = None  # fp32, the log-sum-exp over the other side
     lse_extent: torch.Tensor | None = None  # fp32 [G, blocks, 2], without those that are -inf
     grad: torch.Tensor | None = None  # fp32, the gradient of lse
+    shift: torch.Tensor | None = None  # fp32, is added to the scores under the softplus, after the limit
+    weight: torch.Tensor | None = None  # fp32, of the row in a sum
 
 
 @triton.jit
@@ -120,6 +122,34 @@ def exp(x):
 
 
 @triton.jit
+def precise_exp(x):
+    """exp of x <= 0 to the last bits, where `exp` is off by |x| 2^-24: 12 bits of x times 12 of log2(e) are exact, and
+    what is left of both is so small that a short series does."""
+    x = tl.where(x < -104, -104.0, x)  # e^-104 is 0; NaN stays
+    high = (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    rest = (x - high) + high * 2.1642023e-4
+    series = 1.0 + rest * (1.0 + rest * (0.5 + rest * 0.16666667))
+    return tl.exp2(high * 1.4423828125) * series
+
+
+@triton.jit
+def softplus_and_sigmoid(t):
+    """Both of t from one exponential, with full relative accuracy where they are tiny."""
+    u = precise_exp(-tl.abs(t))
+    # log(1 + u) / u for u in [0, 1], interpolated at the zeros of a Chebyshev polynomial; off by 1e-8
+    p = 0.0195425274 - 0.00317605705 * u
+    p = -0.0563736132 + p * u
+    p = 0.105436238 + p * u
+    p = -0.152696671 + p * u
+    p = 0.196632743 + p * u
+    p = -0.249516163 + p * u
+    p = 0.333297105 + p * u
+    p = -0.499998926 + p * u
+    p = 0.999999995 + p * u
+    return tl.maximum(t, 0.0) + p * u, tl.where(t < 0, u, 1.0) / (1.0 + u)
+
+
+@triton.jit
 def finite_shift(top):
     """What to subtract before the exponential: the maximum, but 0 of nothing (-inf - -inf is NaN)."""
     return tl.where(top == -INF, 0.0, top)
@@ -160,12 +190,22 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" or dtype != torch.float32 else "tf32"
 
 
-def features(x: torch.Tensor, y: torch.Tensor, config, chip) -> tuple:
-    """x and y as a kernel loads tiles of them, and whether that is through tensor descriptors (TMA), which takes the
-    addresses off the registers: on chips that have it, of one group with whole rows of 16 bytes."""
+def has_tma(x: torch.Tensor, y: torch.Tensor, chip) -> bool:
+    """Whether tiles come through tensor descriptors, which take the addresses off the registers: on chips that have
+    them, of one group with whole rows of 16 bytes, in launches so long that it does not show that the host makes them."""
     whole = all(side.data_ptr() % 16 == 0 and side.shape[-1] * side.element_size() % 16 == 0 for side in (x, y))
-    if chip.architecture < 90 or x.shape[:-2].numel() > 1 or not whole or x.shape[-2] * y.shape[-2] < TMA_FROM:
+    return chip.architecture >= 90 and x.shape[:-2].numel() == 1 and whole and x.shape[-2] * y.shape[-2] >= TMA_FROM
+
+
+def features(x: torch.Tensor, y: torch.Tensor, config, chip) -> tuple:
+    """x and y as a kernel loads tiles of them, and whether that is through tensor descriptors (TMA)."""
+    if not has_tma(x, y, chip):
         return x, y, False
     sides = (side.view(-1, side.shape[-1]) for side in (x, y))
     blocks = [config.BM, config.BD], [config.BN, config.BD]
     return *(TensorDescriptor.from_tensor(side, block) for side, block in zip(sides, blocks, strict=True)), True
+
+
+def crowded(q: torch.Tensor, k: torch.Tensor | None, bias, limit, chip) -> bool:
+    """Whether a tile needs registers for more than products and exponentials."""
+    return bias is not None or limit is not None or not has_tma(q, q if k is None else k, chip)
