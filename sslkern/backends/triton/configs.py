@@ -11,6 +11,8 @@ import triton
 
 from . import INTERPRETED
 from .hardware import Hardware
+from .strategies import key
+from .tuning import tuned
 
 
 class Config(NamedTuple):
@@ -25,12 +27,45 @@ class Config(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
+_forced: dict[str, Config] = {}
+
+
+class force:
+    """`with force("forward bfloat16 128", config):` while it is measured."""
+
+    def __init__(self, name: str, config: Config):
+        self.name, self.config = name, config
+
+    def __enter__(self) -> None:
+        _forced[self.name] = self.config
+
+    def __exit__(self, *exc) -> None:
+        del _forced[self.name]
+
+
+def candidates(kind: str, D: int, default: Config) -> list[Config]:
+    """The default and its neighbours."""
+    near = [default]
+    for BN in (32, 64, 128):
+        for warps in (4, 8):
+            for stages in (2, 3, 4):
+                near.append(default._replace(BN=BN, warps=warps, stages=stages))
+    if kind == "forward" and D > 64:
+        near += [config._replace(BD=128, DV=128) for config in near if config.BD != 128]
+    return list(dict.fromkeys(near))
+
+
 def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: bool = False) -> Config:
     """kind: "forward", or with a second product "frozen", "backward" or, with the gradient of the scale, "scaled";
     crowded: what else a tile needs takes registers, too."""
     width = max(16, triton.next_power_of_2(D))
     if INTERPRETED:  # a step costs the same whatever its size
         return Config(64, 32, min(width, 128), min(width, 256 if width > 128 else 128), 4, 1)
+    name = f"{'backward' if kind == 'scaled' else kind} {key(dtype, D)}"
+    if name in _forced:
+        return _forced[name]
+    if not crowded and name in tuned(hardware).get("config", {}):
+        return Config(*tuned(hardware)["config"][name])
     if dtype == torch.float32:
         return Config(64, 32, 16, min(width, 64), 8, 2)
     hopper, blackwell = hardware.architecture == 90, hardware.architecture >= 100

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import similarity_lse as reference
-from . import hardware
+from . import hardware, library
 from .configs import choose
+from .strategies import by_library
 from .tiles import (
     INF,
     Side,
@@ -33,6 +34,7 @@ from .tiles import (
 )
 
 LARGE = 2**22  # scores; from so many on it pays to know beforehand which tiles hold equal ids
+TRIANGLE_FROM = 32  # blocks of rows; merging the columns of fewer costs more than half of the tiles
 SIZES = ["G", "N", "M", "size", "programs", "rounds", "blocks", "splits", "split_size"]  # no new kernel for new sizes
 
 # ---- forward: rows, and from the same tiles the columns --------------------------------------------------------------
@@ -152,8 +154,11 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
     (G, N, M, D), groups = sizes, q.shape[:-2]
     chip = hardware.of(q.device)
+    if by_library(q, N, M, q_limit, k is None and k_bias is not None, chip):
+        row, col, top, col_top = library.forward(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, columns, best)
+        return row, col, torch.cat((top, col_top)) if best and columns else top, None
     config = choose("forward", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
-    triangle = k is None and k_bias is None and q_limit is None and N >= 32 * config.BM
+    triangle = k is None and k_bias is None and q_limit is None and N >= TRIANGLE_FROM * config.BM
     both = columns or triangle
     row_blocks, col_blocks = triton.cdiv(N, config.BM), triton.cdiv(M, config.BN)
     # Columns cost a vector for each program, so these are no more than run side by side, in rounds.
@@ -281,6 +286,8 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
     G, N, M, D = sizes
     chip = hardware.of(q.device)
+    if by_library(q, N, M, q_limit, False, chip):
+        return library.frozen(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, best)
     config = choose("frozen", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
     split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks * chunks, chip)
@@ -422,9 +429,11 @@ def similarity_lse_bwd(
     row, col, g, h = (None if x is None else x.contiguous() for x in (row, col, g, h))
     (G, N, M, D), itself = sizes, k is None
     chip = hardware.of(q.device)
-    kind = "scaled" if need_scale else "backward"
-    config = choose(kind, q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
     fold = _fold(q.dtype, (row, g), (col, h))
+    if not need_bias and by_library(q, N, M, q_limit, k is None and k_bias is not None, chip):
+        problem = scale_tensor, scale, q_ids, k_ids, same, k_bias, fold
+        return *library.backward(q, k, row, col, g, h, *problem, need_q, need_k, need_scale), None
+    config = choose("scaled" if need_scale else "backward", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
     if itself:  # a row is a column, too
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, lse=row, grad=g)
     else:

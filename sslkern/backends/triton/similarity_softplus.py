@@ -51,7 +51,7 @@ def _softplus(
     """Of each row i of x over a split of y: row = sum_j softplus(t_ij), dx = scale sum_j w_ij y_j.
 
     x is q, or TRANSPOSED k (then w_ij is the weight of row j), or both (ITSELF: the weights of rows i and j add up).
-    Also the sums over j of w_ij <x_i, y_j>, dscale, and of what belongs to the shift of i, dshift, and to the bias of i,
+    Also the sums over j of w_ij <x_i, y_j>, dscale, and of what belongs to the shift and to the bias of i, dshift and
     dbias.
     """
     g, block, split, chunk = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1), tl.program_id(2)

@@ -1,0 +1,132 @@
+"""What only large problems, or chips with more to offer, make the Triton backend do: here on small ones."""
+
+import pytest
+import torch
+
+from sslkern.backends import triton as backend
+from sslkern.ops import similarity_lse, similarity_softplus
+
+from ..conftest import EVERY
+from ..ops import test_similarity_lse as lse
+from ..ops.test_similarity_lse import compare, features
+
+if "triton" not in EVERY:
+    pytest.skip("needs Triton with its interpreter or a GPU", allow_module_level=True)
+
+from sslkern.backends.triton import configs, hardware, strategies, tiles, tuning
+from sslkern.backends.triton import similarity_lse as kernels
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Every problem counts as large: triangles, id ranges of blocks, one exponential for both directions."""
+    monkeypatch.setattr(kernels, "LARGE", 0)
+    monkeypatch.setattr(kernels, "TRIANGLE_FROM", 0)
+
+
+@pytest.fixture
+def descriptors(monkeypatch):
+    monkeypatch.setattr(tiles, "TMA_FROM", 0)
+    if backend.INTERPRETED:
+        monkeypatch.setattr(hardware, "of", lambda device: hardware.Hardware(90, 3))
+    elif hardware.of(torch.device("cuda")).architecture < 90:
+        pytest.skip("the chip has no tensor descriptors")
+
+
+def problem(dtype, N=330, M=200, D=40):
+    q, k = features(N, D, dtype=dtype).requires_grad_(), features(M, D, dtype=dtype).requires_grad_()
+    return {"q": q, "k": k, "scale": torch.tensor(8.0, requires_grad=True)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triangle(backend, large, dtype):
+    tensors = problem(dtype)
+    del tensors["k"]
+    for N in (1, 63, 330):  # one block; one under it; a last round that some programs have no block in
+        tensors["q"] = features(N, 40, dtype=dtype).requires_grad_()
+        compare(tensors | {"q_ids": torch.arange(N) % ((N + 1) // 2)}, best=True)
+    compare(tensors)
+    compare(tensors | {"q": features(2, 130, 20, dtype=dtype).requires_grad_()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ids_that_meet_in_some_blocks_only(backend, large, dtype):
+    tensors = problem(dtype)
+    near = {"q_ids": torch.arange(330), "k_ids": torch.arange(200).flip(0) * 2 - 50}
+    compare(tensors | near, columns=True, best=True)
+    compare(tensors | near | {"k": tensors["k"].detach()})
+    compare(tensors | near, columns=True, pairs="same")
+
+
+def test_log_sum_exps_too_far_apart_for_one_exponential(backend, large):
+    q = (features(150, 24) * torch.linspace(0.01, 20, 150)[:, None]).requires_grad_()
+    k = features(140, 24).requires_grad_()
+    compare({"q": q, "k": k, "scale": torch.tensor(20.0, requires_grad=True)}, arbitrary=True, columns=True)
+    compare({"q": q}, arbitrary=True, scale=20.0)
+    lse.test_nothing_left_beside_sums_beyond_the_largest_exponential(backend)
+    lse.test_duplicates_at_a_small_temperature(backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensor_descriptors(backend, large, descriptors, dtype):
+    for D in (8, 64, 200):  # narrower than a block; wider, so that products run over several
+        compare(problem(dtype, D=D), columns=True)
+        compare({"q": features(130, D, dtype=dtype).requires_grad_()}, scale=8.0)
+        frozen = problem(dtype, D=D)
+        compare(frozen | {"k": frozen["k"].detach()})
+    compare(problem(dtype, D=33))  # rows that are not whole: without
+
+
+def test_tensor_descriptors_of_softplus(backend, descriptors):
+    q, k = features(70, 64).requires_grad_(), features(90, 64).requires_grad_()
+    got = torch.autograd.grad(similarity_softplus(q, k, 5.0, -3.0), (q, k))
+    want = torch.autograd.grad(torch.nn.functional.softplus(5 * q @ k.T - 3).sum(), (q, k))
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_the_library(backend, dtype, monkeypatch):
+    monkeypatch.setattr("sslkern.backends.triton.library.CHUNK", 330 * 50)  # several chunks
+    with strategies.use_strategy("library"):
+        tensors = problem(dtype)
+        bias = torch.randn(200).masked_fill(torch.arange(200) % 7 == 0, -torch.inf)
+        ids = {"q_ids": torch.arange(330), "k_ids": torch.arange(200) * 2}
+        compare(tensors | ids, columns=True, best=True)
+        compare(tensors | {"k_bias": bias})
+        frozen = tensors | ids | {"k": tensors["k"].detach()}
+        compare(frozen, best=True)
+        compare(frozen, pairs="same")
+        compare({"q": tensors["q"], "scale": tensors["scale"], "q_ids": torch.arange(330) // 2}, best=True)
+        lse.test_nothing_left_has_exactly_zero_gradient(backend, torch.nan, False)
+        lse.test_nan_and_inf_stay_in_their_rows(backend)
+
+
+def test_what_was_measured_goes_first(monkeypatch, tmp_path):
+    chip = hardware.Hardware(90, 132, "Some GPU 80GB")
+    monkeypatch.setenv("SSLKERN_CACHE", str(tmp_path))
+    q = torch.empty(8192, 128, dtype=torch.bfloat16)
+    tuning.tuned.cache_clear()
+    assert not strategies.by_library(q, 8192, 8192, None, False, chip)
+    tuning.path(chip).write_text('{"strategy": {"bfloat16 128": "library"}, "config": {}}')
+    tuning.tuned.cache_clear()
+    assert strategies.by_library(q, 8192, 8192, None, False, chip)
+    assert not strategies.by_library(q, 8192, 8192, q[:, 0], False, chip)  # limits never
+    tuning.path(chip).write_text("{")  # a file that was damaged is none
+    tuning.tuned.cache_clear()
+    assert not strategies.by_library(q, 8192, 8192, None, False, chip)
+    tuning.tuned.cache_clear()
+
+
+def test_candidates_are_other_tiles():
+    default = configs.Config(128, 64, 128, 128, 4, 3)
+    near = configs.candidates("forward", 128, default)
+    assert near[0] == default and len(set(near)) == len(near) > 10
+    with pytest.raises(ValueError, match="strategy must be one of fused, library"):
+        strategies.use_strategy("fast")
+
+
+def test_no_kernel_for_nothing(backend):
+    assert similarity_lse(torch.randn(0, 4), torch.randn(3, 4)).shape == (0,)
