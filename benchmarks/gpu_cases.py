@@ -30,6 +30,7 @@ from torch import Tensor
 import sslkern
 from sslkern import functional, ops
 from sslkern.backends import BACKENDS, load
+from sslkern.backends.triton import strategies
 
 OURS = "sslkern"
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
@@ -87,19 +88,17 @@ class Case:
 
 
 def ours(loss_fn: Callable) -> dict[str, Callable]:
-    """As the package chooses, and each further strategy that its Triton backend names in STRATEGIES, if it does."""
-    triton = BACKENDS["triton"]
-    named = {f"{OURS}, {name}": partial(with_strategy, loss_fn, name) for name in getattr(triton, "STRATEGIES", ())}
+    """As the package chooses, and each strategy of its Triton backend."""
+    named = {f"{OURS}, {name}": partial(with_strategy, loss_fn, name) for name in strategies.STRATEGIES}
     return {OURS: lambda: loss_fn, **named, "chunked torch": lambda: chunked(loss_fn)}
 
 
 def with_strategy(loss_fn: Callable, name: str) -> Callable:
-    """`use_strategy(name)` of the Triton backend is a context manager; the backward runs inside it as well."""
-    triton = BACKENDS["triton"]
-    if triton.MISSING:
-        raise RuntimeError(triton.MISSING)
+    """The backward runs inside of the context manager as well."""
+    if BACKENDS["triton"].MISSING:
+        raise RuntimeError(BACKENDS["triton"].MISSING)
     loss_fn = partial(loss_fn)
-    loss_fn.around = partial(triton.use_strategy, name)
+    loss_fn.around = partial(strategies.use_strategy, name)
     return loss_fn
 
 

@@ -56,8 +56,8 @@ def candidates(kind: str, D: int, default: Config) -> list[Config]:
 
 
 def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: bool = False) -> Config:
-    """kind: "forward", or with a second product "frozen", "backward" or, with the gradient of the scale, "scaled";
-    crowded: what else a tile needs takes registers, too."""
+    """kind: "forward", "topk", or with a second product "frozen", "softplus", "backward" or, with the gradient of the
+    scale, "scaled"; crowded: what else a tile needs takes registers, too."""
     width = max(16, triton.next_power_of_2(D))
     if INTERPRETED:  # a step costs the same whatever its size
         return Config(64, 32, min(width, 128), min(width, 256 if width > 128 else 128), 4, 1)
@@ -66,23 +66,25 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
         return _forced[name]
     if not crowded and name in tuned(hardware).get("config", {}):
         return Config(*tuned(hardware)["config"][name])
+    if kind == "topk":
+        return Config(64, 64, min(width, 16 if dtype == torch.float32 else 64), 64, 4, 2)
     if dtype == torch.float32:
-        return Config(64, 32, 16, min(width, 64), 8, 2)
+        return Config(32 if crowded or kind == "softplus" else 64, 32, 16, min(width, 64), 4, 2)
     hopper, blackwell = hardware.architecture == 90, hardware.architecture >= 100
     large = hopper or blackwell  # shared memory, and matrix units that read it by themselves
     stages = 3 if large else 2
     if kind == "forward":
         BD = width if width <= 128 else 64
-        if crowded and blackwell:
-            return Config(64, 64, BD, BD, 4, stages)
+        if crowded and not hopper:
+            return Config(64, 32, BD, BD, 4, stages)
         return Config(128, 32 if crowded else 64, BD, BD, 4 if hopper and not crowded else 8, stages)
     if width <= 128:
         if not large:
-            return Config(64, 32, width, width, 4, stages)
-        few = crowded or blackwell or kind == "scaled"
+            return Config(64, 32, width, width, 8, stages)
+        few = crowded or blackwell or kind != "backward"
         return Config(128, 32 if few else 64, width, width, 8, stages)
     if width == 256:
-        return Config(128 if large else 64, 32, 256, 256, 8, stages)
+        return Config(128 if large and kind != "softplus" else 64, 32, 256, 256, 8, stages)
     if width == 512 and large and not crowded:
         return Config(64, 64 if kind == "frozen" else 32, 512, 512, 8, 2 if kind == "frozen" else 3)
     return Config(64, 64, 64, 256, 8, 2)

@@ -111,9 +111,9 @@ def forward(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, columns: bool
     for first, stop, s in _chunks(q, keys):
         problem = s, *sides, scale_tensor, scale
         rows = triton.cdiv(stop - first, BM.value)
-        _rows[(rows,)](*problem, row, row_best, first, stop, N, M, ITSELF=itself, SAME=same)
+        _rows[(rows,)](*problem, row, row_best, first, stop, N, M, ITSELF=itself, SAME=same, num_warps=8)
         if columns:
-            _columns[(triton.cdiv(M, BN.value),)](*problem, col, col_best, first, stop, N, M, SAME=same)
+            _columns[(triton.cdiv(M, BN.value),)](*problem, col, col_best, first, stop, N, M, SAME=same, num_warps=8)
     return row, col, row_best, col_best
 
 
@@ -125,10 +125,14 @@ def frozen(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, best: bool):
     one, sides = torch.ones_like(row), (Side(q_ids), Side(k_ids, bias=k_bias))
     for first, stop, s in _chunks(q, k):
         rows, w = triton.cdiv(stop - first, BM.value), torch.empty_like(s, dtype=q.dtype)
-        _rows[(rows,)](s, *sides, scale_tensor, scale, row, top, first, stop, N, M, ITSELF=False, SAME=same)
+        _rows[(rows,)](
+            s, *sides, scale_tensor, scale, row, top, first, stop, N, M, ITSELF=False, SAME=same, num_warps=8
+        )
         weighed = sides[0]._replace(lse=row, grad=one), sides[1]
         grid = rows, triton.cdiv(M, BN.value)
-        _weights[grid](s, w, *weighed, scale_tensor, scale, None, None, first, stop, N, M, ITSELF=False, SAME=same)
+        _weights[grid](
+            s, w, *weighed, scale_tensor, scale, None, None, first, stop, N, M, ITSELF=False, SAME=same, num_warps=8
+        )
         mean[first:stop] = product(w, k)
     return row, mean, top
 
@@ -147,7 +151,21 @@ def backward(q, k, row, col, g, h, scale_tensor, scale, q_ids, k_ids, same, k_bi
         grid = triton.cdiv(stop - first, BM.value), triton.cdiv(M, BN.value)
         w, part = torch.empty_like(s, dtype=q.dtype), _allocator(q)(*grid) if need_scale else None
         _weights[grid](
-            s, w, q_side, k_side, scale_tensor, scale, fold, part, first, stop, N, M, ITSELF=itself, SAME=same
+            s,
+            w,
+            q_side,
+            k_side,
+            scale_tensor,
+            scale,
+            fold,
+            part,
+            first,
+            stop,
+            N,
+            M,
+            ITSELF=itself,
+            SAME=same,
+            num_warps=8,
         )
         if need_q:
             dq[first:stop] = product(w, keys)
@@ -172,13 +190,11 @@ def _chunks(q: Tensor, keys: Tensor):
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, whatever autocast would make of it; on the CPU, where tests are, of copies in fp32."""
-    with torch.autocast(a.device.type, enabled=False):
-        if a.dtype == torch.float32:
-            return torch.mm(a, b)
-        if a.device.type == "cpu" or not _KEEPS_SUMS:
-            return torch.mm(a.float(), b.float())
+    """a @ b in fp32; into a tensor that is there, which autocast leaves alone."""
+    if a.dtype != torch.float32 and a.device.type == "cuda" and _KEEPS_SUMS:
         return torch.mm(a, b, out_dtype=torch.float32)
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32, device=a.device)
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 _KEEPS_SUMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # mm takes out_dtype

@@ -156,7 +156,7 @@ def similarity_softplus_fwd(
     bias, weights = (None if x is None else x.contiguous() for x in (bias, weights))
     (G, N, M, D), itself, groups = sizes, k is None, q.shape[:-2]
     chip = hardware.of(q.device)
-    config = choose("scaled", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
+    config = choose("softplus", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
     fold = _fold(q, weights)
     if itself:  # a row is a column, too
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, shift=bias, weight=weights)

@@ -1,0 +1,82 @@
+"""`sampled_similarity`: rows of the bank are read where they are named; `[N, K, D]` is never there.
+
+Floor: N K rows of the bank read once, forward and backward each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import sampled_similarity as reference
+from . import hardware
+from .rows import load, tile
+
+
+@triton.jit(do_not_specialize=["N", "M", "K"], debug=True)
+def _forward(q, bank, index, out, N, M, K, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
+    """out[n, t] = <q_n, bank[index_nt]>; n runs through the groups of N rows, each of which has M rows of the bank."""
+    n, t = tl.program_id(0), tl.program_id(1) * R + tl.arange(0, R)
+    row = tl.load(index + n.to(tl.int64) * K + t, mask=t < K, other=0)
+    tl.device_assert((row >= 0) & (row < M), "index is no row of bank")
+    inside = (t < K) & (row >= 0) & (row < M)
+    row += (n // N).to(tl.int64) * M
+    only = tl.zeros((1,), tl.int32) + n
+    total = tl.zeros((R,), tl.float32)
+    for d0 in range(0, D, BD):
+        total += tl.sum(load(q, only, d0, only >= 0, D, BD) * load(bank, row, d0, inside, D, BD), 1)
+    tl.store(out + n.to(tl.int64) * K + t, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "M", "K", "names", "rows"], debug=True)
+def _backward(bank, index, g, dq, N, M, K, names, rows, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
+    """dq[s, n] = sum of g_nt bank[index_nt] over split s, `names` of them, of the K; for a part of the features."""
+    n, split, d0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BD
+    total = tl.zeros((R, BD), tl.float32)
+    for t0 in range(split * names, tl.minimum((split + 1) * names, K), R):
+        t = t0 + tl.arange(0, R)
+        there = t < tl.minimum((split + 1) * names, K)
+        row = tl.load(index + n.to(tl.int64) * K + t, mask=there, other=0)
+        tl.device_assert((row >= 0) & (row < M), "index is no row of bank")
+        inside = there & (row >= 0) & (row < M)
+        row += (n // N).to(tl.int64) * M
+        weight = tl.load(g + n.to(tl.int64) * K + t, mask=inside, other=0.0)
+        total += weight[:, None] * load(bank, row, d0, inside, D, BD)
+    d = d0 + tl.arange(0, BD)
+    tl.store(dq + (split.to(tl.int64) * rows + n) * D + d, tl.sum(total, 0), mask=d < D)
+
+
+def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
+    reference._check(index, bank)
+    if q.numel() == 0 or bank.numel() == 0 or index.numel() == 0:
+        return reference.sampled_similarity_fwd(q, bank, index)
+    *_, N, D = q.shape
+    M, K, sizes = bank.shape[-2], index.shape[-1], tile(D)
+    out = torch.empty(index.shape, dtype=torch.float32, device=q.device)
+    grid = q.shape[:-1].numel(), triton.cdiv(K, sizes["R"])
+    _forward[grid](
+        q.contiguous(), bank.contiguous(), index.contiguous(), out, N, M, K, sanitize_overflow=False, **sizes
+    )
+    return out
+
+
+def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> tuple[Tensor | None, Tensor | None]:
+    reference._check(index, bank)
+    if q.numel() == 0 or bank.numel() == 0 or index.numel() == 0:
+        return reference.sampled_similarity_bwd(q, bank, index, g, need_q, need_bank)
+    dq = None
+    if need_q:
+        *_, N, D = q.shape
+        M, K, sizes, rows = bank.shape[-2], index.shape[-1], tile(D), q.shape[:-1].numel()
+        chunks = triton.cdiv(D, sizes["BD"])
+        blocks = triton.cdiv(K, sizes["R"])
+        splits = min(blocks, triton.cdiv(8 * hardware.of(q.device).processors, rows * chunks))  # they fill the chip
+        names = triton.cdiv(blocks, splits) * sizes["R"]
+        splits = triton.cdiv(K, names)
+        part = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
+        _backward[(rows, splits, chunks)](
+            bank.contiguous(), index.contiguous(), g.contiguous(), part, N, M, K, names, rows,
+            sanitize_overflow=False, **sizes,
+        )  # fmt: skip
+        dq = part[0] if splits == 1 else part.sum(0)
+    return dq, reference.sum_by_key(q, bank, index, g) if need_bank else None

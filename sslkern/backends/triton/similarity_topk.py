@@ -1,0 +1,99 @@
+"""`similarity_topk`: the n best of each row, kept while the tiles of S stream by.
+
+Floor: one pass of 2 N M D flop. A score and its column are one integer that sorts as they do, the score in the high
+half and the column, counted from the end, in the low. What of a tile beats the worst of the n that a row has so far is
+taken one by one, which soon is rare.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import similarity_topk as reference
+from . import hardware
+from .configs import choose
+from .similarity_lse import LARGE, SIZES, _problem, _split, _with_extents
+from .tiles import (
+    INF,
+    Side,
+    counts,
+    dot_products,
+    features,
+    full_scale,
+    load_vector,
+    precision,
+    scores,
+    some_left_out,
+)
+
+MOST = 128  # more do not fit in the registers
+NONE = tl.constexpr(-(2**63))  # below what any score makes
+
+
+@triton.jit(do_not_specialize=[*SIZES, "n"])
+def _topk(
+    q, k, q_side, k_side, scale_tensor, scale, best, n, G, N, M, blocks, split_size,
+    D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ITSELF: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """best [splits, G, N, n]: the n <= P largest of each row over a split of the columns, in no order."""
+    g, block, split = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
+    q_start, k_start = g.to(tl.int64) * N, g.to(tl.int64) * M
+    scale = full_scale(scale, scale_tensor)
+    i0 = block * BM
+    i = i0 + tl.arange(0, BM)
+    limit = None
+    if q_side.limit is not None:
+        limit = load_vector(q_side.limit, q_start, i, N, INF)[:, None]
+    # All differ, so that one at a time gives way; places from n on never do.
+    place = tl.arange(0, P)
+    top = tl.zeros((BM, P), tl.int64) + tl.where(place < n, place.to(tl.int64) + NONE, 2**63 - 1)[None, :]
+    worst = tl.min(top, 1)
+    for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
+        j = j0 + tl.arange(0, BN)
+        dots = dot_products(q, k, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+        s = scores(dots, scale, None, limit)
+        x_block, y_block = g * blocks + block, g * tl.cdiv(M, BN) + j0 // BN
+        if some_left_out(q_side, k_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
+            s = tl.where(counts(q_side, k_side, q_start, k_start, i, j, N, M, ITSELF, False, SAME), s, -INF)
+        bits = (s + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0, which equals it
+        order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32
+        order |= (0x7FFFFFFF - j)[None, :].to(tl.int64)
+        order = tl.where((s > -INF) | (s == INF), order, NONE)  # NaN is neither
+        found = tl.max(order, 1)
+        while tl.max((found > worst).to(tl.int32), 0) > 0:
+            gives_way = (found > worst)[:, None] & (top == worst[:, None])
+            top = tl.where(gives_way, found[:, None], top)
+            order = tl.where(order == found[:, None], NONE, order)
+            worst, found = tl.min(top, 1), tl.max(order, 1)
+    row = (split.to(tl.int64) * G + g) * N + i
+    tl.store(best + row[:, None] * n + place[None, :], top, mask=(i < N)[:, None] & (place < n)[None, :])
+
+
+def similarity_topk_fwd(q, k, n, scale_tensor, scale, q_ids, k_ids, same, q_limit) -> tuple[Tensor, Tensor]:
+    """Returns values [G, N, n] and indices [G, N, n], -inf and -1 where a row has fewer."""
+    problem, sizes = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, None, q_limit)
+    if 0 in sizes or n > MOST or sizes[2] >= 2**31:
+        return reference.similarity_topk_fwd(q, k, n, *problem[2:7], q_limit)
+    q, k, scale_tensor, scale, q_ids, k_ids, same, _, q_limit = problem
+    G, N, M, D = sizes
+    chip, P = hardware.of(q.device), max(2, triton.next_power_of_2(n))
+    config = choose("topk", q.dtype, D, chip)
+    blocks = triton.cdiv(N, config.BM)
+    split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks, chip)
+    best = torch.empty((splits, G, N, n), dtype=torch.int64, device=q.device)
+    sides = Side(q_ids, limit=q_limit), Side(q_ids if k is None else k_ids)
+    q_side, k_side = _with_extents(*sides, N * M >= LARGE, same, False, config)
+    x, y, tma = features(q, q if k is None else k, config, chip)
+    _topk[(G * blocks, splits)](
+        x, y, q_side, k_side, scale_tensor, scale, best, n, G, N, M, blocks, split_blocks * config.BN,
+        D=D, P=P, BM=config.BM, BN=config.BN, BD=config.BD, ITSELF=k is None, SAME=same,
+        PRECISION=precision(q.dtype), TMA=tma, **config.launch(),
+    )  # fmt: skip
+    best = best.permute(1, 2, 0, 3).reshape(*q.shape[:-1], splits * n).topk(n).values
+    left_out = best < NONE.value + MOST  # nothing came to that place
+    order = (best >> 32).to(torch.int32)
+    values = torch.where(order < 0, order ^ 0x7FFFFFFF, order).view(torch.float32)
+    indices = 0x7FFFFFFF - (best & 0xFFFFFFFF)
+    return values.masked_fill(left_out, -torch.inf), indices.masked_fill(left_out, -1)
