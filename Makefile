@@ -56,11 +56,8 @@ test-all: setup  ## all tests
 $(VENV)/triton-%: | $(VENV)/.setup
 	$(INSTALL) --no-deps --target $@.tmp triton$(if $(filter newest,$*),,==$*) && mv $@.tmp $@
 
-# TODO: tests/ops and the functional ones, once every primitive has a kernel
-TRITON = $(basename $(notdir $(wildcard sslkern/backends/triton/*.py)))
-INTERPRETED = $(wildcard $(TRITON:%=tests/ops/test_%.py)) $(if $(filter unit_pairs,$(TRITON)), \
-	tests/ops/test_pair_contrast.py tests/functional/test_nt_xent.py tests/functional/test_info_nce.py) \
-	$(if $(filter similarity_softplus,$(TRITON)),tests/functional/test_siglip.py)
+INTERPRETED = tests/ops tests/gpu/test_triton_paths.py \
+	tests/functional/test_nt_xent.py tests/functional/test_info_nce.py tests/functional/test_siglip.py
 
 triton-interpret-%: $(VENV)/triton-%
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest $(INTERPRETED)

@@ -227,21 +227,16 @@ def job_of(row: dict) -> Job:
 
 
 def jobs(only: str = "", dtypes: Iterable[str] = DTYPES, sizes: Iterable[int] = (), archs: Iterable[int] = CHIPS):
-    """Everything, or `only` what has this in its primitive/case, or these sizes (or those that are usual for a dtype).
-    Primitives without a file in the backend are left out."""  # TODO: not once all have one
+    """Everything, or `only` what has this in its primitive/case, or these sizes (or those that are usual for a dtype)."""
     return [
         Job(primitive, name, dtype, D, arch)
         for primitive, name, _ in CASES
-        if only in f"{primitive}/{name}" and exists(primitive)
+        if only in f"{primitive}/{name}"
         for dtype in dtypes
         if dtype != "tf32" or primitive.startswith("similarity")  # the others have no products
         for D in sizes or SIZES[dtype]
         for arch in archs
     ]
-
-
-def exists(primitive: str) -> bool:
-    return (ROOT / f"sslkern/backends/triton/{primitive}.py").exists()
 
 
 # ---- how -------------------------------------------------------------------------------------------------------------

@@ -143,6 +143,8 @@ def test_not_a_number_is_left_out_and_infinity_wins(backend):
 
 
 def test_same_bits_for_any_number_of_threads(backend):
+    if backend == "triton":
+        pytest.skip("the threads of a GPU are not set")
     q, k = whole(700, 48).requires_grad_(), torch.randn(5000, 48, requires_grad=True)
     before, results = torch.get_num_threads(), []
     try:

@@ -4,6 +4,7 @@ With `TRITON_INTERPRET=1` in the environment they also run on CPU tensors, slowl
 there is no GPU. Triton itself is imported with the first kernel.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -21,12 +22,19 @@ PRIMITIVES = (
     "bank_update",
     "unit_pairs",
 )
+OLDEST = 3, 4  # of triton: tensor descriptors, named tuples as arguments
 KEEPS = 0, 0  # scores of similarity_lse kept for the backward: the chip recomputes them faster than it reads them
 
 
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` brings it (a CUDA build of torch has it already)"
+    try:
+        version = importlib.metadata.version("triton")
+        if tuple(map(int, version.split(".")[:2])) < OLDEST:
+            return f"triton {version} is too old; 3.4 or newer is needed, which torch 2.8 and newer bring"
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        pass  # under another name, as builds for AMD's GPUs have it
     if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
         return f"torch {torch.__version__} is a CPU build; a CUDA build brings it"
     return None

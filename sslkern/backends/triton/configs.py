@@ -75,8 +75,10 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
     stages = 3 if large else 2
     if kind == "forward":
         BD = width if width <= 128 else 64
-        if crowded and not hopper:
-            return Config(64, 32, BD, BD, 4, stages)
+        if not large:
+            return Config(128, 64, BD, BD, 8, stages)
+        if crowded and blackwell:
+            return Config(64, 64, BD, BD, 8, 2)
         return Config(128, 32 if crowded else 64, BD, BD, 4 if hopper and not crowded else 8, stages)
     if width <= 128:
         if not large:
@@ -85,6 +87,5 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
         return Config(128, 32 if few else 64, width, width, 8, stages)
     if width == 256:
         return Config(128 if large and kind != "softplus" else 64, 32, 256, 256, 8, stages)
-    if width == 512 and large and not crowded:
-        return Config(64, 64 if kind == "frozen" else 32, 512, 512, 8, 2 if kind == "frozen" else 3)
-    return Config(64, 64, 64, 256, 8, 2)
+    # Of 512 at a time the accumulators would leave too few registers: ptxas then waits for each product.
+    return Config(64, 64, 64, 256, 8, stages)
