@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference.bank_update import bank_update_ as reference
 from ..reference.sampled_similarity import _check
 from . import DTYPES, INTERPRETED
-from .rows import ASSERTS, aligned, length, load, row_of, store, tile
+from .rows import aligned, length, load, row_of, store, tile
 
 FEW = 32 if INTERPRETED else 4096  # names, which to compare with each other costs less than two kernels
 BLOCK = 128  # names at a time
@@ -72,8 +72,9 @@ def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float) -> Non
     if B > FEW:
         last = torch.empty(M, dtype=torch.int64, device=bank.device)
         for kernel in (_forget, _claim):
-            kernel[(triton.cdiv(B, BLOCK),)](index, last, M, B, BLOCK=BLOCK, **ASSERTS)
-    programs = triton.cdiv(B, sizes["R"])
-    _update[(programs,)](bank, index, aligned(x), momentum, last, M, B, BLOCK=BLOCK, **sizes, **ASSERTS)
+            kernel[(triton.cdiv(B, BLOCK),)](index, last, M, B, BLOCK=BLOCK, sanitize_overflow=False)
+    _update[(triton.cdiv(B, sizes["R"]),)](
+        bank, index, aligned(x), momentum, last, M, B, BLOCK=BLOCK, sanitize_overflow=False, **sizes
+    )
     if not bank.is_inference():  # autograd does not see what kernels write
         torch.autograd.graph.increment_version(bank)

@@ -15,7 +15,7 @@ NUMBERS = 8192 if INTERPRETED else 2048
 def tile(D: int) -> dict:
     """Rows and features of a tile; rows of more than BD features come in parts."""
     BD = min(triton.next_power_of_2(max(D, 1)), NUMBERS)
-    return {"D": D, "R": NUMBERS // BD, "BD": BD}
+    return {"D": D, "R": min(NUMBERS // BD, 64), "BD": BD}
 
 
 def aligned(x: Tensor) -> Tensor:
