@@ -227,7 +227,7 @@ def job_of(row: dict) -> Job:
 
 
 def jobs(only: str = "", dtypes: Iterable[str] = DTYPES, sizes: Iterable[int] = (), archs: Iterable[int] = CHIPS):
-    """Everything, or `only` what has this in its primitive/case, or these sizes (or those that are usual for a dtype)."""
+    """Everything, or `only` what has this in its primitive/case; these sizes, or those usual for a dtype."""
     return [
         Job(primitive, name, dtype, D, arch)
         for primitive, name, _ in CASES

@@ -66,10 +66,13 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
         return _forced[name]
     if not crowded and name in tuned(hardware).get("config", {}):
         return Config(*tuned(hardware)["config"][name])
+    full = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"  # no matrix units
     if kind == "topk":
-        return Config(64, 64, min(width, 16 if dtype == torch.float32 else 64), 64, 4, 2)
+        return Config(64, 64, min(width, 16 if dtype == torch.float32 else 64), 64, 8 if full else 4, 2)
+    if full:
+        return Config(32, 32, 16, min(width, 64), 8, 1)
     if dtype == torch.float32:
-        return Config(32 if crowded or kind == "softplus" else 64, 32, 16, min(width, 64), 4, 2)
+        return Config(64, 32, min(width, 32), min(width, 64), 8 if crowded or kind == "softplus" else 4, 2)
     hopper, blackwell = hardware.architecture == 90, hardware.architecture >= 100
     large = hopper or blackwell  # shared memory, and matrix units that read it by themselves
     stages = 3 if large else 2
@@ -83,6 +86,8 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
     if width <= 128:
         if not large:
             return Config(64, 32, width, width, 8, stages)
+        if crowded and blackwell:
+            return Config(64, 32, width, width, 8, 2)
         few = crowded or blackwell or kind != "backward"
         return Config(128, 32 if few else 64, width, width, 8, stages)
     if width == 256:

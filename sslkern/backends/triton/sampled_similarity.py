@@ -13,10 +13,10 @@ from . import hardware
 from .rows import load, tile
 
 
-@triton.jit(do_not_specialize=["N", "M", "K"], debug=True)
-def _forward(q, bank, index, out, N, M, K, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "M", "K", "blocks"], debug=True)
+def _forward(q, bank, index, out, N, M, K, blocks, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
     """out[n, t] = <q_n, bank[index_nt]>; n runs through the groups of N rows, each of which has M rows of the bank."""
-    n, t = tl.program_id(0), tl.program_id(1) * R + tl.arange(0, R)
+    n, t = tl.program_id(0) // blocks, tl.program_id(0) % blocks * R + tl.arange(0, R)
     row = tl.load(index + n.to(tl.int64) * K + t, mask=t < K, other=0)
     tl.device_assert((row >= 0) & (row < M), "index is no row of bank")
     inside = (t < K) & (row >= 0) & (row < M)
@@ -53,9 +53,19 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     *_, N, D = q.shape
     M, K, sizes = bank.shape[-2], index.shape[-1], tile(D)
     out = torch.empty(index.shape, dtype=torch.float32, device=q.device)
-    grid = q.shape[:-1].numel(), triton.cdiv(K, sizes["R"])
-    _forward[grid](
-        q.contiguous(), bank.contiguous(), index.contiguous(), out, N, M, K, sanitize_overflow=False, **sizes
+    blocks = triton.cdiv(K, sizes["R"])
+    _forward[(q.shape[:-1].numel() * blocks,)](
+        q.contiguous(),
+        bank.contiguous(),
+        index.contiguous(),
+        out,
+        N,
+        M,
+        K,
+        blocks,
+        sanitize_overflow=False,
+        **sizes,
+        num_warps=4 if D % sizes["BD"] == 0 else 8,  # masks take registers
     )
     return out
 
