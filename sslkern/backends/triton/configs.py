@@ -66,22 +66,23 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
         return _forced[name]
     if not crowded and name in tuned(hardware).get("config", {}):
         return Config(*tuned(hardware)["config"][name])
+    hopper, blackwell = hardware.architecture == 90, hardware.architecture >= 100
+    large = hopper or blackwell  # shared memory, and matrix units that read it by themselves
     full = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"  # no matrix units
     if kind == "topk":
         return Config(64, 64, min(width, 16 if dtype == torch.float32 else 64), 64, 8 if full else 4, 2)
     if full:
         return Config(32, 32, 16, min(width, 64), 8, 1)
     if dtype == torch.float32:
-        return Config(64, 32, min(width, 32), min(width, 64), 8 if crowded or kind == "softplus" else 4, 2)
-    hopper, blackwell = hardware.architecture == 90, hardware.architecture >= 100
-    large = hopper or blackwell  # shared memory, and matrix units that read it by themselves
+        few = crowded or kind == "softplus"
+        return Config(64, 32, min(width, 16 if few and large else 32), min(width, 64), 8 if few else 4, 2)
     stages = 3 if large else 2
     if kind == "forward":
         BD = width if width <= 128 else 64
         if not large:
             return Config(128, 64, BD, BD, 8, stages)
         if crowded and blackwell:
-            return Config(64, 64, BD, BD, 8, 2)
+            return Config(64, 64, min(BD, 32), BD, 8, 2)
         return Config(128, 32 if crowded else 64, BD, BD, 4 if hopper and not crowded else 8, stages)
     if width <= 128:
         if not large:
@@ -90,7 +91,7 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
             return Config(64, 32, width, width, 8, 2)
         few = crowded or blackwell or kind != "backward"
         return Config(128, 32 if few else 64, width, width, 8, stages)
-    if width == 256:
-        return Config(128 if large and kind != "softplus" else 64, 32, 256, 256, 8, stages)
+    if width == 256 and kind != "softplus":
+        return Config(128 if large else 64, 32, 256, 256, 8, stages)
     # Of 512 at a time the accumulators would leave too few registers: ptxas then waits for each product.
     return Config(64, 64, 64, 256, 8, stages)
