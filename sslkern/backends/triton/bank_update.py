@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference.bank_update import bank_update_ as reference
 from ..reference.sampled_similarity import _check
-from . import DTYPES, INTERPRETED
+from . import DTYPES, INTERPRETED, hardware
 from .rows import aligned, length, load, row_of, store, tile
 
 FEW = 32 if INTERPRETED else 4096  # names, which to compare with each other costs less than two kernels
@@ -63,6 +63,7 @@ def _update(
         store(bank, j, d0, inside, tl.div_rn(moved, norm), D, BD)
 
 
+@hardware.on_its_device
 def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float) -> None:
     if not bank.is_contiguous() or x.dtype not in DTYPES:
         return reference(bank, index, x, momentum)

@@ -66,8 +66,8 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
         return _forced[name]
     if not crowded and name in tuned(hardware).get("config", {}):
         return Config(*tuned(hardware)["config"][name])
-    hopper, blackwell = hardware.architecture == 90, hardware.architecture >= 100
-    large = hopper or blackwell  # shared memory, and matrix units that read it by themselves
+    large, hopper = hardware.large, hardware.architecture == 90
+    blackwell = large and not hopper
     full = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"  # no matrix units
     if kind == "topk":
         return Config(64, 64, min(width, 16 if dtype == torch.float32 else 64), 64, 8 if full else 4, 2)

@@ -1,6 +1,7 @@
 """What a launcher must know of the chip to cut a problem into programs."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,12 @@ class Hardware(NamedTuple):
     processors: int  # programs that run side by side, one on each
     name: str = ""  # under which measured choices are kept
 
+    @property
+    def large(self) -> bool:
+        """Whether it is of a data centre of Hopper's generation or later: 227 KB of shared memory for a program, matrix
+        units that read it by themselves, tensor descriptors."""
+        return self.architecture in (90, 100, 103)
+
 
 @functools.cache
 def of(device: torch.device) -> Hardware:
@@ -22,3 +29,16 @@ def of(device: torch.device) -> Hardware:
     nvidia = torch.version.hip is None
     architecture = 10 * properties.major + properties.minor if nvidia else 0
     return Hardware(architecture, properties.multi_processor_count, properties.name)
+
+
+def on_its_device(launcher: Callable) -> Callable:
+    """Triton launches on the current device: makes that of the first argument, a tensor, the current one."""
+
+    @functools.wraps(launcher)
+    def call(x: torch.Tensor, *args):
+        if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+            return launcher(x, *args)
+        with torch.cuda.device(x.device):
+            return launcher(x, *args)
+
+    return call

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.queue_push import queue_push_ as reference
-from . import DTYPES
+from . import DTYPES, hardware
 from .rows import aligned, length, load, store, tile
 
 TICKET = tl.constexpr(2**40)
@@ -44,6 +44,7 @@ def _push(
     tl.store(ptr, (start + B) % size, mask=taken == tl.num_programs(0) - 1)
 
 
+@hardware.on_its_device
 def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool) -> None:
     if not queue.is_contiguous() or keys.dtype not in DTYPES:
         return reference(queue, ptr, keys, normalize)

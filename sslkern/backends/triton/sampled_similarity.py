@@ -46,6 +46,7 @@ def _backward(bank, index, g, dq, N, M, K, names, rows, D: tl.constexpr, R: tl.c
     tl.store(dq + (split.to(tl.int64) * rows + n) * D + d, tl.sum(total, 0), mask=d < D)
 
 
+@hardware.on_its_device
 def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     reference._check(index, bank)
     if q.numel() == 0 or bank.numel() == 0 or index.numel() == 0:
@@ -70,6 +71,7 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     return out
 
 
+@hardware.on_its_device
 def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> tuple[Tensor | None, Tensor | None]:
     reference._check(index, bank)
     if q.numel() == 0 or bank.numel() == 0 or index.numel() == 0:

@@ -146,6 +146,7 @@ def _merge(
         tl.store(out_best + x, largest, mask=x < size)
 
 
+@hardware.on_its_device
 def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best, kept_rows):
     """Returns row [G, N], col [G, M] or None, best [G, N + M or N] or None, and no scores: it does not keep them."""
     problem, sizes = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
@@ -278,6 +279,7 @@ def _merge_means(part, means, row, mean, size, splits, D: tl.constexpr, BLOCK: t
     tl.store(mean + place, total, mask=inside)
 
 
+@hardware.on_its_device
 def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, best):
     """Returns row [G, N], mean [G, N, D] = sum_j softmax_ij k_j (0 for an empty row), best [G, N] or None."""
     problem, sizes = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
@@ -415,6 +417,7 @@ def _backward(
             tl.store(dbias + place, tl.sum(bias_sum, 1) / fold_by, mask=i < N)
 
 
+@hardware.on_its_device
 def similarity_lse_bwd(
     q, k, row, col, g, h, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, kept,
     need_q, need_k, need_scale, need_bias,
@@ -504,7 +507,7 @@ def _with_extents(x_side: Side, y_side: Side, ids: bool, same: bool, lse: bool, 
 
 def _split(blocks: int, programs: int, chip) -> tuple[int, int]:
     """Blocks for each of how many splits, so that programs fill the chip about twice."""
-    splits = min(blocks, triton.cdiv(2 * chip.processors, programs))
+    splits = min(blocks, max(1, 2 * chip.processors // programs))
     each = triton.cdiv(blocks, splits)
     return each, triton.cdiv(blocks, each)
 

@@ -142,6 +142,7 @@ def _softplus(
             tl.store(dbias + place, tl.sum(bias_sum, 1), mask=i < N)
 
 
+@hardware.on_its_device
 def similarity_softplus_fwd(
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, bias, weights, sign,
     need_q, need_k, need_scale, need_bias, need_k_bias,

@@ -71,6 +71,7 @@ def _topk(
     tl.store(best + row[:, None] * n + place[None, :], top, mask=(i < N)[:, None] & (place < n)[None, :])
 
 
+@hardware.on_its_device
 def similarity_topk_fwd(q, k, n, scale_tensor, scale, q_ids, k_ids, same, q_limit) -> tuple[Tensor, Tensor]:
     """Returns values [G, N, n] and indices [G, N, n], -inf and -1 where a row has fewer."""
     problem, sizes = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, None, q_limit)

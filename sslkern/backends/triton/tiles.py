@@ -194,7 +194,7 @@ def has_tma(x: torch.Tensor, y: torch.Tensor, chip) -> bool:
     """Whether tiles come through tensor descriptors, which take the addresses off the registers: on chips that have
     them, of one group with whole rows of 16 bytes, and in launches that hide the time the host takes to make them."""
     whole = all(side.data_ptr() % 16 == 0 and side.shape[-1] * side.element_size() % 16 == 0 for side in (x, y))
-    return chip.architecture >= 90 and x.shape[:-2].numel() == 1 and whole and x.shape[-2] * y.shape[-2] >= TMA_FROM
+    return chip.large and x.shape[:-2].numel() == 1 and whole and x.shape[-2] * y.shape[-2] >= TMA_FROM
 
 
 def features(x: torch.Tensor, y: torch.Tensor, config, chip) -> tuple:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hardware
 from .rows import aligned, length, load, store, tile
 
 
@@ -38,6 +39,7 @@ def _forward(x, y, z, norm, cosine, N, D: tl.constexpr, R: tl.constexpr, BD: tl.
         tl.store(norm + N + i, b_norm, mask=inside)
 
 
+@hardware.on_its_device
 def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     N, D = x.shape
     z = x.new_empty((2 * N, D))
@@ -80,6 +82,7 @@ def _backward(z, norm, pull, da, db, dx, dy, N, D: tl.constexpr, R: tl.constexpr
             store(dy, i, d0, inside, b_grad, D, BD)
 
 
+@hardware.on_its_device
 def unit_pairs_bwd(
     z: Tensor, norm: Tensor | None, pull: Tensor, da: Tensor | None, db: Tensor | None, need_x: bool, need_y: bool
 ) -> tuple[Tensor | None, Tensor | None]:
