@@ -108,7 +108,8 @@ if has pytest hypothesis; then
   options=(-q -p no:cacheprovider --no-header)
   if has xdist; then options+=(-n "$processes"); fi
   if has pytest_timeout; then options+=(--timeout 60); fi
-  stage tests 100 "$python" -m pytest "${options[@]}" tests/ops tests/functional -k "${GPU_TESTS:-triton or cuda}"
+  stage tests 100 "$python" -m pytest "${options[@]}" tests/ops tests/functional tests/gpu \
+    -k "${GPU_TESTS:-(triton or cuda) and not emulated and not resources}"
 else
   note tests "not run" "pytest or hypothesis is missing"
 fi
