@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sslkern.backends import triton as backend
+from sslkern.backends import triton as triton_backend
 from sslkern.ops import similarity_lse, similarity_softplus
 
 from ..conftest import EVERY
@@ -29,7 +29,7 @@ def large(monkeypatch):
 @pytest.fixture
 def descriptors(monkeypatch):
     monkeypatch.setattr(tiles, "TMA_FROM", 0)
-    if backend.INTERPRETED:
+    if triton_backend.INTERPRETED:
         monkeypatch.setattr(hardware, "of", lambda device: hardware.Hardware(90, 3))
     elif hardware.of(torch.device("cuda")).architecture < 90:
         pytest.skip("the chip has no tensor descriptors")
