@@ -59,11 +59,13 @@ def main() -> None:
 
     import sslkern
 
+    from . import MISSING
+
+    if MISSING or not torch.cuda.is_available():
+        raise SystemExit(f"tuning needs a GPU: {MISSING or 'torch finds none'}")
     from . import configs, hardware
     from .strategies import STRATEGIES, key, use_strategy
 
-    if not torch.cuda.is_available():
-        raise SystemExit("tuning needs a GPU that torch can use; none was found")
     chip, deadline = hardware.of(torch.device("cuda")), time.monotonic() + arguments.seconds
     found = {"strategy": {}, "config": {}}
     tuned.cache_clear()
