@@ -64,7 +64,7 @@ triton-interpret-%: $(VENV)/triton-%
 
 triton-test:  ## the Triton kernels without a GPU: their values in the interpreter, their code for three architectures
 	$(MAKE) -j2 -O triton-interpret-3.6.0 triton-interpret-newest
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0 $(BIN)/python -m pytest tests/gpu/test_triton_offline.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0 $(BIN)/python -m pytest tests/gpu/test_triton_offline.py tests/gpu/test_cuda_resources.py
 
 triton-offline: $(VENV)/triton-3.6.0  ## compile all Triton kernels, into benchmarks/results/offline
 	PYTHONPATH=$(CURDIR)/$< $(BIN)/python tests/gpu/offline.py --all

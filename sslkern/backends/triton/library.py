@@ -66,13 +66,13 @@ def _columns(
         shift = finite_shift(new)
         total = total * exp(top - shift) + exp(score - shift)
         top = new
-    old = tl.load(col + j, mask=(j < M) & (first > 0), other=-INF)
+    old = tl.load(col + j, mask=j < M, other=-INF)
     here = tl.max(top, 0)
     shift = finite_shift(tl.maximum(old, here))
     sums = exp(old - shift) + tl.sum(total * exp(top - shift[None, :]), 0)
     tl.store(col + j, shift + tl.log(sums), mask=j < M)
     if best is not None:
-        old = tl.load(best + j, mask=(j < M) & (first > 0), other=-INF)
+        old = tl.load(best + j, mask=j < M, other=-INF)
         tl.store(best + j, tl.maximum(old, here), mask=j < M)
 
 
@@ -106,8 +106,8 @@ def forward(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, columns: bool
     N, M, itself, keys = q.shape[0], (q if k is None else k).shape[0], k is None, q if k is None else k
     sides = Side(q_ids), Side(q_ids if itself else k_ids, bias=k_bias)
     new = _allocator(q)
-    row, col = new(N), new(M) if columns else None
-    row_best, col_best = new(N) if best else None, new(M) if best and columns else None
+    row, row_best = new(N), new(N) if best else None
+    col, col_best = (new(M).fill_(-torch.inf) if wanted else None for wanted in (columns, columns and best))
     for first, stop, s in _chunks(q, keys):
         problem = s, *sides, scale_tensor, scale
         rows = triton.cdiv(stop - first, BM.value)
