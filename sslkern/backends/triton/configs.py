@@ -10,7 +10,7 @@ import torch
 import triton
 
 from . import INTERPRETED
-from .hardware import Hardware
+from .hardware import Hardware, tf32
 from .strategies import key
 from .tuning import tuned
 
@@ -68,7 +68,7 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
         return Config(*tuned(hardware)["config"][name])
     large, hopper = hardware.large, hardware.architecture == 90
     blackwell = large and not hopper
-    full = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"  # no matrix units
+    full = dtype == torch.float32 and not tf32(dtype)  # no matrix units
     if kind == "topk":
         return Config(64, 64, min(width, 16 if dtype == torch.float32 else 64), 64, 8 if full else 4, 2)
     if full:

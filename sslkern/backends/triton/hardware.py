@@ -31,6 +31,16 @@ def of(device: torch.device) -> Hardware:
     return Hardware(architecture, properties.multi_processor_count, properties.name)
 
 
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether features are fp32 but multiplied in tf32, as torch's settings say; asked in the way that they were set."""
+    if dtype != torch.float32:
+        return False
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # they were set by torch.backends.cuda.matmul.fp32_precision, and torch refuses to mix
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def on_its_device(launcher: Callable) -> Callable:
     """Triton launches on the current device: makes that of the first argument, a tensor, the current one."""
 

@@ -81,7 +81,7 @@ def _weights(
     s, w, q_side, k_side, scale_tensor, scale, fold, dscale, first, stop, N, M, ITSELF: tl.constexpr, SAME: tl.constexpr
 ):  # fmt: skip
     """w_ij = g_i exp(s_ij - lse_i) + h_j exp(s_ij - lse_j) of a chunk, in the type of the features."""
-    i, j = first + tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    i, j = first + tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     scale = full_scale(scale, scale_tensor)
     dots, score = _tile(s, q_side, k_side, scale, first, i, j, stop, N, M, ITSELF, SAME)
     weight = tl.zeros((BM, BN), tl.float32)
@@ -122,6 +122,8 @@ def frozen(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, best: bool):
     N, M = q.shape[0], k.shape[0]
     new = _allocator(q)
     row, top, mean = new(N), new(N) if best else None, torch.empty_like(q, dtype=torch.float32)
+    # Weights of long queues would vanish in fp16.
+    fold = torch.full((), 2.0**14, device=q.device) if q.dtype == torch.float16 else None
     one, sides = torch.ones_like(row), (Side(q_ids), Side(k_ids, bias=k_bias))
     for first, stop, s in _chunks(q, k):
         rows, w = triton.cdiv(stop - first, BM.value), torch.empty_like(s, dtype=q.dtype)
@@ -129,12 +131,12 @@ def frozen(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, best: bool):
             s, *sides, scale_tensor, scale, row, top, first, stop, N, M, ITSELF=False, SAME=same, num_warps=8
         )
         weighed = sides[0]._replace(lse=row, grad=one), sides[1]
-        grid = rows, triton.cdiv(M, BN.value)
+        grid = triton.cdiv(M, BN.value), rows
         _weights[grid](
-            s, w, *weighed, scale_tensor, scale, None, None, first, stop, N, M, ITSELF=False, SAME=same, num_warps=8
+            s, w, *weighed, scale_tensor, scale, fold, None, first, stop, N, M, ITSELF=False, SAME=same, num_warps=8
         )
         mean[first:stop] = product(w, k)
-    return row, mean, top
+    return row, mean if fold is None else mean.div_(fold), top
 
 
 def backward(q, k, row, col, g, h, scale_tensor, scale, q_ids, k_ids, same, k_bias, fold, need_q, need_k, need_scale):
@@ -148,7 +150,7 @@ def backward(q, k, row, col, g, h, scale_tensor, scale, q_ids, k_ids, same, k_bi
     dk = torch.zeros_like(keys, dtype=torch.float32) if need_k and not itself else None
     dscale = q.new_zeros((), dtype=torch.float32) if need_scale else None
     for first, stop, s in _chunks(q, keys):
-        grid = triton.cdiv(stop - first, BM.value), triton.cdiv(M, BN.value)
+        grid = triton.cdiv(M, BN.value), triton.cdiv(stop - first, BM.value)
         w, part = torch.empty_like(s, dtype=q.dtype), _allocator(q)(*grid) if need_scale else None
         _weights[grid](
             s,

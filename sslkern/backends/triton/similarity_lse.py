@@ -380,10 +380,10 @@ def _backward(
             y_grad = tl.where(y_lse == -INF, 0.0, load_vector(y_side.grad, y_start, j, M, 0.0)) * fold_by
             y_lse = finite_shift(y_lse)
         if SHARED:
-            # One exponential: from the lowest log-sum-exp on, terms neither overflow nor vanish within e^80.
+            # One exponential: from the lowest log-sum-exp on, terms neither overflow nor vanish within e^64.
             y_extent = y_side.lse_extent + 2 * y_block
             low, high = tl.minimum(x_low, tl.load(y_extent)), tl.maximum(x_high, tl.load(y_extent + 1))
-            if high - low < 80:
+            if high - low < 64:
                 of_rows = x_grad * exp(tl.minimum(low - x_lse, 0.0))
                 of_columns = y_grad * exp(tl.minimum(low - y_lse, 0.0))
                 w = exp(s - low) * (of_rows[:, None] + of_columns[None, :])
@@ -480,7 +480,9 @@ def _fold(dtype: torch.dtype, *sides) -> Tensor | None:
     the largest there can be to 2^14."""
     if dtype != torch.float16:
         return None
-    largest = [g.masked_fill(lse == -torch.inf, 0).abs().amax() for lse, g in sides if g is not None]
+    largest = [
+        g.masked_fill(lse == -torch.inf, 0).abs().nan_to_num(0, 0, 0).amax() for lse, g in sides if g is not None
+    ]
     return 2.0**14 / sum(largest).clamp(2.0**-100, 2.0**100)
 
 
@@ -507,7 +509,7 @@ def _with_extents(x_side: Side, y_side: Side, ids: bool, same: bool, lse: bool, 
 
 def _split(blocks: int, programs: int, chip) -> tuple[int, int]:
     """Blocks for each of how many splits, so that programs fill the chip about twice."""
-    splits = min(blocks, max(1, 2 * chip.processors // programs))
+    splits = min(blocks, max(1, (2 * chip.processors + programs // 2) // programs))
     each = triton.cdiv(blocks, splits)
     return each, triton.cdiv(blocks, each)
 

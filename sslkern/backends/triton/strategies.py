@@ -7,7 +7,7 @@ a chip; what it found is kept on disk and goes first.
 import torch
 from torch import Tensor
 
-from .hardware import Hardware
+from .hardware import Hardware, tf32
 from .tuning import tuned
 
 STRATEGIES = ("fused", "library")
@@ -46,10 +46,9 @@ def by_library(q: Tensor, N: int, M: int, q_limit: Tensor | None, one_sided: boo
         return found == "library"
     # A score costs some 14 bytes of memory traffic there. Fused: fp32 has no matrix units, and gradients of more than
     # 512 features do not fit in the registers, so that S is computed once more for each part of them.
-    return D > 512 or q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return D > 512 or q.dtype == torch.float32 and not tf32(q.dtype)
 
 
 def key(dtype: torch.dtype, D: int) -> str:
     """What a measured choice is kept under: features to the next power of two."""
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return f"{'tf32' if tf32 else str(dtype).removeprefix('torch.')} {1 << max(4, (D - 1).bit_length())}"
+    return f"{'tf32' if tf32(dtype) else str(dtype).removeprefix('torch.')} {1 << max(4, (D - 1).bit_length())}"

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .hardware import tf32
+
 TMA_FROM = 2**20  # scores; making a descriptor costs the host some microseconds
 INF = tl.constexpr(float("inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -169,6 +171,8 @@ def _extent(x, out, N, blocks, BLOCK: tl.constexpr, LSE: tl.constexpr):
     if LSE:
         inside &= value != -INF
         low, high = tl.where(inside, value, INF), tl.where(inside, value, -INF)
+        strange = inside & (value != value)  # NaN, which minimum and maximum would drop: never close to the others
+        low, high = tl.where(strange, -INF, low), tl.where(strange, INF, high)
     else:
         low, high = tl.where(inside, value, 2**63 - 1), tl.where(inside, value, -(2**63))
     tl.store(out + 2 * tl.program_id(0), tl.min(low, 0))
@@ -187,7 +191,7 @@ def extent(x: torch.Tensor | None, block: int) -> torch.Tensor | None:
 
 def precision(dtype: torch.dtype) -> str:
     """How fp32 features are multiplied: as torch.set_float32_matmul_precision says."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" or dtype != torch.float32 else "tf32"
+    return "tf32" if tf32(dtype) else "ieee"
 
 
 def has_tma(x: torch.Tensor, y: torch.Tensor, chip) -> bool:
