@@ -32,7 +32,7 @@ def of(device: torch.device) -> Hardware:
 
 
 def tf32(dtype: torch.dtype) -> bool:
-    """Whether features are fp32 but multiplied in tf32, as torch's settings say; asked in the way that they were set."""
+    """Whether features are fp32 but multiplied in tf32, as torch's settings say, asked in the way they were set."""
     if dtype != torch.float32:
         return False
     try:

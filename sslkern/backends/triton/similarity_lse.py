@@ -35,6 +35,7 @@ from .tiles import (
 
 LARGE = 2**22  # scores; from so many on it pays to know beforehand which tiles hold equal ids
 TRIANGLE_FROM = 32  # blocks of rows; merging the columns of fewer costs more than half of the tiles
+TOGETHER = tl.constexpr(16)  # partial results that are merged at a time
 SIZES = ["G", "N", "M", "size", "programs", "rounds", "blocks", "splits", "split_size"]  # no new kernel for new sizes
 
 # ---- forward: rows, and from the same tiles the columns --------------------------------------------------------------
@@ -113,19 +114,19 @@ def _forward(
 def _merge_parts(top, total, largest, part, best, x, size, N, slots, STEP: tl.constexpr, BN: tl.constexpr):
     """Takes part [slots, size] into the running sums of exp(part - top). STEP: slot n came to the columns from those of
     its first block on, which starts at n * STEP."""
-    for n in range(slots):
-        there = x < size
+    for n0 in range(0, slots, TOGETHER):  # their loads are under way together
+        n = n0 + tl.arange(0, TOGETHER)
+        there = (n < slots)[:, None] & (x < size)[None, :]
         if STEP > 0:
-            there &= n * STEP // BN * BN <= x % N
-        value = tl.load(part + x, mask=there, other=-INF)
-        new = tl.maximum(top, value)
+            there &= (n * STEP // BN * BN)[:, None] <= (x % N)[None, :]
+        place = n.to(tl.int64)[:, None] * size + x[None, :]
+        value = tl.load(part + place, mask=there, other=-INF)
+        new = tl.maximum(top, tl.max(value, 0))
         shift = finite_shift(new)
-        total = total * exp(top - shift) + exp(value - shift)
+        total = total * exp(top - shift) + tl.sum(exp(value - shift[None, :]), 0)
         top = new
-        part += size
         if best is not None:
-            largest = tl.maximum(largest, tl.load(best + x, mask=there, other=-INF))
-            best += size
+            largest = tl.maximum(largest, tl.max(tl.load(best + place, mask=there, other=-INF), 0))
     return top, total, largest
 
 
@@ -215,7 +216,7 @@ def _merged(part: Tensor, best: Tensor | None, config, col_part=None, col_best=N
 def _frozen(
     q, k, v, q_side, k_side, scale_tensor, scale, row, mean, best, G, N, M, blocks, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, SAME: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    LIFT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """row [splits, G, N] and mean [splits, G, N, D] = sum_j softmax_ij k_j over a split of the keys, DV features."""
     g, block, split, chunk = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1), tl.program_id(2)
@@ -251,11 +252,11 @@ def _frozen(
         total = total * shrink + tl.sum(e, 1)
         if D > BD:
             y = load_rows(v, k_start, j0, d0, M, D, BN, DV, False)
-        sums = tl.dot(e.to(y.dtype), y, sums * shrink[:, None], input_precision=PRECISION)
+        sums = tl.dot((e * LIFT).to(y.dtype), y, sums * shrink[:, None], input_precision=PRECISION)
         top = new
 
     place = (split.to(tl.int64) * G + g) * N + i
-    sums = sums / tl.where(total == 0, 1.0, total)[:, None]
+    sums = sums / (LIFT * tl.where(total == 0, 1.0, total))[:, None]
     d = d0 + tl.arange(0, DV)
     tl.store(mean + place[:, None] * D + d[None, :], sums, mask=(i < N)[:, None] & (d < D)[None, :])
     if chunk == 0:
@@ -300,7 +301,9 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
     x, y, tma = features(q, k, config, chip)
     _frozen[(G * blocks, splits, chunks)](
         x, y, k, q_side, k_side, scale_tensor, scale, part, means, part_best, G, N, M, blocks, split_blocks * config.BN,
-        D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, SAME=same, PRECISION=precision(q.dtype), TMA=tma,
+        D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, SAME=same,
+        LIFT=2.0**14 if q.dtype == torch.float16 else 1.0,  # where weights of long queues would vanish
+        PRECISION=precision(q.dtype), TMA=tma,
         **config.launch(),
     )  # fmt: skip
     row, top = _merged(part, part_best, config)
