@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import INF, Side, counts, exp, finite_shift, full_scale, load_vector, scores
+from .tiles import INF, Side, allocator, counts, exp, finite_shift, full_scale, load_vector, scores
 
 CHUNK = 2**25  # scores held at a time
 BM, BN = tl.constexpr(16), tl.constexpr(256)  # of them, what a program looks at
@@ -105,7 +105,7 @@ def forward(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, columns: bool
     """row [N], col [M] or None, and the largest scores of both, or None."""
     N, M, itself, keys = q.shape[0], (q if k is None else k).shape[0], k is None, q if k is None else k
     sides = Side(q_ids), Side(q_ids if itself else k_ids, bias=k_bias)
-    new = _allocator(q)
+    new = allocator(q)
     row, row_best = new(N), new(N) if best else None
     col, col_best = (new(M).fill_(-torch.inf) if wanted else None for wanted in (columns, columns and best))
     for first, stop, s in _chunks(q, keys):
@@ -120,7 +120,7 @@ def forward(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, columns: bool
 def frozen(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, best: bool):
     """row [N], mean [N, D] = sum_j softmax_ij k_j, best [N] or None."""
     N, M = q.shape[0], k.shape[0]
-    new = _allocator(q)
+    new = allocator(q)
     row, top, mean = new(N), new(N) if best else None, torch.empty_like(q, dtype=torch.float32)
     # Weights of long queues would vanish in fp16.
     fold = torch.full((), 2.0**14, device=q.device) if q.dtype == torch.float16 else None
@@ -151,24 +151,11 @@ def backward(q, k, row, col, g, h, scale_tensor, scale, q_ids, k_ids, same, k_bi
     dscale = q.new_zeros((), dtype=torch.float32) if need_scale else None
     for first, stop, s in _chunks(q, keys):
         grid = triton.cdiv(M, BN.value), triton.cdiv(stop - first, BM.value)
-        w, part = torch.empty_like(s, dtype=q.dtype), _allocator(q)(*grid) if need_scale else None
+        w, part = torch.empty_like(s, dtype=q.dtype), allocator(q)(*grid) if need_scale else None
         _weights[grid](
-            s,
-            w,
-            q_side,
-            k_side,
-            scale_tensor,
-            scale,
-            fold,
-            part,
-            first,
-            stop,
-            N,
-            M,
-            ITSELF=itself,
-            SAME=same,
-            num_warps=8,
-        )
+            s, w, q_side, k_side, scale_tensor, scale, fold, part, first, stop, N, M,
+            ITSELF=itself, SAME=same, num_warps=8,
+        )  # fmt: skip
         if need_q:
             dq[first:stop] = product(w, keys)
         if dk is not None:
@@ -200,7 +187,3 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 _KEEPS_SUMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # mm takes out_dtype
-
-
-def _allocator(like: Tensor):
-    return lambda *shape: torch.empty(shape, dtype=torch.float32, device=like.device)

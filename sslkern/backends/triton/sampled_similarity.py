@@ -10,16 +10,14 @@ from torch import Tensor
 
 from ..reference import sampled_similarity as reference
 from . import hardware
-from .rows import load, tile
+from .rows import load, row_of, tile
 
 
 @triton.jit(do_not_specialize=["N", "M", "K", "blocks"], debug=True)
 def _forward(q, bank, index, out, N, M, K, blocks, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
     """out[n, t] = <q_n, bank[index_nt]>; n runs through the groups of N rows, each of which has M rows of the bank."""
     n, t = tl.program_id(0) // blocks, tl.program_id(0) % blocks * R + tl.arange(0, R)
-    row = tl.load(index + n.to(tl.int64) * K + t, mask=t < K, other=0)
-    tl.device_assert((row >= 0) & (row < M), "index is no row of bank")
-    inside = (t < K) & (row >= 0) & (row < M)
+    row, inside = row_of(index + n.to(tl.int64) * K, t, t < K, M)
     row += (n // N).to(tl.int64) * M
     only = tl.zeros((1,), tl.int32) + n
     total = tl.zeros((R,), tl.float32)
@@ -35,10 +33,7 @@ def _backward(bank, index, g, dq, N, M, K, names, rows, D: tl.constexpr, R: tl.c
     total = tl.zeros((R, BD), tl.float32)
     for t0 in range(split * names, tl.minimum((split + 1) * names, K), R):
         t = t0 + tl.arange(0, R)
-        there = t < tl.minimum((split + 1) * names, K)
-        row = tl.load(index + n.to(tl.int64) * K + t, mask=there, other=0)
-        tl.device_assert((row >= 0) & (row < M), "index is no row of bank")
-        inside = there & (row >= 0) & (row < M)
+        row, inside = row_of(index + n.to(tl.int64) * K, t, t < tl.minimum((split + 1) * names, K), M)
         row += (n // N).to(tl.int64) * M
         weight = tl.load(g + n.to(tl.int64) * K + t, mask=inside, other=0.0)
         total += weight[:, None] * load(bank, row, d0, inside, D, BD)

@@ -18,6 +18,7 @@ from .strategies import by_library
 from .tiles import (
     INF,
     Side,
+    allocator,
     counts,
     crowded,
     dot_products,
@@ -169,7 +170,7 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
     programs = triton.cdiv(row_blocks, rounds)
     split_blocks, splits = _split(col_blocks, G * programs, chip)
 
-    new = _allocator(q)
+    new = allocator(q)
     row, col = new(splits, G, N), new(programs, G, M) if both else None
     row_best, col_best = new(splits, G, N) if best else None, new(programs, G, M) if best and both else None
     sides = Side(q_ids, limit=q_limit), Side(q_ids if k is None else k_ids, bias=k_bias)
@@ -294,7 +295,7 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
     config = choose("frozen", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
     split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks * chunks, chip)
-    new = _allocator(q)
+    new = allocator(q)
     part, means, part_best = new(splits, G, N), new(splits, G, N, D), new(splits, G, N) if best else None
     sides = Side(q_ids, limit=q_limit), Side(k_ids, bias=k_bias)
     q_side, k_side = _with_extents(*sides, N * M >= LARGE, same, False, config)
@@ -452,7 +453,7 @@ def similarity_lse_bwd(
         x_side, y_side = _with_extents(x_side, y_side, large, same, shared, config)
         blocks, chunks = triton.cdiv(rows, config.BM), triton.cdiv(D, config.DV) if rows_too else 1
         split_blocks, splits = _split(triton.cdiv(columns, config.BN), G * blocks * chunks, chip)
-        new = _allocator(x)
+        new = allocator(x)
         dx = new(splits, G, rows, D) if rows_too else None
         dscale, dbias = (new(splits, G, rows) if wanted else None for wanted in (scale_too, bias_too))
         a, b, tma = features(x, y, config, chip)
@@ -515,7 +516,3 @@ def _split(blocks: int, programs: int, chip) -> tuple[int, int]:
     splits = min(blocks, max(1, (2 * chip.processors + programs // 2) // programs))
     each = triton.cdiv(blocks, splits)
     return each, triton.cdiv(blocks, each)
-
-
-def _allocator(like: Tensor):
-    return lambda *shape: torch.empty(shape, dtype=torch.float32, device=like.device)

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..reference.similarity_softplus import similarity_softplus_fwd as reference
 from . import hardware
 from .configs import choose
-from .similarity_lse import LARGE, SIZES, _allocator, _problem, _split, _with_extents
+from .similarity_lse import LARGE, SIZES, _problem, _split, _with_extents
 from .tiles import (
     INF,
     Side,
+    allocator,
     counts,
     crowded,
     dot_products,
@@ -169,7 +170,7 @@ def similarity_softplus_fwd(
         x_side, y_side = _with_extents(x_side, y_side, N * M >= LARGE, same, False, config)
         blocks, chunks = triton.cdiv(rows, config.BM), triton.cdiv(D, config.DV) if rows_too else 1
         split_blocks, splits = _split(triton.cdiv(columns, config.BN), G * blocks * chunks, chip)
-        new = _allocator(x)
+        new = allocator(x)
         dx = new(splits, G, rows, D) if rows_too else None
         wanted = row_too, scale_too, shift_too, bias_too
         row, dscale, dshift, dbias = (new(splits, G, rows) if want else None for want in wanted)
@@ -180,8 +181,8 @@ def similarity_softplus_fwd(
             D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, TRANSPOSED=transposed, ITSELF=itself,
             SAME=same, FEATURES=rows_too, PRECISION=precision(x.dtype), TMA=tma, **config.launch(),
         )  # fmt: skip
-        out = (None if part is None else part.sum(0) for part in (row, dx, dscale, dshift, dbias))
-        return out
+        parts = row, dx, dscale, dshift, dbias
+        return (None if part is None else part[0] if splits == 1 else part.sum(0) for part in parts)
 
     row, dq, dscale, dbias, dk_bias = sums(
         q, q if itself else k, q_side, k_side, False, True, need_q, need_scale, need_bias, need_k_bias and itself

@@ -44,8 +44,8 @@ def by_library(q: Tensor, N: int, M: int, q_limit: Tensor | None, one_sided: boo
     found = tuned(chip).get("strategy", {}).get(key(q.dtype, D))
     if found is not None:
         return found == "library"
-    # A score costs some 14 bytes of memory traffic there. Fused: fp32 has no matrix units, and gradients of more than
-    # 512 features do not fit in the registers, so that S is computed once more for each part of them.
+    # A score costs some 14 bytes of memory traffic there. Fused: fp32 has no matrix units, and of gradients 256
+    # features fit in the registers, so that S is computed once more for each part of them.
     return D > 512 or q.dtype == torch.float32 and not tf32(q.dtype)
 
 

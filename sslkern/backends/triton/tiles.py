@@ -189,6 +189,11 @@ def extent(x: torch.Tensor | None, block: int) -> torch.Tensor | None:
     return out
 
 
+def allocator(like: torch.Tensor):
+    """Makes fp32 tensors of a shape on the device of `like`."""
+    return lambda *shape: torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 def precision(dtype: torch.dtype) -> str:
     """How fp32 features are multiplied: as torch.set_float32_matmul_precision says."""
     return "tf32" if tf32(dtype) else "ieee"
