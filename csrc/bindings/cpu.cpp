@@ -1,20 +1,12 @@
 // sslkern._cpu: the only file that knows Python. Tensors arrive as objects, which keeps their memory alive during the
 // call. Shapes and types were checked by sslkern/backends/cpu; what is passed is contiguous.
-#include <pybind11/pybind11.h>
-
+#include "bindings/tensor.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
 using namespace sslkern;
 
 namespace {
-
-template <class T = float>
-T* data(const py::object& tensor) {
-  if (tensor.is_none()) return nullptr;
-  static const py::str name("data_ptr");
-  return reinterpret_cast<T*>(tensor.attr(name)().cast<uintptr_t>());
-}
 
 // dtype, groups, n, m, d, q, k, scale, scale_tensor or None, q_ids, k_ids, same, k_bias, q_limit, kept, kept_rows
 Similarity problem(const py::tuple& of, int threads) {

@@ -1,7 +1,6 @@
 // sslkern._cuda: like cpu.cpp, for the kernels in csrc/cuda. Each call ends with the number of the device and a stream,
 // the address that torch.cuda.Stream.cuda_stream gives.
-#include <pybind11/pybind11.h>
-
+#include "bindings/tensor.h"
 #include "cuda/kernels.h"
 
 namespace py = pybind11;
@@ -9,13 +8,6 @@ using namespace sslkern;
 using cuda::OnDevice;
 
 namespace {
-
-template <class T = float>
-T* data(const py::object& tensor) {
-  if (tensor.is_none()) return nullptr;
-  static const py::str name("data_ptr");
-  return reinterpret_cast<T*>(tensor.attr(name)().cast<uintptr_t>());
-}
 
 cuda::Stream stream_of(uintptr_t stream) { return reinterpret_cast<cuda::Stream>(stream); }
 
