@@ -8,12 +8,13 @@ from sslkern.ops import similarity_softplus
 
 from ..conftest import EVERY
 from ..ops import test_similarity_lse as lse
+from ..ops import test_similarity_softplus as softplus
 from ..ops.test_similarity_lse import compare, features
 
 if "triton" not in EVERY:
     pytest.skip("needs Triton with its interpreter or a GPU", allow_module_level=True)
 
-from sslkern.backends.triton import configs, hardware, strategies, tiles, tuning
+from sslkern.backends.triton import configs, hardware, library, strategies, tiles, tuning
 from sslkern.backends.triton import similarity_lse as kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -87,21 +88,66 @@ def test_tensor_descriptors_of_softplus(backend, descriptors):
         assert torch.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scores_so_small_that_no_maximum_is_taken_off(backend, large, dtype):
+    ids = {"q_ids": torch.arange(330) // 2}
+    q = features(330, 40, dtype=dtype)
+    q[64:128] *= 30  # some blocks are far from it, and a row meets both kinds
+    for tensors in ({"q": q.requires_grad_()}, {"q": q.requires_grad_(), "k": features(200, 40, dtype=dtype)}):
+        compare(tensors, arbitrary=True, scale=3.0, columns="k" in tensors)
+        compare(tensors | ids | ({"k_ids": torch.arange(200)} if "k" in tensors else {}), arbitrary=True, scale=-3.0)
+    lse.test_nan_and_inf_stay_in_their_rows(backend)
+    lse.test_nothing_left_has_exactly_zero_gradient(backend, torch.nan, False)
+
+
+@pytest.fixture(params=["shared", "library"])
+def by_products(request, monkeypatch):
+    """The other strategies than fused kernels, in several strips."""
+    monkeypatch.setattr(library, "LEAST", 1)
+    monkeypatch.setattr(library, "TILE", 64)
+    with strategies.use_strategy(request.param):
+        yield
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products_of_the_library(backend, dtype, monkeypatch):
-    monkeypatch.setattr("sslkern.backends.triton.library.CHUNK", 330 * 50)  # several chunks
-    with strategies.use_strategy("library"):
-        tensors = problem(dtype)
-        bias = torch.randn(200).masked_fill(torch.arange(200) % 7 == 0, -torch.inf)
-        ids = {"q_ids": torch.arange(330), "k_ids": torch.arange(200) * 2}
-        compare(tensors | ids, columns=True, best=True)
-        compare(tensors | {"k_bias": bias})
-        frozen = tensors | ids | {"k": tensors["k"].detach()}
-        compare(frozen, best=True)
-        compare(frozen, pairs="same")
-        compare({"q": tensors["q"], "scale": tensors["scale"], "q_ids": torch.arange(330) // 2}, best=True)
-        lse.test_nothing_left_has_exactly_zero_gradient(backend, torch.nan, False)
-        lse.test_nan_and_inf_stay_in_their_rows(backend)
+def test_products_of_the_library(backend, by_products, dtype):
+    tensors = problem(dtype)
+    bias = torch.randn(200).masked_fill(torch.arange(200) % 7 == 0, -torch.inf)
+    ids = {"q_ids": torch.arange(330), "k_ids": torch.arange(200) * 2}
+    compare(tensors | ids, columns=True, best=True)
+    compare(tensors | {"k_bias": bias})
+    frozen = tensors | ids | {"k": tensors["k"].detach()}
+    compare(frozen, best=True)
+    compare(frozen, pairs="same")
+    compare({"q": tensors["q"], "scale": tensors["scale"], "q_ids": torch.arange(330) // 2}, best=True)
+    lse.test_nothing_left_has_exactly_zero_gradient(backend, torch.nan, False)
+    lse.test_nan_and_inf_stay_in_their_rows(backend)
+
+
+def test_products_of_the_library_for_one_side(backend, by_products):
+    tensors = problem(torch.float32)
+    learned = tensors["k"]
+    compare(tensors | {"q": tensors["q"].detach()}, columns=True)
+    compare(tensors | {"q": tensors["q"].detach(), "k": learned.detach()}, columns=True)  # the scale only
+    limit, bias = torch.full((330,), 6.0), torch.randn(330)
+    compare(tensors | {"q_limit": limit}, columns=True, best=True)
+    del tensors["k"]
+    for extra in ({"q_limit": limit}, {"k_bias": bias}, {"k_bias": bias, "q_limit": limit}):
+        compare(tensors | extra)
+    compare(tensors | {"k_bias": bias.requires_grad_()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_the_library_for_softplus(backend, by_products, dtype):
+    tensors = problem(dtype) | {"bias": torch.randn(330).requires_grad_()}
+    tensors["weights"] = torch.rand(330)
+    softplus.compare(tensors)
+    softplus.compare(tensors | {"q_ids": torch.arange(330), "k_ids": torch.arange(200) * 2}, pairs="same", sign=-1)
+    tensors = problem(dtype)
+    softplus.compare(tensors | {"q": tensors["q"].detach(), "k_bias": torch.randn(200)})
+    softplus.compare(tensors | {"k": tensors["k"].detach(), "q_limit": torch.full((330,), 1.0)})
+    softplus.compare({"q": tensors["q"], "scale": tensors["scale"]})
+    softplus.test_nothing_left_has_exactly_zero_gradient(backend, torch.nan, 1)
 
 
 def test_what_was_measured_goes_first(monkeypatch, tmp_path):
@@ -109,14 +155,14 @@ def test_what_was_measured_goes_first(monkeypatch, tmp_path):
     monkeypatch.setenv("SSLKERN_CACHE", str(tmp_path))
     q = torch.empty(8192, 128, dtype=torch.bfloat16)
     tuning.tuned.cache_clear()
-    assert not strategies.by_library(q, 8192, 8192, None, False, chip)
+    assert strategies.strategy(q, 8192, 8192, None, False, chip) == "fused"
     tuning.path(chip).write_text('{"strategy": {"bfloat16 128": "library"}, "config": {}}')
     tuning.tuned.cache_clear()
-    assert strategies.by_library(q, 8192, 8192, None, False, chip)
-    assert not strategies.by_library(q, 8192, 8192, q[:, 0], False, chip)  # limits never
+    assert strategies.strategy(q, 8192, 8192, None, False, chip) == "library"
+    assert strategies.strategy(q, 8192, 8192, q[:, 0], False, chip) == "shared"  # limits never
     tuning.path(chip).write_text("{")  # a file that was damaged is none
     tuning.tuned.cache_clear()
-    assert not strategies.by_library(q, 8192, 8192, None, False, chip)
+    assert strategies.strategy(q, 8192, 8192, None, False, chip) == "fused"
     tuning.tuned.cache_clear()
 
 
@@ -124,5 +170,5 @@ def test_candidates_are_other_tiles():
     default = configs.Config(128, 64, 128, 128, 4, 3)
     near = configs.candidates("forward", 128, default)
     assert near[0] == default and len(set(near)) == len(near) > 10
-    with pytest.raises(ValueError, match="strategy must be one of fused, library"):
+    with pytest.raises(ValueError, match="strategy must be one of fused, shared, library"):
         strategies.use_strategy("fast")

@@ -56,18 +56,20 @@ def candidates(kind: str, D: int, default: Config) -> list[Config]:
 
 
 def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: bool = False) -> Config:
-    """kind: "forward", "topk", or with a second product "frozen", "softplus", "backward" or, with the gradient of the
-    scale, "scaled"; crowded: what else a tile needs takes registers, too."""
+    """kind: "forward", "topk"; with a second product "frozen", "softplus", "backward"; "weights" that go to memory, or are
+    made of products "given" there. crowded: what else a tile needs takes registers, too."""
     width = max(16, triton.next_power_of_2(D))
     if INTERPRETED:  # a step costs the same whatever its size
         return Config(64, 32, min(width, 128), min(width, 256 if width > 128 else 128), 4, 1)
-    name = f"{'backward' if kind == 'scaled' else kind} {key(dtype, D)}"
+    name = f"{kind} {key(dtype, D)}"
     if name in _forced:
         return _forced[name]
     if not crowded and name in tuned(hardware).get("config", {}):
         return Config(*tuned(hardware)["config"][name])
     large, hopper = hardware.large, hardware.architecture == 90
     blackwell = large and not hopper
+    if kind == "given":
+        return Config(64, 64, 16, 16, 8, 1)
     full = dtype == torch.float32 and not tf32(dtype)  # no matrix units
     if kind == "topk":
         return Config(64, 64, min(width, 16 if dtype == torch.float32 else 64), 64, 8 if full else 4, 2)
@@ -77,6 +79,8 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
         few = crowded or kind == "softplus"
         return Config(64, 32, min(width, 16 if few and large else 32), min(width, 64), 8 if few else 4, 2)
     stages = 3 if large else 2
+    if kind == "weights":
+        return Config(128, 128, 64, 64, 8, stages)
     if kind == "forward":
         BD = width if width <= 128 else 64
         if not large:

@@ -14,37 +14,55 @@ from torch import Tensor
 from ..reference import similarity_lse as reference
 from . import hardware, library
 from .configs import choose
-from .strategies import by_library
+from .strategies import strategy
 from .tiles import (
     INF,
     Side,
     allocator,
-    counts,
+    counted,
     crowded,
     dot_products,
     exp,
     extent,
     features,
     finite_shift,
+    fold_of,
     full_scale,
+    in_strip,
     load_rows,
     load_vector,
+    log_sum,
+    longest,
+    online_softmax,
+    or_nan,
     precision,
     scores,
-    some_left_out,
 )
 
 LARGE = 2**22  # scores; from so many on it pays to know beforehand which tiles hold equal ids
 TRIANGLE_FROM = 32  # blocks of rows; merging the columns of fewer costs more than half of the tiles
+NEAR = tl.constexpr(32.0)  # exponentials of scores up to that need no maximum taken off, nor do sums of many
 TOGETHER = tl.constexpr(16)  # partial results that are merged at a time
 SIZES = ["G", "N", "M", "size", "programs", "rounds", "blocks", "splits", "split_size"]  # no new kernel for new sizes
 
 # ---- forward: rows, and from the same tiles the columns --------------------------------------------------------------
 
 
+@triton.jit
+def _taken_in(top, total, s, COLUMNS: tl.constexpr):
+    """Running maximum and sum of exp(s - top) of each row; of the columns of this tile, or None."""
+    top, total, _, _ = online_softmax(top, total, s)
+    here, of_columns = None, None
+    if COLUMNS:
+        here = tl.max(s, 0)
+        of_columns = tl.sum(exp(s - finite_shift(here)[None, :]), 0)
+    return top, total, here, of_columns
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _forward(
-    q, k, q_side, k_side, scale_tensor, scale, row, row_best, col, col_best, G, N, M, programs, rounds, split_size,
+    q, k, given, width, q_side, k_side, scale_tensor, scale, row, row_best, col, col_best,
+    G, N, M, programs, rounds, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr,
     COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -52,6 +70,7 @@ def _forward(
 
     row [splits, G, N] gets the log-sum-exp of each row over a split, col [programs, G, M] that of each column over the
     rows of a program. TRIANGLE: only pairs above the diagonal are visited, and each counts for its row and its column.
+    given: the products <q_i, k_j>, if they are there already.
     """
     g, p, split = tl.program_id(0) // programs, tl.program_id(0) % programs, tl.program_id(1)
     q_start, k_start = g.to(tl.int64) * N, g.to(tl.int64) * M
@@ -66,47 +85,53 @@ def _forward(
             first = tl.maximum(first, i0 // BN * BN)
         if i0 >= N:
             last = first
-        if D <= BD:
+        x = None
+        if given is None and D <= BD:
             x = load_rows(q, q_start, i0, 0, N, D, BM, BD, TMA)
         limit = None
         if q_side.limit is not None:
             limit = load_vector(q_side.limit, q_start, i, N, INF)[:, None]
+        if q_side.norm is not None:
+            x_norm = tl.abs(scale) * tl.load(q_side.norm + g * tl.cdiv(N, BM) + block, mask=i0 < N, other=0.0)
         top = tl.full((BM,), -INF, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         for j0 in range(first, last, BN):
             j = j0 + tl.arange(0, BN)
-            if D <= BD:
-                y = load_rows(k, k_start, j0, 0, M, D, BN, BD, TMA)
-                dots = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-            else:
-                dots = dot_products(q, k, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+            dots, _ = dot_products(
+                q, k, x, given, width, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA
+            )
             bias = None
             if k_side.bias is not None:
                 bias = load_vector(k_side.bias, k_start, j, M, 0.0)[None, :]
             s = scores(dots, scale, bias, limit)
-            x_block, y_block = g * tl.cdiv(N, BM) + block, g * tl.cdiv(M, BN) + j0 // BN
-            if some_left_out(q_side, k_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
-                s = tl.where(counts(q_side, k_side, q_start, k_start, i, j, N, M, ITSELF, TRIANGLE, SAME), s, -INF)
-
-            new = tl.maximum(top, tl.max(s, 1))
-            shift = finite_shift(new)
-            total = total * exp(top - shift) + tl.sum(exp(s - shift[:, None]), 1)
-            top = new
+            s = counted(s, q_side, k_side, g, i0, j0, N, M, BM, BN, ITSELF, TRIANGLE, SAME)
+            if q_side.norm is None:
+                top, total, here, of_columns = _taken_in(top, total, s, COLUMNS)
+            elif x_norm * tl.load(k_side.norm + g * tl.cdiv(M, BN) + j0 // BN) < NEAR:
+                # No maximum is needed, and one exponential for both directions.
+                terms = exp(s)
+                of_rows = tl.sum(terms, 1)
+                new = tl.where(of_rows > 0, tl.maximum(top, 0.0), top)
+                shift = finite_shift(new)
+                total = total * exp(top - shift) + of_rows * exp(-shift)
+                top = new
+                here, of_columns = tl.zeros((BN,), tl.float32), tl.sum(terms, 0)
+            else:
+                top, total, here, of_columns = _taken_in(top, total, s, COLUMNS)
             if COLUMNS:  # the first round comes to every tile that later ones come to
                 place = (p.to(tl.int64) * G + g) * M + j
                 old = tl.load(col + place, mask=(j < M) & (r > 0), other=-INF)
-                here = tl.max(s, 0)
                 shift = finite_shift(tl.maximum(old, here))
-                sums = exp(old - shift) + tl.sum(exp(s - shift[None, :]), 0)
-                tl.store(col + place, shift + tl.log(sums), mask=j < M)
+                of_columns = exp(old - shift) + of_columns * exp(finite_shift(here) - shift)
+                tl.store(col + place, shift + tl.log(of_columns), mask=j < M)
                 if col_best is not None:
                     old = tl.load(col_best + place, mask=(j < M) & (r > 0), other=-INF)
-                    tl.store(col_best + place, tl.maximum(old, here), mask=j < M)
+                    tl.store(col_best + place, or_nan(tl.maximum(old, here), of_columns), mask=j < M)
 
         place = (split.to(tl.int64) * G + g) * N + i
-        tl.store(row + place, finite_shift(top) + tl.log(total), mask=i < N)
+        tl.store(row + place, log_sum(top, total), mask=i < N)
         if row_best is not None:
-            tl.store(row_best + place, top, mask=i < N)
+            tl.store(row_best + place, or_nan(top, total), mask=i < N)
         if COLUMNS:
             tl.debug_barrier()  # threads that wrote columns need not be those that read them in the next round
 
@@ -136,75 +161,84 @@ def _merge(
     part, best, col_part, col_best, out, out_best, size, N, splits, programs,
     BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [size] = log-sum-exp over part [splits, size] and, of a triangle, over col_part [programs, size]."""
+    """out [size] = log-sum-exp over part [splits, size] and over col_part [programs, size] of a triangle."""
     x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     top, total = tl.full((BLOCK,), -INF, tl.float32), tl.zeros((BLOCK,), tl.float32)
     largest = top
-    top, total, largest = _merge_parts(top, total, largest, part, best, x, size, N, splits, 0, BN)
+    if part is not None:
+        top, total, largest = _merge_parts(top, total, largest, part, best, x, size, N, splits, 0, BN)
     if col_part is not None:
         top, total, largest = _merge_parts(top, total, largest, col_part, col_best, x, size, N, programs, BM, BN)
-    tl.store(out + x, finite_shift(top) + tl.log(total), mask=x < size)
-    if best is not None:
-        tl.store(out_best + x, largest, mask=x < size)
+    tl.store(out + x, log_sum(top, total), mask=x < size)
+    if out_best is not None:
+        tl.store(out_best + x, or_nan(largest, total), mask=x < size)
 
 
 @hardware.on_its_device
 def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best, kept_rows):
     """Returns row [G, N], col [G, M] or None, best [G, N + M or N] or None, and no scores: it does not keep them."""
-    problem, sizes = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
-    if 0 in sizes:
+    problem, (G, N, M, D) = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
+    if 0 in (G, N, M, D):
         return reference.similarity_lse_fwd(q, k, *problem[2:], columns, best, 0)
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
-    (G, N, M, D), groups = sizes, q.shape[:-2]
-    chip = hardware.of(q.device)
-    if by_library(q, N, M, q_limit, k is None and k_bias is not None, chip):
-        row, col, top, col_top = library.forward(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, columns, best)
-        return row, col, torch.cat((top, col_top)) if best and columns else top, None
-    config = choose("forward", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
-    triangle = k is None and k_bias is None and q_limit is None and N >= TRIANGLE_FROM * config.BM
-    both = columns or triangle
-    row_blocks, col_blocks = triton.cdiv(N, config.BM), triton.cdiv(M, config.BN)
-    # Columns cost a vector for each program, so these are no more than run side by side, in rounds.
-    rounds = triton.cdiv(row_blocks * G, 2 * chip.processors) if both else 1
-    rounds = min(rounds, row_blocks)
-    programs = triton.cdiv(row_blocks, rounds)
-    split_blocks, splits = _split(col_blocks, G * programs, chip)
+    itself, keys, groups, chip = k is None, q if k is None else k, q.shape[:-2], hardware.of(q.device)
+    by_library = strategy(q, N, M, q_limit, itself and k_bias is not None, chip) == "library"
+    crowd = crowded(q, k, k_bias, q_limit, chip)
+    config = choose("given", q.dtype, D, chip) if by_library else choose("forward", q.dtype, D, chip, crowd)
+    triangle = itself and k_bias is None and q_limit is None and (by_library or N >= TRIANGLE_FROM * config.BM)
+    both, new = columns or triangle, allocator(q)
 
-    new = allocator(q)
-    row, col = new(splits, G, N), new(programs, G, M) if both else None
-    row_best, col_best = new(splits, G, N) if best else None, new(programs, G, M) if best and both else None
-    sides = Side(q_ids, limit=q_limit), Side(q_ids if k is None else k_ids, bias=k_bias)
-    q_side, k_side = _with_extents(*sides, N * M >= LARGE, same, False, config)
-    x, y, tma = features(q, q if k is None else k, config, chip)
-    _forward[(G * programs, splits)](
-        x, y, q_side, k_side, scale_tensor, scale, row, row_best, col, col_best,
-        G, N, M, programs, rounds, split_blocks * config.BN, D=D, BM=config.BM, BN=config.BN, BD=config.BD,
-        ITSELF=k is None, SAME=same, COLUMNS=both, TRIANGLE=triangle, PRECISION=precision(q.dtype), TMA=tma,
-        **config.launch(),
-    )  # fmt: skip
-    if triangle:
-        row, row_best = _merged(row, row_best, config, col, col_best)
+    def sums(x: Tensor, y: Tensor, x_side: Side, y_side: Side, given: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """Log-sum-exps of the rows and the columns, and the largest scores of each."""
+        N, M = x.shape[-2], y.shape[-2]
+        row_blocks, col_blocks = triton.cdiv(N, config.BM), triton.cdiv(M, config.BN)
+        # Columns cost a vector for each program, so these are no more than run side by side, in rounds.
+        rounds = min(row_blocks, triton.cdiv(row_blocks * G, 2 * chip.processors)) if both else 1
+        programs = triton.cdiv(row_blocks, rounds)
+        # Of a triangle in one round programs find little or much to do, so these are many.
+        split_blocks, splits = _split(col_blocks, G * programs, chip, 8 if triangle and rounds == 1 else 2)
+        row, col = new(splits, G, N), new(programs, G, M) if both else None
+        row_best, col_best = (None if x is None or not best else torch.empty_like(x) for x in (row, col))
+        large = N * M >= LARGE
+        x_side, y_side = _with_extents(x_side, y_side, large, same, False, config)
+        # In fp32 it is products that take the time, and another rounding of exponentials would show.
+        if large and both and not best and k_bias is None and q_limit is None and q.dtype != torch.float32:
+            x_side, y_side = x_side._replace(norm=longest(x, config.BM)), y_side._replace(norm=longest(y, config.BN))
+        a, b, tma = features(x, y, config, chip)
+        _forward[(G * programs, splits)](
+            a, b, given, 0 if given is None else given.stride(0), x_side, y_side, scale_tensor, scale,
+            row, row_best, col, col_best, G, N, M, programs, rounds, split_blocks * config.BN,
+            D=D, BM=config.BM, BN=config.BN, BD=config.BD, ITSELF=itself, SAME=same, COLUMNS=both, TRIANGLE=triangle,
+            PRECISION=precision(q.dtype), TMA=tma, **config.launch(),
+        )  # fmt: skip
+        if not triangle:
+            return *_merged(row, row_best, config), *(_merged(col, col_best, config) if columns else (None, None))
+        if given is None:  # each row is a column as well
+            return *_merged(row, row_best, config, col, col_best), None, None
+        return *_merged(row, row_best, config), *_merged(None, None, config, col, col_best)
+
+    sides = Side(q_ids, limit=q_limit), Side(q_ids if itself else k_ids, bias=k_bias)
+    if by_library:
+        row, top, col, col_top = library.sums_of_products(sums, q, keys, *sides, itself, both, best)
     else:
-        row, row_best = _merged(row, row_best, config)
-        if columns:
-            col, col_best = _merged(col, col_best, config)
-    row, col = row.view(*groups, N), col.view(*groups, M) if columns else None
+        row, top, col, col_top = sums(q, keys, *sides)
     if best and columns:
-        row_best = torch.cat((row_best, col_best), 1)
-    return row, col, row_best.view(*groups, -1) if best else None, None
+        top = torch.cat((top.view(G, N), col_top.view(G, M)), 1)
+    row, col = row.view(*groups, N), col.view(*groups, M) if columns else None
+    return row, col, top.view(*groups, -1) if best else None, None
 
 
-def _merged(part: Tensor, best: Tensor | None, config, col_part=None, col_best=None) -> tuple[Tensor, Tensor | None]:
-    """The log-sum-exps over the first dimension of part and col_part, and the largest of best and col_best."""
-    splits, *shape = part.shape
-    if splits == 1 and col_part is None:
+def _merged(part, best, config, col_part=None, col_best=None) -> tuple[Tensor, Tensor | None]:
+    """The log-sum-exps over the first dimension of part, if not None, and col_part of a triangle, and the largest of
+    best and col_best."""
+    if col_part is None and len(part) == 1:
         return part[0], None if best is None else best[0]
-    out = part.new_empty(shape)
-    out_best = None if best is None else part.new_empty(shape)
-    programs = 0 if col_part is None else col_part.shape[0]
+    parts = [0 if x is None else len(x) for x in (part, col_part)]
+    out = torch.empty_like((col_part if part is None else part)[0])
+    out_best = None if best is None and col_best is None else torch.empty_like(out)
     BLOCK = 128
     _merge[(triton.cdiv(out.numel(), BLOCK),)](
-        part, best, col_part, col_best, out, out_best, out.numel(), shape[1], splits, programs,
+        part, best, col_part, col_best, out, out_best, out.numel(), out.shape[-1], *parts,
         BM=config.BM, BN=config.BN, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return out, out_best
@@ -225,6 +259,7 @@ def _frozen(
     scale = full_scale(scale, scale_tensor)
     i0, d0 = block * BM, chunk * DV
     i = i0 + tl.arange(0, BM)
+    x = None
     if D <= BD:
         x = load_rows(q, q_start, i0, 0, N, D, BM, BD, TMA)
     limit = None
@@ -234,36 +269,25 @@ def _frozen(
     sums = tl.zeros((BM, DV), tl.float32)
     for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
         j = j0 + tl.arange(0, BN)
-        if D <= BD:
-            y = load_rows(k, k_start, j0, 0, M, D, BN, BD, TMA)
-            dots = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-        else:
-            dots = dot_products(q, k, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+        dots, y = dot_products(q, k, x, None, 0, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
         bias = None
         if k_side.bias is not None:
             bias = load_vector(k_side.bias, k_start, j, M, 0.0)[None, :]
         s = scores(dots, scale, bias, limit)
-        x_block, y_block = g * blocks + block, g * tl.cdiv(M, BN) + j0 // BN
-        if some_left_out(q_side, k_side, x_block, y_block, i0, j0, N, M, BM, BN, False, SAME):
-            s = tl.where(counts(q_side, k_side, q_start, k_start, i, j, N, M, False, False, SAME), s, -INF)
-
-        new = tl.maximum(top, tl.max(s, 1))
-        shift = finite_shift(new)
-        shrink, e = exp(top - shift), exp(s - shift[:, None])
-        total = total * shrink + tl.sum(e, 1)
+        s = counted(s, q_side, k_side, g, i0, j0, N, M, BM, BN, False, False, SAME)
+        top, total, shrink, terms = online_softmax(top, total, s)
         if D > BD:
             y = load_rows(v, k_start, j0, d0, M, D, BN, DV, False)
-        sums = tl.dot((e * LIFT).to(y.dtype), y, sums * shrink[:, None], input_precision=PRECISION)
-        top = new
+        sums = tl.dot((terms * LIFT).to(y.dtype), y, sums * shrink[:, None], input_precision=PRECISION)
 
     place = (split.to(tl.int64) * G + g) * N + i
     sums = sums / (LIFT * tl.where(total == 0, 1.0, total))[:, None]
     d = d0 + tl.arange(0, DV)
     tl.store(mean + place[:, None] * D + d[None, :], sums, mask=(i < N)[:, None] & (d < D)[None, :])
     if chunk == 0:
-        tl.store(row + place, finite_shift(top) + tl.log(total), mask=i < N)
+        tl.store(row + place, log_sum(top, total), mask=i < N)
         if best is not None:
-            tl.store(best + place, top, mask=i < N)
+            tl.store(best + place, or_nan(top, total), mask=i < N)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -273,11 +297,13 @@ def _merge_means(part, means, row, mean, size, splits, D: tl.constexpr, BLOCK: t
     inside, place = (x < size)[:, None] & (d < D)[None, :], x[:, None] * D + d[None, :]
     shift = finite_shift(tl.load(row + x, mask=x < size, other=0.0))
     total = tl.zeros((BLOCK, DV), tl.float32)
-    for _ in range(splits):
-        weight = exp(tl.load(part + x, mask=x < size, other=-INF) - shift)
-        total += weight[:, None] * tl.load(means + place, mask=inside, other=0.0)
-        part += size
-        means += size.to(tl.int64) * D
+    for n0 in range(0, splits, TOGETHER):
+        for n in tl.static_range(TOGETHER):  # their loads are under way together
+            there = n0 + n < splits
+            weight = exp(tl.load(part + x, mask=there & (x < size), other=-INF) - shift)
+            total += weight[:, None] * tl.load(means + place, mask=there & inside, other=0.0)
+            part += size
+            means += size.to(tl.int64) * D
     tl.store(mean + place, total, mask=inside)
 
 
@@ -288,10 +314,15 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
     if 0 in sizes:
         return reference.similarity_lse_frozen_fwd(q, k, *problem[2:], best)
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
-    G, N, M, D = sizes
-    chip = hardware.of(q.device)
-    if by_library(q, N, M, q_limit, False, chip):
-        return library.frozen(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, best)
+    (G, N, M, D), chip = sizes, hardware.of(q.device)
+    chosen = strategy(q, N, M, q_limit, False, chip)
+    if chosen != "fused":  # as a forward and a backward, for which S is there once more
+        row, _, top, _ = similarity_lse_fwd(*problem, False, best, 0)
+        sides = Side(q_ids, limit=q_limit, lse=row, grad=torch.ones_like(row)), Side(k_ids, bias=k_bias)
+        fold = fold_of(q, sides[0].grad)
+        problem = scale_tensor, scale, fold, False, same, chip
+        mean, *_ = _by_products(q, k, *sides, *problem, chosen, True, False, False)
+        return row, mean if fold is None else mean.div_(fold), top
     config = choose("frozen", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
     split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks * chunks, chip)
@@ -323,16 +354,19 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward(
-    x, y, v, x_side, y_side, scale_tensor, scale, fold, dx, dscale, dbias, G, N, M, blocks, split_size,
+    x, y, v, given, weights, width, x_side, y_side, scale_tensor, scale, fold, dx, dscale, dbias,
+    G, N, M, blocks, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr, FEATURES: tl.constexpr, SHARED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr, CLOSE: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dx [splits, G, N, D] = scale sum_j w_ij y_j with w_ij = g_i exp(s_ij - lse_i) + h_j exp(s_ij - lse_j).
 
     x is q, or TRANSPOSED k (then bias belongs to rows and limits to columns of the tile), or both (ITSELF: the second
     term is that of s_ji, with bias and limit of the other side). Also the sum over j of w_ij <x_i, y_j>, dscale
-    [splits, G, N], and of what of w_ij the bias of i is in, dbias [splits, G, N].
+    [splits, G, N], and of what of w_ij the bias of i is in, dbias [splits, G, N]. Or, for products of the library,
+    weights [N, width] = w_ij fold; then of x with itself the columns from N on stand for their mirror images, too.
+    CLOSE: log-sum-exps may be so close that one exponential does.
     """
     g, block, split, chunk = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1), tl.program_id(2)
     x_start, y_start = g.to(tl.int64) * N, g.to(tl.int64) * M
@@ -340,7 +374,8 @@ def _backward(
     i0, d0 = block * BM, chunk * DV
     i = i0 + tl.arange(0, BM)
     fold_by = 1.0 if fold is None else tl.load(fold)
-    if D <= BD:
+    a = None
+    if given is None and D <= BD:
         a = load_rows(x, x_start, i0, 0, N, D, BM, BD, TMA)
     x_bias, x_limit = None, None
     if x_side.bias is not None:
@@ -352,19 +387,15 @@ def _backward(
         # A row with nothing left gets weight 0, whatever gradient arrived.
         x_grad = tl.where(x_lse == -INF, 0.0, load_vector(x_side.grad, x_start, i, N, 0.0)) * fold_by
         x_lse = finite_shift(x_lse)
-    x_block = g * blocks + block
-    if SHARED:
-        x_low, x_high = tl.load(x_side.lse_extent + 2 * x_block), tl.load(x_side.lse_extent + 2 * x_block + 1)
+    if CLOSE:
+        x_extent = x_side.lse_extent + 2 * (g * blocks + block)
+        x_low, x_high = tl.load(x_extent), tl.load(x_extent + 1)
 
     sums = tl.zeros((BM, DV), tl.float32)
-    scale_sum, bias_sum = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    scale_sum, bias_sum = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
         j = j0 + tl.arange(0, BN)
-        if D <= BD:
-            b = load_rows(y, y_start, j0, 0, M, D, BN, BD, TMA)
-            dots = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-        else:
-            dots = dot_products(x, y, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+        dots, b = dot_products(x, y, a, given, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
         y_bias, y_limit = None, None
         if y_side.bias is not None:
             y_bias = load_vector(y_side.bias, y_start, j, M, 0.0)[None, :]
@@ -373,19 +404,16 @@ def _backward(
         s = scores(dots, scale, x_bias if TRANSPOSED else y_bias, y_limit if TRANSPOSED else x_limit)
         ONE_SIDED: tl.constexpr = ITSELF and (y_side.bias is not None or y_side.limit is not None)
         back = scores(dots, scale, x_bias, y_limit) if ONE_SIDED else s
-        y_block = g * tl.cdiv(M, BN) + j0 // BN
-        if some_left_out(x_side, y_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
-            keep = counts(x_side, y_side, x_start, y_start, i, j, N, M, ITSELF, False, SAME)
-            s = tl.where(keep, s, -INF)
-            back = tl.where(keep, back, -INF) if ONE_SIDED else s
+        s = counted(s, x_side, y_side, g, i0, j0, N, M, BM, BN, ITSELF, False, SAME)
+        back = counted(back, x_side, y_side, g, i0, j0, N, M, BM, BN, ITSELF, False, SAME) if ONE_SIDED else s
 
         if y_side.grad is not None:
             y_lse = load_vector(y_side.lse, y_start, j, M, -INF)
             y_grad = tl.where(y_lse == -INF, 0.0, load_vector(y_side.grad, y_start, j, M, 0.0)) * fold_by
             y_lse = finite_shift(y_lse)
-        if SHARED:
+        if CLOSE:
             # One exponential: from the lowest log-sum-exp on, terms neither overflow nor vanish within e^64.
-            y_extent = y_side.lse_extent + 2 * y_block
+            y_extent = y_side.lse_extent + 2 * (g * tl.cdiv(M, BN) + j0 // BN)
             low, high = tl.minimum(x_low, tl.load(y_extent)), tl.maximum(x_high, tl.load(y_extent + 1))
             if high - low < 64:
                 of_rows = x_grad * exp(tl.minimum(low - x_lse, 0.0))
@@ -401,24 +429,28 @@ def _backward(
         else:
             w = y_grad[None, :] * exp(back - y_lse[None, :])
         if dscale is not None:
-            scale_sum += w * dots
+            of_tile = tl.sum(w * dots, 1)
+            scale_sum += of_tile * tl.where(j0 >= N, 2.0, 1.0) if ITSELF else of_tile
         if dbias is not None:
-            bias_sum += other if ITSELF else w
-        if FEATURES:
+            bias_sum += tl.sum(other if ITSELF else w, 1)
+        if weights is not None:
+            at, inside = in_strip(width, i0, j0, N, M, BM, BN)
+            tl.store(weights + at, w.to(weights.dtype.element_ty), mask=inside)
+        if dx is not None:
             if D > BD:
                 b = load_rows(v, y_start, j0, d0, M, D, BN, DV, False)
             sums = tl.dot(w.to(b.dtype), b, sums, input_precision=PRECISION)
 
     place = (split.to(tl.int64) * G + g) * N + i
-    if FEATURES:
+    if dx is not None:
         d = d0 + tl.arange(0, DV)
         inside = (i < N)[:, None] & (d < D)[None, :]
         tl.store(dx + place[:, None] * D + d[None, :], sums * (scale / fold_by), mask=inside)
     if chunk == 0:
         if dscale is not None:
-            tl.store(dscale + place, tl.sum(scale_sum, 1) / fold_by, mask=i < N)
+            tl.store(dscale + place, scale_sum / fold_by, mask=i < N)
         if dbias is not None:
-            tl.store(dbias + place, tl.sum(bias_sum, 1) / fold_by, mask=i < N)
+            tl.store(dbias + place, bias_sum / fold_by, mask=i < N)
 
 
 @hardware.on_its_device
@@ -427,67 +459,85 @@ def similarity_lse_bwd(
     need_q, need_k, need_scale, need_bias,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns dq [G, N, D], dk [G, M, D], dscale [], dbias [G, M], None where not needed; k=None: all of dZ in dq."""
-    problem, sizes = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
-    if 0 in sizes:
-        return reference.similarity_lse_bwd(
-            q, k, row, col, g, h, *problem[2:], kept, need_q, need_k, need_scale, need_bias
-        )
+    problem, (G, N, M, D) = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
+    needs = need_q, need_k, need_scale, need_bias
+    if 0 in (G, N, M, D):
+        return reference.similarity_lse_bwd(q, k, row, col, g, h, *problem[2:], kept, *needs)
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
     row, col, g, h = (None if x is None else x.contiguous() for x in (row, col, g, h))
-    (G, N, M, D), itself = sizes, k is None
-    chip = hardware.of(q.device)
-    fold = _fold(q.dtype, (row, g), (col, h))
-    if not need_bias and by_library(q, N, M, q_limit, k is None and k_bias is not None, chip):
-        problem = scale_tensor, scale, q_ids, k_ids, same, k_bias, fold
-        return *library.backward(q, k, row, col, g, h, *problem, need_q, need_k, need_scale), None
-    config = choose("scaled" if need_scale else "backward", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
+    itself, keys, chip = k is None, q if k is None else k, hardware.of(q.device)
     if itself:  # a row is a column, too
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, lse=row, grad=g)
     else:
         q_side, k_side = Side(q_ids, limit=q_limit, lse=row, grad=g), Side(k_ids, bias=k_bias, lse=col, grad=h)
-    large, one_sided = N * M >= LARGE, itself and (k_bias is not None or q_limit is not None)
-    shared = large and q_side.grad is not None and k_side.grad is not None and not one_sided
-
-    def gradients(x, y, x_side, y_side, transposed: bool, rows_too: bool, scale_too: bool, bias_too: bool):
-        rows, columns = x.shape[-2], y.shape[-2]
-        x_side, y_side = _with_extents(x_side, y_side, large, same, shared, config)
-        blocks, chunks = triton.cdiv(rows, config.BM), triton.cdiv(D, config.DV) if rows_too else 1
-        split_blocks, splits = _split(triton.cdiv(columns, config.BN), G * blocks * chunks, chip)
-        new = allocator(x)
-        dx = new(splits, G, rows, D) if rows_too else None
-        dscale, dbias = (new(splits, G, rows) if wanted else None for wanted in (scale_too, bias_too))
-        a, b, tma = features(x, y, config, chip)
-        _backward[(G * blocks, splits, chunks)](
-            a, b, y, x_side, y_side, scale_tensor, scale, fold, dx, dscale, dbias, G, rows, columns, blocks,
-            split_blocks * config.BN, D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV,
-            TRANSPOSED=transposed, ITSELF=itself, SAME=same, FEATURES=rows_too, SHARED=shared,
-            PRECISION=precision(x.dtype), TMA=tma, **config.launch(),
-        )  # fmt: skip
-        dx, dbias = (None if d is None else d[0] if splits == 1 else d.sum(0) for d in (dx, dbias))
-        return dx, None if dscale is None else dscale.sum(), dbias
-
-    dq = dk = dscale = dbias = None
-    if itself:
-        dq, dscale, dbias = gradients(q, q, q_side, k_side, False, need_q, need_scale, need_bias)
-        dscale = dscale / 2 if need_scale else None  # w_ij came as such and as w_ji
+    # Of a row with nothing left the gradient is 0, whatever arrived.
+    fold = fold_of(q, *(s.grad.masked_fill(s.lse == -torch.inf, 0) for s in (q_side, k_side) if s.grad is not None))
+    problem = scale_tensor, scale, fold, itself, same, chip
+    chosen = strategy(q, N, M, q_limit, itself and k_bias is not None, chip)
+    dk = dbias = None
+    if chosen != "fused" and not need_bias and (need_q or need_k):
+        dq, dk, dscale = _by_products(q, keys, q_side, k_side, *problem, chosen, need_q, need_k, need_scale)
+        full = scale if scale_tensor is None else scale * scale_tensor
+        full = full if fold is None else full / fold
+        dq, dk = (None if x is None else x.mul_(full) for x in (dq, dk))
     else:
-        if need_q or need_scale:
-            dq, dscale, _ = gradients(q, k, q_side, k_side, False, need_q, need_scale, False)
-        if need_k or need_bias:
-            dk, _, dbias = gradients(k, q, k_side, q_side, True, need_k, False, need_bias)
+        config = choose("backward", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
+        if itself:
+            dq, dscale, dbias = _gradient(
+                q, q, q_side, k_side, *problem, config, False, need_q, need_scale, need_bias
+            )
+        else:
+            dq = dscale = None
+            if need_q or need_scale:
+                dq, dscale, _ = _gradient(q, k, q_side, k_side, *problem, config, False, need_q, need_scale, False)
+            if need_k or need_bias:
+                dk, _, dbias = _gradient(k, q, k_side, q_side, *problem, config, True, need_k, False, need_bias)
+    dscale = dscale / 2 if need_scale and itself else dscale  # there w_ij came as such and as w_ji
     dq, dk = None if dq is None else dq.view(q.shape), None if dk is None else dk.view(k.shape)
-    return dq, dk, dscale, dbias.view((q if itself else k).shape[:-1]) if need_bias else None
+    return dq, dk, dscale, dbias.view(keys.shape[:-1]) if need_bias else None
 
 
-def _fold(dtype: torch.dtype, *sides) -> Tensor | None:
-    """What weights are multiplied by on their way through fp16, where those of large batches would vanish: it brings
-    the largest there can be to 2^14."""
-    if dtype != torch.float16:
-        return None
-    largest = [
-        g.masked_fill(lse == -torch.inf, 0).abs().nan_to_num(0, 0, 0).amax() for lse, g in sides if g is not None
-    ]
-    return 2.0**14 / sum(largest).clamp(2.0**-100, 2.0**100)
+def _by_products(
+    q, keys, q_side, k_side, scale_tensor, scale, fold, itself, same, chip, chosen, need_q, need_k, need_scale
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Returns dq [N, D] and dk [M, D] without the scale and times fold, and dscale [], None where not needed."""
+    config = choose("weights" if chosen == "shared" else "given", q.dtype, q.shape[-1], chip)
+    parts = []
+
+    def weigh(x, y, x_side, y_side, given, weights) -> None:
+        problem = scale_tensor, scale, fold, itself, same, chip, config
+        _, dscale, _ = _gradient(x, y, x_side, y_side, *problem, False, False, need_scale, False, given, weights)
+        parts.append(dscale)
+
+    dq, dk = library.gradients_of_products(weigh, q, keys, q_side, k_side, itself, need_q, need_k, chosen == "library")
+    return dq, dk, sum(parts) if need_scale else None
+
+
+def _gradient(
+    x, y, x_side, y_side, scale_tensor, scale, fold, itself, same, chip, config, transposed,
+    need_x, need_scale, need_bias, given=None, weights=None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Returns dx [G, N, D], dscale [], and dbias [G, N] of the bias of x, None where not needed; fills `weights`."""
+    (N, D), M, G = x.shape[-2:], y.shape[-2], x.shape[:-2].numel()
+    large = N * M >= LARGE
+    one_sided = itself and (y_side.bias is not None or y_side.limit is not None)
+    close = large and x_side.grad is not None and y_side.grad is not None and not one_sided
+    x_side, y_side = _with_extents(x_side, y_side, large, same, close, config)
+    blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV) if need_x else 1
+    split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks * chunks, chip)
+    new = allocator(x)
+    dx = new(splits, G, N, D) if need_x else None
+    dscale, dbias = (new(splits, G, N) if need else None for need in (need_scale, need_bias))
+    strip = given if weights is None else weights
+    a, b, tma = features(x, y, config, chip)
+    _backward[(G * blocks, splits, chunks)](
+        a, b, y, given, weights, 0 if strip is None else strip.stride(0), x_side, y_side, scale_tensor, scale, fold,
+        dx, dscale, dbias, G, N, M, blocks, split_blocks * config.BN,
+        D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, TRANSPOSED=transposed, ITSELF=itself, SAME=same,
+        CLOSE=close, PRECISION=precision(x.dtype), TMA=tma, **config.launch(),
+    )  # fmt: skip
+    dx, dbias = (None if part is None else part[0] if splits == 1 else part.sum(0) for part in (dx, dbias))
+    return dx, None if dscale is None else dscale.sum(), dbias
 
 
 # ---- how a launcher cuts a problem -----------------------------------------------------------------------------------
@@ -511,8 +561,8 @@ def _with_extents(x_side: Side, y_side: Side, ids: bool, same: bool, lse: bool, 
     return tuple(sides)
 
 
-def _split(blocks: int, programs: int, chip) -> tuple[int, int]:
-    """Blocks for each of how many splits, so that programs fill the chip about twice."""
-    splits = min(blocks, max(1, (2 * chip.processors + programs // 2) // programs))
+def _split(blocks: int, programs: int, chip, waves: int = 2) -> tuple[int, int]:
+    """Blocks for each of how many splits, so that programs fill the chip about so often."""
+    splits = min(blocks, max(1, (waves * chip.processors + programs // 2) // programs))
     each = triton.cdiv(blocks, splits)
     return each, triton.cdiv(blocks, each)

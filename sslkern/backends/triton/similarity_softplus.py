@@ -1,7 +1,8 @@
 """`similarity_softplus`: sums of softplus over tiles of S that are never stored, and their gradients in the forward.
 
-Floor, in passes of 2 N M D flop: 1, and 1 for each side that learns. Here a program owns rows of one gradient and needs
-no atomics, so S is computed once more for the second side: 1, 2 or 4.
+Floor, in passes of 2 N M D flop: 1, and 1 for each side that learns. Where a program owns rows of one gradient, which
+needs no atomics, S is computed once more for the second side: 1, 2 or 4. Of many features the weights are written, and
+both gradients are products of the library: 3.
 """
 
 import torch
@@ -10,24 +11,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.similarity_softplus import similarity_softplus_fwd as reference
-from . import hardware
+from . import hardware, library
 from .configs import choose
 from .similarity_lse import LARGE, SIZES, _problem, _split, _with_extents
+from .strategies import strategy
 from .tiles import (
     INF,
     Side,
     allocator,
-    counts,
+    counted,
     crowded,
     dot_products,
     features,
+    fold_of,
     full_scale,
+    in_strip,
     load_rows,
     load_vector,
     precision,
     scores,
     softplus_and_sigmoid,
-    some_left_out,
 )
 
 
@@ -43,17 +46,18 @@ def _terms(s, shift, weight, sign):
 
 @triton.jit(do_not_specialize=[*SIZES, "sign"])
 def _softplus(
-    x, y, v, x_side, y_side, scale_tensor, scale, sign, fold, row, dx, dscale, dshift, dbias,
+    x, y, v, given, weights, width, x_side, y_side, scale_tensor, scale, sign, fold, row, dx, dscale, dshift, dbias,
     G, N, M, blocks, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr, FEATURES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Of each row i of x over a split of y: row = sum_j softplus(t_ij), dx = scale sum_j w_ij y_j.
 
     x is q, or TRANSPOSED k (then w_ij is the weight of row j), or both (ITSELF: the weights of rows i and j add up).
     Also the sums over j of w_ij <x_i, y_j>, dscale, and of what belongs to the shift and to the bias of i, dshift and
-    dbias.
+    dbias. Or, for products of the library, weights [N, width] = w_ij fold. given: the products <x_i, y_j>, if they are
+    there already.
     """
     g, block, split, chunk = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1), tl.program_id(2)
     x_start, y_start = g.to(tl.int64) * N, g.to(tl.int64) * M
@@ -61,7 +65,8 @@ def _softplus(
     i0, d0 = block * BM, chunk * DV
     i = i0 + tl.arange(0, BM)
     fold_by = 1.0 if fold is None else tl.load(fold)
-    if D <= BD:
+    a = None
+    if given is None and D <= BD:
         a = load_rows(x, x_start, i0, 0, N, D, BM, BD, TMA)
     x_bias, x_limit, x_shift, x_weight = None, None, None, None
     if x_side.bias is not None:
@@ -78,15 +83,11 @@ def _softplus(
     )
 
     sums = tl.zeros((BM, DV), tl.float32)
-    row_sum, scale_sum = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
-    shift_sum, bias_sum = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    row_sum, scale_sum = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    shift_sum, bias_sum = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
         j = j0 + tl.arange(0, BN)
-        if D <= BD:
-            b = load_rows(y, y_start, j0, 0, M, D, BN, BD, TMA)
-            dots = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-        else:
-            dots = dot_products(x, y, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+        dots, b = dot_products(x, y, a, given, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
         y_bias, y_limit, y_shift, y_weight = None, None, None, None
         if y_side.bias is not None:
             y_bias = load_vector(y_side.bias, y_start, j, M, 0.0)[None, :]
@@ -99,48 +100,48 @@ def _softplus(
         s = scores(dots, scale, x_bias if TRANSPOSED else y_bias, y_limit if TRANSPOSED else x_limit)
         TWO: tl.constexpr = ITSELF and ONE_SIDED
         back = scores(dots, scale, x_bias, y_limit) if TWO else s
-        x_block, y_block = g * blocks + block, g * tl.cdiv(M, BN) + j0 // BN
-        if some_left_out(x_side, y_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
-            keep = counts(x_side, y_side, x_start, y_start, i, j, N, M, ITSELF, False, SAME)
-            s = tl.where(keep, s, -INF)
-            back = tl.where(keep, back, -INF) if TWO else s
+        s = counted(s, x_side, y_side, g, i0, j0, N, M, BM, BN, ITSELF, False, SAME)
+        back = counted(back, x_side, y_side, g, i0, j0, N, M, BM, BN, ITSELF, False, SAME) if TWO else s
 
         if TRANSPOSED:
             value, w = _terms(s, y_shift, y_weight, sign)
         else:
             value, w = _terms(s, x_shift, x_weight, sign)
         if row is not None:
-            row_sum += value
+            row_sum += tl.sum(value, 1)
         if dshift is not None:
-            shift_sum += w
+            shift_sum += tl.sum(w, 1)
         if dscale is not None:
-            scale_sum += w * dots
+            scale_sum += tl.sum(w * dots, 1)
         back_w = w
         if ITSELF:
             if TWO:
                 _, back_w = _terms(back, y_shift, y_weight, sign)
             w += back_w
         if dbias is not None:
-            bias_sum += back_w
-        if FEATURES:
+            bias_sum += tl.sum(back_w, 1)
+        if weights is not None:
+            at, inside = in_strip(width, i0, j0, N, M, BM, BN)
+            tl.store(weights + at, (w * fold_by).to(weights.dtype.element_ty), mask=inside)
+        if dx is not None:
             if D > BD:
                 b = load_rows(v, y_start, j0, d0, M, D, BN, DV, False)
             sums = tl.dot((w * fold_by).to(b.dtype), b, sums, input_precision=PRECISION)
 
     place = (split.to(tl.int64) * G + g) * N + i
-    if FEATURES:
+    if dx is not None:
         d = d0 + tl.arange(0, DV)
         inside = (i < N)[:, None] & (d < D)[None, :]
         tl.store(dx + place[:, None] * D + d[None, :], sums * (scale / fold_by), mask=inside)
     if chunk == 0:
         if row is not None:
-            tl.store(row + place, tl.sum(row_sum, 1), mask=i < N)
+            tl.store(row + place, row_sum, mask=i < N)
         if dscale is not None:
-            tl.store(dscale + place, tl.sum(scale_sum, 1), mask=i < N)
+            tl.store(dscale + place, scale_sum, mask=i < N)
         if dshift is not None:
-            tl.store(dshift + place, tl.sum(shift_sum, 1), mask=i < N)
+            tl.store(dshift + place, shift_sum, mask=i < N)
         if dbias is not None:
-            tl.store(dbias + place, tl.sum(bias_sum, 1), mask=i < N)
+            tl.store(dbias + place, bias_sum, mask=i < N)
 
 
 @hardware.on_its_device
@@ -150,60 +151,72 @@ def similarity_softplus_fwd(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns total [G], row [G, N], and the gradients of total, None where not needed: dq [G, N, D], dk [G, M, D],
     dscale [G], dbias [G, N], dk_bias [G, M]; k=None: all of the gradient in dq."""
-    problem, sizes = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
+    problem, (G, N, M, D) = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
     needs = need_q, need_k, need_scale, need_bias, need_k_bias
-    if 0 in sizes:
+    if 0 in (G, N, M, D):
         return reference(q, k, *problem[2:], bias, weights, sign, *needs)
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
     bias, weights = (None if x is None else x.contiguous() for x in (bias, weights))
-    (G, N, M, D), itself, groups = sizes, k is None, q.shape[:-2]
-    chip = hardware.of(q.device)
-    config = choose("softplus", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
-    fold = _fold(q, weights)
+    itself, keys, groups, chip = k is None, q if k is None else k, q.shape[:-2], hardware.of(q.device)
+    fold = fold_of(q, weights, weights)  # of q with itself two weights add up
     if itself:  # a row is a column, too
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, shift=bias, weight=weights)
     else:
         q_side, k_side = Side(q_ids, limit=q_limit, shift=bias, weight=weights), Side(k_ids, bias=k_bias)
+    problem = scale_tensor, scale, float(sign), fold, itself, same, chip
 
-    def sums(x, y, x_side, y_side, transposed, row_too, rows_too, scale_too, shift_too, bias_too):
-        rows, columns = x.shape[-2], y.shape[-2]
-        x_side, y_side = _with_extents(x_side, y_side, N * M >= LARGE, same, False, config)
-        blocks, chunks = triton.cdiv(rows, config.BM), triton.cdiv(D, config.DV) if rows_too else 1
-        split_blocks, splits = _split(triton.cdiv(columns, config.BN), G * blocks * chunks, chip)
-        new = allocator(x)
-        dx = new(splits, G, rows, D) if rows_too else None
-        wanted = row_too, scale_too, shift_too, bias_too
-        row, dscale, dshift, dbias = (new(splits, G, rows) if want else None for want in wanted)
-        a, b, tma = features(x, y, config, chip)
-        _softplus[(G * blocks, splits, chunks)](
-            a, b, y, x_side, y_side, scale_tensor, scale, float(sign), fold, row, dx, dscale, dshift, dbias,
-            G, rows, columns, blocks, split_blocks * config.BN,
-            D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, TRANSPOSED=transposed, ITSELF=itself,
-            SAME=same, FEATURES=rows_too, PRECISION=precision(x.dtype), TMA=tma, **config.launch(),
-        )  # fmt: skip
-        parts = row, dx, dscale, dshift, dbias
-        return (None if part is None else part[0] if splits == 1 else part.sum(0) for part in parts)
-
-    row, dq, dscale, dbias, dk_bias = sums(
-        q, q if itself else k, q_side, k_side, False, True, need_q, need_scale, need_bias, need_k_bias and itself
-    )
     dk = None
-    if not itself and (need_k or need_k_bias):
-        _, dk, _, _, dk_bias = sums(k, q, k_side, q_side, True, False, need_k, False, False, need_k_bias)
+    chosen = strategy(q, N, M, q_limit, itself, chip)
+    if chosen != "fused" and (need_q or need_k) and not itself and not need_k_bias:
+        config = choose("weights" if chosen == "shared" else "given", q.dtype, D, chip)
+        parts = []
+
+        def weigh(x, y, x_side, y_side, given, of_pairs) -> None:
+            wanted = True, False, need_scale, need_bias, False
+            row, _, *sums = _sums(x, y, x_side, y_side, *problem, config, False, *wanted, given, of_pairs)
+            parts.append((row, *sums))
+
+        dq, dk = library.gradients_of_products(
+            weigh, q, k, q_side, k_side, False, need_q, need_k, chosen == "library"
+        )
+        full = scale if scale_tensor is None else scale * scale_tensor
+        full = full if fold is None else full / fold
+        dq, dk = (None if x is None else x.mul_(full) for x in (dq, dk))
+        row, dscale, dbias, dk_bias = (None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))
+    else:
+        config = choose("softplus", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
+        wanted = True, need_q, need_scale, need_bias, need_k_bias and itself
+        row, dq, dscale, dbias, dk_bias = _sums(q, keys, q_side, k_side, *problem, config, False, *wanted)
+        if not itself and (need_k or need_k_bias):
+            wanted = False, need_k, False, False, need_k_bias
+            _, dk, _, _, dk_bias = _sums(k, q, k_side, q_side, *problem, config, True, *wanted)
     total = (row if weights is None else row * weights.view(G, N)).sum(1).view(groups)
-    keys = q if itself else k
     shapes = (dq, q.shape), (dk, keys.shape), (dbias, q.shape[:-1]), (dk_bias, keys.shape[:-1])
     dq, dk, dbias, dk_bias = (None if x is None else x.view(shape) for x, shape in shapes)
     dscale = None if dscale is None else dscale.sum(1).view(groups)
     return total, row.view(q.shape[:-1]), dq, dk, dscale, dbias, dk_bias
 
 
-def _fold(q: Tensor, weights: Tensor | None) -> Tensor | None:
-    """What weights are multiplied by on their way through fp16, where the smallest would vanish: the largest become
-    2^13, of q with itself 2^14."""
-    if q.dtype != torch.float16:
-        return None
-    if weights is None:
-        return torch.full((), 2.0**13, device=q.device)
-    largest = weights.abs().nan_to_num(0, 0, 0).amax()  # what is not finite may be of rows with nothing left
-    return 2.0**13 / largest.clamp(2.0**-100, 2.0**100)
+def _sums(
+    x, y, x_side, y_side, scale_tensor, scale, sign, fold, itself, same, chip, config, transposed,
+    need_row, need_x, need_scale, need_shift, need_bias, given=None, weights=None,
+) -> list[Tensor | None]:  # fmt: skip
+    """Returns row [G, N], dx [G, N, D] and for each row dscale, dshift and dbias, None where not needed; fills `weights`."""
+    (N, D), M, G = x.shape[-2:], y.shape[-2], x.shape[:-2].numel()
+    x_side, y_side = _with_extents(x_side, y_side, N * M >= LARGE, same, False, config)
+    blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV) if need_x else 1
+    split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks * chunks, chip)
+    new = allocator(x)
+    dx = new(splits, G, N, D) if need_x else None
+    needs = need_row, need_scale, need_shift, need_bias
+    row, dscale, dshift, dbias = (new(splits, G, N) if need else None for need in needs)
+    strip = given if weights is None else weights
+    a, b, tma = features(x, y, config, chip)
+    _softplus[(G * blocks, splits, chunks)](
+        a, b, y, given, weights, 0 if strip is None else strip.stride(0), x_side, y_side, scale_tensor, scale, sign,
+        fold, row, dx, dscale, dshift, dbias, G, N, M, blocks, split_blocks * config.BN,
+        D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, TRANSPOSED=transposed, ITSELF=itself,
+        SAME=same, PRECISION=precision(x.dtype), TMA=tma, **config.launch(),
+    )  # fmt: skip
+    parts = row, dx, dscale, dshift, dbias
+    return [None if part is None else part[0] if splits == 1 else part.sum(0) for part in parts]

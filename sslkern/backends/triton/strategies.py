@@ -1,6 +1,7 @@
-"""Which of two ways `similarity_lse` is computed: fused kernels, or library products and kernels that read them.
+"""Which of three ways `similarity_lse` and `similarity_softplus` are computed: "fused" kernels; those that write weights
+for products of the library, "shared" by both gradients; or those that also read products of the "library".
 
-The rule below is a prediction from flop and bytes until `python -m sslkern.backends.triton.tuning` has measured both on
+The rule below is a prediction from flop and bytes until `python -m sslkern.backends.triton.tuning` has measured all on
 a chip; what it found is kept on disk and goes first.
 """
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from .hardware import Hardware, tf32
 from .tuning import tuned
 
-STRATEGIES = ("fused", "library")
+STRATEGIES = ("fused", "shared", "library")
 LEAST = 2**22  # scores; below, the fused kernels' few launches are all that counts
 
 _forced: list[str] = []
@@ -31,22 +32,26 @@ class use_strategy:
         _forced.pop()
 
 
-def by_library(q: Tensor, N: int, M: int, q_limit: Tensor | None, one_sided: bool, chip: Hardware) -> bool:
-    """Whether the problem goes to the library. Not with limits, on which forward and backward must agree to the bit,
-    and not where rows and columns of q with itself differ."""
-    if q.ndim == 3 or q_limit is not None or one_sided:
-        return False
-    if _forced:
-        return _forced[-1] == "library"
-    if N * M < LEAST:
-        return False
+def strategy(q: Tensor, N: int, M: int, q_limit: Tensor | None, one_sided: bool, chip: Hardware) -> str:
+    """Which one the problem takes. Not "library" with limits, on which forward and backward must agree to the bit, and
+    where rows and columns of q with itself differ."""
+    if q.ndim == 3:
+        return "fused"
+    name = _forced[-1] if _forced else _rule(q, N, M, chip)
+    return "shared" if name == "library" and (q_limit is not None or one_sided) else name
+
+
+def _rule(q: Tensor, N: int, M: int, chip: Hardware) -> str:
     D = q.shape[-1]
+    if N * M < LEAST:
+        return "fused"
     found = tuned(chip).get("strategy", {}).get(key(q.dtype, D))
-    if found is not None:
-        return found == "library"
-    # A score costs some 14 bytes of memory traffic there. Fused: fp32 has no matrix units, and of gradients 256
-    # features fit in the registers, so that S is computed once more for each part of them.
-    return D > 512 or q.dtype == torch.float32 and not tf32(q.dtype)
+    if found in STRATEGIES:
+        return found
+    if q.dtype == torch.float32 and not tf32(q.dtype):  # no matrix units
+        return "library"
+    # The accumulators of a gradient fit in the registers for 256 features, so that more need S once more.
+    return "shared" if D > 256 else "fused"
 
 
 def key(dtype: torch.dtype, D: int) -> str:

@@ -27,9 +27,14 @@ class Side(NamedTuple):
     limit: torch.Tensor | None = None  # fp32, scores above it do not count
     lse: torch.Tensor | None = None  # fp32, the log-sum-exp over the other side
     lse_extent: torch.Tensor | None = None  # fp32 [G, blocks, 2], without those that are -inf
+    norm: torch.Tensor | None = None  # fp32 [G, blocks], of the longest row of each block
     grad: torch.Tensor | None = None  # fp32, the gradient of lse
     shift: torch.Tensor | None = None  # fp32, is added to the scores under the softplus, after the limit
     weight: torch.Tensor | None = None  # fp32, of the row in a sum
+
+    def cut(self, first: int, stop: int) -> "Side":
+        """What there is for the rows from first to stop, of one group."""
+        return Side(*(None if x is None else x[first:stop] for x in self))
 
 
 @triton.jit
@@ -54,16 +59,32 @@ def load_rows(x, start, i0, d0, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOC
 
 @triton.jit
 def dot_products(
-    x, y, x_start, y_start, i0, j0, N, M,
+    x, y, x_rows, given, width, x_start, y_start, i0, j0, N, M,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """<x_i, y_j> [BM, BN] in fp32, BD features at a time."""
-    dots = tl.zeros((BM, BN), tl.float32)
-    for d0 in range(0, D, BD):
-        a = load_rows(x, x_start, i0, d0, N, D, BM, BD, TMA)
-        b = load_rows(y, y_start, j0, d0, M, D, BN, BD, TMA)
-        dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION)
-    return dots
+    """<x_i, y_j> [BM, BN] in fp32: those given [N, width], or else at once of x_rows, which a program keeps if D <= BD,
+    or BD features at a time. Also the rows of y, for a second product, if they came at once."""
+    y_rows = None
+    if given is not None:
+        at, inside = in_strip(width, i0, j0, N, M, BM, BN)
+        dots = tl.load(given + at, mask=inside, other=0.0)
+    elif D <= BD:
+        y_rows = load_rows(y, y_start, j0, 0, M, D, BN, BD, TMA)
+        dots = tl.dot(x_rows, tl.trans(y_rows), input_precision=PRECISION)
+    else:
+        dots = tl.zeros((BM, BN), tl.float32)
+        for d0 in range(0, D, BD):
+            a = load_rows(x, x_start, i0, d0, N, D, BM, BD, TMA)
+            b = load_rows(y, y_start, j0, d0, M, D, BN, BD, TMA)
+            dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION)
+    return dots, y_rows
+
+
+@triton.jit
+def in_strip(width, i0, j0, N, M, BM: tl.constexpr, BN: tl.constexpr):
+    """Where a tile stands in a matrix with a number for each pair, the rows `width` apart, and what of it is there."""
+    i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BN)
+    return i.to(tl.int64)[:, None] * width + j[None, :], (i < N)[:, None] & (j < M)[None, :]
 
 
 @triton.jit
@@ -82,40 +103,36 @@ def scores(dots, scale, bias, limit):
 
 
 @triton.jit
-def some_left_out(
-    x_side, y_side, x_block, y_block, i0, j0, N, M,
-    BM: tl.constexpr, BN: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr,
+def counted(
+    s, x_side, y_side, g, i0, j0, N, M,
+    BM: tl.constexpr, BN: tl.constexpr, ITSELF: tl.constexpr, ABOVE: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    """Whether a tile may hold pairs that do not count, as far as one can tell without looking at each."""
-    found = (i0 + BM > N) | (j0 + BN > M)
+    """s, -inf where places or ids say that a pair does not count; ABOVE: only those above the diagonal do."""
+    # Most tiles hold no such pair, and need not look at each.
+    some = (i0 + BM > N) | (j0 + BN > M)
     if ITSELF:
-        found |= (i0 < j0 + BN) & (j0 < i0 + BM)
+        some |= (i0 < j0 + BN) & (j0 < i0 + BM)
     if x_side.ids is not None:
         if SAME or x_side.ids_extent is None:
-            found |= True
+            some |= True
         else:
-            x_extent, y_extent = x_side.ids_extent + 2 * x_block, y_side.ids_extent + 2 * y_block
-            found |= (tl.load(x_extent) <= tl.load(y_extent + 1)) & (tl.load(y_extent) <= tl.load(x_extent + 1))
-    return found
-
-
-@triton.jit
-def counts(
-    x_side, y_side, x_start, y_start, i, j, N, M,
-    ITSELF: tl.constexpr, ABOVE: tl.constexpr, SAME: tl.constexpr,
-):  # fmt: skip
-    """Which pairs count, as far as places and ids say; ABOVE: only those above the diagonal."""
-    keep = (i < N)[:, None] & (j < M)[None, :]
-    if ABOVE:
-        keep &= i[:, None] < j[None, :]
-    elif ITSELF:
-        keep &= i[:, None] != j[None, :]
-    if x_side.ids is not None:
-        of_rows = load_vector(x_side.ids, x_start, i, N, 0)
-        of_columns = load_vector(y_side.ids, y_start, j, M, 0)
-        equal = of_rows[:, None] == of_columns[None, :]
-        keep &= equal if SAME else equal == 0
-    return keep
+            x_extent = x_side.ids_extent + 2 * (g * tl.cdiv(N, BM) + i0 // BM)
+            y_extent = y_side.ids_extent + 2 * (g * tl.cdiv(M, BN) + j0 // BN)
+            some |= (tl.load(x_extent) <= tl.load(y_extent + 1)) & (tl.load(y_extent) <= tl.load(x_extent + 1))
+    if some:
+        i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BN)
+        keep = (i < N)[:, None] & (j < M)[None, :]
+        if ABOVE:
+            keep &= i[:, None] < j[None, :]
+        elif ITSELF:
+            keep &= i[:, None] != j[None, :]
+        if x_side.ids is not None:
+            of_rows = load_vector(x_side.ids, g.to(tl.int64) * N, i, N, 0)
+            of_columns = load_vector(y_side.ids, g.to(tl.int64) * M, j, M, 0)
+            equal = of_rows[:, None] == of_columns[None, :]
+            keep &= equal if SAME else equal == 0
+        s = tl.where(keep, s, -INF)
+    return s
 
 
 @triton.jit
@@ -158,6 +175,29 @@ def finite_shift(top):
 
 
 @triton.jit
+def online_softmax(top, total, s):
+    """Takes scores s [BM, BN] into the running maximum of each row and the sum of exp(s - top).
+
+    Also what earlier sums of such terms shrink by, and the terms.
+    """
+    new = tl.maximum(top, tl.max(s, 1))
+    shift = finite_shift(new)
+    shrink, terms = exp(top - shift), exp(s - shift[:, None])
+    return new, total * shrink + tl.sum(terms, 1), shrink, terms
+
+
+@triton.jit
+def log_sum(top, total):
+    return finite_shift(top) + tl.log(total)
+
+
+@triton.jit
+def or_nan(top, total):
+    """The maximum, which drops NaN on a GPU, with the NaN of the sum beside it."""
+    return tl.where(total == total, top, total)
+
+
+@triton.jit
 def full_scale(scale, scale_tensor):
     return scale if scale_tensor is None else scale * tl.load(scale_tensor)
 
@@ -187,6 +227,36 @@ def extent(x: torch.Tensor | None, block: int) -> torch.Tensor | None:
     out = torch.empty((G, triton.cdiv(N, block), 2), dtype=x.dtype, device=x.device)
     _extent[(G * out.shape[1],)](x, out, N, out.shape[1], BLOCK=block, LSE=x.is_floating_point(), num_warps=1)
     return out
+
+
+@triton.jit(do_not_specialize=["N", "blocks"])
+def _longest(x, out, N, blocks, D: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr):
+    g, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for d0 in range(0, D, BD):
+        rows = load_rows(x, g.to(tl.int64) * N, block * BLOCK, d0, N, D, BLOCK, BD, False).to(tl.float32)
+        squares += tl.sum(rows * rows, 1)
+    tl.store(out + tl.program_id(0), tl.sqrt(tl.max(squares, 0)))
+
+
+def longest(x: torch.Tensor, block: int) -> torch.Tensor:
+    """The norm of the longest row of each block of x [.., N, D], [G, blocks]."""
+    (N, D), G = x.shape[-2:], x.shape[:-2].numel()
+    out = torch.empty((G, triton.cdiv(N, block)), dtype=torch.float32, device=x.device)
+    BD = min(32, max(16, triton.next_power_of_2(D)))
+    _longest[(out.numel(),)](x, out, N, out.shape[1], D=D, BLOCK=block, BD=BD, num_warps=4)
+    return out
+
+
+def fold_of(q: torch.Tensor, *weights: torch.Tensor | None) -> torch.Tensor | None:
+    """What weights of pairs are multiplied by on their way through fp16, where those of large batches would vanish: it
+    brings the largest that a sum of `weights` (None: 1), one of each, can be to 2^14. None for other types than fp16."""
+    if q.dtype != torch.float16:
+        return None
+    one = torch.ones((), device=q.device)
+    # What is not finite may be of rows with nothing left.
+    largest = sum(one if w is None else w.abs().nan_to_num(0, 0, 0).amax() for w in weights)
+    return 2.0**14 / largest.clamp(2.0**-100, 2.0**100)
 
 
 def allocator(like: torch.Tensor):
