@@ -293,7 +293,7 @@ def compile_job(job: Job) -> list[dict]:
     import torch
     from triton.runtime import driver
 
-    from sslkern.backends.triton import hardware
+    from sslkern.backends.triton import hardware, strategies
 
     chip = hardware.Hardware(job.arch, CHIPS[job.arch].processors)
     hardware.of = lambda device: chip
@@ -304,7 +304,9 @@ def compile_job(job: Job) -> list[dict]:
     error = None
     try:
         module = importlib.import_module(f"sslkern.backends.triton.{job.primitive}")
-        call(module, Inputs(DTYPES[job.dtype], job.D))
+        for name in strategies.STRATEGIES:
+            with strategies.use_strategy(name):
+                call(module, Inputs(DTYPES[job.dtype], job.D))
     except Exception:
         error = traceback.format_exc()
     kernels = {kernel.hash: (kernel, said) for kernel, said in reversed(_compiled)}  # ptxas speaks the first time only

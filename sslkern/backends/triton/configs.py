@@ -56,8 +56,8 @@ def candidates(kind: str, D: int, default: Config) -> list[Config]:
 
 
 def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: bool = False) -> Config:
-    """kind: "forward", "topk"; with a second product "frozen", "softplus", "backward"; "weights" that go to memory, or are
-    made of products "given" there. crowded: what else a tile needs takes registers, too."""
+    """kind: "forward", "topk"; with a second product "frozen", "softplus", "backward"; "weights" that go to memory, or
+    what is made of products "given" there. crowded: what else a tile needs takes registers, too."""
     width = max(16, triton.next_power_of_2(D))
     if INTERPRETED:  # a step costs the same whatever its size
         return Config(64, 32, min(width, 128), min(width, 256 if width > 128 else 128), 4, 1)
@@ -69,7 +69,7 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
     large, hopper = hardware.large, hardware.architecture == 90
     blackwell = large and not hopper
     if kind == "given":
-        return Config(64, 64, 16, 16, 8, 1)
+        return Config(32, 64, 16, 16, 4, 1)
     full = dtype == torch.float32 and not tf32(dtype)  # no matrix units
     if kind == "topk":
         return Config(64, 64, min(width, 16 if dtype == torch.float32 else 64), 64, 8 if full else 4, 2)
@@ -79,15 +79,16 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
         few = crowded or kind == "softplus"
         return Config(64, 32, min(width, 16 if few and large else 32), min(width, 64), 8 if few else 4, 2)
     stages = 3 if large else 2
-    if kind == "weights":
-        return Config(128, 128, 64, 64, 8, stages)
+    if kind == "weights" or kind == "forward" and width > 128 and not crowded:
+        # Tiles of both sides come from the second-level cache: 64 flop a byte, where 128 x 64 would have 43.
+        return Config(128, 64 if kind == "weights" and not hopper else 128, 64, 64, 8, stages)
     if kind == "forward":
         BD = width if width <= 128 else 64
         if not large:
             return Config(128, 64, BD, BD, 8, stages)
         if crowded and blackwell:
             return Config(64, 64, min(BD, 32), BD, 8, 2)
-        return Config(128, 32 if crowded else 64, BD, BD, 4 if hopper and not crowded else 8, stages)
+        return Config(128, 32 if crowded else 64, BD, BD, 4 if hopper and not crowded else 8, 3 if hopper else 2)
     if width <= 128:
         if not large:
             return Config(64, 32, width, width, 8, stages)

@@ -1,9 +1,9 @@
 """Products of the vendor's library, for a strip of rows of S at a time.
 
 "shared": a kernel writes the weights w_ij of a strip, and the library multiplies them with the keys for dQ and, turned
-over, with the queries for dK. S is computed once for both gradients, for 3 passes of 2 N M D flop, and of q with itself,
-where w is symmetric and a strip begins at its own first row, for 1 1/2. The price is to write and to read the weights,
-and to add to dK once for each strip: some 8 bytes for each score in 16 bits.
+over, with the queries for dK. S is computed once for both gradients, 3 passes of 2 N M D flop; of q with itself, where
+w is symmetric and a strip begins at its own first row, 1 1/2. The price is to write and to read the weights, and to add
+to dK once for each strip: some 8 bytes for each score in 16 bits.
 
 "library": S is such a product as well, and the kernels read it: 8 bytes more, where they have no matrix units.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from .tiles import Side, allocator
 
 LEAST = 2**25  # scores of a strip, where there are so many
-TILE = 128  # rows; strips begin at multiples of it
+TILE = 128  # rows and columns; strips begin at multiples of it, and tiles of kernels divide it
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
@@ -48,8 +48,8 @@ def gradients_of_products(
     weigh: Callable, q: Tensor, keys: Tensor, q_side: Side, k_side: Side, itself: bool, need_q: bool, need_k: bool,
     by_library: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dq [N, D] = w keys and dk [M, D] = w^T q, None where not needed, of the weights that `weigh` makes of strips; of q
-    with itself, where w is symmetric, dq. by_library: products are given to it as well."""
+    """dq [N, D] = w keys and dk [M, D] = w^T q, None where not needed, of the weights that `weigh` makes of strips; of
+    q with itself, where w is symmetric, dq. by_library: products are given to it as well."""
     (N, D), M, new = q.shape, keys.shape[0], allocator(q)
     dq = None if not need_q else new(N, D).zero_() if itself else new(N, D)
     dk = new(M, D).zero_() if need_k and not itself else None
@@ -71,6 +71,16 @@ def gradients_of_products(
     return dq, dk
 
 
+def scaled(q, keys, dq, dk, scale_tensor, scale: float, fold, need_scale: bool) -> tuple[Tensor | None, ...]:
+    """dq and dk in place times the scale and over fold, and dscale [], which is sum_ij w_ij <q_i, k_j>."""
+    factor = 1.0 if fold is None else 1 / fold
+    dscale = None
+    if need_scale:
+        dscale = (torch.mul(q, dq) if dk is None else torch.mul(keys, dk)).sum() * factor
+    factor = factor * scale if scale_tensor is None else factor * scale * scale_tensor
+    return *(None if x is None else x.mul_(factor) for x in (dq, dk)), dscale
+
+
 def _strips(N: int, M: int, least: int, itself: bool) -> list[tuple[int, int, int]]:
     """(first, stop, begin): rows, evenly cut, and their first column.
 
@@ -82,8 +92,8 @@ def _strips(N: int, M: int, least: int, itself: bool) -> list[tuple[int, int, in
 
 
 def _room(strips: list, M: int, like: Tensor) -> Tensor:
-    """Memory for numbers for each pair of a strip, in rows of whole 16 bytes."""
-    return like.new_empty((strips[0][1], triton.cdiv(M, 16) * 16))
+    """Memory for a number for each pair of a strip, in whole tiles."""
+    return like.new_empty(tuple(triton.cdiv(size, TILE) * TILE for size in (strips[0][1], M)))
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:

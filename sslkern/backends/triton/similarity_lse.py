@@ -19,7 +19,7 @@ from .tiles import (
     INF,
     Side,
     allocator,
-    counted,
+    counts,
     crowded,
     dot_products,
     exp,
@@ -28,15 +28,16 @@ from .tiles import (
     finite_shift,
     fold_of,
     full_scale,
-    in_strip,
     load_rows,
     load_vector,
     log_sum,
     longest,
+    of_tile,
     online_softmax,
     or_nan,
     precision,
     scores,
+    some_left_out,
 )
 
 LARGE = 2**22  # scores; from so many on it pays to know beforehand which tiles hold equal ids
@@ -49,14 +50,10 @@ SIZES = ["G", "N", "M", "size", "programs", "rounds", "blocks", "splits", "split
 
 
 @triton.jit
-def _taken_in(top, total, s, COLUMNS: tl.constexpr):
-    """Running maximum and sum of exp(s - top) of each row; of the columns of this tile, or None."""
-    top, total, _, _ = online_softmax(top, total, s)
-    here, of_columns = None, None
-    if COLUMNS:
-        here = tl.max(s, 0)
-        of_columns = tl.sum(exp(s - finite_shift(here)[None, :]), 0)
-    return top, total, here, of_columns
+def _of_columns(s):
+    """The largest score of each column of a tile, and the sum of exponentials relative to it."""
+    top = tl.max(s, 0)
+    return top, tl.sum(exp(s - finite_shift(top)[None, :]), 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -85,7 +82,6 @@ def _forward(
             first = tl.maximum(first, i0 // BN * BN)
         if i0 >= N:
             last = first
-        x = None
         if given is None and D <= BD:
             x = load_rows(q, q_start, i0, 0, N, D, BM, BD, TMA)
         limit = None
@@ -97,17 +93,23 @@ def _forward(
         total = tl.zeros((BM,), tl.float32)
         for j0 in range(first, last, BN):
             j = j0 + tl.arange(0, BN)
-            dots, _ = dot_products(
-                q, k, x, given, width, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA
-            )
+            if given is None and D <= BD:
+                y = load_rows(k, k_start, j0, 0, M, D, BN, BD, TMA)
+                dots = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+            else:
+                dots = dot_products(q, k, given, width, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
             bias = None
             if k_side.bias is not None:
                 bias = load_vector(k_side.bias, k_start, j, M, 0.0)[None, :]
             s = scores(dots, scale, bias, limit)
-            s = counted(s, q_side, k_side, g, i0, j0, N, M, BM, BN, ITSELF, TRIANGLE, SAME)
+            x_block, y_block = g * tl.cdiv(N, BM) + block, g * tl.cdiv(M, BN) + j0 // BN
+            if some_left_out(q_side, k_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
+                s = tl.where(counts(q_side, k_side, q_start, k_start, i, j, N, M, ITSELF, TRIANGLE, SAME), s, -INF)
             if q_side.norm is None:
-                top, total, here, of_columns = _taken_in(top, total, s, COLUMNS)
-            elif x_norm * tl.load(k_side.norm + g * tl.cdiv(M, BN) + j0 // BN) < NEAR:
+                top, total, _, _ = online_softmax(top, total, s)
+                if COLUMNS:
+                    here, of_columns = _of_columns(s)
+            elif x_norm * tl.load(k_side.norm + y_block) < NEAR:
                 # No maximum is needed, and one exponential for both directions.
                 terms = exp(s)
                 of_rows = tl.sum(terms, 1)
@@ -117,7 +119,8 @@ def _forward(
                 top = new
                 here, of_columns = tl.zeros((BN,), tl.float32), tl.sum(terms, 0)
             else:
-                top, total, here, of_columns = _taken_in(top, total, s, COLUMNS)
+                top, total, _, _ = online_softmax(top, total, s)
+                here, of_columns = _of_columns(s)
             if COLUMNS:  # the first round comes to every tile that later ones come to
                 place = (p.to(tl.int64) * G + g) * M + j
                 old = tl.load(col + place, mask=(j < M) & (r > 0), other=-INF)
@@ -186,9 +189,11 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
     crowd = crowded(q, k, k_bias, q_limit, chip)
     config = choose("given", q.dtype, D, chip) if by_library else choose("forward", q.dtype, D, chip, crowd)
     triangle = itself and k_bias is None and q_limit is None and (by_library or N >= TRIANGLE_FROM * config.BM)
-    both, new = columns or triangle, allocator(q)
+    both, large, new = columns or triangle, N * M >= LARGE, allocator(q)
 
-    def sums(x: Tensor, y: Tensor, x_side: Side, y_side: Side, given: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def sums(
+        x: Tensor, y: Tensor, x_side: Side, y_side: Side, given: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         """Log-sum-exps of the rows and the columns, and the largest scores of each."""
         N, M = x.shape[-2], y.shape[-2]
         row_blocks, col_blocks = triton.cdiv(N, config.BM), triton.cdiv(M, config.BN)
@@ -199,7 +204,6 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
         split_blocks, splits = _split(col_blocks, G * programs, chip, 8 if triangle and rounds == 1 else 2)
         row, col = new(splits, G, N), new(programs, G, M) if both else None
         row_best, col_best = (None if x is None or not best else torch.empty_like(x) for x in (row, col))
-        large = N * M >= LARGE
         x_side, y_side = _with_extents(x_side, y_side, large, same, False, config)
         # In fp32 it is products that take the time, and another rounding of exponentials would show.
         if large and both and not best and k_bias is None and q_limit is None and q.dtype != torch.float32:
@@ -259,7 +263,6 @@ def _frozen(
     scale = full_scale(scale, scale_tensor)
     i0, d0 = block * BM, chunk * DV
     i = i0 + tl.arange(0, BM)
-    x = None
     if D <= BD:
         x = load_rows(q, q_start, i0, 0, N, D, BM, BD, TMA)
     limit = None
@@ -269,12 +272,18 @@ def _frozen(
     sums = tl.zeros((BM, DV), tl.float32)
     for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
         j = j0 + tl.arange(0, BN)
-        dots, y = dot_products(q, k, x, None, 0, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+        if D <= BD:
+            y = load_rows(k, k_start, j0, 0, M, D, BN, BD, TMA)
+            dots = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+        else:
+            dots = dot_products(q, k, None, 0, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
         bias = None
         if k_side.bias is not None:
             bias = load_vector(k_side.bias, k_start, j, M, 0.0)[None, :]
         s = scores(dots, scale, bias, limit)
-        s = counted(s, q_side, k_side, g, i0, j0, N, M, BM, BN, False, False, SAME)
+        x_block, y_block = g * tl.cdiv(N, BM) + block, g * tl.cdiv(M, BN) + j0 // BN
+        if some_left_out(q_side, k_side, x_block, y_block, i0, j0, N, M, BM, BN, False, SAME):
+            s = tl.where(counts(q_side, k_side, q_start, k_start, i, j, N, M, False, False, SAME), s, -INF)
         top, total, shrink, terms = online_softmax(top, total, s)
         if D > BD:
             y = load_rows(v, k_start, j0, d0, M, D, BN, DV, False)
@@ -320,8 +329,8 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
         row, _, top, _ = similarity_lse_fwd(*problem, False, best, 0)
         sides = Side(q_ids, limit=q_limit, lse=row, grad=torch.ones_like(row)), Side(k_ids, bias=k_bias)
         fold = fold_of(q, sides[0].grad)
-        problem = scale_tensor, scale, fold, False, same, chip
-        mean, *_ = _by_products(q, k, *sides, *problem, chosen, True, False, False)
+        problem = scale_tensor, scale, fold, False, same, N * M >= LARGE, chip
+        mean, _ = _by_products(q, k, *sides, *problem, chosen, True, False)
         return row, mean if fold is None else mean.div_(fold), top
     config = choose("frozen", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
@@ -365,7 +374,7 @@ def _backward(
     x is q, or TRANSPOSED k (then bias belongs to rows and limits to columns of the tile), or both (ITSELF: the second
     term is that of s_ji, with bias and limit of the other side). Also the sum over j of w_ij <x_i, y_j>, dscale
     [splits, G, N], and of what of w_ij the bias of i is in, dbias [splits, G, N]. Or, for products of the library,
-    weights [N, width] = w_ij fold; then of x with itself the columns from N on stand for their mirror images, too.
+    weights [N, width] = w_ij fold.
     CLOSE: log-sum-exps may be so close that one exponential does.
     """
     g, block, split, chunk = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1), tl.program_id(2)
@@ -374,7 +383,6 @@ def _backward(
     i0, d0 = block * BM, chunk * DV
     i = i0 + tl.arange(0, BM)
     fold_by = 1.0 if fold is None else tl.load(fold)
-    a = None
     if given is None and D <= BD:
         a = load_rows(x, x_start, i0, 0, N, D, BM, BD, TMA)
     x_bias, x_limit = None, None
@@ -395,7 +403,11 @@ def _backward(
     scale_sum, bias_sum = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
         j = j0 + tl.arange(0, BN)
-        dots, b = dot_products(x, y, a, given, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+        if given is None and D <= BD:
+            b = load_rows(y, y_start, j0, 0, M, D, BN, BD, TMA)
+            dots = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        else:
+            dots = dot_products(x, y, given, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
         y_bias, y_limit = None, None
         if y_side.bias is not None:
             y_bias = load_vector(y_side.bias, y_start, j, M, 0.0)[None, :]
@@ -404,8 +416,11 @@ def _backward(
         s = scores(dots, scale, x_bias if TRANSPOSED else y_bias, y_limit if TRANSPOSED else x_limit)
         ONE_SIDED: tl.constexpr = ITSELF and (y_side.bias is not None or y_side.limit is not None)
         back = scores(dots, scale, x_bias, y_limit) if ONE_SIDED else s
-        s = counted(s, x_side, y_side, g, i0, j0, N, M, BM, BN, ITSELF, False, SAME)
-        back = counted(back, x_side, y_side, g, i0, j0, N, M, BM, BN, ITSELF, False, SAME) if ONE_SIDED else s
+        x_block, y_block = g * tl.cdiv(N, BM) + block, g * tl.cdiv(M, BN) + j0 // BN
+        if some_left_out(x_side, y_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
+            keep = counts(x_side, y_side, x_start, y_start, i, j, N, M, ITSELF, False, SAME)
+            s = tl.where(keep, s, -INF)
+            back = tl.where(keep, back, -INF) if ONE_SIDED else s
 
         if y_side.grad is not None:
             y_lse = load_vector(y_side.lse, y_start, j, M, -INF)
@@ -413,7 +428,7 @@ def _backward(
             y_lse = finite_shift(y_lse)
         if CLOSE:
             # One exponential: from the lowest log-sum-exp on, terms neither overflow nor vanish within e^64.
-            y_extent = y_side.lse_extent + 2 * (g * tl.cdiv(M, BN) + j0 // BN)
+            y_extent = y_side.lse_extent + 2 * y_block
             low, high = tl.minimum(x_low, tl.load(y_extent)), tl.maximum(x_high, tl.load(y_extent + 1))
             if high - low < 64:
                 of_rows = x_grad * exp(tl.minimum(low - x_lse, 0.0))
@@ -429,13 +444,11 @@ def _backward(
         else:
             w = y_grad[None, :] * exp(back - y_lse[None, :])
         if dscale is not None:
-            of_tile = tl.sum(w * dots, 1)
-            scale_sum += of_tile * tl.where(j0 >= N, 2.0, 1.0) if ITSELF else of_tile
+            scale_sum += tl.sum(w * dots, 1)
         if dbias is not None:
             bias_sum += tl.sum(other if ITSELF else w, 1)
         if weights is not None:
-            at, inside = in_strip(width, i0, j0, N, M, BM, BN)
-            tl.store(weights + at, w.to(weights.dtype.element_ty), mask=inside)
+            tl.store(of_tile(weights, width, i0, j0, BM, BN), w.to(weights.dtype.element_ty))  # whole tiles fit
         if dx is not None:
             if D > BD:
                 b = load_rows(v, y_start, j0, d0, M, D, BN, DV, False)
@@ -472,20 +485,16 @@ def similarity_lse_bwd(
         q_side, k_side = Side(q_ids, limit=q_limit, lse=row, grad=g), Side(k_ids, bias=k_bias, lse=col, grad=h)
     # Of a row with nothing left the gradient is 0, whatever arrived.
     fold = fold_of(q, *(s.grad.masked_fill(s.lse == -torch.inf, 0) for s in (q_side, k_side) if s.grad is not None))
-    problem = scale_tensor, scale, fold, itself, same, chip
+    problem = scale_tensor, scale, fold, itself, same, N * M >= LARGE, chip
     chosen = strategy(q, N, M, q_limit, itself and k_bias is not None, chip)
     dk = dbias = None
     if chosen != "fused" and not need_bias and (need_q or need_k):
-        dq, dk, dscale = _by_products(q, keys, q_side, k_side, *problem, chosen, need_q, need_k, need_scale)
-        full = scale if scale_tensor is None else scale * scale_tensor
-        full = full if fold is None else full / fold
-        dq, dk = (None if x is None else x.mul_(full) for x in (dq, dk))
+        dq, dk = _by_products(q, keys, q_side, k_side, *problem, chosen, need_q, need_k)
+        dq, dk, dscale = library.scaled(q, keys, dq, dk, scale_tensor, scale, fold, need_scale)
     else:
         config = choose("backward", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
         if itself:
-            dq, dscale, dbias = _gradient(
-                q, q, q_side, k_side, *problem, config, False, need_q, need_scale, need_bias
-            )
+            dq, dscale, dbias = _gradient(q, q, q_side, k_side, *problem, config, False, need_q, need_scale, need_bias)
         else:
             dq = dscale = None
             if need_q or need_scale:
@@ -498,28 +507,24 @@ def similarity_lse_bwd(
 
 
 def _by_products(
-    q, keys, q_side, k_side, scale_tensor, scale, fold, itself, same, chip, chosen, need_q, need_k, need_scale
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Returns dq [N, D] and dk [M, D] without the scale and times fold, and dscale [], None where not needed."""
+    q, keys, q_side, k_side, scale_tensor, scale, fold, itself, same, large, chip, chosen, need_q, need_k
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Returns dq [N, D] and dk [M, D] without the scale and times fold, None where not needed."""
     config = choose("weights" if chosen == "shared" else "given", q.dtype, q.shape[-1], chip)
-    parts = []
 
     def weigh(x, y, x_side, y_side, given, weights) -> None:
-        problem = scale_tensor, scale, fold, itself, same, chip, config
-        _, dscale, _ = _gradient(x, y, x_side, y_side, *problem, False, False, need_scale, False, given, weights)
-        parts.append(dscale)
+        problem = scale_tensor, scale, fold, itself, same, large, chip, config
+        _gradient(x, y, x_side, y_side, *problem, False, False, False, False, given, weights)
 
-    dq, dk = library.gradients_of_products(weigh, q, keys, q_side, k_side, itself, need_q, need_k, chosen == "library")
-    return dq, dk, sum(parts) if need_scale else None
+    return library.gradients_of_products(weigh, q, keys, q_side, k_side, itself, need_q, need_k, chosen == "library")
 
 
 def _gradient(
-    x, y, x_side, y_side, scale_tensor, scale, fold, itself, same, chip, config, transposed,
+    x, y, x_side, y_side, scale_tensor, scale, fold, itself, same, large, chip, config, transposed,
     need_x, need_scale, need_bias, given=None, weights=None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns dx [G, N, D], dscale [], and dbias [G, N] of the bias of x, None where not needed; fills `weights`."""
     (N, D), M, G = x.shape[-2:], y.shape[-2], x.shape[:-2].numel()
-    large = N * M >= LARGE
     one_sided = itself and (y_side.bias is not None or y_side.limit is not None)
     close = large and x_side.grad is not None and y_side.grad is not None and not one_sided
     x_side, y_side = _with_extents(x_side, y_side, large, same, close, config)

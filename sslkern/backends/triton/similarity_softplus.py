@@ -19,18 +19,19 @@ from .tiles import (
     INF,
     Side,
     allocator,
-    counted,
+    counts,
     crowded,
     dot_products,
     features,
     fold_of,
     full_scale,
-    in_strip,
     load_rows,
     load_vector,
+    of_tile,
     precision,
     scores,
     softplus_and_sigmoid,
+    some_left_out,
 )
 
 
@@ -65,7 +66,6 @@ def _softplus(
     i0, d0 = block * BM, chunk * DV
     i = i0 + tl.arange(0, BM)
     fold_by = 1.0 if fold is None else tl.load(fold)
-    a = None
     if given is None and D <= BD:
         a = load_rows(x, x_start, i0, 0, N, D, BM, BD, TMA)
     x_bias, x_limit, x_shift, x_weight = None, None, None, None
@@ -83,11 +83,17 @@ def _softplus(
     )
 
     sums = tl.zeros((BM, DV), tl.float32)
-    row_sum, scale_sum = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    # Beside a second product ptxas lets the first one wait for sums over a row.
+    row_sum = tl.zeros((BM, BN if dx is not None else 1), tl.float32)
+    scale_sum = tl.zeros((BM,), tl.float32)
     shift_sum, bias_sum = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
         j = j0 + tl.arange(0, BN)
-        dots, b = dot_products(x, y, a, given, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+        if given is None and D <= BD:
+            b = load_rows(y, y_start, j0, 0, M, D, BN, BD, TMA)
+            dots = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        else:
+            dots = dot_products(x, y, given, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
         y_bias, y_limit, y_shift, y_weight = None, None, None, None
         if y_side.bias is not None:
             y_bias = load_vector(y_side.bias, y_start, j, M, 0.0)[None, :]
@@ -100,15 +106,18 @@ def _softplus(
         s = scores(dots, scale, x_bias if TRANSPOSED else y_bias, y_limit if TRANSPOSED else x_limit)
         TWO: tl.constexpr = ITSELF and ONE_SIDED
         back = scores(dots, scale, x_bias, y_limit) if TWO else s
-        s = counted(s, x_side, y_side, g, i0, j0, N, M, BM, BN, ITSELF, False, SAME)
-        back = counted(back, x_side, y_side, g, i0, j0, N, M, BM, BN, ITSELF, False, SAME) if TWO else s
+        x_block, y_block = g * blocks + block, g * tl.cdiv(M, BN) + j0 // BN
+        if some_left_out(x_side, y_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
+            keep = counts(x_side, y_side, x_start, y_start, i, j, N, M, ITSELF, False, SAME)
+            s = tl.where(keep, s, -INF)
+            back = tl.where(keep, back, -INF) if TWO else s
 
         if TRANSPOSED:
             value, w = _terms(s, y_shift, y_weight, sign)
         else:
             value, w = _terms(s, x_shift, x_weight, sign)
         if row is not None:
-            row_sum += tl.sum(value, 1)
+            row_sum += value if dx is not None else tl.sum(value, 1, keep_dims=True)
         if dshift is not None:
             shift_sum += tl.sum(w, 1)
         if dscale is not None:
@@ -121,8 +130,7 @@ def _softplus(
         if dbias is not None:
             bias_sum += tl.sum(back_w, 1)
         if weights is not None:
-            at, inside = in_strip(width, i0, j0, N, M, BM, BN)
-            tl.store(weights + at, (w * fold_by).to(weights.dtype.element_ty), mask=inside)
+            tl.store(of_tile(weights, width, i0, j0, BM, BN), (w * fold_by).to(weights.dtype.element_ty))
         if dx is not None:
             if D > BD:
                 b = load_rows(v, y_start, j0, d0, M, D, BN, DV, False)
@@ -135,7 +143,7 @@ def _softplus(
         tl.store(dx + place[:, None] * D + d[None, :], sums * (scale / fold_by), mask=inside)
     if chunk == 0:
         if row is not None:
-            tl.store(row + place, row_sum, mask=i < N)
+            tl.store(row + place, tl.sum(row_sum, 1), mask=i < N)
         if dscale is not None:
             tl.store(dscale + place, scale_sum, mask=i < N)
         if dshift is not None:
@@ -163,26 +171,24 @@ def similarity_softplus_fwd(
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, shift=bias, weight=weights)
     else:
         q_side, k_side = Side(q_ids, limit=q_limit, shift=bias, weight=weights), Side(k_ids, bias=k_bias)
-    problem = scale_tensor, scale, float(sign), fold, itself, same, chip
+    problem = scale_tensor, scale, float(sign), fold, itself, same, N * M >= LARGE, chip
 
     dk = None
     chosen = strategy(q, N, M, q_limit, itself, chip)
     if chosen != "fused" and (need_q or need_k) and not itself and not need_k_bias:
         config = choose("weights" if chosen == "shared" else "given", q.dtype, D, chip)
+        config = config._replace(BN=64)  # a softplus takes more registers than an exponential
         parts = []
 
         def weigh(x, y, x_side, y_side, given, of_pairs) -> None:
-            wanted = True, False, need_scale, need_bias, False
-            row, _, *sums = _sums(x, y, x_side, y_side, *problem, config, False, *wanted, given, of_pairs)
-            parts.append((row, *sums))
+            wanted = True, False, False, need_bias, False
+            row, _, _, dbias, _ = _sums(x, y, x_side, y_side, *problem, config, False, *wanted, given, of_pairs)
+            parts.append((row, dbias))
 
-        dq, dk = library.gradients_of_products(
-            weigh, q, k, q_side, k_side, False, need_q, need_k, chosen == "library"
-        )
-        full = scale if scale_tensor is None else scale * scale_tensor
-        full = full if fold is None else full / fold
-        dq, dk = (None if x is None else x.mul_(full) for x in (dq, dk))
-        row, dscale, dbias, dk_bias = (None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))
+        dq, dk = library.gradients_of_products(weigh, q, k, q_side, k_side, False, need_q, need_k, chosen == "library")
+        dq, dk, dscale = library.scaled(q, k, dq, dk, scale_tensor, scale, fold, need_scale)
+        row, dbias = (None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))
+        dscale, dk_bias = None if dscale is None else dscale.view(1, 1), None
     else:
         config = choose("softplus", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
         wanted = True, need_q, need_scale, need_bias, need_k_bias and itself
@@ -198,12 +204,12 @@ def similarity_softplus_fwd(
 
 
 def _sums(
-    x, y, x_side, y_side, scale_tensor, scale, sign, fold, itself, same, chip, config, transposed,
+    x, y, x_side, y_side, scale_tensor, scale, sign, fold, itself, same, large, chip, config, transposed,
     need_row, need_x, need_scale, need_shift, need_bias, given=None, weights=None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Returns row [G, N], dx [G, N, D] and for each row dscale, dshift and dbias, None where not needed; fills `weights`."""
+    """Returns row [G, N], dx [G, N, D], dscale, dshift and dbias for each row, None if not needed; fills `weights`."""
     (N, D), M, G = x.shape[-2:], y.shape[-2], x.shape[:-2].numel()
-    x_side, y_side = _with_extents(x_side, y_side, N * M >= LARGE, same, False, config)
+    x_side, y_side = _with_extents(x_side, y_side, large, same, False, config)
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV) if need_x else 1
     split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks * chunks, chip)
     new = allocator(x)

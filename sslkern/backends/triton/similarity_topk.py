@@ -17,14 +17,14 @@ from .similarity_lse import LARGE, SIZES, _problem, _split, _with_extents
 from .tiles import (
     INF,
     Side,
-    counted,
+    counts,
     dot_products,
     features,
     full_scale,
-    load_rows,
     load_vector,
     precision,
     scores,
+    some_left_out,
 )
 
 MOST = 128  # more do not fit in the registers
@@ -43,9 +43,6 @@ def _topk(
     scale = full_scale(scale, scale_tensor)
     i0 = block * BM
     i = i0 + tl.arange(0, BM)
-    x = None
-    if D <= BD:
-        x = load_rows(q, q_start, i0, 0, N, D, BM, BD, TMA)
     limit = None
     if q_side.limit is not None:
         limit = load_vector(q_side.limit, q_start, i, N, INF)[:, None]
@@ -55,9 +52,11 @@ def _topk(
     worst = tl.min(top, 1)
     for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
         j = j0 + tl.arange(0, BN)
-        dots, _ = dot_products(q, k, x, None, 0, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+        dots = dot_products(q, k, None, 0, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
         s = scores(dots, scale, None, limit)
-        s = counted(s, q_side, k_side, g, i0, j0, N, M, BM, BN, ITSELF, False, SAME)
+        x_block, y_block = g * blocks + block, g * tl.cdiv(M, BN) + j0 // BN
+        if some_left_out(q_side, k_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
+            s = tl.where(counts(q_side, k_side, q_start, k_start, i, j, N, M, ITSELF, False, SAME), s, -INF)
         bits = (s + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0, which equals it
         order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32
         order |= (0x7FFFFFFF - j)[None, :].to(tl.int64)

@@ -1,5 +1,5 @@
-"""Which of three ways `similarity_lse` and `similarity_softplus` are computed: "fused" kernels; those that write weights
-for products of the library, "shared" by both gradients; or those that also read products of the "library".
+"""Which of three ways `similarity_lse` and `similarity_softplus` take: "fused" kernels; those that write weights for
+products of the library, "shared" by both gradients; or those that also read products of the "library".
 
 The rule below is a prediction from flop and bytes until `python -m sslkern.backends.triton.tuning` has measured all on
 a chip; what it found is kept on disk and goes first.

@@ -59,32 +59,26 @@ def load_rows(x, start, i0, d0, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOC
 
 @triton.jit
 def dot_products(
-    x, y, x_rows, given, width, x_start, y_start, i0, j0, N, M,
+    x, y, given, width, x_start, y_start, i0, j0, N, M,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """<x_i, y_j> [BM, BN] in fp32: those given [N, width], or else at once of x_rows, which a program keeps if D <= BD,
-    or BD features at a time. Also the rows of y, for a second product, if they came at once."""
-    y_rows = None
+    """<x_i, y_j> [BM, BN] in fp32: those given [N, width], or BD features at a time."""
     if given is not None:
-        at, inside = in_strip(width, i0, j0, N, M, BM, BN)
-        dots = tl.load(given + at, mask=inside, other=0.0)
-    elif D <= BD:
-        y_rows = load_rows(y, y_start, j0, 0, M, D, BN, BD, TMA)
-        dots = tl.dot(x_rows, tl.trans(y_rows), input_precision=PRECISION)
+        inside = (i0 + tl.arange(0, BM) < N)[:, None] & (j0 + tl.arange(0, BN) < M)[None, :]
+        dots = tl.load(of_tile(given, width, i0, j0, BM, BN), mask=inside, other=0.0)
     else:
         dots = tl.zeros((BM, BN), tl.float32)
         for d0 in range(0, D, BD):
             a = load_rows(x, x_start, i0, d0, N, D, BM, BD, TMA)
             b = load_rows(y, y_start, j0, d0, M, D, BN, BD, TMA)
             dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION)
-    return dots, y_rows
+    return dots
 
 
 @triton.jit
-def in_strip(width, i0, j0, N, M, BM: tl.constexpr, BN: tl.constexpr):
-    """Where a tile stands in a matrix with a number for each pair, the rows `width` apart, and what of it is there."""
-    i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BN)
-    return i.to(tl.int64)[:, None] * width + j[None, :], (i < N)[:, None] & (j < M)[None, :]
+def of_tile(matrix, width, i0, j0, BM: tl.constexpr, BN: tl.constexpr):
+    """Where the numbers of a tile stand in a matrix with one for each pair, the rows `width` apart."""
+    return matrix + (i0.to(tl.int64) * width + j0) + (tl.arange(0, BM)[:, None] * width + tl.arange(0, BN)[None, :])
 
 
 @triton.jit
@@ -103,36 +97,40 @@ def scores(dots, scale, bias, limit):
 
 
 @triton.jit
-def counted(
-    s, x_side, y_side, g, i0, j0, N, M,
-    BM: tl.constexpr, BN: tl.constexpr, ITSELF: tl.constexpr, ABOVE: tl.constexpr, SAME: tl.constexpr,
+def some_left_out(
+    x_side, y_side, x_block, y_block, i0, j0, N, M,
+    BM: tl.constexpr, BN: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    """s, -inf where places or ids say that a pair does not count; ABOVE: only those above the diagonal do."""
-    # Most tiles hold no such pair, and need not look at each.
-    some = (i0 + BM > N) | (j0 + BN > M)
+    """Whether a tile may hold pairs that do not count, as far as one can tell without looking at each."""
+    found = (i0 + BM > N) | (j0 + BN > M)
     if ITSELF:
-        some |= (i0 < j0 + BN) & (j0 < i0 + BM)
+        found |= (i0 < j0 + BN) & (j0 < i0 + BM)
     if x_side.ids is not None:
         if SAME or x_side.ids_extent is None:
-            some |= True
+            found |= True
         else:
-            x_extent = x_side.ids_extent + 2 * (g * tl.cdiv(N, BM) + i0 // BM)
-            y_extent = y_side.ids_extent + 2 * (g * tl.cdiv(M, BN) + j0 // BN)
-            some |= (tl.load(x_extent) <= tl.load(y_extent + 1)) & (tl.load(y_extent) <= tl.load(x_extent + 1))
-    if some:
-        i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BN)
-        keep = (i < N)[:, None] & (j < M)[None, :]
-        if ABOVE:
-            keep &= i[:, None] < j[None, :]
-        elif ITSELF:
-            keep &= i[:, None] != j[None, :]
-        if x_side.ids is not None:
-            of_rows = load_vector(x_side.ids, g.to(tl.int64) * N, i, N, 0)
-            of_columns = load_vector(y_side.ids, g.to(tl.int64) * M, j, M, 0)
-            equal = of_rows[:, None] == of_columns[None, :]
-            keep &= equal if SAME else equal == 0
-        s = tl.where(keep, s, -INF)
-    return s
+            x_extent, y_extent = x_side.ids_extent + 2 * x_block, y_side.ids_extent + 2 * y_block
+            found |= (tl.load(x_extent) <= tl.load(y_extent + 1)) & (tl.load(y_extent) <= tl.load(x_extent + 1))
+    return found
+
+
+@triton.jit
+def counts(
+    x_side, y_side, x_start, y_start, i, j, N, M,
+    ITSELF: tl.constexpr, ABOVE: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """Which pairs count, as far as places and ids say; ABOVE: only those above the diagonal."""
+    keep = (i < N)[:, None] & (j < M)[None, :]
+    if ABOVE:
+        keep &= i[:, None] < j[None, :]
+    elif ITSELF:
+        keep &= i[:, None] != j[None, :]
+    if x_side.ids is not None:
+        of_rows = load_vector(x_side.ids, x_start, i, N, 0)
+        of_columns = load_vector(y_side.ids, y_start, j, M, 0)
+        equal = of_rows[:, None] == of_columns[None, :]
+        keep &= equal if SAME else equal == 0
+    return keep
 
 
 @triton.jit
@@ -250,7 +248,7 @@ def longest(x: torch.Tensor, block: int) -> torch.Tensor:
 
 def fold_of(q: torch.Tensor, *weights: torch.Tensor | None) -> torch.Tensor | None:
     """What weights of pairs are multiplied by on their way through fp16, where those of large batches would vanish: it
-    brings the largest that a sum of `weights` (None: 1), one of each, can be to 2^14. None for other types than fp16."""
+    brings the largest that a sum of `weights` (None: 1), one of each, can be to 2^14. None of other types."""
     if q.dtype != torch.float16:
         return None
     one = torch.ones((), device=q.device)
