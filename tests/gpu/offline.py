@@ -208,6 +208,9 @@ def pairs(f, new):
     f.unit_pairs_bwd(new.features(8192), new.floats(8192), half, wide, wide, True, True)
 
 
+SPECIALISED = ("nt_xent", "two_way", "one_way")  # whose kernels tuning may give warps of their own for loads
+
+
 class Job(NamedTuple):
     primitive: str
     case: str
@@ -293,7 +296,7 @@ def compile_job(job: Job) -> list[dict]:
     import torch
     from triton.runtime import driver
 
-    from sslkern.backends.triton import hardware, strategies
+    from sslkern.backends.triton import configs, hardware, strategies
 
     chip = hardware.Hardware(job.arch, CHIPS[job.arch].processors)
     hardware.of = lambda device: chip
@@ -305,8 +308,14 @@ def compile_job(job: Job) -> list[dict]:
     try:
         module = importlib.import_module(f"sslkern.backends.triton.{job.primitive}")
         for name in strategies.STRATEGIES:
-            with strategies.use_strategy(name):
+            with strategies.use_strategy(name), contextlib.ExitStack() as stack:
                 call(module, Inputs(DTYPES[job.dtype], job.D))
+                if job.case in SPECIALISED and job.arch >= 100 and job.dtype == "bf16":
+                    for kind in ("forward", "backward", "weights"):
+                        config = configs.choose(kind, torch.bfloat16, job.D, chip)._replace(specialised=True)
+                        tiles = f"{kind} {strategies.key(torch.bfloat16, job.D)}"
+                        stack.enter_context(configs.force(tiles, config))
+                    call(module, Inputs(DTYPES[job.dtype], job.D))
     except Exception:
         error = traceback.format_exc()
     kernels = {kernel.hash: (kernel, said) for kernel, said in reversed(_compiled)}  # ptxas speaks the first time only

@@ -166,9 +166,26 @@ def test_what_was_measured_goes_first(monkeypatch, tmp_path):
     tuning.tuned.cache_clear()
 
 
+def test_tuning_keeps_what_it_found(backend, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SSLKERN_CACHE", str(tmp_path))
+    chip = hardware.of(features(1, 1).device)._replace(name="Some GPU 80GB")
+    monkeypatch.setattr(hardware, "of", lambda device: chip)
+    monkeypatch.setattr(configs, "candidates", lambda kind, D, default, chip: [default, default._replace(BN=16)])
+    tuning.tuned.cache_clear()
+    tuning.write(chip, {"strategy": {"bfloat16 2048": "library"}, "config": {}})
+    tuning.main(["--rows", "100", "--features", "16"])
+    found = tuning.tuned(chip)["strategy"]
+    assert found["bfloat16 2048"] == "library" and found["bfloat16 16"] in strategies.STRATEGIES
+    said = capsys.readouterr().out
+    assert said.count(" ms") >= 3 and str(tuning.path(chip)) in said and "Error" not in said
+    tuning.tuned.cache_clear()
+
+
 def test_candidates_are_other_tiles():
     default = configs.Config(128, 64, 128, 128, 4, 3)
-    near = configs.candidates("forward", 128, default)
-    assert near[0] == default and len(set(near)) == len(near) > 10
+    for architecture in (80, 90, 100):
+        near = configs.candidates("forward", 128, default, hardware.Hardware(architecture, 100))
+        assert near[0] == default and len(set(near)) == len(near) > 10
+        assert any(config.specialised for config in near) == (architecture == 100)
     with pytest.raises(ValueError, match="strategy must be one of fused, shared, library"):
         strategies.use_strategy("fast")

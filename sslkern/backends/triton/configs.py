@@ -22,9 +22,10 @@ class Config(NamedTuple):
     DV: int  # features of the accumulator of a gradient
     warps: int
     stages: int  # tiles on their way from memory
+    specialised: bool = False  # warps of their own for loads and products; Blackwell, as far as Triton has it
 
     def launch(self) -> dict:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        return {"num_warps": self.warps, "num_stages": self.stages, "WS": self.specialised}
 
 
 _forced: dict[str, Config] = {}
@@ -43,15 +44,19 @@ class force:
         del _forced[self.name]
 
 
-def candidates(kind: str, D: int, default: Config) -> list[Config]:
-    """The default and its neighbours."""
+def candidates(kind: str, D: int, default: Config, hardware: Hardware) -> list[Config]:
+    """The default and what may be faster, the likeliest first."""
     near = [default]
+    if hardware.large and hardware.architecture != 90:
+        near += [default._replace(specialised=True), default._replace(specialised=True, BN=2 * default.BN)]
+    if kind in ("forward", "weights") and D > 128:
+        near.append(default._replace(BN=256))
+    if kind == "forward" and D <= 256:
+        near += [default._replace(BM=64, BN=64, BD=256, warps=4, stages=2), default._replace(BN=128, warps=8)]
     for BN in (32, 64, 128):
         for warps in (4, 8):
             for stages in (2, 3, 4):
                 near.append(default._replace(BN=BN, warps=warps, stages=stages))
-    if kind == "forward" and D > 64:
-        near += [config._replace(BD=128, DV=128) for config in near if config.BD != 128]
     return list(dict.fromkeys(near))
 
 

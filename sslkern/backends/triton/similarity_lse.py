@@ -61,7 +61,7 @@ def _forward(
     q, k, given, width, q_side, k_side, scale_tensor, scale, row, row_best, col, col_best,
     G, N, M, programs, rounds, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr,
-    COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
 ):  # fmt: skip
     """Program (g, p) takes a block of rows in each round, and of the columns a split.
 
@@ -91,13 +91,15 @@ def _forward(
             x_norm = tl.abs(scale) * tl.load(q_side.norm + g * tl.cdiv(N, BM) + block, mask=i0 < N, other=0.0)
         top = tl.full((BM,), -INF, tl.float32)
         total = tl.zeros((BM,), tl.float32)
-        for j0 in range(first, last, BN):
+        for j0 in tl.range(first, last, BN, warp_specialize=WS and given is None and D <= BD):
             j = j0 + tl.arange(0, BN)
             if given is None and D <= BD:
                 y = load_rows(k, k_start, j0, 0, M, D, BN, BD, TMA)
                 dots = tl.dot(x, tl.trans(y), input_precision=PRECISION)
             else:
-                dots = dot_products(q, k, given, width, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+                dots = dot_products(
+                    q, k, given, width, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA, WS
+                )
             bias = None
             if k_side.bias is not None:
                 bias = load_vector(k_side.bias, k_start, j, M, 0.0)[None, :]
@@ -255,7 +257,7 @@ def _merged(part, best, config, col_part=None, col_best=None) -> tuple[Tensor, T
 def _frozen(
     q, k, v, q_side, k_side, scale_tensor, scale, row, mean, best, G, N, M, blocks, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, SAME: tl.constexpr,
-    LIFT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    LIFT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
 ):  # fmt: skip
     """row [splits, G, N] and mean [splits, G, N, D] = sum_j softmax_ij k_j over a split of the keys, DV features."""
     g, block, split, chunk = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1), tl.program_id(2)
@@ -270,13 +272,14 @@ def _frozen(
         limit = load_vector(q_side.limit, q_start, i, N, INF)[:, None]
     top, total = tl.full((BM,), -INF, tl.float32), tl.zeros((BM,), tl.float32)
     sums = tl.zeros((BM, DV), tl.float32)
-    for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
+    first, last = split * split_size, tl.minimum((split + 1) * split_size, M)
+    for j0 in tl.range(first, last, BN, warp_specialize=WS and D <= BD):
         j = j0 + tl.arange(0, BN)
         if D <= BD:
             y = load_rows(k, k_start, j0, 0, M, D, BN, BD, TMA)
             dots = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         else:
-            dots = dot_products(q, k, None, 0, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+            dots = dot_products(q, k, None, 0, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA, WS)
         bias = None
         if k_side.bias is not None:
             bias = load_vector(k_side.bias, k_start, j, M, 0.0)[None, :]
@@ -367,7 +370,7 @@ def _backward(
     G, N, M, blocks, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     TRANSPOSED: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr, CLOSE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
 ):  # fmt: skip
     """dx [splits, G, N, D] = scale sum_j w_ij y_j with w_ij = g_i exp(s_ij - lse_i) + h_j exp(s_ij - lse_j).
 
@@ -401,13 +404,14 @@ def _backward(
 
     sums = tl.zeros((BM, DV), tl.float32)
     scale_sum, bias_sum = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-    for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
+    first, last = split * split_size, tl.minimum((split + 1) * split_size, M)
+    for j0 in tl.range(first, last, BN, warp_specialize=WS and given is None and D <= BD):
         j = j0 + tl.arange(0, BN)
         if given is None and D <= BD:
             b = load_rows(y, y_start, j0, 0, M, D, BN, BD, TMA)
             dots = tl.dot(a, tl.trans(b), input_precision=PRECISION)
         else:
-            dots = dot_products(x, y, given, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+            dots = dot_products(x, y, given, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA, WS)
         y_bias, y_limit = None, None
         if y_side.bias is not None:
             y_bias = load_vector(y_side.bias, y_start, j, M, 0.0)[None, :]

@@ -51,7 +51,7 @@ def _softplus(
     G, N, M, blocks, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     TRANSPOSED: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
 ):  # fmt: skip
     """Of each row i of x over a split of y: row = sum_j softplus(t_ij), dx = scale sum_j w_ij y_j.
 
@@ -87,13 +87,14 @@ def _softplus(
     row_sum = tl.zeros((BM, BN if dx is not None else 1), tl.float32)
     scale_sum = tl.zeros((BM,), tl.float32)
     shift_sum, bias_sum = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-    for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
+    first, last = split * split_size, tl.minimum((split + 1) * split_size, M)
+    for j0 in tl.range(first, last, BN, warp_specialize=WS and given is None and D <= BD):
         j = j0 + tl.arange(0, BN)
         if given is None and D <= BD:
             b = load_rows(y, y_start, j0, 0, M, D, BN, BD, TMA)
             dots = tl.dot(a, tl.trans(b), input_precision=PRECISION)
         else:
-            dots = dot_products(x, y, given, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+            dots = dot_products(x, y, given, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA, WS)
         y_bias, y_limit, y_shift, y_weight = None, None, None, None
         if y_side.bias is not None:
             y_bias = load_vector(y_side.bias, y_start, j, M, 0.0)[None, :]

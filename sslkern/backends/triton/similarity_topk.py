@@ -35,7 +35,7 @@ NONE = tl.constexpr(-(2**63))  # below what any score makes
 def _topk(
     q, k, q_side, k_side, scale_tensor, scale, best, n, G, N, M, blocks, split_size,
     D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ITSELF: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    ITSELF: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
 ):  # fmt: skip
     """best [splits, G, N, n]: the n <= P largest of each row over a split of the columns, in no order."""
     g, block, split = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
@@ -52,7 +52,7 @@ def _topk(
     worst = tl.min(top, 1)
     for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, M), BN):
         j = j0 + tl.arange(0, BN)
-        dots = dot_products(q, k, None, 0, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA)
+        dots = dot_products(q, k, None, 0, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA, WS)
         s = scores(dots, scale, None, limit)
         x_block, y_block = g * blocks + block, g * tl.cdiv(M, BN) + j0 // BN
         if some_left_out(q_side, k_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):

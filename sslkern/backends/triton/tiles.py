@@ -61,6 +61,7 @@ def load_rows(x, start, i0, d0, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOC
 def dot_products(
     x, y, given, width, x_start, y_start, i0, j0, N, M,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    WS: tl.constexpr,
 ):  # fmt: skip
     """<x_i, y_j> [BM, BN] in fp32: those given [N, width], or BD features at a time."""
     if given is not None:
@@ -68,7 +69,7 @@ def dot_products(
         dots = tl.load(of_tile(given, width, i0, j0, BM, BN), mask=inside, other=0.0)
     else:
         dots = tl.zeros((BM, BN), tl.float32)
-        for d0 in range(0, D, BD):
+        for d0 in tl.range(0, D, BD, warp_specialize=WS):
             a = load_rows(x, x_start, i0, d0, N, D, BM, BD, TMA)
             b = load_rows(y, y_start, j0, d0, M, D, BN, BD, TMA)
             dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION)

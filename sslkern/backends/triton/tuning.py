@@ -29,92 +29,132 @@ def tuned(chip: Hardware) -> dict:
     if not chip.name:
         return {}
     try:
-        return json.loads(path(chip).read_text())
-    except (OSError, ValueError):
+        found = json.loads(path(chip).read_text())
+        return {name: dict(found.get(name, {})) for name in ("strategy", "config")}
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 
-def _seconds(step, calls: int = 5) -> float:
-    import torch
-
-    step()  # compiles
-    times = []
-    for _ in range(calls):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sslkern.backends.triton.tuning", description=__doc__)
     parser.add_argument("--seconds", type=float, default=40.0, help="stop after so long; what was found is kept")
-    parser.add_argument("--rows", type=int, default=16384)
-    arguments = parser.parse_args()
+    parser.add_argument("--rows", type=int, default=16384, help="of each side of the two-way loss that is timed")
+    parser.add_argument("--features", type=int, nargs="+", default=[512, 128, 256, 768], help="in this order")
+    arguments = parser.parse_args(arguments)
 
     import torch
 
     import sslkern
 
-    from . import MISSING
+    from . import INTERPRETED, MISSING, hardware
 
-    if MISSING or not torch.cuda.is_available():
+    if MISSING or not (INTERPRETED or torch.cuda.is_available()):
         raise SystemExit(f"tuning needs a GPU: {MISSING or 'torch finds none'}")
+    device, deadline = torch.device("cpu" if INTERPRETED else "cuda"), time.monotonic() + arguments.seconds
+    with sslkern.use_backend("triton"):
+        for D in arguments.features:
+            tune(arguments.rows, D, device, deadline)
+    print(f"what was found is in {path(hardware.of(device))}")
+
+
+def tune(rows: int, D: int, device, deadline: float) -> None:
+    """Measures the strategies, and the tiles of the best one, and writes what it found."""
+    from torch import bfloat16
+
     from . import configs, hardware
     from .strategies import STRATEGIES, key, use_strategy
 
-    chip, deadline = hardware.of(torch.device("cuda")), time.monotonic() + arguments.seconds
-    found = {"strategy": {}, "config": {}}
-    tuned.cache_clear()
-    sslkern.use_backend("triton")
+    chip, step, name = hardware.of(device), _two_way(rows, D, device), key(bfloat16, D)
+    found = {"strategy": {}, "config": {}} | tuned(chip)  # what is not measured again stays
 
-    def two_way(D: int):
-        q, k = (torch.nn.functional.normalize(torch.randn(arguments.rows, D, device="cuda"), dim=1) for _ in range(2))
-        q, k = (x.bfloat16().requires_grad_() for x in (q, k))
+    best = _fastest(f"D = {D}", step, {x: use_strategy(x) for x in STRATEGIES}, device, deadline)
+    if best is None:
+        return
+    found["strategy"][name] = best
+    write(chip, found)
+    kinds = {"fused": ("backward", "forward"), "shared": ("weights", "forward"), "library": ()}[best]
+    for kind in kinds:
+        found["config"].pop(f"{kind} {name}", None)
+        write(chip, found)
+        default = configs.choose(kind, bfloat16, D, chip)
+        near = configs.candidates(kind, D, default, chip)
+        contenders = {config: configs.force(f"{kind} {name}", config) for config in near}
+        with use_strategy(best):
+            config = _fastest(f"D = {D}, {kind}", step, contenders, device, deadline)
+        if config not in (None, default):
+            found["config"][f"{kind} {name}"] = list(config)
+            write(chip, found)
 
-        def step():
-            row, col = sslkern.ops.similarity_lse(q, k, 10.0, columns=True)
-            torch.autograd.grad(row.sum() + col.sum(), (q, k))
 
-        return step
+def _fastest(title: str, step, contenders: dict, device, deadline: float):
+    """Which of the contenders, {name: what to run within}, is the fastest that agrees with the first; None where fewer
+    than two had time."""
+    import torch
 
-    for D in (128, 512, 256, 1024, 768):
-        step = two_way(D)
-        for kind in ("forward", "backward"):
-            times = {}
-            default = configs.choose(kind, torch.bfloat16, D, chip)
-            for config in configs.candidates(kind, D, default):
-                if time.monotonic() > deadline:
-                    break
-                name = f"{kind} {key(torch.bfloat16, D)}"
-                with configs.force(name, config), use_strategy("fused"):
-                    try:
-                        times[config] = _seconds(step)
-                    except Exception as error:  # too much shared memory, or a compiler that gives up: not this one
-                        print(f"{name} {tuple(config)}: {type(error).__name__}")
-            if times:
-                best = min(times, key=times.get)
-                said = ", ".join(f"{tuple(config)} {seconds * 1e3:.3f} ms" for config, seconds in times.items())
-                print(f"{kind} D = {D}: {said}")
-                if best != default and times[best] < 0.98 * times.get(default, float("inf")):
-                    found["config"][f"{kind} {key(torch.bfloat16, D)}"] = list(best)
-        if time.monotonic() < deadline:
-            times = {}
-            for name in STRATEGIES:
-                with use_strategy(name):
-                    times[name] = _seconds(step)
-            found["strategy"][key(torch.bfloat16, D)] = min(times, key=times.get)
-            print(f"D = {D}: " + ", ".join(f"{name} {t * 1e3:.3f} ms" for name, t in times.items()))
+    times, expected = {}, None
+    for name, around in contenders.items():
+        if time.monotonic() > deadline:
+            break
+        try:
+            with around:
+                result = step()  # compiles
+                expected = expected or result
+                for x, y in zip(result, expected, strict=True):
+                    torch.testing.assert_close(x, y, rtol=0.02, atol=0.02 * y.abs().max().item())
+                times[name] = _seconds(step, device)
+        except Exception as error:  # wrong; too much shared memory; a compiler that gives up
+            print(f"{title}, {_short(name)}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    said = ", ".join(f"{_short(name)} {seconds * 1e3:.3f} ms" for name, seconds in times.items())
+    print(f"{title}: {said or 'no time left'}")
+    return min(times, key=times.get) if len(times) > 1 else None
+
+
+def _short(name) -> str:
+    return name if isinstance(name, str) else str(tuple(map(int, name)))
+
+
+def _two_way(rows: int, D: int, device):
+    """Forward and backward of a two-way loss, as a function that returns log-sum-exps and gradients."""
+    import torch
+
+    import sslkern
+
+    q, k = (torch.nn.functional.normalize(torch.randn(rows, D, device=device), dim=1) for _ in range(2))
+    q, k = (x.bfloat16().requires_grad_() for x in (q, k))
+
+    def step():
+        row, col = sslkern.ops.similarity_lse(q, k, 10.0, columns=True)
+        return row.detach(), col.detach(), *torch.autograd.grad(row.sum() + col.sum(), (q, k))
+
+    return step
+
+
+def _seconds(step, device, calls: int = 5) -> float:
+    import torch
+
+    times = []
+    for _ in range(calls):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def write(chip: Hardware, found: dict) -> None:
+    """Whole or not at all, for whoever reads it meanwhile, and each time that something was found."""
     file = path(chip)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(found, indent=1))
-    part.replace(file)  # whole or not at all, for whoever reads it meanwhile
-    print(f"wrote {file}")
+    part.replace(file)
+    tuned.cache_clear()
 
 
 if __name__ == "__main__":
-    main()
+    from sslkern.backends.triton import tuning  # the module that the launchers ask, not this copy of it
+
+    tuning.main()
