@@ -137,24 +137,33 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def contrast(
-    x: Tensor, y: Tensor, scale: float | Tensor, ids: Tensor | None, mode: str, normalize: bool, best: bool
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    ids: Tensor | None,
+    mode: str,
+    normalize: bool,
+    best: bool,
+    bank: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses, positives and best negatives of `pair_contrast`; where the keys are frozen (one product less) or the
-    compiler does better, or torch.func is at work, from its formulas."""
+    """Losses, positives and best negatives of `pair_contrast`; where the compiler does better, or torch.func is at
+    work, from its formulas."""
     frozen = mode == "one_way" and not y.requires_grad
     rows = 2 * x.shape[0] if mode == "views" else x.shape[0]
-    traced = torch.compiler.is_compiling() and small(x, rows, rows)
-    if not frozen and not transformed() and not traced:
-        return pair_contrast(x, y, scale, ids, mode, normalize, best)
+    traced = torch.compiler.is_compiling() and small(x, rows, rows if bank is None else bank.shape[0])
+    if not transformed() and not traced:
+        return pair_contrast(x, y, scale, ids, mode, normalize, best, bank)
     N = x.shape[0]
-    if traced and not frozen and ids is None and N > 1:
+    if traced and not frozen and ids is None and bank is None and N > 1:
         return _few_pairs(*((unit(x), unit(y)) if normalize else (x, y)), scale, mode, best)
     ids = torch.arange(N, device=x.device) if ids is None else ids
     x, y = (unit(x), unit(y)) if normalize else (x, y)
     positive = dots(x, y) * scale
     # Equal ids leave the positive out of its row: softplus(negatives - positive) keeps its relative accuracy when the
     # loss is tiny, where the logsumexp over both minus the positive would cancel.
-    if mode == "views":
+    if bank is not None:
+        out = similarity_lse(x, bank, scale, best=best)
+    elif mode == "views":
         out = similarity_lse(torch.cat((x, y)), scale=scale, q_ids=ids.repeat(2), best=best)
     else:
         out = similarity_lse(x, y, scale, q_ids=ids, k_ids=ids, columns=mode == "two_way", best=best)

@@ -105,17 +105,26 @@ def info_nce(
             raise ValueError("negative_ids needs negatives and ids: the ids of the rows to compare them with")
         check_ids("negative_ids", negative_ids, tuple(negatives.shape[:-1]), query)
 
-    row_ids = torch.arange(N, device=query.device) if ids is None else ids
     if negatives is None:
         losses, positive, best = contrast(query, key, scale, ids, "two_way" if two_way else "one_way", normalize, stats)
         if label_smoothing:
             query, key = (unit(query), unit(key)) if normalize else (query, key)
+            row_ids = torch.arange(N, device=query.device) if ids is None else ids
             cosine, ways = dots(query, key), ((query, key), (key, query))[: 1 + two_way]
             smooth = [above_mean(cosine, *over_different(q, k, row_ids, row_ids)) for q, k in ways]
             losses = losses + label_smoothing * scale * torch.stack(smooth)
-        loss = reduce(losses.mean(0), reduction, weights)
+        whole = reduction == "mean" and weights is None  # one mean of both ways instead of two
+        loss = reduce(losses if whole else losses.mean(0), reduction, weights)
         return (loss, beaten(best, positive)) if stats else loss
 
+    one_bank = negatives.ndim == 2 and negative_ids is None and not in_batch
+    if one_bank and not negatives.requires_grad:
+        bank = unit(negatives) if normalize else negatives
+        losses, positive, best = over_bank(query, key, bank, scale, normalize, stats, label_smoothing)
+        loss = reduce(losses, reduction, weights)
+        return (loss, beaten(best, positive)) if stats else loss
+
+    row_ids = torch.arange(N, device=query.device) if ids is None else ids
     if normalize:
         query, key, negatives = unit(query), unit(key), unit(negatives)
     cosine = dots(query, key)
@@ -133,6 +142,17 @@ def info_nce(
         losses = losses + label_smoothing * scale * above_mean(cosine, total, count)
     loss = reduce(losses, reduction, weights)
     return (loss, beaten(best, positive)) if stats else loss
+
+
+def over_bank(query, key, bank, scale, normalize, best, label_smoothing):
+    """Losses, positives and best negatives [N] of queries over rows of a bank that get no gradient."""
+    losses, positive, top = contrast(query, key, scale, None, "one_way", normalize, best, bank)
+    losses = losses.squeeze(0)
+    if label_smoothing:
+        query, key = (unit(query), unit(key)) if normalize else (query, key)
+        above = above_mean(dots(query, key), *_sum_over_negatives(query, bank, None, None))
+        losses = losses + label_smoothing * scale * above
+    return losses, positive, None if top is None else top.squeeze(0)
 
 
 def _check_negatives(negatives: Tensor, query: Tensor, two_way: bool) -> None:

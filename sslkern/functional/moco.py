@@ -4,8 +4,17 @@ Training Self-Supervised Vision Transformers", 2021."""
 
 from torch import Tensor
 
-from ._common import check_alike, check_features, check_options, check_weights, reduce, scale_of, unit
-from .info_nce import info_nce
+from ._common import (
+    beaten,
+    check_alike,
+    check_features,
+    check_number,
+    check_options,
+    check_weights,
+    reduce,
+    scale_of,
+)
+from .info_nce import info_nce, over_bank
 
 
 def moco(
@@ -53,19 +62,13 @@ def moco(
     check_features("query", query)
     check_alike("key", key, "query", query)
     check_alike("queue", queue, "query", query, f"[K, {query.shape[1]}]")
-    query, key = (unit(query), unit(key)) if normalize else (query, key)
-    return info_nce(
-        query,
-        key.detach(),
-        queue.detach(),
-        temperature,
-        logit_scale=logit_scale,
-        normalize=False,
-        reduction=reduction,
-        stats=stats,
-        weights=weights,
-        label_smoothing=label_smoothing,
-    )
+    check_options(reduction)
+    check_number("label_smoothing", label_smoothing, 0, 1)
+    check_weights(weights, query.shape[0], query)
+    scale, key, queue = scale_of(temperature, logit_scale, query.device), key.detach(), queue.detach()
+    losses, positive, best = over_bank(query, key, queue, scale, normalize, stats, label_smoothing)
+    loss = reduce(losses, reduction, weights)
+    return (loss, beaten(best, positive)) if stats else loss
 
 
 def moco_v3(

@@ -15,7 +15,14 @@ from ._library import Once, define, library
 
 
 def pair_contrast(
-    x: Tensor, y: Tensor, scale: float | Tensor, ids: Tensor | None, mode: str, normalize: bool, best: bool
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    ids: Tensor | None,
+    mode: str,
+    normalize: bool,
+    best: bool,
+    bank: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """softplus(negatives_i - positive_i), with positive_i = scale * <x_i, y_i>.
 
@@ -26,13 +33,16 @@ def pair_contrast(
         mode: "views": the negatives of a row of x or y are rows of both (NT-Xent); "one_way": rows of y for each of x;
             "two_way": also rows of x for each of y.
         best: also return the largest negative score.
+        bank: [M, D], the negatives of "one_way" instead, as they are and without gradient; ids must be None.
 
     Returns:
         losses [2, N], those of x first ("one_way": [1, N]); positive [N] and best, of the shape of losses, both without
         gradient, or None unless `best`. All in fp32 (fp64).
     """
     views = mode == "views"
-    if ids is None:
+    if bank is not None:
+        bank = bank.detach()
+    elif ids is None:
         numbers = _row_numbers.__wrapped__ if torch.compiler.is_compiling() else _row_numbers
         ids = numbers(x.shape[0], 1 + views, x.device)
     elif views:
@@ -42,11 +52,12 @@ def pair_contrast(
     N = x.shape[0]
     scale_learns = scale_tensor is not None and scale_tensor.requires_grad
     learns = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale_learns)
+    frozen = learns and mode == "one_way" and (bank is not None or not y.requires_grad)
     rows = 2 * N if views else N
-    keep = kept_rows(backend, rows, rows, x.shape[1], itself=views) if learns else 0
+    keep = kept_rows(backend, rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
     call = torch.ops.sslkern.pair_contrast.default if torch.compiler.is_compiling() else _PairContrast.apply
     losses, positive, top, *_ = call(
-        x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend, pairs_backend
+        x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backend, pairs_backend
     )
     return losses, positive, top if best else None
 
@@ -57,23 +68,28 @@ def _row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
         return torch.arange(n, device=device).repeat(copies)
 
 
-def _kernel(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend, pairs_backend):
+def _pair_losses(backend: str):
+    """Launches count on a GPU only, and torch is as fast elsewhere."""
+    return load("triton" if backend == "triton" else "reference", "pair_losses")
+
+
+def _kernel(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backend, pairs_backend):
     N = x.shape[0]
     z, norm, cosine = load(pairs_backend, "unit_pairs").unit_pairs_fwd(x, y, normalize)
-    q, k, k_ids = (z, None, None) if mode == "views" else (z[:N], z[N:], ids)
+    q, k, k_ids = (z, None, None) if mode == "views" else (z[:N], z[N:] if bank is None else bank, ids)
     problem = (scale_tensor, scale, ids, k_ids, False, None, None)
-    forward = load(backend, "similarity_lse").similarity_lse_fwd
-    row, col, top, kept = forward(q, k, *problem, mode == "two_way", best, keep)
-    positive = cosine * (scale if scale_tensor is None else scale_tensor)
-    # Equal ids leave the positive out of its row: the difference has no cancellation when the loss is tiny.
-    gap = (row.view(-1, N) if col is None else torch.stack((row, col))) - positive
-    losses = torch.nn.functional.softplus(gap, threshold=40)
+    primitive = load(backend, "similarity_lse")
+    if frozen:  # what the gradient needs of the negatives comes with the forward
+        (row, kept, top), col = primitive.similarity_lse_frozen_fwd(q, k, *problem, best), None
+    else:
+        row, col, top, kept = primitive.similarity_lse_fwd(q, k, *problem, mode == "two_way", best, keep)
+    losses, positive, gap = _pair_losses(backend).pair_losses_fwd(row, col, cosine, scale_tensor, scale)
     top = top.view(-1, N) if best else row.new_empty(0)
     col, kept, norm = (row.new_empty(0) if saved is None else saved for saved in (col, kept, norm))
     return losses, positive, top, z, norm, cosine, gap, row, col, kept
 
 
-def _fake(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend, pairs_backend):
+def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backend, pairs_backend):
     (N, D), wide = x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
     views, sides = mode == "views", 1 if mode == "one_way" else 2
 
@@ -82,12 +98,12 @@ def _fake(x, y, scale_tensor, scale, ids, mode, normalize, best, keep, backend, 
 
     z, norm, cosine = x.new_empty(2 * N, D), new(2 * N if normalize else 0), new(N)
     row, col = new(N * (1 + views)), new(N if mode == "two_way" else 0)
-    kept = new(keep, N * (1 + views)) if keep else new(0)
+    kept = new(N, D) if frozen else new(keep, N * (1 + views)) if keep else new(0)
     return new(sides, N), new(N), new(sides, N) if best else new(0), z, norm, cosine, new(sides, N), row, col, kept
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, y, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, _, *ctx.backends = inputs
+    x, y, _, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, ctx.frozen, _, *ctx.backends = inputs
     _, *rest = output
     ctx.save_for_backward(x, y, scale_tensor, ids, *rest[2:])
     ctx.mark_non_differentiable(*rest)
@@ -96,15 +112,16 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(gradients, ctx, g, *_):
     if g is None:
-        return (None,) * 11
+        return (None,) * 13
     x, y, scale_tensor, ids, *saved = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    options = ctx.mode, ctx.normalize, ctx.frozen, *needs, *ctx.backends
     with torch.no_grad():
-        grads = gradients(g, *saved, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, *needs, *ctx.backends)
+        grads = gradients(g, *saved, scale_tensor, ctx.scale, ids, *options)
     dx, dy, dscale = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     if torch.is_grad_enabled():  # create_graph=True
         dx, dy, dscale = Once.apply(x if x.requires_grad else y, dx, dy, dscale)
-    return dx, dy, dscale, *(None,) * 8
+    return dx, dy, None, dscale, *(None,) * 9
 
 
 def _gradients(
@@ -121,6 +138,7 @@ def _gradients(
     ids,
     mode,
     normalize,
+    frozen,
     need_x,
     need_y,
     need_scale,
@@ -128,42 +146,47 @@ def _gradients(
     pairs_backend,
 ):
     N, views = cosine.shape[0], mode == "views"
-    col, kept, norm = col if mode == "two_way" else None, kept if kept.numel() else None, norm if normalize else None
-    # d loss / d negatives; a row without negatives (gap -inf) has none, whatever g is
-    weight = torch.where(gap == -torch.inf, 0, torch.sigmoid(gap) * g)
-    toward = weight.sum(0)  # - d loss / d positive
+    col, norm = col if mode == "two_way" else None, norm if normalize else None
+    weight, toward, pull = _pair_losses(backend).pair_losses_bwd(gap, g, scale_tensor, scale)
+    mean, kept = kept, kept if kept.numel() else None
     problem = (scale_tensor, scale, ids, None if views else ids, False, None, None, kept)
     backward = load(backend, "similarity_lse").similarity_lse_bwd
-    if views:
+    dscale = row.new_empty(0)
+    if frozen:  # d negatives / dx = scale * mean, the mean of the keys as the softmax weighs them
+        da, db = pull.unsqueeze(1) * mean, torch.zeros_like(mean) if need_y else None
+        if need_scale:
+            dscale = torch.dot(toward, (z[:N] * mean).sum(1) - cosine)
+    elif views:
         grads = backward(z, None, row, None, weight.view(-1), None, *problem, True, False, need_scale, False)
         da, db = grads[0][:N], grads[0][N:]
     else:
         h = None if col is None else weight[1]
         grads = backward(z[:N], z[N:], row, col, weight[0], h, *problem, need_x, need_y, need_scale, False)
         da, db = grads[:2]
-    dscale = (grads[2] - torch.dot(toward, cosine)).to(scale_tensor.dtype) if need_scale else row.new_empty(0)
-    pull = toward * (scale if scale_tensor is None else scale_tensor)
+    if need_scale:
+        dscale = (dscale if frozen else grads[2] - torch.dot(toward, cosine)).to(scale_tensor.dtype)
     dx, dy = load(pairs_backend, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
     return *(z.new_empty(0) if grad is None else grad for grad in (dx, dy)), dscale
 
 
 def _gradients_fake(g, z, *args):
-    *_, scale_tensor, _, _, _, _, need_x, need_y, need_scale, _, _ = args
+    *_, scale_tensor, _, _, _, _, _, need_x, need_y, need_scale, _, _ = args
     row, half = args[4], (z.shape[0] // 2, z.shape[1])
     dscale = torch.empty_like(scale_tensor) if need_scale else row.new_empty(0)
     return z.new_empty(half if need_x else 0), z.new_empty(half if need_y else 0), dscale
 
 
 define(
-    "pair_contrast(Tensor x, Tensor y, Tensor? scale_tensor, float scale, Tensor ids, str mode, bool normalize,"
-    " bool best, int keep, str backend, str pairs_backend) -> (Tensor losses, Tensor positive, Tensor best, Tensor z,"
-    " Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept)",
+    "pair_contrast(Tensor x, Tensor y, Tensor? bank, Tensor? scale_tensor, float scale, Tensor? ids, str mode,"
+    " bool normalize, bool best, bool frozen, int keep, str backend, str pairs_backend) -> (Tensor losses,"
+    " Tensor positive, Tensor best, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col,"
+    " Tensor kept)",
     _kernel,
     _fake,
 )
 define(
     "pair_contrast_bwd(Tensor g, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept,"
-    " Tensor? scale_tensor, float scale, Tensor ids, str mode, bool normalize, bool need_x, bool need_y,"
+    " Tensor? scale_tensor, float scale, Tensor? ids, str mode, bool normalize, bool frozen, bool need_x, bool need_y,"
     " bool need_scale, str backend, str pairs_backend) -> (Tensor dx, Tensor dy, Tensor dscale)",
     _gradients,
     _gradients_fake,

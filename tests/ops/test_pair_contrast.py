@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sslkern.backends import load
 from sslkern.functional import _common, info_nce, nt_xent
 from sslkern.ops.pair_contrast import pair_contrast
 
@@ -75,13 +76,72 @@ def test_second_derivative_says_so(backend, loss):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("mode", ["views", "one_way", "two_way"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("key_learns", [True, False])
+@pytest.mark.parametrize("N, M, D", [(1, 0, 3), (2, 1, 1), (33, 150, 64)])
+def test_a_bank_equals_the_formula(backend, N, M, D, key_learns, dtype):
+    query, key, bank = (torch.nn.functional.normalize(torch.randn(rows, D), dim=1) for rows in (N, N, M))
+    results = []
+    for ours in (True, False):
+        x, y, negatives = query.to(dtype).requires_grad_(), key.to(dtype).requires_grad_(key_learns), bank.to(dtype)
+        scale = torch.tensor(5.0, requires_grad=True)
+        if ours:
+            losses, positive, best = pair_contrast(x, y, scale, None, "one_way", True, True, negatives)
+            losses, best = losses[0], best[0]
+        else:
+            a, b = (torch.nn.functional.normalize(side.float(), dim=1) for side in (x, y))
+            s = scale * a @ negatives.float().T
+            positive = scale * (a * b).sum(1)
+            losses = torch.cat((positive.unsqueeze(1), s), 1).logsumexp(1) - positive
+            best = s.amax(1) if M else torch.full((N,), -math.inf)
+        (losses * torch.arange(1, 1 + N)).sum().backward()
+        grads = x.grad.float(), scale.grad, *([y.grad.float()] if key_learns else [])
+        results.append((losses.detach(), positive.detach(), best.detach(), *grads))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, formula in zip(*results, strict=True):
+        assert torch.allclose(ours, formula, rtol=tolerance, atol=tolerance * 5)
+
+
+def test_a_bank_may_change_before_the_backward(backend):
+    x, y, bank = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8), torch.randn(9, 8)
+    losses, _, _ = pair_contrast(x, y, 0.5, None, "one_way", True, False, bank)
+    (expected,) = torch.autograd.grad(losses.sum(), x, retain_graph=True)
+    bank.zero_()
+    losses.sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_losses_of_both_backends(backend, sides):
+    name = backend.partition("-")[0]
+    if name != "triton":
+        pytest.skip("the others share the plain one")
+    N = 300
+    row, cosine = 40 * torch.randn(sides * N), torch.randn(N)
+    row[:4] = torch.tensor([-math.inf, math.inf, math.nan, 200])
+    scale = torch.tensor(3.0)
+    columns = ((row, None), (row[:N], row[N:]))[: 1 + (sides == 2)]
+    for g in (torch.randn(sides, N), torch.tensor(0.5).expand(sides, N), torch.randn(N, sides).T):
+        for first, second in columns:
+            ours, plain = [], []
+            for results, module in ((ours, load(name, "pair_losses")), (plain, load("reference", "pair_losses"))):
+                results += module.pair_losses_fwd(first, second, cosine, scale, 1.0)
+                results += module.pair_losses_bwd(results[-1], g, None, 2.0)
+            for a, b in zip(ours, plain, strict=True):
+                assert torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", ["views", "one_way", "two_way", "frozen", "bank"])
 def test_opcheck(backend, mode):
     torch.manual_seed(0)
     x, y = torch.randn(2, 6, 5)
     scale = torch.tensor(2.0, requires_grad=True)
-    ids = torch.arange(6).repeat(2 if mode == "views" else 1)
+    ids, bank, frozen = torch.arange(6).repeat(2 if mode == "views" else 1), None, mode in ("frozen", "bank")
     name = backend.partition("-")[0]
-    keep = len(ids) if name == "cpu" else 0
-    args = (x.requires_grad_(), y.requires_grad_(), scale, 1.0, ids, mode, True, False, keep, name, name)
+    keep = len(ids) if name == "cpu" and not frozen else 0
+    if mode == "bank":
+        bank, ids = torch.randn(7, 5), None
+    mode = "one_way" if frozen else mode
+    x, y = x.requires_grad_(), y.requires_grad_(not frozen)
+    args = (x, y, bank, scale, 1.0, ids, mode, True, False, frozen, keep, name, name)
     torch.library.opcheck(torch.ops.sslkern.pair_contrast.default, args)

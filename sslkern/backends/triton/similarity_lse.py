@@ -487,8 +487,9 @@ def similarity_lse_bwd(
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, lse=row, grad=g)
     else:
         q_side, k_side = Side(q_ids, limit=q_limit, lse=row, grad=g), Side(k_ids, bias=k_bias, lse=col, grad=h)
-    # Of a row with nothing left the gradient is 0, whatever arrived.
-    fold = fold_of(q, *(s.grad.masked_fill(s.lse == -torch.inf, 0) for s in (q_side, k_side) if s.grad is not None))
+    fold = None
+    if q.dtype == torch.float16:  # of a row with nothing left the gradient is 0, whatever arrived
+        fold = fold_of(q, *(g.masked_fill(lse == -torch.inf, 0) for lse, g in ((row, g), (col, h)) if g is not None))
     problem = scale_tensor, scale, fold, itself, same, N * M >= LARGE, chip
     chosen = strategy(q, N, M, q_limit, itself and k_bias is not None, chip)
     dk = dbias = None

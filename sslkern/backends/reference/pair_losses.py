@@ -1,0 +1,23 @@
+"""The losses of pairs from the log-sum-exps of their negatives, in plain torch."""
+
+import torch
+from torch import Tensor
+
+
+def pair_losses_fwd(
+    row: Tensor, col: Tensor | None, cosine: Tensor, scale_tensor: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """losses [S, N] = softplus(gap), positive [N] = scale * cosine and gap [S, N] = negatives - positive. The negatives
+    of S sides: row [S N], or two-way row [N] and col [N]."""
+    positive = cosine * (scale if scale_tensor is None else scale_tensor)
+    # Equal ids leave the positive out of its row: the difference has no cancellation when the loss is tiny.
+    gap = (row.view(-1, len(cosine)) if col is None else torch.stack((row, col))) - positive
+    return torch.nn.functional.softplus(gap, threshold=40), positive, gap
+
+
+def pair_losses_bwd(gap: Tensor, g: Tensor, scale_tensor: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """weight [S, N] = d loss / d negatives, toward [N] = - d loss / d positive and pull [N] = scale * toward."""
+    # A row without negatives (gap -inf) has none, whatever g is.
+    weight = torch.where(gap == -torch.inf, 0, torch.sigmoid(gap) * g)
+    toward = weight.sum(0)
+    return weight, toward, toward * (scale if scale_tensor is None else scale_tensor)
