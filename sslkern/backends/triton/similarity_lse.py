@@ -43,7 +43,7 @@ from .tiles import (
 LARGE = 2**22  # scores; from so many on it pays to know beforehand which tiles hold equal ids
 TRIANGLE_FROM = 32  # blocks of rows; merging the columns of fewer costs more than half of the tiles
 NEAR = tl.constexpr(32.0)  # exponentials of scores up to that need no maximum taken off, nor do sums of many
-TOGETHER = tl.constexpr(16)  # partial results that are merged at a time
+TOGETHER = tl.constexpr(64)  # partial results that are merged at a time
 SIZES = ["G", "N", "M", "size", "programs", "rounds", "blocks", "splits", "split_size"]  # no new kernel for new sizes
 
 # ---- forward: rows, and from the same tiles the columns --------------------------------------------------------------
@@ -242,7 +242,7 @@ def _merged(part, best, config, col_part=None, col_best=None) -> tuple[Tensor, T
     parts = [0 if x is None else len(x) for x in (part, col_part)]
     out = torch.empty_like((col_part if part is None else part)[0])
     out_best = None if best is None and col_best is None else torch.empty_like(out)
-    BLOCK = 128
+    BLOCK = 32
     _merge[(triton.cdiv(out.numel(), BLOCK),)](
         part, best, col_part, col_best, out, out_best, out.numel(), out.shape[-1], *parts,
         BM=config.BM, BN=config.BN, BLOCK=BLOCK, num_warps=4,
@@ -303,20 +303,30 @@ def _frozen(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _merge_means(part, means, row, mean, size, splits, D: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr):
-    """mean [size, D] over means [splits, size, D], weighted by the exp(part - row) of their splits."""
+def _merge_means(
+    part, part_best, means, row, best, mean, size, splits, D: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr
+):
+    """row [size] = log-sum-exp over part [splits, size]; mean [size, D] over means [splits, size, D], weighted by the
+    exp(part - row) of their splits."""
     x, d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * DV + tl.arange(0, DV)
     inside, place = (x < size)[:, None] & (d < D)[None, :], x[:, None] * D + d[None, :]
-    shift = finite_shift(tl.load(row + x, mask=x < size, other=0.0))
-    total = tl.zeros((BLOCK, DV), tl.float32)
-    for n0 in range(0, splits, TOGETHER):
-        for n in tl.static_range(TOGETHER):  # their loads are under way together
+    top, total = tl.full((BLOCK,), -INF, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    top, total, largest = _merge_parts(top, total, top, part, part_best, x, size, 1, splits, 0, 1)
+    merged = log_sum(top, total)
+    if tl.program_id(1) == 0:
+        tl.store(row + x, merged, mask=x < size)
+        if best is not None:
+            tl.store(best + x, or_nan(largest, total), mask=x < size)
+    shift = finite_shift(merged)
+    sums = tl.zeros((BLOCK, DV), tl.float32)
+    for n0 in range(0, splits, 16):
+        for n in tl.static_range(16):  # their loads are under way together
             there = n0 + n < splits
             weight = exp(tl.load(part + x, mask=there & (x < size), other=-INF) - shift)
-            total += weight[:, None] * tl.load(means + place, mask=there & inside, other=0.0)
+            sums += weight[:, None] * tl.load(means + place, mask=there & inside, other=0.0)
             part += size
             means += size.to(tl.int64) * D
-    tl.store(mean + place, total, mask=inside)
+    tl.store(mean + place, sums, mask=inside)
 
 
 @hardware.on_its_device
@@ -350,12 +360,12 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
         PRECISION=precision(q.dtype), TMA=tma,
         **config.launch(),
     )  # fmt: skip
-    row, top = _merged(part, part_best, config)
-    mean = means[0]
+    row, top, mean = (None if x is None else x[0] for x in (part, part_best, means))
     if splits > 1:
-        mean, BLOCK, DV = new(G, N, D), 4, min(128, triton.next_power_of_2(D))
+        row, top, mean = (None if x is None else torch.empty_like(x) for x in (row, top, mean))
+        BLOCK, DV = 4, min(32, triton.next_power_of_2(D))
         _merge_means[(triton.cdiv(G * N, BLOCK), triton.cdiv(D, DV))](
-            part, means, row, mean, G * N, splits, D=D, BLOCK=BLOCK, DV=DV, num_warps=4
+            part, part_best, means, row, top, mean, G * N, splits, D=D, BLOCK=BLOCK, DV=DV, num_warps=4
         )
     rows = q.shape[:-1]
     return row.view(rows), mean.view(q.shape), top.view(rows) if best else None
