@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import resolve
 from ..ops import similarity_lse
 from ..ops._library import transformed
 from ..ops.pair_contrast import pair_contrast
 from ..ops.similarity_lse import small
+from ..ops.unit_pairs import UnitPairs
 
 EPS = 1e-12  # rows shorter than this are divided by it
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -116,6 +118,14 @@ def unit(x: Tensor) -> Tensor:
     if x.dtype in (torch.float16, torch.bfloat16):
         return F.normalize(x.float(), dim=-1, eps=EPS).to(x.dtype)
     return F.normalize(x, dim=-1, eps=EPS)
+
+
+def unit_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of x and y [N, D] divided by their norms, and their cosine [N], in fp32 (fp64)."""
+    if torch.compiler.is_compiling() or transformed():  # the compiler fuses the formula with its surroundings
+        x, y = unit(x), unit(y)
+        return x, y, dots(x, y)
+    return UnitPairs.apply(x, y, resolve("unit_pairs", x))
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:

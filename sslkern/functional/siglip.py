@@ -1,10 +1,10 @@
 """SigLIP: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023."""
 
-import torch
 from torch import Tensor
 
 from ..ops import similarity_softplus
-from ._common import check_alike, check_features, check_ids, check_options, dots, scalar, softplus, unit
+from ..ops.pair_contrast import row_numbers
+from ._common import check_alike, check_features, check_ids, check_options, dots, scalar, softplus, unit_pair
 
 
 def siglip(
@@ -57,12 +57,11 @@ def siglip(
     scale, bias = scalar("logit_scale", logit_scale, image.device), scalar("logit_bias", logit_bias, image.device)
     N = image.shape[0]
     if ids is None:
-        ids = torch.arange(N, device=image.device)
+        ids = row_numbers(N, 1, image.device)
     else:
         check_ids("ids", ids, (N,), image)
-    if normalize:
-        image, text = unit(image), unit(text)
-    positives = softplus(-(dots(image, text) * scale + bias))
+    image, text, cosine = unit_pair(image, text) if normalize else (image, text, dots(image, text))
+    positives = softplus(-(cosine * scale + bias))
     if reduction == "none":
         return positives + similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids, rows=True)
     total = positives.sum() + similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids)

@@ -43,8 +43,7 @@ def pair_contrast(
     if bank is not None:
         bank = bank.detach()
     elif ids is None:
-        numbers = _row_numbers.__wrapped__ if torch.compiler.is_compiling() else _row_numbers
-        ids = numbers(x.shape[0], 1 + views, x.device)
+        ids = row_numbers(x.shape[0], 1 + views, x.device)
     elif views:
         ids = ids.repeat(2)
     scale_tensor, scale = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
@@ -62,7 +61,12 @@ def pair_contrast(
     return losses, positive, top if best else None
 
 
-@functools.lru_cache(maxsize=8)  # for a small batch making them would cost as much as a kernel
+def row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
+    """`copies` times 0 to n - 1; kept, as for a small batch making them would cost as much as a kernel."""
+    return (_row_numbers.__wrapped__ if torch.compiler.is_compiling() else _row_numbers)(n, copies, device)
+
+
+@functools.lru_cache(maxsize=8)
 def _row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # tensors made in inference mode could not be saved for a later backward
         return torch.arange(n, device=device).repeat(copies)
