@@ -1,4 +1,4 @@
-"""`unit_pairs`: two sides of a loss divided by their norms, and the cosines of their pairs, in one node of the graph."""
+"""`unit_pairs`: two sides of a loss divided by their norms, and the cosines of their pairs, as one autograd node."""
 
 import torch
 from torch import Tensor

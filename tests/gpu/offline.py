@@ -307,8 +307,11 @@ def compile_job(job: Job) -> list[dict]:
     error = None
     try:
         module = importlib.import_module(f"sslkern.backends.triton.{job.primitive}")
-        for name in strategies.STRATEGIES:
-            with strategies.use_strategy(name), contextlib.ExitStack() as stack:
+        # As the rule has it; bf16, by which tuning decides, also in the other ways.
+        for name in ("rule", *strategies.STRATEGIES)[: 4 if job.dtype == "bf16" else 1]:
+            with contextlib.ExitStack() as stack:
+                if name != "rule":
+                    stack.enter_context(strategies.use_strategy(name))
                 call(module, Inputs(DTYPES[job.dtype], job.D))
                 if job.case in SPECIALISED and job.arch >= 100 and job.dtype == "bf16":
                     for kind in ("forward", "backward", "weights"):

@@ -157,6 +157,21 @@ def test_nothing_left_has_exactly_zero_gradient(backend, upstream, frozen):
     assert (q.grad == 0).all() and scale.grad == 0 and (frozen or (k.grad == 0).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [33, 128, 300])
+def test_limits_that_equal_a_score_leave_it_in_forward_and_backward(backend, D, dtype):
+    q, k = features(70, D, dtype=dtype).requires_grad_(), features(90, D, dtype=dtype).requires_grad_()
+    results = []
+    for keys in (k, k.detach()):
+        none = torch.full((70,), math.inf)
+        row, best = similarity_lse(q, keys, 30.0, q_limit=none, best=True)
+        results.append((row, best, *torch.autograd.grad(row.sum(), q)))
+        row, same = similarity_lse(q, keys, 30.0, q_limit=best, best=True)  # nothing is above the largest
+        results.append((row, same, *torch.autograd.grad(row.sum(), q)))
+    for a, b in (results[:2], results[2:]):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+
+
 def test_duplicates_at_a_small_temperature(backend):
     """One shift for a tile of S would lose all rows but the duplicates; one of 1 / temperature too."""
     z = features(64, 768)

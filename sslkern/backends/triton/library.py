@@ -17,7 +17,7 @@ from torch import Tensor
 from .tiles import Side, allocator
 
 LEAST = 2**25  # scores of a strip, where there are so many
-TILE = 128  # rows and columns; strips begin at multiples of it, and tiles of kernels divide it
+TILE = 256  # rows and columns; strips begin at multiples of it, and tiles of kernels divide it
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
