@@ -321,9 +321,9 @@ def _merge_means(
     sums = tl.zeros((BLOCK, DV), tl.float32)
     for n0 in range(0, splits, 16):
         for n in tl.static_range(16):  # their loads are under way together
-            there = n0 + n < splits
-            weight = exp(tl.load(part + x, mask=there & (x < size), other=-INF) - shift)
-            sums += weight[:, None] * tl.load(means + place, mask=there & inside, other=0.0)
+            there = x < tl.where(n0 + n < splits, size, 0)
+            weight = exp(tl.load(part + x, mask=there, other=-INF) - shift)
+            sums += weight[:, None] * tl.load(means + place, mask=inside & there[:, None], other=0.0)
             part += size
             means += size.to(tl.int64) * D
     tl.store(mean + place, sums, mask=inside)
