@@ -158,12 +158,12 @@ def contrast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Losses, positives and best negatives of `pair_contrast`; where the compiler does better, or torch.func is at
     work, from its formulas."""
-    frozen = mode == "one_way" and not y.requires_grad
     rows = 2 * x.shape[0] if mode == "views" else x.shape[0]
     traced = torch.compiler.is_compiling() and small(x, rows, rows if bank is None else bank.shape[0])
     if not transformed() and not traced:
         return pair_contrast(x, y, scale, ids, mode, normalize, best, bank)
     N = x.shape[0]
+    frozen = mode == "one_way" and not y.requires_grad
     if traced and not frozen and ids is None and bank is None and N > 1:
         return _few_pairs(*((unit(x), unit(y)) if normalize else (x, y)), scale, mode, best)
     ids = torch.arange(N, device=x.device) if ids is None else ids

@@ -11,6 +11,7 @@ from ._common import (
     check_number,
     check_options,
     check_weights,
+    describe,
     reduce,
     scale_of,
 )
@@ -62,6 +63,8 @@ def moco(
     check_features("query", query)
     check_alike("key", key, "query", query)
     check_alike("queue", queue, "query", query, f"[K, {query.shape[1]}]")
+    if queue.ndim != 2:
+        raise ValueError(f"queue must be [K, {query.shape[1]}], not {describe(queue)}")
     check_options(reduction)
     check_number("label_smoothing", label_smoothing, 0, 1)
     check_weights(weights, query.shape[0], query)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
 from ._library import Once, define, library
+from .similarity_lse import _accumulator
 
 
 def pair_contrast(
@@ -41,17 +42,20 @@ def pair_contrast(
     """
     views = mode == "views"
     if bank is not None:
+        if ids is not None:
+            raise ValueError("ids must be None with a bank: its rows have none to compare them with")
         bank = bank.detach()
     elif ids is None:
         ids = row_numbers(x.shape[0], 1 + views, x.device)
     elif views:
         ids = ids.repeat(2)
-    scale_tensor, scale = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    scale_tensor, scale = (scale.to(_accumulator(x)), 1.0) if isinstance(scale, Tensor) else (None, scale)
     backend, pairs_backend = resolve("similarity_lse", x), resolve("unit_pairs", x)
     N = x.shape[0]
     scale_learns = scale_tensor is not None and scale_tensor.requires_grad
     learns = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale_learns)
     frozen = learns and mode == "one_way" and (bank is not None or not y.requires_grad)
+    frozen = frozen and (x.requires_grad or scale_learns)  # the mean of the negatives serves nothing else
     rows = 2 * N if views else N
     keep = kept_rows(backend, rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
     call = torch.ops.sslkern.pair_contrast.default if torch.compiler.is_compiling() else _PairContrast.apply
@@ -63,7 +67,9 @@ def pair_contrast(
 
 def row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
     """`copies` times 0 to n - 1; kept, as for a small batch making them would cost as much as a kernel."""
-    return (_row_numbers.__wrapped__ if torch.compiler.is_compiling() else _row_numbers)(n, copies, device)
+    # What a CUDA graph holds on to must be its own.
+    once = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    return (_row_numbers.__wrapped__ if once else _row_numbers)(n, copies, device)
 
 
 @functools.lru_cache(maxsize=8)
@@ -94,7 +100,7 @@ def _kernel(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen,
 
 
 def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backend, pairs_backend):
-    (N, D), wide = x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
+    (N, D), wide = x.shape, _accumulator(x)
     views, sides = mode == "views", 1 if mode == "one_way" else 2
 
     def new(*shape):
@@ -109,7 +115,8 @@ def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, k
 def _setup(ctx, inputs, output) -> None:
     x, y, _, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, ctx.frozen, _, *ctx.backends = inputs
     _, *rest = output
-    ctx.save_for_backward(x, y, scale_tensor, ids, *rest[2:])
+    anchor = next((side for side in (x, y, scale_tensor) if side is not None and side.requires_grad), None)
+    ctx.save_for_backward(anchor, scale_tensor, ids, *rest[2:])
     ctx.mark_non_differentiable(*rest)
     ctx.set_materialize_grads(False)
 
@@ -117,14 +124,14 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(gradients, ctx, g, *_):
     if g is None:
         return (None,) * 13
-    x, y, scale_tensor, ids, *saved = ctx.saved_tensors
+    anchor, scale_tensor, ids, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     options = ctx.mode, ctx.normalize, ctx.frozen, *needs, *ctx.backends
     with torch.no_grad():
         grads = gradients(g, *saved, scale_tensor, ctx.scale, ids, *options)
     dx, dy, dscale = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     if torch.is_grad_enabled():  # create_graph=True
-        dx, dy, dscale = Once.apply(x if x.requires_grad else y, dx, dy, dscale)
+        dx, dy, dscale = Once.apply(anchor, dx, dy, dscale)
     return dx, dy, None, dscale, *(None,) * 9
 
 
@@ -156,8 +163,10 @@ def _gradients(
     problem = (scale_tensor, scale, ids, None if views else ids, False, None, None, kept)
     backward = load(backend, "similarity_lse").similarity_lse_bwd
     dscale = row.new_empty(0)
-    if frozen:  # d negatives / dx = scale * mean, the mean of the keys as the softmax weighs them
-        da, db = pull.unsqueeze(1) * mean, torch.zeros_like(mean) if need_y else None
+    if frozen or ids is None:  # keys that do not learn, or a bank
+        # d negatives / dx = scale * mean, the mean of the keys as the softmax weighs them
+        da = pull.unsqueeze(1) * mean if need_x else None
+        db = cosine.new_zeros(N, z.shape[1]) if need_y else None
         if need_scale:
             dscale = torch.dot(toward, (z[:N] * mean).sum(1) - cosine)
     elif views:
@@ -175,8 +184,8 @@ def _gradients(
 
 def _gradients_fake(g, z, *args):
     *_, scale_tensor, _, _, _, _, _, need_x, need_y, need_scale, _, _ = args
-    row, half = args[4], (z.shape[0] // 2, z.shape[1])
-    dscale = torch.empty_like(scale_tensor) if need_scale else row.new_empty(0)
+    cosine, half = args[1], (z.shape[0] // 2, z.shape[1])
+    dscale = torch.empty_like(scale_tensor) if need_scale else cosine.new_empty(0)
     return z.new_empty(half if need_x else 0), z.new_empty(half if need_y else 0), dscale
 
 

@@ -41,7 +41,8 @@ def similarity_lse(
 ) -> Tensor | tuple[Tensor, ...]:
     """Log-sum-exp of the rows, and optionally of the columns, of `s = scale * q @ k.T + k_bias`.
 
-    S is never stored: memory is O(N + M). Features are used as they are, not normalised. Sums run in fp32 (fp64 for
+    S is never stored: memory is O(N + M). (In the backward on a GPU, of more than 256 features, a strip of its rows is,
+    a few times the size of the gradients.) Features are used as they are, not normalised. Sums run in fp32 (fp64 for
     fp64 input). N = 0 and M = 0 are legal; a row with no pair left gives -inf and gets exactly zero gradient.
 
     Args:

@@ -109,6 +109,7 @@ def test_bad_arguments_are_named():
             ("query must", (q[0], q, queue), {}),
             ("key must", (q, q[:3], queue), {}),
             ("queue must", (q, q, queue.t()), {}),
+            ("queue must", (q, q, queue[None]), {}),
             ("queue must", (q, q, queue.double()), {}),
             ("temperature must not be 0", (q, q, queue, 0.0), {}),
         ],

@@ -1,10 +1,13 @@
 """What only large problems, or chips with more to offer, make the Triton backend do: here on small ones."""
 
+import contextlib
+
 import pytest
 import torch
 
+from sslkern import use_backend
 from sslkern.backends import triton as triton_backend
-from sslkern.ops import similarity_softplus
+from sslkern.ops import similarity_lse, similarity_softplus
 
 from ..conftest import EVERY
 from ..ops import test_similarity_lse as lse
@@ -122,6 +125,41 @@ def test_products_of_the_library(backend, by_products, dtype):
     compare({"q": tensors["q"], "scale": tensors["scale"], "q_ids": torch.arange(330) // 2}, best=True)
     lse.test_nothing_left_has_exactly_zero_gradient(backend, torch.nan, False)
     lse.test_nan_and_inf_stay_in_their_rows(backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_of_the_library_in_a_narrow_cone(backend, by_products, dtype):
+    # Weights are nearly equal, and so are the errors of their rounding: the gradient of the scale must not feel them.
+    q, k = (torch.nn.functional.normalize(torch.randn(24) + 0.1 * torch.randn(300, 24), dim=1) for _ in range(2))
+    for keys in (k.to(dtype), None):
+        grads = []
+        for name, wide in ((None, torch.float32), ("reference", torch.float64)):
+            x, y = (
+                q.to(dtype).to(dtype if name is None else wide),
+                keys if name is None or keys is None else keys.to(wide),
+            )
+            scale = torch.tensor(14.3, dtype=wide, requires_grad=True)
+            with contextlib.nullcontext() if name is None else use_backend(name):
+                out = similarity_lse(x.requires_grad_(), y, scale, columns=keys is not None)
+                row = out[0] if keys is not None else out
+                total = row.sum() + (out[1].sum() if keys is not None else 0)
+                grads.append(torch.autograd.grad(total, scale)[0].double())
+        assert (grads[0] - grads[1]).abs() < 1e-6 * grads[1].abs()
+
+
+def test_a_column_left_out_of_a_tile_keeps_its_sum(backend, large, monkeypatch):
+    chip = hardware.of(features(1, 1).device)
+    monkeypatch.setattr(hardware, "of", lambda device: chip._replace(processors=1))  # several rounds
+    q = features(256, 16, dtype=torch.bfloat16)
+    k = features(64, 16, dtype=torch.bfloat16)
+    q[:128] = -40 * k[:1]  # all far below, and no bound that spares the maximum
+    k[:] = k[:1]
+    k_ids = torch.arange(64) + 1000
+    k_ids[3] = 7
+    for ids in (torch.full((256,), 7), torch.cat((torch.arange(128), torch.full((128,), 7)))):
+        compare(
+            {"q": q, "k": k.requires_grad_(), "q_ids": ids, "k_ids": k_ids}, arbitrary=True, scale=5.0, columns=True
+        )
 
 
 def test_products_of_the_library_for_one_side(backend, by_products):

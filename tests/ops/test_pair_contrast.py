@@ -111,6 +111,37 @@ def test_a_bank_may_change_before_the_backward(backend):
     assert torch.equal(x.grad, expected)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_scale_of_another_type(backend, mode):
+    x, y = torch.randn(2, 9, 4)
+    expected, _, _ = pair_contrast(x, y, torch.tensor(2.5), None, mode, True, False)
+    for dtype in (torch.float64, torch.float16):
+        scale = torch.tensor(2.5, dtype=dtype, requires_grad=True)
+        losses, _, _ = pair_contrast(x, y, scale, None, mode, True, False)
+        losses.sum().backward()
+        assert torch.equal(losses.detach(), expected) and scale.grad.dtype == dtype
+
+
+def test_features_may_change_before_the_backward(backend):
+    x, y = torch.randn(5, 8), torch.randn(5, 8)
+    for mode in MODES:
+        query = x.clone().requires_grad_()
+        key = y.clone()
+        losses, _, _ = pair_contrast(query, key, 2.0, None, mode, True, False)
+        (expected,) = torch.autograd.grad(losses.sum(), query, retain_graph=True)
+        key.zero_()
+        losses.sum().backward()
+        assert torch.equal(query.grad, expected)
+
+
+def test_only_the_key_learns(backend):
+    x, y, bank = torch.randn(5, 8), torch.randn(5, 8, requires_grad=True), torch.randn(9, 8)
+    losses, _, _ = pair_contrast(x, y, 2.0, None, "one_way", False, False, bank)
+    losses.sum().backward()
+    s = torch.cat(((x * y.detach()).sum(1, keepdim=True), x @ bank.T), 1) * 2
+    assert torch.allclose(y.grad, 2 * (s.softmax(1)[:, :1] - 1) * x, atol=1e-5)
+
+
 @pytest.mark.parametrize("sides", [1, 2])
 def test_losses_of_both_backends(backend, sides):
     name = backend.partition("-")[0]

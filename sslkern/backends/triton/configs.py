@@ -28,6 +28,7 @@ class Config(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, "WS": self.specialised}
 
 
+SIDES = (16, 32, 64, 128, 256)  # of tiles; those of weights must divide `library.TILE`
 _forced: dict[str, Config] = {}
 
 
@@ -70,7 +71,9 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
     if name in _forced:
         return _forced[name]
     if not crowded and name in tuned(hardware).get("config", {}):
-        return Config(*tuned(hardware)["config"][name])
+        config = Config(*tuned(hardware)["config"][name])
+        if config.BM in SIDES and config.BN in SIDES:
+            return config
     large, hopper = hardware.large, hardware.architecture == 90
     blackwell = large and not hopper
     if kind == "given":

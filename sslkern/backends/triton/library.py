@@ -5,7 +5,8 @@ over, with the queries for dK. S is computed once for both gradients, 3 passes o
 w is symmetric and a strip begins at its own first row, 1 1/2. The price is to write and to read the weights, and to add
 to dK once for each strip: some 8 bytes for each score in 16 bits.
 
-"library": S is such a product as well, and the kernels read it: 8 bytes more, where they have no matrix units.
+"library": S is such a product as well, and the kernels read it, for 8 bytes more: for fp32 features, for which Triton
+has no matrix units.
 """
 
 from collections.abc import Callable
@@ -24,10 +25,10 @@ VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 def sums_of_products(sums: Callable, q, keys, q_side: Side, k_side: Side, itself: bool, both: bool, best: bool):
     """The log-sum-exps of rows and columns and the largest scores of each, from those that `sums` makes of strips; of q
     with itself all are in those of the rows."""
-    (N, D), M, new = q.shape, keys.shape[0], allocator(q)
+    N, M, new = q.shape[0], keys.shape[0], allocator(q)
     row, top = new(N), new(N) if best else None
     col, col_top = (new(M).fill_(-torch.inf) if wanted else None for wanted in (both, both and best))
-    strips = _strips(N, M, 2 * D, itself)
+    strips = _strips(N, M, 0, itself)
     room = _room(strips, M, row)
     for first, stop, begin in strips:
         x, y, products = q[first:stop], keys[begin:], room[: stop - first, : M - begin]
@@ -53,7 +54,8 @@ def gradients_of_products(
     (N, D), M, new = q.shape, keys.shape[0], allocator(q)
     dq = None if not need_q else new(N, D).zero_() if itself else new(N, D)
     dk = new(M, D).zero_() if need_k and not itself else None
-    strips = _strips(N, M, 2 * D if by_library else 8 * D, itself)
+    added_to = itself or need_k
+    strips = _strips(N, M, (2 * D if by_library else 8 * D) if added_to else 0, itself)
     room = _room(strips, M, q)
     # In fp32 the weights take the place of the products.
     of_products = room if q.dtype == torch.float32 else _room(strips, M, new(0)) if by_library else None
@@ -71,22 +73,19 @@ def gradients_of_products(
     return dq, dk
 
 
-def scaled(q, keys, dq, dk, scale_tensor, scale: float, fold, need_scale: bool) -> tuple[Tensor | None, ...]:
-    """dq and dk in place times the scale and over fold, and dscale [], which is sum_ij w_ij <q_i, k_j>."""
-    factor = 1.0 if fold is None else 1 / fold
-    dscale = None
-    if need_scale:
-        dscale = (torch.mul(q, dq) if dk is None else torch.mul(keys, dk)).sum() * factor
-    factor = factor * scale if scale_tensor is None else factor * scale * scale_tensor
-    return *(None if x is None else x.mul_(factor) for x in (dq, dk)), dscale
+def scaled(dq, dk, scale_tensor, scale: float, fold) -> list[Tensor | None]:
+    """dq and dk times the scale and over fold, in place."""
+    factor = scale if scale_tensor is None else scale * scale_tensor
+    factor = factor if fold is None else factor / fold
+    return [None if x is None else x.mul_(factor) for x in (dq, dk)]
 
 
 def _strips(N: int, M: int, least: int, itself: bool) -> list[tuple[int, int, int]]:
     """(first, stop, begin): rows, evenly cut, and their first column.
 
-    More features need longer strips, `least` rows at least, as a strip costs one addition to the gradient of the keys.
+    least: rows of a strip, where each costs one addition to the gradient of the keys.
     """
-    parts = triton.cdiv(N, max(least, LEAST // M))
+    parts = triton.cdiv(N, max(least, LEAST // M, 1))
     step = triton.cdiv(triton.cdiv(N, parts), TILE) * TILE
     return [(first, min(first + step, N), first if itself else 0) for first in range(0, N, step)]
 
@@ -98,7 +97,7 @@ def _room(strips: list, M: int, like: Tensor) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """out = a @ b, or out + a @ b, summed in fp32; into a tensor that is there, which autocast leaves alone."""
-    if a.dtype == torch.float32 or a.device.type != "cuda" or VERSION < (2, 8):
+    if a.dtype == torch.float32 or a.device.type != "cuda":
         a, b = a.float(), b.float()
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     if not add:

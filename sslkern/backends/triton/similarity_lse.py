@@ -114,12 +114,13 @@ def _forward(
             elif x_norm * tl.load(k_side.norm + y_block) < NEAR:
                 # No maximum is needed, and one exponential for both directions.
                 terms = exp(s)
-                of_rows = tl.sum(terms, 1)
-                new = tl.where(of_rows > 0, tl.maximum(top, 0.0), top)
+                of_rows, of_columns = tl.sum(terms, 1), tl.sum(terms, 0)
+                # A row or column with nothing in this tile keeps what earlier ones gave it.
+                there, here = tl.where(of_rows > 0, 0.0, -INF), tl.where(of_columns > 0, 0.0, -INF)
+                new = tl.maximum(top, there)
                 shift = finite_shift(new)
-                total = total * exp(top - shift) + of_rows * exp(-shift)
+                total = total * exp(top - shift) + of_rows * exp(there - shift)
                 top = new
-                here, of_columns = tl.zeros((BN,), tl.float32), tl.sum(terms, 0)
             else:
                 top, total, _, _ = online_softmax(top, total, s)
                 here, of_columns = _of_columns(s)
@@ -127,7 +128,7 @@ def _forward(
                 place = (p.to(tl.int64) * G + g) * M + j
                 old = tl.load(col + place, mask=(j < M) & (r > 0), other=-INF)
                 shift = finite_shift(tl.maximum(old, here))
-                of_columns = exp(old - shift) + of_columns * exp(finite_shift(here) - shift)
+                of_columns = exp(old - shift) + of_columns * exp(here - shift)
                 tl.store(col + place, shift + tl.log(of_columns), mask=j < M)
                 if col_best is not None:
                     old = tl.load(col_best + place, mask=(j < M) & (r > 0), other=-INF)
@@ -210,7 +211,7 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
         # In fp32 it is products that take the time, and another rounding of exponentials would show.
         if large and both and not best and k_bias is None and q_limit is None and q.dtype != torch.float32:
             x_side, y_side = x_side._replace(norm=longest(x, config.BM)), y_side._replace(norm=longest(y, config.BN))
-        a, b, tma = features(x, y, config, chip)
+        a, b, tma = features(x, y, config, chip) if given is None else (x, y, False)
         _forward[(G * programs, splits)](
             a, b, given, 0 if given is None else given.stride(0), x_side, y_side, scale_tensor, scale,
             row, row_best, col, col_best, G, N, M, programs, rounds, split_blocks * config.BN,
@@ -343,7 +344,7 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
         sides = Side(q_ids, limit=q_limit, lse=row, grad=torch.ones_like(row)), Side(k_ids, bias=k_bias)
         fold = fold_of(q, sides[0].grad)
         problem = scale_tensor, scale, fold, False, same, N * M >= LARGE, chip
-        mean, _ = _by_products(q, k, *sides, *problem, chosen, True, False)
+        mean, *_ = _by_products(q, k, *sides, *problem, chosen, True, False, False)
         return row, mean if fold is None else mean.div_(fold), top
     config = choose("frozen", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
@@ -458,7 +459,8 @@ def _backward(
         else:
             w = y_grad[None, :] * exp(back - y_lse[None, :])
         if dscale is not None:
-            scale_sum += tl.sum(w * dots, 1)
+            # Of x with itself the columns of a strip from N on stand for rows that it does not visit, too.
+            scale_sum += tl.sum(w * dots, 1) * (tl.where(j0 >= N, 2.0, 1.0) if ITSELF else 1.0)
         if dbias is not None:
             bias_sum += tl.sum(other if ITSELF else w, 1)
         if weights is not None:
@@ -504,8 +506,8 @@ def similarity_lse_bwd(
     chosen = strategy(q, N, M, q_limit, itself and k_bias is not None, chip)
     dk = dbias = None
     if chosen != "fused" and not need_bias and (need_q or need_k):
-        dq, dk = _by_products(q, keys, q_side, k_side, *problem, chosen, need_q, need_k)
-        dq, dk, dscale = library.scaled(q, keys, dq, dk, scale_tensor, scale, fold, need_scale)
+        dq, dk, dscale = _by_products(q, keys, q_side, k_side, *problem, chosen, need_q, need_k, need_scale)
+        dq, dk = library.scaled(dq, dk, scale_tensor, scale, fold)
     else:
         config = choose("backward", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
         if itself:
@@ -522,16 +524,22 @@ def similarity_lse_bwd(
 
 
 def _by_products(
-    q, keys, q_side, k_side, scale_tensor, scale, fold, itself, same, large, chip, chosen, need_q, need_k
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Returns dq [N, D] and dk [M, D] without the scale and times fold, None where not needed."""
+    q, keys, q_side, k_side, scale_tensor, scale, fold, itself, same, large, chip, chosen, need_q, need_k, need_scale
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Returns dq [N, D] and dk [M, D] without the scale and times fold, and dscale [], None where not needed."""
     config = choose("weights" if chosen == "shared" else "given", q.dtype, q.shape[-1], chip)
+    if need_scale:  # its sums take registers
+        config = config._replace(BN=min(64, config.BN))
+    dscales = []
 
     def weigh(x, y, x_side, y_side, given, weights) -> None:
         problem = scale_tensor, scale, fold, itself, same, large, chip, config
-        _gradient(x, y, x_side, y_side, *problem, False, False, False, False, given, weights)
+        _, dscale, _ = _gradient(x, y, x_side, y_side, *problem, False, False, need_scale, False, given, weights)
+        dscales.append(dscale)
 
-    return library.gradients_of_products(weigh, q, keys, q_side, k_side, itself, need_q, need_k, chosen == "library")
+    by_library = chosen == "library"
+    dq, dk = library.gradients_of_products(weigh, q, keys, q_side, k_side, itself, need_q, need_k, by_library)
+    return dq, dk, sum(dscales) if need_scale else None
 
 
 def _gradient(
@@ -549,7 +557,7 @@ def _gradient(
     dx = new(splits, G, N, D) if need_x else None
     dscale, dbias = (new(splits, G, N) if need else None for need in (need_scale, need_bias))
     strip = given if weights is None else weights
-    a, b, tma = features(x, y, config, chip)
+    a, b, tma = features(x, y, config, chip) if given is None else (x, y, False)
     _backward[(G * blocks, splits, chunks)](
         a, b, y, given, weights, 0 if strip is None else strip.stride(0), x_side, y_side, scale_tensor, scale, fold,
         dx, dscale, dbias, G, N, M, blocks, split_blocks * config.BN,

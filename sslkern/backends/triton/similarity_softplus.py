@@ -178,18 +178,18 @@ def similarity_softplus_fwd(
     chosen = strategy(q, N, M, q_limit, itself, chip)
     if chosen != "fused" and (need_q or need_k) and not itself and not need_k_bias:
         config = choose("weights" if chosen == "shared" else "given", q.dtype, D, chip)
-        config = config._replace(BN=64)  # a softplus takes more registers than an exponential
+        config = config._replace(BN=min(64, config.BN), specialised=False)  # a softplus takes more registers
         parts = []
 
         def weigh(x, y, x_side, y_side, given, of_pairs) -> None:
-            wanted = True, False, False, need_bias, False
-            row, _, _, dbias, _ = _sums(x, y, x_side, y_side, *problem, config, False, *wanted, given, of_pairs)
-            parts.append((row, dbias))
+            wanted = True, False, need_scale, need_bias, False
+            row, _, dscale, dbias, _ = _sums(x, y, x_side, y_side, *problem, config, False, *wanted, given, of_pairs)
+            parts.append((row, dscale, dbias))
 
         dq, dk = library.gradients_of_products(weigh, q, k, q_side, k_side, False, need_q, need_k, chosen == "library")
-        dq, dk, dscale = library.scaled(q, k, dq, dk, scale_tensor, scale, fold, need_scale)
-        row, dbias = (None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))
-        dscale, dk_bias = None if dscale is None else dscale.view(1, 1), None
+        dq, dk = library.scaled(dq, dk, scale_tensor, scale, fold)
+        row, dscale, dbias = (None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))
+        dk_bias = None
     else:
         config = choose("softplus", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
         wanted = True, need_q, need_scale, need_bias, need_k_bias and itself
@@ -218,7 +218,7 @@ def _sums(
     needs = need_row, need_scale, need_shift, need_bias
     row, dscale, dshift, dbias = (new(splits, G, N) if need else None for need in needs)
     strip = given if weights is None else weights
-    a, b, tma = features(x, y, config, chip)
+    a, b, tma = features(x, y, config, chip) if given is None else (x, y, False)
     _softplus[(G * blocks, splits, chunks)](
         a, b, y, given, weights, 0 if strip is None else strip.stride(0), x_side, y_side, scale_tensor, scale, sign,
         fold, row, dx, dscale, dshift, dbias, G, N, M, blocks, split_blocks * config.BN,

@@ -12,6 +12,7 @@ from .hardware import Hardware, tf32
 from .tuning import tuned
 
 STRATEGIES = ("fused", "shared", "library")
+WIDEST = 2**23  # columns; places within a tile of weights are 32 bits
 LEAST = 2**22  # scores; below, the fused kernels' few launches are all that counts
 
 _forced: list[str] = []
@@ -35,7 +36,7 @@ class use_strategy:
 def strategy(q: Tensor, N: int, M: int, q_limit: Tensor | None, one_sided: bool, chip: Hardware) -> str:
     """Which one the problem takes. Not "library" with limits, on which forward and backward must agree to the bit, and
     where rows and columns of q with itself differ."""
-    if q.ndim == 3:
+    if q.ndim == 3 or M >= WIDEST:
         return "fused"
     name = _forced[-1] if _forced else _rule(q, N, M, chip)
     return "shared" if name == "library" and (q_limit is not None or one_sided) else name

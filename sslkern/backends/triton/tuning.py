@@ -74,15 +74,16 @@ def tune(rows: int, D: int, device, deadline: float) -> None:
     write(chip, found)
     kinds = {"fused": ("backward", "forward"), "shared": ("weights", "forward"), "library": ()}[best]
     for kind in kinds:
-        found["config"].pop(f"{kind} {name}", None)
+        before = found["config"].pop(f"{kind} {name}", None)
         write(chip, found)
         default = configs.choose(kind, bfloat16, D, chip)
         near = configs.candidates(kind, D, default, chip)
         contenders = {config: configs.force(f"{kind} {name}", config) for config in near}
         with use_strategy(best):
             config = _fastest(f"D = {D}, {kind}", step, contenders, device, deadline)
-        if config not in (None, default):
-            found["config"][f"{kind} {name}"] = list(config)
+        best_tiles = before if config is None else None if config == default else list(config)
+        if best_tiles:
+            found["config"][f"{kind} {name}"] = best_tiles
             write(chip, found)
 
 
@@ -114,7 +115,10 @@ def _short(name) -> str:
 
 
 def _two_way(rows: int, D: int, device):
-    """Forward and backward of a two-way loss, as a function that returns log-sum-exps and gradients."""
+    """Forward and backward of a two-way loss, as a function that returns log-sum-exps and gradients.
+
+    Beside it, of fewer rows, what the same tiles serve as well: a triangle, ids, one direction with its best scores.
+    """
     import torch
 
     import sslkern
@@ -122,9 +126,16 @@ def _two_way(rows: int, D: int, device):
     q, k = (torch.nn.functional.normalize(torch.randn(rows, D, device=device), dim=1) for _ in range(2))
     q, k = (x.bfloat16().requires_grad_() for x in (q, k))
 
+    few, ids = 4096, torch.arange(rows, device=device) // 2
+    some, others = q[:few].detach().requires_grad_(), k[:few].detach().requires_grad_()
+
     def step():
         row, col = sslkern.ops.similarity_lse(q, k, 10.0, columns=True)
-        return row.detach(), col.detach(), *torch.autograd.grad(row.sum() + col.sum(), (q, k))
+        of_itself = sslkern.ops.similarity_lse(some, scale=10.0, q_ids=ids[:few])
+        one_way, best = sslkern.ops.similarity_lse(some, others, 10.0, q_ids=ids[:few], k_ids=ids[:few], best=True)
+        total = row.sum() + col.sum() + of_itself.sum() + one_way.sum()
+        results = row, col, of_itself, one_way, best
+        return *(x.detach() for x in results), *torch.autograd.grad(total, (q, k, some, others))
 
     return step
 
