@@ -147,7 +147,7 @@ def test_products_of_the_library_in_a_narrow_cone(backend, by_products, dtype):
         assert (grads[0] - grads[1]).abs() < 1e-6 * grads[1].abs()
 
 
-def test_a_column_left_out_of_a_tile_keeps_its_sum(backend, large, monkeypatch):
+def test_what_a_tile_leaves_out_keeps_its_earlier_sum(backend, large, monkeypatch):
     chip = hardware.of(features(1, 1).device)
     monkeypatch.setattr(hardware, "of", lambda device: chip._replace(processors=1))  # several rounds
     q = features(256, 16, dtype=torch.bfloat16)
@@ -157,9 +157,10 @@ def test_a_column_left_out_of_a_tile_keeps_its_sum(backend, large, monkeypatch):
     k_ids = torch.arange(64) + 1000
     k_ids[3] = 7
     for ids in (torch.full((256,), 7), torch.cat((torch.arange(128), torch.full((128,), 7)))):
-        compare(
-            {"q": q, "k": k.requires_grad_(), "q_ids": ids, "k_ids": k_ids}, arbitrary=True, scale=5.0, columns=True
-        )
+        sides = {"q": q, "k": k.requires_grad_(), "q_ids": ids, "k_ids": k_ids}
+        turned = {"q": k, "k": q, "q_ids": k_ids, "k_ids": ids}
+        for tensors in (sides, turned):
+            compare(tensors, arbitrary=True, scale=5.0, columns=True)
 
 
 def test_products_of_the_library_for_one_side(backend, by_products):
