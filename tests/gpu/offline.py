@@ -208,6 +208,14 @@ def pairs(f, new):
     f.unit_pairs_bwd(new.features(8192), new.floats(8192), half, wide, wide, True, True)
 
 
+@case("pair_losses")
+def losses(f, new):
+    row, cosine, scale = new.floats(8192), new.floats(8192), new.floats()
+    for first, second in ((row, row), (row, None), (new.floats(16384), None)):
+        _, _, gap = f.pair_losses_fwd(first, second, cosine, scale, 1.0)
+        f.pair_losses_bwd(gap, scale.expand_as(gap), scale, 1.0)
+
+
 SPECIALISED = ("nt_xent", "two_way", "one_way")  # whose kernels tuning may give warps of their own for loads
 
 
