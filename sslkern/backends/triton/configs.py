@@ -77,7 +77,7 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
     large, hopper = hardware.large, hardware.architecture == 90
     blackwell = large and not hopper
     if kind == "given":
-        return Config(32, 64, 16, 16, 4, 1)
+        return Config(32, 32, 16, 16, 4, 1)
     full = dtype == torch.float32 and not tf32(dtype)  # no matrix units
     if kind == "topk":
         return Config(64, 64, min(width, 16 if dtype == torch.float32 else 64), 64, 8 if full else 4, 2)
@@ -89,7 +89,7 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
     stages = 3 if large else 2
     if kind == "weights" or kind == "forward" and width > 128 and not crowded:
         # Tiles of both sides come from the second-level cache: 64 flop a byte, where 128 x 64 would have 43.
-        return Config(128, 64 if kind == "weights" and not hopper else 128, 64, 64, 8, stages)
+        return Config(128, 64 if blackwell or kind == "weights" and not hopper else 128, 64, 64, 8, stages)
     if kind == "forward":
         BD = width if width <= 128 else 64
         if not large:
