@@ -323,7 +323,8 @@ def compile_job(job: Job) -> list[dict]:
                 call(module, Inputs(DTYPES[job.dtype], job.D))
                 if job.case in SPECIALISED and job.arch >= 100 and job.dtype == "bf16":
                     for kind in ("forward", "backward", "weights"):
-                        config = configs.choose(kind, torch.bfloat16, job.D, chip)._replace(specialised=True)
+                        near = configs.candidates(kind, job.D, configs.choose(kind, torch.bfloat16, job.D, chip), chip)
+                        config = next((config for config in near if config.specialised), near[0])
                         tiles = f"{kind} {strategies.key(torch.bfloat16, job.D)}"
                         stack.enter_context(configs.force(tiles, config))
                     call(module, Inputs(DTYPES[job.dtype], job.D))

@@ -48,7 +48,7 @@ class force:
 def candidates(kind: str, D: int, default: Config, hardware: Hardware) -> list[Config]:
     """The default and what may be faster, the likeliest first."""
     near = [default]
-    if hardware.large and hardware.architecture != 90:
+    if hardware.large and hardware.architecture != 90 and not (kind == "backward" and default.DV > 128):
         near += [default._replace(specialised=True), default._replace(specialised=True, BN=2 * default.BN)]
     if kind in ("forward", "weights") and D > 128:
         near.append(default._replace(BN=256))
@@ -89,7 +89,8 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
     stages = 3 if large else 2
     if kind == "weights" or kind == "forward" and width > 128 and not crowded:
         # Tiles of both sides come from the second-level cache: 64 flop a byte, where 128 x 64 would have 43.
-        return Config(128, 64 if blackwell or kind == "weights" and not hopper else 128, 64, 64, 8, stages)
+        few = blackwell or kind == "weights" and (crowded or not hopper)
+        return Config(128, 64 if few else 128, 64, 64, 8, stages)
     if kind == "forward":
         BD = width if width <= 128 else 64
         if not large:
@@ -103,7 +104,7 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
         if crowded and blackwell:
             return Config(64, 32, width, width, 8, 2)
         few = crowded or blackwell or kind != "backward"
-        return Config(128, 32 if few else 64, width, width, 8, stages)
+        return Config(128, 32 if few else 64, width, width, 8, 2 if blackwell and kind == "backward" else stages)
     if width == 256 and kind != "softplus":
         return Config(128 if large else 64, 32, 256, 256, 8, stages)
     # Of 512 at a time the accumulators would leave too few registers: ptxas then waits for each product.

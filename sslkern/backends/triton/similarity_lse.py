@@ -527,7 +527,8 @@ def _by_products(
     q, keys, q_side, k_side, scale_tensor, scale, fold, itself, same, large, chip, chosen, need_q, need_k, need_scale
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns dq [N, D] and dk [M, D] without the scale and times fold, and dscale [], None where not needed."""
-    config = choose("weights" if chosen == "shared" else "given", q.dtype, q.shape[-1], chip)
+    crowd = crowded(q, keys, k_side.bias, q_side.limit, chip)
+    config = choose("weights" if chosen == "shared" else "given", q.dtype, q.shape[-1], chip, crowd)
     if need_scale:  # its sums take registers
         config = config._replace(BN=min(64, config.BN))
     dscales = []

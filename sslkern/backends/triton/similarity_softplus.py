@@ -178,7 +178,8 @@ def similarity_softplus_fwd(
     chosen = strategy(q, N, M, q_limit, itself, chip)
     if chosen != "fused" and (need_q or need_k) and not itself and not need_k_bias:
         config = choose("weights" if chosen == "shared" else "given", q.dtype, D, chip)
-        config = config._replace(BN=min(64, config.BN), specialised=False)  # a softplus takes more registers
+        # A softplus takes more registers than an exponential.
+        config = config._replace(BN=min(64 if chip.large else 32, config.BN), specialised=False)
         parts = []
 
         def weigh(x, y, x_side, y_side, given, of_pairs) -> None:
