@@ -298,8 +298,9 @@ def _prepare() -> None:
     JITFunction.run = compile_only
 
 
-def compile_job(job: Job) -> list[dict]:
-    """A row for each kernel that the job launches, or one with an `error`."""
+def compile_job(job: Job, every: bool) -> list[dict]:
+    """A row for each kernel that the job launches, or one with an `error`. every: bf16, by which tuning decides, also
+    in the ways that the rule does not take."""
     _prepare()
     import torch
     from triton.runtime import driver
@@ -315,13 +316,12 @@ def compile_job(job: Job) -> list[dict]:
     error = None
     try:
         module = importlib.import_module(f"sslkern.backends.triton.{job.primitive}")
-        # As the rule has it; bf16, by which tuning decides, also in the other ways.
-        for name in ("rule", *strategies.STRATEGIES)[: 4 if job.dtype == "bf16" else 1]:
+        for name in ("rule", *strategies.STRATEGIES) if every and job.dtype == "bf16" else ("rule",):
             with contextlib.ExitStack() as stack:
                 if name != "rule":
                     stack.enter_context(strategies.use_strategy(name))
                 call(module, Inputs(DTYPES[job.dtype], job.D))
-                if job.case in SPECIALISED and job.arch >= 100 and job.dtype == "bf16":
+                if every and job.case in SPECIALISED and job.arch >= 100 and job.dtype == "bf16":
                     for kind in ("forward", "backward", "weights"):
                         near = configs.candidates(kind, job.D, configs.choose(kind, torch.bfloat16, job.D, chip), chip)
                         config = next((config for config in near if config.specialised), near[0])
@@ -335,12 +335,12 @@ def compile_job(job: Job) -> list[dict]:
     return rows + ([job._asdict() | {"kernel": "?", "error": error}] if error else [])
 
 
-def compile_all(todo: list[Job], processes: int = 2) -> Iterable[dict]:
+def compile_all(todo: list[Job], processes: int = 2, every: bool = False) -> Iterable[dict]:
     """Rows as they come, each kernel of an architecture once."""
     # Neighbours share kernels and the time to read them; fresh processes know nothing of this one's driver.
     seen = set()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for rows in pool.map(compile_job, todo):
+        for rows in pool.map(functools.partial(compile_job, every=every), todo):
             for row in rows:
                 if "error" in row or row["hash"] not in seen:
                     seen.add(row.get("hash"))
@@ -507,7 +507,7 @@ def main() -> int:
     else:
         todo = jobs(options.only, options.dtype or ["bf16"], options.d or [128, 512], options.arch or CHIPS)
     rows = []
-    for row in compile_all(todo, options.processes):
+    for row in compile_all(todo, options.processes, options.all):
         rows.append(row)
         if "error" in row:
             print(row["error"], file=sys.stderr)

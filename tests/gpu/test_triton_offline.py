@@ -41,5 +41,9 @@ def test_no_kernel_spills_or_misses_the_matrix_units(rows):
 def test_the_table_is_of_these_kernels(rows):
     table = json.loads((offline.RESULTS / "triton.json").read_text())["kernels"]
     assert not bad(table)
-    names = {(row["arch"], row["primitive"], row["kernel"]) for row in table}
-    assert {(row["arch"], row["primitive"], row["kernel"]) for row in rows} <= names, "`make triton-offline` renews it"
+
+    def names(rows):
+        shared = ("_extent", "_longest")  # of tiles.py, which are listed where they are met first
+        return {(row["arch"], row["primitive"], row["kernel"]) for row in rows if row["kernel"] not in shared}
+
+    assert names(rows) <= names(table), "`make triton-offline` renews it"

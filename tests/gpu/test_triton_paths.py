@@ -212,7 +212,7 @@ def test_tuning_keeps_what_it_found(backend, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(configs, "candidates", lambda kind, D, default, chip: [default, default._replace(BN=16)])
     tuning.tuned.cache_clear()
     tuning.write(chip, {"strategy": {"bfloat16 2048": "library"}, "config": {}})
-    tuning.main(["--rows", "100", "--features", "16"])
+    tuning.main(["--rows", "40", "--features", "16"])
     found = tuning.tuned(chip)["strategy"]
     assert found["bfloat16 2048"] == "library" and found["bfloat16 16"] in strategies.STRATEGIES
     said = capsys.readouterr().out

@@ -157,8 +157,7 @@ def test_nothing_left_has_exactly_zero_gradient(backend, upstream, frozen):
     assert (q.grad == 0).all() and scale.grad == 0 and (frozen or (k.grad == 0).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [33, 128, 300])
+@pytest.mark.parametrize("D, dtype", [(33, torch.float32), (300, torch.bfloat16)])
 def test_limits_that_equal_a_score_leave_it_in_forward_and_backward(backend, D, dtype):
     q, k = features(70, D, dtype=dtype).requires_grad_(), features(90, D, dtype=dtype).requires_grad_()
     results = []

@@ -66,7 +66,7 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
     what is made of products "given" there. crowded: what else a tile needs takes registers, too."""
     width = max(16, triton.next_power_of_2(D))
     if INTERPRETED:  # a step costs the same whatever its size
-        return Config(64, 32, min(width, 128), min(width, 256 if width > 128 else 128), 4, 1)
+        return Config(64, 64, min(width, 128), min(width, 256 if width > 128 else 128), 4, 1)
     name = f"{kind} {key(dtype, D)}"
     if name in _forced:
         return _forced[name]

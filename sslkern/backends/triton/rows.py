@@ -9,7 +9,7 @@ from . import INTERPRETED
 
 EPS = tl.constexpr(_EPS)
 # In a tile: each of 128 threads has two loads of 16 bytes under way. In the interpreter a step costs the same for all.
-NUMBERS = 8192 if INTERPRETED else 2048
+NUMBERS = 32768 if INTERPRETED else 2048
 
 
 def tile(D: int) -> dict:
