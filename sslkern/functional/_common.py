@@ -146,18 +146,9 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40)
 
 
-def contrast(
-    x: Tensor,
-    y: Tensor,
-    scale: float | Tensor,
-    ids: Tensor | None,
-    mode: str,
-    normalize: bool,
-    best: bool,
-    bank: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses, positives and best negatives of `pair_contrast`; where the compiler does better, or torch.func is at
-    work, from its formulas."""
+def contrast(x, y, scale, ids, mode, normalize, best, bank=None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses, positives and best negatives of `pair_contrast`, whose arguments these are; where the compiler does
+    better, or torch.func is at work, from its formulas."""
     rows = 2 * x.shape[0] if mode == "views" else x.shape[0]
     traced = torch.compiler.is_compiling() and small(x, rows, rows if bank is None else bank.shape[0])
     if not transformed() and not traced:
@@ -166,7 +157,8 @@ def contrast(
     frozen = mode == "one_way" and not y.requires_grad
     if traced and not frozen and ids is None and bank is None and N > 1:
         return _few_pairs(*((unit(x), unit(y)) if normalize else (x, y)), scale, mode, best)
-    ids = torch.arange(N, device=x.device) if ids is None else ids
+    if ids is None and bank is None:
+        ids = torch.arange(N, device=x.device)
     x, y = (unit(x), unit(y)) if normalize else (x, y)
     positive = dots(x, y) * scale
     # Equal ids leave the positive out of its row: softplus(negatives - positive) keeps its relative accuracy when the

@@ -1,11 +1,9 @@
 """What only large problems, or chips with more to offer, make the Triton backend do: here on small ones."""
 
-import contextlib
-
 import pytest
 import torch
 
-from sslkern import use_backend
+from sslkern import functional, use_backend
 from sslkern.backends import triton as triton_backend
 from sslkern.ops import similarity_lse, similarity_softplus
 
@@ -130,21 +128,19 @@ def test_products_of_the_library(backend, by_products, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_products_of_the_library_in_a_narrow_cone(backend, by_products, dtype):
     # Weights are nearly equal, and so are the errors of their rounding: the gradient of the scale must not feel them.
-    q, k = (torch.nn.functional.normalize(torch.randn(24) + 0.1 * torch.randn(300, 24), dim=1) for _ in range(2))
-    for keys in (k.to(dtype), None):
-        grads = []
-        for name, wide in ((None, torch.float32), ("reference", torch.float64)):
-            x, y = (
-                q.to(dtype).to(dtype if name is None else wide),
-                keys if name is None or keys is None else keys.to(wide),
-            )
-            scale = torch.tensor(14.3, dtype=wide, requires_grad=True)
-            with contextlib.nullcontext() if name is None else use_backend(name):
-                out = similarity_lse(x.requires_grad_(), y, scale, columns=keys is not None)
-                row = out[0] if keys is not None else out
-                total = row.sum() + (out[1].sum() if keys is not None else 0)
-                grads.append(torch.autograd.grad(total, scale)[0].double())
-        assert (grads[0] - grads[1]).abs() < 1e-6 * grads[1].abs()
+    centre = torch.randn(24)
+    q, k = (torch.nn.functional.normalize(centre + 0.1 * torch.randn(300, 24), dim=1).to(dtype) for _ in range(2))
+
+    def dscale(x, y, wide):
+        scale = torch.tensor(14.3, dtype=wide, requires_grad=True)
+        out = similarity_lse(x.clone().requires_grad_(), y, scale, columns=y is not None)
+        total = out.sum() if y is None else out[0].sum() + out[1].sum()
+        return torch.autograd.grad(total, scale)[0].double()
+
+    for keys in (k, None):
+        with use_backend("reference"):
+            exact = dscale(q.double(), None if keys is None else keys.double(), torch.float64)
+        assert (dscale(q, keys, torch.float32) - exact).abs() < 1e-6 * exact.abs()
 
 
 def test_what_a_tile_leaves_out_keeps_its_earlier_sum(backend, large, monkeypatch):
@@ -228,3 +224,46 @@ def test_candidates_are_other_tiles():
         assert any(config.specialised for config in near) == (architecture == 100)
     with pytest.raises(ValueError, match="strategy must be one of fused, shared, library"):
         strategies.use_strategy("fast")
+
+
+@pytest.mark.skipif(not triton_backend.INTERPRETED, reason="counts the interpreter's launches")
+@pytest.mark.parametrize("name, most", [("nt_xent", 9), ("clip", 17), ("moco", 10), ("siglip", 41)])
+def test_few_launches(backend, monkeypatch, name, most):
+    """Of kernels and of what torch computes between them, forward and backward, in a second step."""
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+    from triton.runtime.interpreter import GridExecutor
+
+    launches, execute = [], GridExecutor.__call__
+    views = "view _unsafe_view t detach expand slice select squeeze unsqueeze permute split as_strided alias".split()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            namespace, _, called = op._schema.name.partition("::")
+            if namespace == "sslkern":
+                with self:  # what it computes counts
+                    return op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
+            if called not in views and "empty" not in called:
+                launches.append(called)
+            return op(*args, **(kwargs or {}))
+
+    def call(self, *args, **kwargs):
+        launches.append(self.fn.__name__)
+        with _disable_current_modes():
+            return execute(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", call)
+    torch.use_deterministic_algorithms(False)  # it fills fresh memory
+    x, y = (features(256, 128, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    scale, bias = (torch.tensor(value, requires_grad=True) for value in (10.0, -10.0))
+    queue = features(4096, 128, dtype=torch.bfloat16)
+    loss, learned = {
+        "nt_xent": (lambda: functional.nt_xent(x, y, 0.1), (x, y)),
+        "clip": (lambda: functional.clip(x, y, scale), (x, y, scale)),
+        "moco": (lambda: functional.moco(x, y.detach(), queue), (x,)),
+        "siglip": (lambda: functional.siglip(x, y, scale, bias), (x, y, scale, bias)),
+    }[name]
+    for _ in range(2):
+        launches.clear()
+        with Count():
+            torch.autograd.grad(loss(), learned)
+    assert 5 < len(launches) <= most, launches

@@ -5,8 +5,8 @@ over, with the queries for dK. S is computed once for both gradients, 3 passes o
 w is symmetric and a strip begins at its own first row, 1 1/2. The price is to write and to read the weights, and to add
 to dK once for each strip: some 8 bytes for each score in 16 bits.
 
-"library": S is such a product as well, and the kernels read it, for 8 bytes more: for fp32 features, for which Triton
-has no matrix units.
+"library": S is such a product as well, and the kernels read it, for 8 bytes more: for features in true fp32, where no
+matrix units help a kernel.
 """
 
 from collections.abc import Callable

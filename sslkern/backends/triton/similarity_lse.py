@@ -342,7 +342,7 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
     if chosen != "fused":  # as a forward and a backward, for which S is there once more
         row, _, top, _ = similarity_lse_fwd(*problem, False, best, 0)
         sides = Side(q_ids, limit=q_limit, lse=row, grad=torch.ones_like(row)), Side(k_ids, bias=k_bias)
-        fold = fold_of(q, sides[0].grad)
+        fold = fold_of(q, [sides[0].grad])
         problem = scale_tensor, scale, fold, False, same, N * M >= LARGE, chip
         mean, *_ = _by_products(q, k, *sides, *problem, chosen, True, False, False)
         return row, mean if fold is None else mean.div_(fold), top
@@ -499,9 +499,8 @@ def similarity_lse_bwd(
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, lse=row, grad=g)
     else:
         q_side, k_side = Side(q_ids, limit=q_limit, lse=row, grad=g), Side(k_ids, bias=k_bias, lse=col, grad=h)
-    fold = None
-    if q.dtype == torch.float16:  # of a row with nothing left the gradient is 0, whatever arrived
-        fold = fold_of(q, *(g.masked_fill(lse == -torch.inf, 0) for lse, g in ((row, g), (col, h)) if g is not None))
+    # Of a row with nothing left the gradient is 0, whatever arrived.
+    fold = fold_of(q, (g.masked_fill(lse == -torch.inf, 0) for lse, g in ((row, g), (col, h)) if g is not None))
     problem = scale_tensor, scale, fold, itself, same, N * M >= LARGE, chip
     chosen = strategy(q, N, M, q_limit, itself and k_bias is not None, chip)
     dk = dbias = None

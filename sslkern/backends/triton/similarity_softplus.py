@@ -167,7 +167,7 @@ def similarity_softplus_fwd(
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
     bias, weights = (None if x is None else x.contiguous() for x in (bias, weights))
     itself, keys, groups, chip = k is None, q if k is None else k, q.shape[:-2], hardware.of(q.device)
-    fold = fold_of(q, weights, weights)  # of q with itself two weights add up
+    fold = fold_of(q, (weights, weights))  # of q with itself two weights add up
     if itself:  # a row is a column, too
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, shift=bias, weight=weights)
     else:

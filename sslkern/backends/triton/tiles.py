@@ -4,6 +4,7 @@ A tile has BM rows i of one side x and BN columns j of the other, y. In the forw
 the side whose gradient a program owns is x.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -247,7 +248,7 @@ def longest(x: torch.Tensor, block: int) -> torch.Tensor:
     return out
 
 
-def fold_of(q: torch.Tensor, *weights: torch.Tensor | None) -> torch.Tensor | None:
+def fold_of(q: torch.Tensor, weights: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
     """What weights of pairs are multiplied by on their way through fp16, where those of large batches would vanish: it
     brings the largest that a sum of `weights` (None: 1), one of each, can be to 2^14. None of other types."""
     if q.dtype != torch.float16:
