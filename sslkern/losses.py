@@ -1,7 +1,8 @@
 """The losses as modules: `NTXentLoss(temperature=0.1)(z0, z1)` is `functional.nt_xent(z0, z1, temperature=0.1)`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from . import functional
 from .functional._common import check_number, check_options, scale_of, unit
 from .functional.deep_infomax import check_estimator
+from .functional.matryoshka import checked_prefixes, loss_of_prefixes
 from .functional.nce import FORMS, cmc_and_log_z, cmc_pairs, nce_and_log_z
 from .memory import FeatureQueue, MemoryBank
 
@@ -445,14 +447,20 @@ class MatryoshkaLoss(nn.Module):
     """
 
     def __init__(
-        self, loss: nn.Module, dims: Sequence[int], weights: Sequence[float] | None = None, normalize: bool = True
+        self,
+        loss: Callable[..., Any],
+        dims: Sequence[int],
+        weights: Sequence[float] | None = None,
+        normalize: bool = True,
     ):
         super().__init__()
-        self.loss, self.dims = loss, tuple(dims)
-        self._of_prefixes = functional.matryoshka(loss, dims, weights, normalize)
+        self.dims, self.weights = checked_prefixes(loss, dims, weights)
+        self.loss, self.normalize = loss, normalize
+        if isinstance(loss, nn.Module) and any(isinstance(m, (FeatureQueue, MemoryBank)) for m in loss.modules()):
+            raise TypeError("loss must not keep features of its own, which are not cut; give them to it as an argument")
 
-    def forward(self, *features: Tensor, **options) -> Tensor:
-        return self._of_prefixes(*features, **options)
+    def forward(self, *features: Tensor | Sequence[Tensor], **options) -> Tensor | tuple[Tensor, Tensor]:
+        return loss_of_prefixes(self.loss, self.dims, self.weights, self.normalize, *features, **options)
 
     def extra_repr(self) -> str:
         return f"dims={self.dims}"

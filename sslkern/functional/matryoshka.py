@@ -1,10 +1,16 @@
 """Matryoshka: Kusupati et al., "Matryoshka Representation Learning", 2022."""
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ._common import unit
+from ._common import describe, unit
 
 
 def matryoshka(
@@ -17,42 +23,85 @@ def matryoshka(
     Which pairs are positives and negatives is up to `loss_fn`.
 
     Args:
-        loss_fn: any loss of this package or one like it, function or module, that returns a tensor. Of its arguments,
-            by position or name, all floating-point tensors [.., D] with two or more dimensions are cut; others, such as
-            labels, weights of samples and scales, go on as they are. Not a loss with features of its own (`MoCoLoss`).
+        loss_fn: any loss of this package or one like it, function or module. Of its arguments, by position or name, all
+            floating-point tensors [.., D] with two or more dimensions are cut, also those in tuples, lists and
+            mappings; D is that of the first. Others, such as labels, weights of samples, scales and the features of a
+            `guide`, go on as they are. Not a loss with features of its own (`MoCoLoss`).
         dims: the prefix lengths, each from 1 to D.
         weights: a number for each of dims. Default: all 1.
         normalize: divide the rows of each prefix by their norm.
 
     Returns:
-        A function of the arguments of `loss_fn`.
+        A function of the arguments of `loss_fn`, which can be pickled and copied if `loss_fn` can. Where `loss_fn`
+        returns more than the loss (`stats=True`), the rest is stacked: a share [M] for the M prefixes.
 
     Raises:
-        ValueError: dims or weights do not fit, at once; or, when called, an argument has fewer features.
+        ValueError, TypeError: an argument does not fit, at once; or, when called, there are fewer features.
 
     Example:
         >>> loss_fn = sslkern.functional.matryoshka(sslkern.functional.nt_xent, dims=[16, 32, 64])
         >>> loss = loss_fn(torch.randn(32, 64), torch.randn(32, 64), temperature=0.1)
     """
-    dims = tuple(dims)
-    if not dims or not all(isinstance(d, int) and d > 0 for d in dims):
-        raise ValueError(f"dims must be positive integers, at least one, not {list(dims)}")
-    weights = (1.0,) * len(dims) if weights is None else tuple(weights)
-    if len(weights) != len(dims):
-        raise ValueError(f"weights must have a number for each of the {len(dims)} dims, not {len(weights)}")
+    dims, weights = checked_prefixes(loss_fn, dims, weights)
+    return functools.partial(loss_of_prefixes, loss_fn, dims, weights, normalize)
 
-    def prefix(x, d: int):
-        if not isinstance(x, Tensor) or x.ndim < 2 or not x.dtype.is_floating_point:
-            return x
-        if x.shape[-1] < d:
-            raise ValueError(f"dims must not exceed the number of features, {x.shape[-1]}, but has {d}")
+
+def checked_prefixes(loss_fn, dims, weights) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a loss, a function or a module, not {describe(loss_fn)}")
+    given = tuple(dims) if isinstance(dims, Iterable) and not isinstance(dims, str) else ()
+    if not given or any(isinstance(d, bool) or not hasattr(d, "__index__") or d < 1 for d in given):
+        raise ValueError(f"dims must be positive integers, at least one, not {list(given) or describe(dims)}")
+    if weights is None:
+        return tuple(map(operator.index, given)), (1.0,) * len(given)
+    if isinstance(weights, Tensor):
+        weights = weights.tolist()
+    factors = tuple(weights) if isinstance(weights, Iterable) and not isinstance(weights, str) else ()
+    if len(factors) != len(given) or not all(isinstance(w, Real) and math.isfinite(w) for w in factors):
+        raise ValueError(f"weights must have a finite number for each of the {len(given)} dims, not {weights!r}")
+    return tuple(map(operator.index, given)), tuple(map(float, factors))
+
+
+def loss_of_prefixes(loss_fn, dims, weights, normalize, /, *features, **options):
+    arguments = {"features": features, "options": options}
+    D = _width(arguments)
+    if D is not None and max(dims) > D:
+        raise ValueError(f"dims must not exceed the number of features, {D}, but has {max(dims)}")
+    parts = []
+    for d in dims:
+        cut = _prefix(arguments, d, D, normalize)
+        parts.append(loss_fn(*cut["features"], **cut["options"]))
+    losses, *others = zip(*(part if isinstance(part, tuple) else (part,) for part in parts), strict=True)
+    total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+    return (total, *map(torch.stack, others)) if isinstance(parts[0], tuple) else total
+
+
+def _is_features(x) -> bool:
+    return isinstance(x, Tensor) and x.ndim >= 2 and x.dtype.is_floating_point
+
+
+def _width(x: Any) -> int | None:
+    """The number of features of the first tensor that has any."""
+    if _is_features(x):
+        return x.shape[-1]
+    for one in _items(x):
+        if (width := _width(one)) is not None:
+            return width
+    return None
+
+
+def _items(x):
+    if isinstance(x, Mapping):
+        return [one for name, one in x.items() if name != "guide"]
+    return x if isinstance(x, (tuple, list)) else ()
+
+
+def _prefix(x: Any, d: int, D: int | None, normalize: bool) -> Any:
+    """x with the first d of D features of each tensor; of another model's, the guide's, all."""
+    if _is_features(x) and x.shape[-1] == D:
         return unit(x[..., :d]) if normalize else x[..., :d]
-
-    def loss_of_prefixes(*features, **options) -> Tensor:
-        total = 0
-        for d, weight in zip(dims, weights, strict=True):
-            cut = {name: prefix(x, d) for name, x in options.items()}
-            total = total + weight * loss_fn(*(prefix(x, d) for x in features), **cut)
-        return total
-
-    return loss_of_prefixes
+    if isinstance(x, Mapping):
+        return {name: one if name == "guide" else _prefix(one, d, D, normalize) for name, one in x.items()}
+    if isinstance(x, (tuple, list)):
+        return [_prefix(one, d, D, normalize) for one in x]
+    return x

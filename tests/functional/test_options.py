@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import sslkern
-from sslkern.functional import clip, info_nce, matryoshka, moco_v3, nt_xent, nt_xent_multi_view, sup_con
+from sslkern.functional import clip, info_nce, matryoshka, mnrl, moco_v3, nt_xent, nt_xent_multi_view, sup_con
 
 from .agreement import agrees_exactly, agrees_on_kernels, compiles, none, product, refuses, unit
 
@@ -163,8 +163,35 @@ def test_matryoshka(backend):
     assert torch.allclose(plain, nt_xent(z0[:, :3], z1[:, :3], normalize=False))
 
 
+def test_matryoshka_cuts_what_is_nested(backend):
+    """Features in lists, tuples and mappings; those of a guide stay whole."""
+    views, loss = (
+        torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(0)),
+        matryoshka(nt_xent_multi_view, [4, 16]),
+    )
+    by_hand = sum(nt_xent_multi_view(F.normalize(views[..., :d], dim=-1)) for d in (4, 16))
+    assert torch.allclose(by_hand, torch.tensor(6.507716), atol=1e-5)
+    for nested in (views, list(views), tuple(views)):
+        assert torch.allclose(loss(nested), by_hand) and torch.allclose(loss(views=nested), by_hand)
+    of_mapping = matryoshka(lambda pair: nt_xent(pair["a"], *pair["rest"]), [4, 16])
+    by_hand = sum(nt_xent(*F.normalize(views[:2, :, :d], dim=-1)) for d in (4, 16))
+    assert torch.allclose(of_mapping({"a": views[0], "rest": (views[1],)}), by_hand)
+
+    (anchor, positive, *hard), other = views.unbind(), torch.randn(3, 6, 16)
+    hard.append(hard[0].flip(0))
+    for guide in (None, (*other[:2], list(other[1:].flip(2))), (*other[:2, :, :3], other[:2, :, :3].transpose(0, 1))):
+        got, shares = matryoshka(mnrl, [4, 16])(anchor, positive, hard, guide=guide, stats=True)
+        each = [
+            mnrl(anchor[:, :d], positive[:, :d], [x[:, :d] for x in hard], guide=guide, stats=True) for d in (4, 16)
+        ]
+        assert torch.allclose(got, sum(loss for loss, _ in each))
+        assert torch.equal(shares, torch.stack([share for _, share in each]))
+
+
 def test_matryoshka_compiles(backend):
     compiles(matryoshka(nt_xent, [3, 8]), torch.randn(6, 8), torch.randn(6, 8))
+    compiles(lambda a, b: matryoshka(nt_xent_multi_view, [3, 8])([a, b]), torch.randn(6, 8), torch.randn(6, 8))
+    compiles(sslkern.MatryoshkaLoss(sslkern.NTXentLoss(), [3, 8]), torch.randn(6, 8), torch.randn(6, 8))
 
 
 def test_gradcheck():
@@ -208,6 +235,10 @@ def test_bad_arguments_are_named():
                 ("label_smoothing must", (z, z), {"label_smoothing": "0.1"}),
             ],
         )
-    refuses(matryoshka, [("dims must", (nt_xent, []), {}), ("dims must", (nt_xent, [0]), {})])
-    refuses(matryoshka, [("weights must", (nt_xent, [2, 3], [1.0]), {})])
+    for of in (matryoshka, sslkern.MatryoshkaLoss):
+        refuses(of, [("dims must", (nt_xent, dims), {}) for dims in (None, 3, "3", [], [0], [2.0], [True], [None])])
+        weights = (1.0, [1.0], [1.0, None], [1.0, math.nan], "12", torch.ones(3))
+        refuses(of, [("weights must", (nt_xent, [2, 3], w), {}) for w in weights])
+        refuses(of, [("loss_fn must", (None, [2]), {})])
+    refuses(sslkern.MatryoshkaLoss, [("loss must not", (sslkern.MoCoLoss(3, 8), [2]), {})])
     refuses(matryoshka(nt_xent, [4]), [("dims must not exceed", (z, z), {})])
