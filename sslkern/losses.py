@@ -126,11 +126,13 @@ class CLIPLoss(nn.Module):
     """The CLIP loss with its learned scale. Formula and result: `sslkern.functional.clip`.
 
     The parameter `log_scale` is the logarithm of what multiplies the similarities; each forward in training first
-    clamps it to log(max_scale). A scale that is learned elsewhere goes to `forward`, already exponentiated.
+    clamps it between log(min_scale) and log(max_scale). A scale that is learned elsewhere goes to `forward`, already
+    exponentiated.
 
     Args:
         logit_scale: where the scale starts, a positive number.
         max_scale: the most it may become.
+        min_scale: the least it may become; 0: no bound, as in CLIP. OpenCLIP's is 1.
         normalize, reduction, stats, label_smoothing: as in `sslkern.functional.clip`.
 
     Example:
@@ -143,6 +145,7 @@ class CLIPLoss(nn.Module):
         logit_scale: float = 1 / 0.07,
         max_scale: float = 100.0,
         *,
+        min_scale: float = 0.0,
         normalize: bool = True,
         reduction: str = "mean",
         stats: bool = False,
@@ -152,8 +155,14 @@ class CLIPLoss(nn.Module):
         check_options(reduction)
         check_number("logit_scale", logit_scale, 1e-6)
         check_number("max_scale", max_scale, logit_scale)
+        check_number("min_scale", min_scale, 0)
+        if min_scale > logit_scale:
+            raise ValueError(
+                f"min_scale must not exceed logit_scale, where the scale starts: {min_scale} > {logit_scale}"
+            )
         self.log_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))
         self.max_log_scale = math.log(max_scale)
+        self.min_log_scale = math.log(min_scale) if min_scale else None
         self.options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
 
     def forward(
@@ -167,7 +176,7 @@ class CLIPLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if logit_scale is None:
             if self.training:
-                functional.clamp_logit_scale_(self.log_scale, self.max_log_scale)
+                functional.clamp_logit_scale_(self.log_scale, self.max_log_scale, self.min_log_scale)
             logit_scale = self.log_scale.exp()
         return functional.clip(image, text, logit_scale, ids=ids, weights=weights, **self.options)
 
@@ -313,6 +322,41 @@ class SupConLoss(_Loss):
         logit_scale: float | Tensor | None = None,
     ) -> Tensor:
         return self._loss(functional.sup_con, z, labels, weights=weights, logit_scale=logit_scale)
+
+
+class MILNCELoss(_Loss):
+    """MIL-NCE: anchors with several positives each. Arguments, formula and result: `sslkern.functional.mil_nce`.
+
+    A learned temperature is an `nn.Parameter`; one that is computed anew for each step goes to `forward`.
+
+    Example:
+        >>> criterion = sslkern.MILNCELoss(two_way=True)
+        >>> loss = criterion(torch.randn(64, 32) / 8, torch.randn(64, 5, 32))
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 1.0,
+        *,
+        two_way: bool = False,
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = False,
+        reduction: str = "mean",
+    ):
+        super().__init__(temperature, logit_scale, two_way=two_way, normalize=normalize, reduction=reduction)
+
+    def forward(
+        self,
+        anchor: Tensor,
+        positives: Tensor,
+        *,
+        valid: Tensor | None = None,
+        ids: Tensor | None = None,
+        weights: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        per_call = dict(valid=valid, ids=ids, weights=weights)
+        return self._loss(functional.mil_nce, anchor, positives, logit_scale=logit_scale, **per_call)
 
 
 class _TwoViewLoss(_Loss):

@@ -8,6 +8,7 @@ from .debiased import debiased, hard_negative
 from .deep_infomax import deep_infomax
 from .info_nce import info_nce
 from .matryoshka import matryoshka
+from .mil_nce import mil_nce
 from .mnrl import mnrl
 from .moco import moco, moco_v3
 from .nce import cmc, cmc_pairs, nce
@@ -31,6 +32,7 @@ __all__ = [
     "hard_negative",
     "info_nce",
     "matryoshka",
+    "mil_nce",
     "mnrl",
     "moco",
     "moco_v3",

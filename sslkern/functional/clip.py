@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._common import check_number
 from .info_nce import info_nce
 
 
@@ -34,7 +35,7 @@ def clip(
         image, text: [N, D], row i of both belong together. fp32, bf16, fp16 or fp64.
         logit_scale: multiplies the similarities: a number, or a tensor with one element that gets a gradient, already
             exponentiated. CLIP learns its logarithm, from log(1 / 0.07), and keeps it below log(100):
-            `clamp_logit_scale_`.
+            `clamp_logit_scale_`, which also takes a lower bound.
         ids: int64 [N]; rows with equal ids (a caption's hash) are not negatives of each other. Default: all differ.
         normalize, reduction, stats, weights, label_smoothing: as in `info_nce`.
 
@@ -66,16 +67,23 @@ def clip(
 
 
 @torch.no_grad()
-def clamp_logit_scale_(log_scale: Tensor, max: float = math.log(100)) -> Tensor:
-    """Clamps the learned logarithm of a logit scale to at most `max`, in place, outside of autograd; returns it.
+def clamp_logit_scale_(log_scale: Tensor, max: float | None = math.log(100), min: float | None = None) -> Tensor:
+    """Clamps the learned logarithm of a logit scale to at most `max` and at least `min`, in place, outside of autograd;
+    returns it.
 
-    CLIP does so after each step (section 2.5): scales above 100 made its training unstable.
+    CLIP does so after each step (section 2.5): scales above 100 made its training unstable. It has no lower bound;
+    OpenCLIP's is `min=0.0`, a scale of 1. None: no bound on that side.
 
     Example:
         >>> log_scale = torch.nn.Parameter(torch.tensor(7.0))
-        >>> round(sslkern.functional.clamp_logit_scale_(log_scale).exp().item(), 3)
+        >>> round(sslkern.functional.clamp_logit_scale_(log_scale, min=0.0).exp().item(), 3)
         100.0
     """
     if not isinstance(log_scale, Tensor) or not log_scale.dtype.is_floating_point:
         raise TypeError("log_scale must be a floating-point tensor, the logarithm of the logit scale")
-    return log_scale.clamp_(max=max)
+    for name, bound in (("max", max), ("min", min)):
+        if bound is not None:
+            check_number(name, bound, -math.inf)
+    if max is not None and min is not None and min > max:
+        raise ValueError(f"min must not exceed max, the logarithms of the bounds of the scale, but {min} > {max}")
+    return log_scale if max is None and min is None else log_scale.clamp_(min=min, max=max)

@@ -60,6 +60,13 @@ def test_clamp():
     scale = torch.nn.Parameter(torch.tensor(7.0))
     assert clamp_logit_scale_(scale) is scale and scale.exp().item() == pytest.approx(100) and scale.requires_grad
     assert clamp_logit_scale_(torch.tensor(1.0)) == 1 and clamp_logit_scale_(torch.tensor(3.0), max=2.0) == 2
+    # from below as well, as OpenCLIP does
+    scales = torch.tensor([-9.0, -1.0, 3.0, 9.0, math.nan])
+    assert clamp_logit_scale_(scales.clone(), min=-1.0)[:3].tolist() == [-1, -1, 3]
+    assert clamp_logit_scale_(scales.clone(), max=None, min=0.0)[:4].tolist() == [0, 0, 3, 9]
+    kept = clamp_logit_scale_(scales.clone(), 2.0, 2.0)
+    assert kept[:4].tolist() == [2] * 4 and kept[4].isnan()
+    assert torch.equal(clamp_logit_scale_(scales.clone(), max=None)[:4], scales[:4])
 
 
 def test_module():
@@ -77,7 +84,32 @@ def test_module():
         sslkern.CLIPLoss(logit_scale=0)
 
 
+def test_module_keeps_its_scale_between_both_bounds():
+    image, text = torch.randn(5, 3), torch.randn(5, 3)
+    criterion = sslkern.CLIPLoss(min_scale=2.0)
+    torch.nn.init.constant_(criterion.log_scale, -3.0)
+    assert torch.allclose(criterion(image, text), clip(image, text, 2.0))
+    assert criterion.log_scale.exp().item() == pytest.approx(2)
+    criterion.eval()  # evaluation changes no parameter
+    torch.nn.init.constant_(criterion.log_scale, -3.0)
+    assert torch.allclose(criterion(image, text), clip(image, text, math.exp(-3.0)))
+    for bad in (-1.0, 20.0, math.nan, "1"):
+        with pytest.raises(ValueError, match="min_scale must"):
+            sslkern.CLIPLoss(min_scale=bad)
+
+
 def test_bad_arguments_are_named():
     z = torch.randn(4, 3)
     refuses(clip, [("logit_scale must", (z, z, math.nan), {}), ("key must", (z, z[:3], 1.0), {})])
-    refuses(clamp_logit_scale_, [("log_scale must", (3.0,), {})])
+    log_scale = torch.tensor(1.0)
+    refuses(
+        clamp_logit_scale_,
+        [
+            ("log_scale must", (3.0,), {}),
+            ("log_scale must", (log_scale.long(),), {}),
+            ("max must", (log_scale, "2"), {}),
+            ("max must", (log_scale, math.nan), {}),
+            ("min must", (log_scale,), {"min": [0]}),
+            ("min must not exceed max", (log_scale,), {"min": 5.0}),
+        ],
+    )

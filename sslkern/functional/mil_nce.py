@@ -1,0 +1,129 @@
+"""MIL-NCE: Miech et al., "End-to-End Learning of Visual Representations from Uncurated Instructional Videos", 2020."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..ops import similarity_lse
+from ._common import (
+    check_alike,
+    check_features,
+    check_ids,
+    check_options,
+    check_weights,
+    describe,
+    logaddexp,
+    reduce,
+    scale_of,
+    softplus,
+    unit,
+    wide,
+)
+
+
+def mil_nce(
+    anchor: Tensor,
+    positives: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    two_way: bool = False,
+    valid: Tensor | None = None,
+    ids: Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """MIL-NCE (eq. 1 of https://arxiv.org/abs/1912.06430): each anchor has P positives, of which some are false.
+
+    A video clip has the P sentences said around it as candidates, not all of which are about what it shows: together
+    they are to outweigh the negatives. With s_ijp = <anchor_i, positives_jp> / temperature:
+
+        loss_i = - log(sum_p exp(s_iip) / (sum_p exp(s_iip) + sum of exp over the negatives of i))
+
+        one way      s_ijp of all j != i: the candidates of other anchors, for this anchor
+        two ways     also s_jip: the other anchors, for its candidates; both in one denominator, as in the paper
+
+                p00 p01  p10 p11  p20 p21        N = 3, P = 2, row i = 0: + positive, - negative, | negative of two ways
+            a0   +   +    -   -    -   -
+            a1   |   |
+            a2   |   |
+
+    The authors' code has the positives twice in the denominator of two ways, once for each: its loss is log(1 + exp(l))
+    of the l computed here, `F.softplus(mil_nce(..., two_way=True, reduction="none")).mean()`.
+
+    Args:
+        anchor: [N, D], fp32, bf16, fp16 or fp64; sums run in fp32 (fp64).
+        positives: [N, P, D], the candidates of each anchor.
+        temperature: divides the similarities: a nonzero number, or a tensor with one element that gets a gradient.
+        two_way: see above.
+        valid: bool [N, P], False: there is no such candidate, so that it is neither positive nor negative. Default: all
+            are there.
+        ids: int64 [N]; anchors with equal ids (clips of one video) are no negatives of each other. Default: all differ.
+        logit_scale: multiplies the similarities instead and replaces `temperature`; already exponentiated.
+        normalize: divide all rows by their norm first (cosine similarity); the paper does not.
+        reduction: "mean" or "sum" over the N anchors, or "none".
+        weights: floating point [N], w_i for anchor i: "mean" is sum w_i l_i / sum w_i.
+
+    Returns:
+        The loss, 0-d, or for "none" [N], in fp32 (fp64). An anchor without negatives, or without candidates, adds 0 and
+        counts in the mean.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
+
+    Example:
+        >>> clips, sentences = torch.randn(64, 32, requires_grad=True), torch.randn(64, 5, 32)
+        >>> sslkern.functional.mil_nce(clips, sentences, temperature=0.1, two_way=True, normalize=True).backward()
+    """
+    check_features("anchor", anchor)
+    check_alike("positives", positives, "anchor", anchor, "[N, P, D]")
+    N, D = anchor.shape
+    if positives.ndim != 3 or positives.shape[0] != N:
+        raise ValueError(f"positives must be [{N}, P, {D}], P for each anchor, not {describe(positives)}")
+    P = positives.shape[1]
+    check_options(reduction)
+    check_weights(weights, N, anchor)
+    scale = scale_of(temperature, logit_scale, anchor.device)
+    if valid is not None:
+        _check_valid(valid, positives)
+    if ids is None:
+        ids = torch.arange(N, device=anchor.device)
+    else:
+        check_ids("ids", ids, (N,), anchor)
+
+    if normalize:
+        anchor, positives = unit(anchor), unit(positives)
+    own = (wide(anchor).unsqueeze(1) * wide(positives)).sum(2) * scale  # [N, P]
+    bias = None
+    if valid is not None:
+        own = own.masked_fill(~valid, -math.inf)
+        bias = torch.zeros_like(own).masked_fill(~valid, -math.inf).detach().flatten()
+    # Kept apart from the positives, the negatives leave a tiny loss its digits.
+    of_anchor, of_candidate = ids, ids.repeat_interleave(P)
+    options = dict(q_ids=of_anchor, k_ids=of_candidate, k_bias=bias, columns=two_way)
+    negative = similarity_lse(anchor, positives.flatten(0, 1), scale, **options)
+    if two_way:
+        negative, column = negative
+        negative = logaddexp(negative, _lse(column.view(N, P)))
+    positive = _lse(own)
+    nothing = positive == -math.inf
+    losses = softplus((negative - positive.masked_fill(nothing, 0)).masked_fill(nothing, -math.inf))
+    return reduce(losses, reduction, weights)
+
+
+def _lse(x: Tensor) -> Tensor:
+    """logsumexp of rows, with zero gradient instead of NaN where nothing is left."""
+    empty = (x == -math.inf).all(1)
+    return x.masked_fill(empty.unsqueeze(1), 0).logsumexp(1).masked_fill(empty, -math.inf)
+
+
+def _check_valid(valid: Tensor, positives: Tensor) -> None:
+    shape = list(positives.shape[:2])
+    if not isinstance(valid, Tensor) or list(valid.shape) != shape:
+        raise ValueError(f"valid must be a bool tensor {shape}, one for each candidate, not {describe(valid)}")
+    if valid.dtype != torch.bool:
+        raise TypeError(f"valid must be bool, not {valid.dtype}; convert it with .bool()")
+    if valid.device != positives.device:
+        raise ValueError(f"valid is on {valid.device} but the features are on {positives.device}; move one of them")
