@@ -14,6 +14,6 @@ def similarity_topk_fwd(q, k, n, scale_tensor, scale, q_ids, k_ids, same, q_limi
     if 0 in sizes or sizes[2] >= 2**31:  # the kernel counts columns in 32 bits
         return reference.similarity_topk_fwd(q, k, n, scale_tensor, scale, q_ids, k_ids, same, q_limit)
     values = _new(q, *q.shape[:-1], n)
-    indices = torch.empty(values.shape, dtype=torch.int64)
+    indices = values.new_empty(values.shape, dtype=torch.int64)
     _cpu.similarity_topk(native, n, values, indices, torch.get_num_threads())
     return values, indices

@@ -10,9 +10,9 @@ from .similarity_lse import CODES
 
 def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     N, D = x.shape
-    z = torch.empty((2 * N, D), dtype=x.dtype)
-    norm = torch.empty(2 * N) if normalize else None
-    cosine = torch.empty(N)
+    z = x.new_empty((2 * N, D))
+    norm = x.new_empty(2 * N, dtype=torch.float32) if normalize else None
+    cosine = x.new_empty(N, dtype=torch.float32)
     _cpu.unit_pairs_fwd(CODES[x.dtype], N, D, x.contiguous(), y.contiguous(), z, norm, cosine, torch.get_num_threads())
     return z, norm, cosine
 
@@ -21,6 +21,6 @@ def unit_pairs_bwd(
     z: Tensor, norm: Tensor | None, pull: Tensor, da: Tensor | None, db: Tensor | None, need_x: bool, need_y: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     N, D = pull.shape[0], z.shape[1]
-    dx, dy = (torch.empty((N, D), dtype=z.dtype) if need else None for need in (need_x, need_y))
+    dx, dy = (z.new_empty((N, D)) if need else None for need in (need_x, need_y))
     _cpu.unit_pairs_bwd(CODES[z.dtype], N, D, z, norm, pull, da, db, dx, dy, torch.get_num_threads())
     return dx, dy

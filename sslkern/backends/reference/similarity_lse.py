@@ -66,7 +66,7 @@ class _EqualPairs:
         if total > 4 * G * (N + M):
             return None
         row = torch.repeat_interleave(count, output_size=total)
-        nth = torch.arange(total) - (ends - count)[row] + first.view(-1)[row]
+        nth = torch.arange(total, device=row.device) - (ends - count)[row] + first.view(-1)[row]
         return cls(row * M + order.view(-1)[row // N * M + nth], ends)
 
     def within(self, start: int, s: Tensor) -> Tensor:

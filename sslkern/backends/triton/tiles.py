@@ -253,7 +253,7 @@ def fold_of(q: torch.Tensor, weights: Iterable[torch.Tensor | None]) -> torch.Te
     brings the largest that a sum of `weights` (None: 1), one of each, can be to 2^14. None of other types."""
     if q.dtype != torch.float16:
         return None
-    one = torch.ones((), device=q.device)
+    one = q.new_ones((), dtype=torch.float32)
     # What is not finite may be of rows with nothing left.
     largest = sum(one if w is None else w.abs().nan_to_num(0, 0, 0).amax() for w in weights)
     return 2.0**14 / largest.clamp(2.0**-100, 2.0**100)

@@ -123,7 +123,9 @@ def _two_way(rows: int, D: int, device):
 
     import sslkern
 
-    q, k = (torch.nn.functional.normalize(torch.randn(rows, D, device=device), dim=1) for _ in range(2))
+    q, k = (
+        torch.nn.functional.normalize(torch.randn(rows, D, dtype=torch.float32, device=device), dim=1) for _ in range(2)
+    )
     q, k = (x.bfloat16().requires_grad_() for x in (q, k))
 
     few, ids = 4096, torch.arange(rows, device=device) // 2
