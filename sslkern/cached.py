@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .functional._common import describe
+from .ops._numbers import check_size
 
 Encoder = nn.Module | MethodType
 
@@ -65,9 +66,8 @@ class CachedLoss:
                     f"encoder must be a module or a method of one, whose parameters are known, not {describe(one)}; "
                     "write what it does as a module"
                 )
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size must be a positive integer, not {chunk_size!r}")
-        self.encoder, self.loss, self.chunk_size = tuple(encoder) if each else encoder, loss, chunk_size
+        self.encoder, self.loss = tuple(encoder) if each else encoder, loss
+        self.chunk_size = check_size("chunk_size", chunk_size)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """The loss of the features of inputs, each a tensor [N, ...], or a tuple, list or mapping of them (a tokenised

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .functional._common import check_number, check_options, scale_of, unit
+from .functional._common import check_options, scale_of, unit
 from .functional.deep_infomax import check_estimator
 from .functional.matryoshka import checked_prefixes, loss_of_prefixes
 from .functional.nce import FORMS, cmc_and_log_z, cmc_pairs, nce_and_log_z
 from .memory import FeatureQueue, MemoryBank
+from .ops._numbers import check_number, check_size
 
 
 class _Loss(nn.Module):
@@ -649,8 +650,7 @@ class _BankLoss(nn.Module):
         super().__init__()
         check_options(reduction)
         scale_of(temperature, logit_scale)
-        if isinstance(negatives, bool) or not isinstance(negatives, int) or negatives < 0:
-            raise ValueError(f"negatives must be an integer, 0 or more, not {negatives!r}")
+        negatives = check_size("negatives", negatives, 0)
         if form not in FORMS:
             raise ValueError(f"form must be 'nce' or 'softmax', not {form!r}")
         self.negatives, self.temperature, self.logit_scale = negatives, temperature, logit_scale
@@ -771,8 +771,7 @@ class CMCLoss(_BankLoss):
         normalize: bool = True,
         reduction: str = "mean",
     ):
-        if isinstance(views, bool) or not isinstance(views, int) or views < 2:
-            raise ValueError(f"views must be an integer, 2 or more, not {views!r}")
+        views = check_size("views", views, 2)
         pairs = len(cmc_pairs(views, graph))
         super().__init__(pairs, negatives, temperature, logit_scale, form, normalize, reduction)
         self.graph, self.memories = graph, nn.ModuleList(MemoryBank(size, dim, momentum) for _ in range(views))
@@ -906,10 +905,8 @@ class CPCLoss(_Loss):
             group=group,
             strategy=strategy,
         )
-        for name, size in (("context_dim", context_dim), ("target_dim", target_dim), ("steps", steps)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be a positive integer, not {size!r}")
-        self.predictors = nn.Parameter(torch.empty(steps, target_dim, context_dim))
+        sizes = ("steps", steps), ("target_dim", target_dim), ("context_dim", context_dim)
+        self.predictors = nn.Parameter(torch.empty([check_size(*size) for size in sizes]))
         for predictor in self.predictors:
             nn.init.kaiming_uniform_(predictor, a=5**0.5)  # as nn.Linear
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .functional._common import unit
 from .ops import bank_update_, queue_push_
+from .ops._numbers import check_number, check_size
 
 
 class FeatureQueue(nn.Module):
@@ -33,7 +34,7 @@ class FeatureQueue(nn.Module):
 
     def __init__(self, dim: int, size: int = 65536, normalize: bool = True):
         super().__init__()
-        _check_sizes(dim=dim, size=size)
+        dim, size = check_size("dim", dim), check_size("size", size)
         self.normalize = normalize
         self.register_buffer("queue", unit(torch.randn(size, dim)).t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
@@ -110,9 +111,8 @@ class MemoryBank(nn.Module):
 
     def __init__(self, size: int, dim: int, momentum: float = 0.5):
         super().__init__()
-        _check_sizes(size=size, dim=dim)
-        check_momentum(momentum)
-        self.momentum = momentum
+        size, dim = check_size("size", size), check_size("dim", dim)
+        self.momentum = check_number("momentum", momentum, 0, 1, closed=True)
         self.register_buffer("bank", unit(torch.randn(size, dim)))
 
     @torch.no_grad()
@@ -126,8 +126,7 @@ class MemoryBank(nn.Module):
         size = self.bank.shape[0]
         if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
             raise ValueError("index must be an int64 tensor [B], the samples of the batch")
-        if not isinstance(negatives, int) or negatives < 0:
-            raise ValueError(f"negatives must be an integer, 0 or more, not {negatives!r}")
+        negatives = check_size("negatives", negatives, 0)
         if size < 2 and negatives:
             raise ValueError("negatives must be 0 for a bank of one sample: there is no other")
         own = index.unsqueeze(1)
@@ -137,14 +136,3 @@ class MemoryBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.bank.shape[0]}, dim={self.bank.shape[1]}, momentum={self.momentum}"
-
-
-def check_momentum(momentum: float) -> None:
-    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be a number from 0 to 1, not {momentum!r}")
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")

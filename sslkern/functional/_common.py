@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends import resolve
 from ..ops import similarity_lse
 from ..ops._library import transformed
+from ..ops._numbers import FLOAT32_MAX, check_finite
 from ..ops.pair_contrast import pair_contrast
 from ..ops.similarity_lse import small
 from ..ops.unit_pairs import UnitPairs
@@ -65,13 +66,6 @@ def check_weights(weights: Tensor | None, N: int, like: Tensor) -> None:
         raise ValueError(f"weights is on {weights.device} but the features are on {like.device}; move one of them")
 
 
-def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """value is a number with low <= value < high."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-        bound = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
-        raise ValueError(f"{name} must be a number, {bound}, not {value!r}")
-
-
 def check_options(reduction: str, group=None, strategy: str = "all_gather") -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
@@ -90,11 +84,13 @@ def scale_of(temperature: float | Tensor, logit_scale: float | Tensor | None, de
         return value.reciprocal()
     if value == 0:
         raise ValueError("temperature must not be 0: similarities are divided by it")
+    if not -FLOAT32_MAX <= 1.0 / value <= FLOAT32_MAX:
+        raise ValueError(f"temperature must not be so near to 0 that fp32 cannot hold its inverse, not {value!r}")
     return 1.0 / value
 
 
 def scalar(name: str, value: float | Tensor, device=None) -> float | Tensor:
-    """A finite float, or a 0-d tensor of at least 32 bits: in 16, what is computed from it would lose digits."""
+    """A float that fp32 can hold, or a 0-d tensor of at least 32 bits: in 16, what follows would lose digits."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor with one element, not {describe(value)}")
@@ -104,9 +100,7 @@ def scalar(name: str, value: float | Tensor, device=None) -> float | Tensor:
             raise ValueError(f"{name} is on {value.device} but the features are on {device}; move one of them")
         value = value.reshape(())
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number or a tensor with one element, not {value!r}")
-    return float(value)
+    return check_finite(name, value, " or a tensor with one element")
 
 
 def describe(x) -> str:

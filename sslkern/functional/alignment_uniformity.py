@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
-from ._common import check_alike, check_features, check_number, dots, unit, wide
+from ..ops._numbers import check_number
+from ._common import check_alike, check_features, dots, unit, wide
 
 
 def alignment_uniformity(
@@ -42,7 +43,7 @@ def alignment_uniformity(
         >>> z0, z1 = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
         >>> sslkern.functional.alignment_uniformity(z0, z1).backward()
     """
-    check_number("uniformity_weight", uniformity_weight, 0)
+    uniformity_weight = check_number("uniformity_weight", uniformity_weight, 0)
     pull = alignment(z0, z1, alpha, normalize=normalize)
     spread = uniformity(z0, t, normalize=normalize) + uniformity(z1, t, normalize=normalize)
     return pull + uniformity_weight / 2 * spread
@@ -66,7 +67,7 @@ def alignment(z0: Tensor, z1: Tensor, alpha: float = 2.0, *, normalize: bool = T
     """
     check_features("z0", z0)
     check_alike("z1", z1, "z0", z0)
-    check_number("alpha", alpha, 1)
+    alpha = check_number("alpha", alpha, 1)
     z0, z1 = (unit(z0), unit(z1)) if normalize else (z0, z1)
     return torch.linalg.vector_norm(wide(z0) - wide(z1), dim=1).pow(alpha).mean()
 
@@ -90,7 +91,7 @@ def uniformity(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
         >>> sslkern.functional.uniformity(z).backward()
     """
     check_features("z", z)
-    check_number("t", t, 1e-6)
+    t = check_number("t", t, 1e-6)
     N = z.shape[0]
     if normalize:
         row = similarity_lse(unit(z), scale=2 * t) - 2 * t

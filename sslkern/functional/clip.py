@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import check_number
+from ..ops._numbers import check_number
 from .info_nce import info_nce
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
-from ._common import check_number, check_options, check_weights, reduce, scale_of
+from ..ops._numbers import check_number
+from ._common import check_options, check_weights, reduce, scale_of
 from ._pairs import two_views
 
 
@@ -77,7 +78,7 @@ def dclw(
         >>> z0, z1 = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
         >>> sslkern.functional.dclw(z0, z1, temperature=0.1, sigma=0.5).backward()
     """
-    check_number("sigma", sigma, 1e-6)
+    sigma = check_number("sigma", sigma, 1e-6)
     return _decoupled(z0, z1, temperature, sigma, logit_scale, ids, normalize, reduction, weights)
 
 

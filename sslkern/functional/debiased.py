@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
-from ._common import check_number, check_options, check_weights, reduce, scale_of, softplus
+from ..ops._numbers import check_number
+from ._common import check_options, check_weights, reduce, scale_of, softplus
 from ._pairs import equal_ids, two_views
 
 
@@ -89,14 +90,14 @@ def hard_negative(
         >>> z0, z1 = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
         >>> sslkern.functional.hard_negative(z0, z1, temperature=0.5, beta=1.0, tau_plus=0.1).backward()
     """
-    check_number("beta", beta, 0)
+    beta = check_number("beta", beta, 0)
     return _debiased(z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, reduction, weights)
 
 
 def _debiased(z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, reduction, weights):
     z, ids, cosine = two_views(z0, z1, ids, normalize)
     N = z0.shape[0]
-    check_number("tau_plus", tau_plus, 0, 1)
+    tau_plus = check_number("tau_plus", tau_plus, 0, 1)
     check_options(reduction)
     check_weights(weights, N, z0)
     scale = scale_of(temperature, logit_scale, z0.device)

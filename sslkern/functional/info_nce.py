@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
+from ..ops._numbers import check_number
 from ._common import (
     beaten,
     check_alike,
     check_features,
     check_ids,
-    check_number,
     check_options,
     check_weights,
     contrast,
@@ -96,7 +96,7 @@ def info_nce(
         in_batch = negatives is None
     elif not in_batch and negatives is None:
         raise ValueError("in_batch=False leaves no negatives; pass negatives or leave in_batch out")
-    check_number("label_smoothing", label_smoothing, 0, 1)
+    label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     check_weights(weights, N, query)
     if ids is not None:
         check_ids("ids", ids, (N,), query)

@@ -1,15 +1,13 @@
 """Matryoshka: Kusupati et al., "Matryoshka Representation Learning", 2022."""
 
 import functools
-import math
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops._numbers import check_finite, check_size, shown
 from ._common import describe, unit
 
 
@@ -50,16 +48,17 @@ def checked_prefixes(loss_fn, dims, weights) -> tuple[tuple[int, ...], tuple[flo
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a loss, a function or a module, not {describe(loss_fn)}")
     given = tuple(dims) if isinstance(dims, Iterable) and not isinstance(dims, str) else ()
-    if not given or any(isinstance(d, bool) or not hasattr(d, "__index__") or d < 1 for d in given):
-        raise ValueError(f"dims must be positive integers, at least one, not {list(given) or describe(dims)}")
+    if not given:
+        raise ValueError(f"dims must be positive integers, at least one, not {shown(dims)}")
+    given = tuple(check_size("each of dims", d) for d in given)
     if weights is None:
-        return tuple(map(operator.index, given)), (1.0,) * len(given)
+        return given, (1.0,) * len(given)
     if isinstance(weights, Tensor):
         weights = weights.tolist()
     factors = tuple(weights) if isinstance(weights, Iterable) and not isinstance(weights, str) else ()
-    if len(factors) != len(given) or not all(isinstance(w, Real) and math.isfinite(w) for w in factors):
-        raise ValueError(f"weights must have a finite number for each of the {len(given)} dims, not {weights!r}")
-    return tuple(map(operator.index, given)), tuple(map(float, factors))
+    if len(factors) != len(given):
+        raise ValueError(f"weights must have a number for each of the {len(given)} dims, not {shown(weights)}")
+    return given, tuple(check_finite("each of weights", w) for w in factors)
 
 
 def loss_of_prefixes(loss_fn, dims, weights, normalize, /, *features, **options):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import similarity_lse
+from ..ops._numbers import check_finite
 from ._common import (
     beaten,
     check_alike,
@@ -245,11 +246,10 @@ def _checked_margin(margin, margin_strategy, scale, guide) -> float | None:
         raise ValueError(f"margin_strategy must be 'absolute' or 'relative', not {margin_strategy!r}")
     if margin is None:
         return None if guide is None else 0.0
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
-        raise ValueError(f"margin must be a finite number or None, not {margin!r}")
+    margin = check_finite("margin", margin, " or None")
     if guide is None and not isinstance(scale, Tensor) and scale < 0:
         raise ValueError("margin needs a positive temperature: with a negative one the most similar score lowest")
-    return float(margin)
+    return margin
 
 
 def _checked_guide(guide, anchor: Tensor, negatives: Tensor | None) -> list[Tensor]:

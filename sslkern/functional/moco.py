@@ -4,11 +4,11 @@ Training Self-Supervised Vision Transformers", 2021."""
 
 from torch import Tensor
 
+from ..ops._numbers import check_number
 from ._common import (
     beaten,
     check_alike,
     check_features,
-    check_number,
     check_options,
     check_weights,
     describe,
@@ -66,7 +66,7 @@ def moco(
     if queue.ndim != 2:
         raise ValueError(f"queue must be [K, {query.shape[1]}], not {describe(queue)}")
     check_options(reduction)
-    check_number("label_smoothing", label_smoothing, 0, 1)
+    label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     check_weights(weights, query.shape[0], query)
     scale, key, queue = scale_of(temperature, logit_scale, query.device), key.detach(), queue.detach()
     losses, positive, best = over_bank(query, key, queue, scale, normalize, stats, label_smoothing)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
+from ..ops._numbers import check_number
 from ._common import (
     beaten,
     check_alike,
     check_features,
     check_ids,
-    check_number,
     check_options,
     check_weights,
     contrast,
@@ -76,7 +76,7 @@ def nt_xent(
     check_features("z0", z0)
     check_alike("z1", z1, "z0", z0)
     check_options(reduction, group, strategy)
-    check_number("label_smoothing", label_smoothing, 0, 1)
+    label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     check_weights(weights, z0.shape[0], z0)
     scale = scale_of(temperature, logit_scale, z0.device)
     if ids is not None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..backends import load, resolve
 from ._library import define
+from ._numbers import check_number
 from .similarity_lse import _describe
 
 
@@ -46,13 +47,12 @@ def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float = 0.5) 
         )
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, not {index.dtype}; convert it with .long()")
-    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be a number from 0 to 1, not {momentum!r}")
+    momentum = check_number("momentum", momentum, 0, 1, closed=True)
     for name, other in (("index", index), ("x", x)):
         if other.device != bank.device:
             raise ValueError(f"{name} is on {other.device} but bank is on {bank.device}; move one of them")
     backend = resolve("bank_update", bank)
-    torch.ops.sslkern.bank_update_.default(bank, index, x.detach(), float(momentum), backend)
+    torch.ops.sslkern.bank_update_.default(bank, index, x.detach(), momentum, backend)
 
 
 def _kernel(bank, index, x, momentum, backend):

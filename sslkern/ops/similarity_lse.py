@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
 from ._library import Once, define, differentiable, library, no_second_derivative, transformed
+from ._numbers import check_finite
 
 _PROBLEM = "Tensor? scale_tensor, float scale, Tensor? q_ids, Tensor? k_ids, bool same, Tensor? k_bias, Tensor? q_limit"
 
@@ -182,8 +183,10 @@ def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
             raise ValueError(f"scale must be a number or a 0-d tensor, not {_describe(scale)}")
         if scale.device != q.device:
             raise ValueError(f"scale is on {scale.device} but q is on {q.device}; move one of them")
-    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number or a 0-d tensor, not {scale!r}")
+        if not scale.dtype.is_floating_point:
+            raise TypeError(f"scale must be floating point, not {scale.dtype}; convert it with .float()")
+    else:
+        check_finite("scale", scale, " or a 0-d tensor")
     if pairs not in ("different", "same"):
         raise ValueError(f"pairs must be 'different' or 'same', not {pairs!r}")
     if pairs == "same" and q_ids is None:

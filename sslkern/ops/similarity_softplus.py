@@ -11,13 +11,12 @@ overwritten before. Gradients of the rows, with upstream values of their own, ar
 weights: only then S is computed again.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..backends import load, resolve
 from ._library import define, library
+from ._numbers import check_finite
 from .similarity_lse import _PROBLEM, Once, _accumulator, _check, _describe, _or_empty, _uniform
 
 
@@ -103,11 +102,10 @@ def _per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one of them")
         return x.to(_accumulator(q)).expand(shape)
-    if x is None or (isinstance(x, (int, float)) and x == 0):
+    if x is None:
         return None
-    if not isinstance(x, (int, float)) or not math.isfinite(x):
-        raise ValueError(f"{name} must be a finite number or a tensor {list(shape)}, not {x!r}")
-    return torch.full(shape, float(x), dtype=_accumulator(q), device=q.device)
+    x = check_finite(name, x, " or a tensor [N]")
+    return None if x == 0 else torch.full(shape, x, dtype=_accumulator(q), device=q.device)
 
 
 def _learning(*inputs: Tensor | None) -> Tensor | None:

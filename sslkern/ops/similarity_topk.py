@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends import load, resolve
 from ._library import define, library
+from ._numbers import check_size
 from .similarity_lse import _accumulator, _check, _uniform
 
 
@@ -60,8 +61,7 @@ def similarity_topk(
         >>> negatives = z[index]  # [512, 16, 64], for info_nce(query, key, negatives)
     """
     _check(q, k, scale, q_ids, k_ids, pairs, None, q_limit)
-    if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 1:
-        raise ValueError(f"n must be a positive integer, not {n!r}")
+    n = check_size("n", n)
     scale_tensor, scale, q_ids, k_ids, _, q_limit = _uniform(q, k, scale, q_ids, k_ids, None, q_limit)
     return torch.ops.sslkern.similarity_topk.default(
         q, k, n, scale_tensor, scale, q_ids, k_ids, pairs == "same", q_limit, resolve("similarity_topk", q)

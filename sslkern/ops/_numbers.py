@@ -1,0 +1,64 @@
+"""What counts as a number among the arguments: Python's, NumPy's, fractions, and what the compiler makes of them."""
+
+import math
+import numbers
+import operator
+
+import torch
+from torch import Tensor
+
+FLOAT32_MAX = 2.0**128 * (1 - 2.0**-24)
+
+
+def number(x) -> float | None:
+    """x as a float, infinite where it is too large for one; None where it is no real number. A bool is none."""
+    if type(x) is float:
+        return x
+    if isinstance(x, bool) or not isinstance(x, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        return None
+    try:
+        return float(x)
+    except OverflowError:
+        return math.copysign(math.inf, x > 0 or -1)
+
+
+def check_number(name: str, x: float, low: float, high: float = math.inf, *, closed: bool = False) -> float:
+    """x as a float, a number with low <= x < high; with `closed` low <= x <= high."""
+    value = number(x)
+    if value is None or not (low <= value < high or (closed and value == high)):
+        bound = f"at least {low:g}" + (f" and {'at most' if closed else 'below'} {high:g}" if high < math.inf else "")
+        raise ValueError(f"{name} must be a number, {bound}, not {shown(x)}")
+    return value
+
+
+def check_finite(name: str, x: float, otherwise: str = "") -> float:
+    """x as a float that fp32 can hold. `otherwise`: what else it could have been, " or a tensor".
+
+    Compared, not asked math.isfinite, which the compiler cannot ask of a number that it holds as a symbol.
+    """
+    value = number(x)
+    if value is None or not -FLOAT32_MAX <= value <= FLOAT32_MAX:
+        raise ValueError(f"{name} must be a finite number (in fp32){otherwise}, not {shown(x)}")
+    return value
+
+
+def check_size(name: str, x: int, least: int = 1) -> int:
+    """x as an int, at least `least`."""
+    value = x if type(x) is int or isinstance(x, torch.SymInt) else None
+    if value is None and not isinstance(x, (bool, Tensor)):
+        try:
+            value = operator.index(x)
+        except TypeError:
+            pass
+    if value is None or value < least:
+        kind = "a positive integer" if least == 1 else f"an integer, {least} or more"
+        raise ValueError(f"{name} must be {kind}, not {shown(x)}")
+    return value
+
+
+def shown(x) -> str:
+    """x for an error message, on one line."""
+    if isinstance(x, Tensor):
+        return f"a tensor {list(x.shape)}"
+    text = repr(x) if x is None or isinstance(x, (bool, str, numbers.Number)) else ""
+    return text if 0 < len(text) <= 40 else f"a {type(x).__name__}"

@@ -1,0 +1,149 @@
+"""What counts as a number: NumPy's and fractions as much as Python's; and what is refused, in one sentence."""
+
+import fractions
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+import sslkern
+from sslkern import functional as F
+
+from ..examples import LOSSES, OPS, value
+
+A, B = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0))
+INDEX = torch.arange(12).unsqueeze(1) + torch.arange(4)
+GROUPS = A.view(3, 4, 8), B.view(3, 4, 8), torch.eye(8).expand(2, 8, 8)
+
+
+def test_the_named_case():
+    assert F.nt_xent(A, B, np.float32(0.1)).item() == pytest.approx(6.898093, rel=1e-6)
+
+
+CALLS = {  # every number of every loss and primitive, as make(value)
+    "temperature": lambda T: F.nt_xent(A, B, T),
+    "logit_scale": lambda s: F.info_nce(A, B, logit_scale=s),
+    "label_smoothing": lambda e: F.nt_xent(A, B, label_smoothing=e),
+    "label_smoothing, negatives": lambda e: F.info_nce(A, B, B, label_smoothing=e),
+    "label_smoothing, moco": lambda e: F.moco(A, B, B, label_smoothing=e),
+    "times 2T": lambda T: F.moco_v3(A, B, A, B, T),
+    "nnclr": lambda T: F.nnclr(A, B, A, B, B, T),
+    "multi view": lambda T: F.nt_xent_multi_view([A, B, B], T),
+    "sup_con": lambda T: F.sup_con(A, torch.arange(12) // 2, T),
+    "bias": lambda b: F.siglip(A, B, 2.0, b),
+    "margin": lambda m: F.mnrl(A, B, margin=m),
+    "relative margin": lambda m: F.mnrl(A, B, margin=m, margin_strategy="relative"),
+    "cpc": lambda T: F.cpc(*GROUPS, T),
+    "deep_infomax": lambda T: F.deep_infomax(A, B, "jsd", T),
+    "log_z": lambda z: F.nce(A, B, torch.randint(12, (12, 4), generator=torch.Generator().manual_seed(0)), log_z=z),
+    "cmc": lambda T: F.cmc([A, B], [B, A], torch.arange(12).unsqueeze(1), T),
+    "sigma": lambda s: F.dclw(A, B, sigma=s),
+    "tau_plus": lambda t: F.debiased(A, B, tau_plus=t),
+    "beta": lambda b: F.hard_negative(A, B, beta=b),
+    "t": lambda t: F.uniformity(A, t),
+    "uniformity_weight": lambda w: F.alignment_uniformity(A, B, uniformity_weight=w),
+    "matryoshka": lambda w: F.matryoshka(F.nt_xent, [8], [w])(A, B),
+    "scale": lambda s: sslkern.ops.similarity_lse(A, B, s).sum(),
+    "bias of softplus": lambda b: sslkern.ops.similarity_softplus(A, B, 1.0, b),
+    "scale of topk": lambda s: sslkern.ops.similarity_topk(A, B, 2, scale=s)[0].sum(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_number_is_a_number(call):
+    want = call(0.25)
+    for kind in (np.float16, np.float32, np.float64, np.longdouble, fractions.Fraction):
+        assert torch.equal(call(kind(0.25)), want), kind
+    for wrong in (True, "0.25", None, 1j, np.array([0.1, 0.2]), 10**400, 1e39, float("nan")):
+        try:
+            got = call(wrong)
+        except (ValueError, TypeError) as error:
+            assert "\n" not in str(error)
+        else:  # None is the default of some, and a weight or an exponent may be large
+            assert wrong is None or (isinstance(wrong, (int, float)) and not got.isnan()), wrong
+
+
+def test_alpha():
+    for kind in (np.float32, np.int64, fractions.Fraction):
+        assert torch.equal(F.alignment(A, B, kind(3)), F.alignment(A, B, 3.0))
+    for wrong in (True, np.float32(0.5), "2", 2j):
+        with pytest.raises(ValueError, match="alpha must be a number, at least 1"):
+            F.alignment(A, B, wrong)
+
+
+SIZES = {
+    "FeatureQueue": lambda n: sslkern.FeatureQueue(n, n).queue,
+    "CrossBatchMemory": lambda n: sslkern.CrossBatchMemory(n, n).queue,
+    "MemoryBank": lambda n: sslkern.MemoryBank(n, n, np.float32(0.5)).bank,
+    "MemoryBank.sample": lambda n: sslkern.MemoryBank(9, 4).sample(torch.arange(3), n),
+    "MoCoLoss": lambda n: sslkern.MoCoLoss(n, n).memory.queue,
+    "NNCLRLoss": lambda n: sslkern.NNCLRLoss(n, n).support.queue,
+    "NCELoss": lambda n: sslkern.NCELoss(9, n, n).memory.bank,
+    "CMCLoss": lambda n: sslkern.CMCLoss(n, 9, n, n).log_z,
+    "CPCLoss": lambda n: sslkern.CPCLoss(n, n, n).predictors,
+    "CachedLoss": lambda n: sslkern.CachedLoss(torch.nn.Identity(), F.nt_xent, n)(A, B),
+    "matryoshka": lambda n: F.matryoshka(F.nt_xent, [n])(A, B),
+    "MatryoshkaLoss": lambda n: sslkern.MatryoshkaLoss(F.nt_xent, [n])(A, B),
+    "similarity_topk": lambda n: sslkern.ops.similarity_topk(A, B, n)[0],
+}
+
+
+@pytest.mark.parametrize("make", SIZES.values(), ids=SIZES.keys())
+def test_a_size_is_a_size(make):
+    want = make(4)
+    for kind in (np.int64, np.int32, np.uint8):
+        assert make(kind(4)).shape == want.shape
+    for wrong in (True, 4.0, "4", torch.tensor(4), -1, np.float32(4), np.array([[4, 4], [4, 4]])):
+        with pytest.raises(ValueError, match="must be") as error:
+            make(wrong)
+        assert "\n" not in str(error.value)
+
+
+def test_numbers_that_fp32_cannot_hold():
+    """As 0 and inf were refused before, which they become."""
+    for T in (1e-40, -1e-40, 1e-320, 0, np.float64(1e-45)):
+        with pytest.raises(ValueError, match="^temperature must not be"):
+            F.nt_xent(A, B, T)
+    for call in (lambda s: F.nt_xent(A, B, logit_scale=s), lambda s: sslkern.ops.similarity_lse(A, B, s)):
+        for scale in (1e39, -1e39, 10**39, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match="scale must be a finite number"):
+                call(scale)
+    assert F.nt_xent(A, B, 1e-36).isfinite()
+    assert F.nt_xent(A, B, logit_scale=1e36).isfinite()
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if "scale" in inspect.signature(OPS[name]().target).parameters])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool], ids=str)
+def test_a_scale_is_real(name, dtype):
+    """A complex one would lose its imaginary part."""
+    example = OPS[name]()
+    bound = inspect.signature(example.target).bind(*example.args, **example.options)
+    for scale in (torch.tensor(1, dtype=dtype), torch.tensor(1, dtype=dtype).item()):
+        bound.arguments["scale"] = scale
+        if scale.__class__ is int:
+            value(type(example)(example.target, list(bound.args), bound.kwargs))
+            continue
+        with pytest.raises((ValueError, TypeError), match="^scale must be") as error:
+            example.target(*bound.args, **bound.kwargs)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if not name[0].isupper()])
+def test_a_temperature_is_real(name):
+    example = LOSSES[name]()
+    parameters = inspect.signature(example.target).parameters
+    for argument in {"temperature", "logit_scale", "logit_bias"} & set(parameters):
+        bound = inspect.signature(example.target).bind(*example.args, **example.options)
+        for wrong in (torch.tensor(1 + 1j), torch.tensor(1), torch.tensor(True), 1 + 1j, True):
+            bound.arguments[argument] = wrong
+            with pytest.raises((ValueError, TypeError), match=f"^{argument} must be") as error:
+                example.target(*bound.args, **bound.kwargs)
+            assert "\n" not in str(error.value)
+
+
+def test_numbers_that_change_do_not_break_the_graph():
+    torch.compiler.reset()
+    compiled = torch.compile(F.siglip, fullgraph=True, backend="aot_eager")
+    for x in (0.5, 0.25, 0.125):
+        assert torch.allclose(compiled(A, B, x, -x), F.siglip(A, B, x, -x), rtol=1e-5)
