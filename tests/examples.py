@@ -225,6 +225,11 @@ LOSSES = {
         "siglip: float": lambda x: (F.siglip, (x.features(), x.features(), 3.0, -2.0), dict(ids=x.ids())),
         "sup_con": lambda x: (F.sup_con, (x.features(), x.ids(), x.scale(0.3)), {}),
         "sup_con: in": lambda x: (F.sup_con, (x.features(x.N, 2), x.ids(), x.scale(0.3)), dict(form="in")),
+        "sup_con: several labels": lambda x: (
+            F.sup_con,
+            (x.features(), x.weights(x.N, 5) < 0.4, x.scale(0.3)),
+            dict(weights=x.weights()),
+        ),
         "AlignmentUniformityLoss": _module(lambda x: sslkern.AlignmentUniformityLoss()),
         "CLIPLoss": _module(lambda x: sslkern.CLIPLoss()),
         "CMCLoss": lambda x: (

@@ -39,6 +39,17 @@ def sup_con(
     where a runs over all rows but the own one, positives included. "out" is the better one by the paper. SupContrast,
     the authors' code, multiplies by temperature / base_temperature, which is 1 by default.
 
+    With several labels for each sample, [N, C], every label is a task of its own, as in MulSupCon
+    (https://doi.org/10.1609/aaai.v38i15.29619): the loss of a row is the mean of "out" over those of its labels that
+    another row has, with the rows of that label as P. So what shares more labels, and rarer ones, is pulled harder:
+
+        mean over labels k of row i of  - 1/|P_k| sum_(p in P_k) log(exp(s_ip) / sum_a exp(s_ia))
+
+    The paper's sum over pairs of rows and labels is `weights=labels.sum(1).float()`; to have only rows of exactly the
+    same set as positives, number the sets: `torch.unique(labels, dim=0, return_inverse=True)[1]`. No N x N mask is
+    made: memory is O(N C + N D + C D), and the products of labels and features add 4 N C D flop each way to the time.
+    "in" has no such form: its sums of exponentials do not split by label.
+
                 a0 a1  b0 b1 b2  c0        labels a, a, b, b, b, c
             a0   .  +   -  -  -   -        + positive, - negative, . left out
             b0   -  -   .  +  +   -
@@ -46,9 +57,10 @@ def sup_con(
 
     Args:
         z: [N, D], or V views of each sample, [N, V, D]. fp32, bf16, fp16 or fp64.
-        labels: int64 [N], any values; all views of a sample have its label. May be left out for [N, V, D]: then the
-            views of a sample are each other's positives, and no others.
-        form: "out" or "in".
+        labels: int64 [N], any values; or bool [N, C], which of C labels a sample has, any number of them. All views of
+            a sample have its labels. May be left out for [N, V, D]: then the views of a sample are each other's
+            positives, and no others.
+        form: "out" or "in"; for labels [N, C] "out".
         temperature, logit_scale, normalize, reduction, weights: as in `nt_xent`.
 
     Returns:
@@ -61,16 +73,18 @@ def sup_con(
     Example:
         >>> z, labels = torch.randn(256, 128, requires_grad=True), torch.randint(10, (256,))
         >>> sslkern.functional.sup_con(z, labels, temperature=0.1).backward()
+        >>> tags = torch.rand(256, 20) < 0.1  # some of 20 for each sample
+        >>> loss = sslkern.functional.sup_con(z, tags, temperature=0.1)
     """
     if isinstance(z, Tensor) and z.ndim == 3:
         N, V, D = z.shape
         check_features("z", z.reshape(N * V, D))
         if labels is None:
             labels = torch.arange(N, device=z.device)
-        check_ids("labels", labels, (N,), z)
+        _check_labels(labels, N, z, form)
         check_weights(weights, N, z)
         options = dict(form=form, logit_scale=logit_scale, normalize=normalize, reduction="none")
-        losses = sup_con(z.reshape(N * V, D), labels.repeat_interleave(V), temperature, **options).view(N, V)
+        losses = sup_con(z.reshape(N * V, D), labels.repeat_interleave(V, 0), temperature, **options).view(N, V)
         check_options(reduction)
         return reduce(losses.t(), reduction, weights).t()
     if not isinstance(z, Tensor) or z.ndim != 2:
@@ -79,12 +93,12 @@ def sup_con(
     N, D = z.shape
     if labels is None:
         raise ValueError("labels must be given for z [N, D]: without labels it takes several views, [N, V, D]")
-    check_ids("labels", labels, (N,), z)
+    _check_labels(labels, N, z, form)
     check_options(reduction)
     check_weights(weights, N, z)
-    if form not in ("out", "in"):
-        raise ValueError(f"form must be 'out' or 'in', not {form!r}")
     scale = scale_of(temperature, logit_scale, z.device)
+    if labels.ndim == 2:
+        return reduce(_several_labels(unit(z) if normalize else z, labels, scale), reduction, weights)
 
     # Sorted by label, rows meet their positives near the diagonal only: the pass over the positives costs next to
     # nothing, and keeping them apart from the negatives keeps the digits of tiny losses.
@@ -104,3 +118,59 @@ def sup_con(
         losses = losses + (positive - mean).masked_fill(alone | twins, 0)
     losses = torch.zeros_like(losses).scatter(0, order, losses)
     return reduce(losses, reduction, weights)
+
+
+def _several_labels(z: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
+    """[N] losses: the log-sum-exp over all others minus the mean score, over labels and then over their rows."""
+    if labels.shape[1] == 0:
+        labels = labels.new_zeros(z.shape[0], 1)
+    has = labels.to(wide(z).dtype)
+    count = has.sum(0)
+    shared = count > 1
+    each = (count - 1).clamp_min(1).reciprocal().masked_fill(~shared, 0)  # [C], what one of a label's rows weighs
+    tasks = has @ shared.to(has.dtype)
+    alone = tasks == 0
+    of_labels = has @ (each.unsqueeze(1) * (has.mT @ wide(z)))
+    own = (has @ each).unsqueeze(1) * wide(z)  # a row is none of its own positives
+    positive = (of_labels - own) / tasks.clamp_min(1).unsqueeze(1)
+
+    # Two rows that have no positive but each other stay out of the sum, so that a tiny loss keeps its digits. With more
+    # positives it is never tiny: at least the entropy of their weights. (The loss of a row whose only positive has
+    # others can be, and is right to the rounding of its scores only.)
+    twin, pair = _twins(labels, shared, count)
+    positive = positive.where(~twin.unsqueeze(1), wide(z).gather(0, pair.unsqueeze(1).expand_as(z)))
+    row = torch.arange(z.shape[0], device=z.device)
+    negative = similarity_lse(z, scale=scale, q_ids=torch.where(twin, torch.minimum(row, pair), row))
+    gap = (negative - dots(z, positive) * scale).masked_fill(alone, -torch.inf)
+    return torch.where(twin | alone, softplus(gap), gap)
+
+
+def _twins(labels: Tensor, shared: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows [N] have one positive that has no other either, and which [N] it is; 0 for the others."""
+    N = labels.shape[0]
+    row = torch.arange(N, device=labels.device).unsqueeze(1)
+    both = (labels * row).sum(0)  # [C], the sum of the two rows of a label that has two
+    both = torch.where(labels & shared, both, -1)  # [N, C]
+    most = both.amax(1, keepdim=True)
+    one = ((both == most) & (count == 2) | (both == -1)).all(1) & (most.squeeze(1) >= 0)
+    pair = torch.where(one, most.squeeze(1) - row.squeeze(1), 0)
+    twin = one & one[pair]  # the positive of a row of one, if it has one as well, is that row
+    return twin, pair
+
+
+def _check_labels(labels: Tensor, N: int, like: Tensor, form: str) -> None:
+    if form not in ("out", "in"):
+        raise ValueError(f"form must be 'out' or 'in', not {form!r}")
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return check_ids("labels", labels, (N,), like)
+    if labels.dtype != torch.bool:
+        raise TypeError(
+            f"labels must be int64 [N], or bool [N, C] for several labels of a sample, not {labels.dtype} in two"
+            " dimensions; convert them with labels > 0, or class numbers with .flatten()"
+        )
+    if labels.shape[0] != N:
+        raise ValueError(f"labels must be a bool tensor [{N}, C], one row for each sample, not {describe(labels)}")
+    if labels.device != like.device:
+        raise ValueError(f"labels is on {labels.device} but the features are on {like.device}; move one of them")
+    if form != "out":
+        raise ValueError("form must be 'out' for labels [N, C]: 'in' does not split by label")

@@ -40,6 +40,70 @@ def test_kernels(backend, form, dtype, temperature, N, D):
     agrees_on_kernels(none(sup_con), dense, [torch.randn(N, D)], temperature, dtype, labels=labels, form=form)
 
 
+# Rows 1 and 6 have no positive but each other, 10 none but 3, which has more; 4 and 9 none.
+TAGS = torch.zeros(12, 9, dtype=torch.bool)
+for row, tags in enumerate([[0], [1, 2], [0, 3], [3, 4, 0], [5], [0, 3], [1, 2, 6], [3], [0], [], [4], [0, 7]]):
+    TAGS[row, tags] = True
+
+
+def dense_labels(z, temperature, labels):
+    """[N] losses with a mask for each label: a supervised contrastive loss of every label that a row shares."""
+    s = product(unit(z), unit(z)) / temperature
+    self_ = torch.eye(len(z), dtype=torch.bool)
+    log_prob = s - s.masked_fill(self_, -math.inf).logsumexp(1, keepdim=True)
+    total, tasks = torch.zeros_like(s[:, 0]), torch.zeros_like(s[:, 0])
+    for label in labels.T:
+        positive = label[:, None] & label & ~self_
+        count = positive.sum(1)
+        total = total - log_prob.where(positive, 0).sum(1) / count.clamp_min(1)
+        tasks = tasks + (count > 0)
+    return total / tasks.clamp_min(1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.01, -0.3])
+def test_several_labels(temperature):
+    agrees_exactly(none(sup_con), dense_labels, [torch.randn(12, 5)], temperature, labels=TAGS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature, N, D", [(0.2, 12, 3), (0.1, 150, 33), (0.01, 70, 64)])
+def test_several_labels_on_kernels(backend, dtype, temperature, N, D):
+    labels = torch.cat((TAGS, torch.rand(N - 12, 9) < 0.3))
+    agrees_on_kernels(none(sup_con), dense_labels, [torch.randn(N, D)], temperature, dtype, labels=labels)
+
+
+def test_one_of_several_labels_is_the_loss_of_single_labels(backend):
+    z, labels = torch.randn(40, 8, requires_grad=True), torch.cat((torch.arange(8), torch.randint(6, (32,))))
+    got, want = (sup_con(z, x, reduction="none") for x in (F.one_hot(labels, 9).bool(), labels))
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(*(torch.autograd.grad(x.sum(), z)[0] for x in (got, want)), atol=1e-4)
+    views = torch.randn(6, 2, 8)
+    tags = F.one_hot(labels[:6], 9).bool()
+    assert torch.allclose(sup_con(views, tags), sup_con(views, labels[:6]), atol=1e-5)
+
+
+def test_several_labels_weighted_by_their_number_are_the_sum_over_rows_and_labels():
+    """The unweighted sum of MulSupCon: each pair of a row and one of its labels counts once."""
+    z, labels = torch.randn(30, 8), torch.rand(30, 4) < 0.5
+    s = product(unit(z), unit(z)).fill_diagonal_(-math.inf) / 0.1
+    rows, tags = labels.nonzero().unbind(1)
+    positive = labels[:, tags].T & (torch.arange(30) != rows[:, None])
+    terms = -(s.log_softmax(1)[rows].where(positive, 0).sum(1) / positive.sum(1))
+    assert torch.allclose(sup_con(z, labels, 0.1, weights=labels.sum(1).float()), terms.mean())
+
+
+def test_several_labels_without_positives_or_negatives(backend):
+    z = torch.randn(4, 3, requires_grad=True)
+    nothing = torch.zeros(4, 5, dtype=torch.bool)
+    cases = [z, nothing], [z, torch.eye(4, 5).bool()], [z, nothing[:, :0]], [z[:1], ~nothing[:1]], [z[:2], ~nothing[:2]]
+    for rows, labels in cases:
+        losses = sup_con(rows, labels, reduction="none")
+        (grad,) = torch.autograd.grad(losses.sum(), z)
+        assert (losses == 0).all() and (grad == 0).all()
+    alone = sup_con(torch.randn(12, 3), TAGS, reduction="none")
+    assert alone.isfinite().all() and (alone == 0).nonzero().flatten().tolist() == [4, 9]
+
+
 @pytest.mark.parametrize("form", ["out", "in"])
 def test_views(backend, form):
     z, labels = torch.randn(6, 2, 8), torch.tensor([1, 2, 1, 3, 4, 4])
@@ -84,6 +148,18 @@ def test_tiny_losses_keep_their_digits(backend, form):
     assert (grad - want).abs().max() <= 1e-4 * want.abs().max()
 
 
+def test_tiny_losses_of_several_labels_keep_their_digits(backend):
+    """Pairs whose two rows share one to three labels, beside one that nobody else has."""
+    z, T = torch.eye(20, 32).repeat(2, 1), 0.05
+    pairs = torch.zeros(20, 61, dtype=torch.bool)
+    for i in range(20):
+        pairs[i, 3 * i : 3 * i + 1 + i % 3] = True
+    labels = pairs.repeat(2, 1)
+    labels[0, 60] = True
+    losses = sup_con(z, labels, T, reduction="none", normalize=False)
+    assert torch.allclose(losses, torch.tensor(math.log1p(38 * math.exp(-1 / T))).expand(40), rtol=1e-5, atol=0)
+
+
 def test_metric_learning():
     losses = peer("pytorch_metric_learning.losses")
     z, labels = torch.randn(40, 8), torch.randint(5, (40,))
@@ -97,6 +173,15 @@ def test_gradcheck(form):
     assert torch.autograd.gradcheck(lambda z, t: sup_con(z, labels, t, form=form, reduction="none"), (z, T))
 
 
+def test_gradcheck_of_several_labels():
+    z, T = torch.randn(12, 3).double().requires_grad_(), torch.tensor(0.3).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, t: sup_con(z, TAGS, t, reduction="none"), (z, T))
+
+
+def test_several_labels_compile_without_a_break(backend):
+    compiles(sup_con, torch.randn(12, 8), labels=TAGS)
+
+
 @pytest.mark.parametrize("form", ["out", "in"])
 def test_compiles_without_a_break(backend, form):
     compiles(sup_con, torch.randn(12, 8), labels=LABELS, form=form)
@@ -106,6 +191,7 @@ def test_module():
     z = torch.randn(12, 3)
     criterion = sslkern.SupConLoss(0.2, form="in")
     assert torch.equal(criterion(z, LABELS), sup_con(z, LABELS, 0.2, form="in"))
+    assert torch.equal(sslkern.SupConLoss(0.2)(z, TAGS), sup_con(z, TAGS, 0.2))
     assert torch.equal(criterion(F.normalize(z), LABELS, logit_scale=3.0), criterion(z, LABELS, logit_scale=3.0))
 
 
@@ -121,6 +207,11 @@ def test_bad_arguments_are_named():
             ("labels must be an int64", (z, LABELS[:3]), {}),
             ("labels must be int64", (z, LABELS.int()), {}),
             ("form must", (z, LABELS), {"form": "both"}),
+            ("form must", (z, TAGS), {"form": "in"}),
+            ("labels must be a bool tensor", (z, TAGS[:3]), {}),
+            ("labels must be int64 .N., or bool", (z, LABELS[:, None]), {}),
+            ("labels must be int64 .N., or bool", (z, TAGS.float()), {}),
+            ("labels is on meta", (z, TAGS.to("meta")), {}),
             ("temperature must not be 0", (z, LABELS, 0.0), {}),
             ("weights must", (z, LABELS), {"weights": torch.ones(3)}),
             ("weights must be floating", (z, LABELS), {"weights": torch.ones(12).long()}),
