@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from .functional._common import describe
 from .ops._numbers import check_size
@@ -32,10 +33,16 @@ class CachedLoss:
     What the call returns is what `loss` returns, an ordinary node of the graph: scale it (`GradScaler`), add to it,
     give it to `torch.autograd.grad`. Parameters of the loss, such as a temperature, get their gradients as ever.
 
-    Each chunk is embedded again in the same random state (dropout), of the CPU and the devices that hold the encoder
-    and its inputs, and under the same autocast. Random numbers from elsewhere (`random`, NumPy) in an encoder are not
-    repeated. Buffers keep what step 1 left in them, so that running statistics are updated once. Batch normalisation
-    normalises with the statistics of a chunk, not of the batch: there the chunk size is part of the model.
+    Each chunk is embedded again as it was: in the same random state (dropout), of the CPU and the devices that hold the
+    encoder and its inputs, under the same autocast, in the same mode (`train`, `eval`), and from the buffers that it
+    started from (spectral normalisation). Random numbers from elsewhere (`random`, NumPy) and what an encoder keeps
+    outside its buffers are not repeated. Buffers keep what step 1 left in them, so that running statistics are updated
+    once. Batch normalisation normalises with the statistics of a chunk, not of the batch: there the chunk size is part
+    of the model.
+
+    Hooks on parameters, and the reduction of a `DistributedDataParallel`, which is to be the encoder itself, run once,
+    with the gradient of all chunks; those on modules, and the reductions of `fully_shard`, for each chunk. An encoder
+    may be compiled, and hold checkpoints of either kind.
 
     Args:
         encoder: a module, or a method of one (`model.encode_image`), for all inputs; or a tuple or list of them, one
@@ -66,6 +73,8 @@ class CachedLoss:
                     f"encoder must be a module or a method of one, whose parameters are known, not {describe(one)}; "
                     "write what it does as a module"
                 )
+        if not callable(loss):
+            raise TypeError(f"loss must be a function or module of features, not {describe(loss)}")
         self.encoder, self.loss = tuple(encoder) if each else encoder, loss
         self.chunk_size = check_size("chunk_size", chunk_size)
 
@@ -79,9 +88,40 @@ class CachedLoss:
 
 
 def _embed(encoder: Encoder, x: Any, chunk_size: int) -> Any:
+    if isinstance(encoder, nn.parallel.DistributedDataParallel):
+        # Its forward runs once around all chunks, as around a batch: one broadcast of buffers, one reduction.
+        inner, x = encoder.module, _with_tensors(x, _tensors(x))
+        encoder.module = _Chunked(inner, chunk_size)
+        try:
+            return encoder(x)
+        finally:
+            encoder.module = inner
     cache = _Cache(encoder, x, chunk_size)
-    features = _Replayed.apply(cache, *cache.inputs, *cache.parameters)
+    features = _Replayed.apply(cache, *cache.inputs, *cache.learning.values())
     return _with_tensors(cache.structure, iter(features))
+
+
+class _Chunked(nn.Module):
+    """A module that takes a batch in chunks."""
+
+    def __init__(self, module: nn.Module, chunk_size: int):
+        super().__init__()
+        self.module, self.chunk_size = module, chunk_size
+
+    def forward(self, x: Any) -> Any:
+        return _embed(self.module, x, self.chunk_size)
+
+
+class _Called(nn.Module):
+    """An encoder as the forward of a module: where others can stand in for its parameters and buffers."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.method = getattr(encoder, "__func__", None)
+        self.module = encoder if self.method is None else encoder.__self__
+
+    def forward(self, x: Any) -> Any:
+        return self.module(x) if self.method is None else self.method(self.module, x)
 
 
 class _Replayed(torch.autograd.Function):
@@ -92,7 +132,7 @@ class _Replayed(torch.autograd.Function):
         ctx.cache = cache
         ctx.set_materialize_grads(False)
         features = cache.embed()
-        ctx.mark_non_differentiable(*(x for x in features if not x.is_floating_point()))
+        ctx.mark_non_differentiable(*(x for x in features if not (x.is_floating_point() or x.is_complex())))
         return features
 
     @staticmethod
@@ -105,81 +145,121 @@ class _Cache:
     """An encoder and its input, and what it takes to embed each chunk once more as it was."""
 
     def __init__(self, encoder: Encoder, x: Any, chunk_size: int):
-        module = encoder if isinstance(encoder, nn.Module) else encoder.__self__
-        self.encoder, self.x, self.inputs = encoder, x, list(_tensors(x))
-        self.parameters, self.buffers = list(module.parameters()), list(module.buffers())
+        self.encoder = _Called(encoder)
+        self.x, self.inputs = x, list(_tensors(x))
+        self.parameters = dict(self.encoder.named_parameters())
+        self.learning = {name: p for name, p in self.parameters.items() if p.requires_grad}
         sizes = {t.shape[0] if t.ndim else 0 for t in self.inputs}
         if len(sizes) != 1 or 0 in sizes:
             shapes = [list(t.shape) for t in self.inputs]
             raise ValueError(f"inputs must hold tensors [N, ...] with one and the same N > 0, not {shapes}")
         (N,) = sizes
         self.chunks = [slice(i, min(i + chunk_size, N)) for i in range(0, N, chunk_size)]
-        self.devices = {t.device for t in (*self.inputs, *self.parameters) if t.device.type != "cpu"}
+        tensors = (*self.inputs, *self.parameters.values())
+        self.devices = {t.device for t in tensors if t.device.type != "cpu"}
         self.autocast = [
             dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
             for kind in ("cpu", *{device.type for device in self.devices})
         ]
         self.versions = self._versions()
+        self.modes = self._modes()
+        self.replayed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        for module in self.encoder.modules() if self.replayed else ():
+            parallel = isinstance(module, nn.parallel.DistributedDataParallel)
+            if parallel and (module.find_unused_parameters or module.static_graph):
+                raise TypeError(
+                    "encoder must be the DistributedDataParallel itself, not hold one, where it has "
+                    "find_unused_parameters or static_graph"
+                )
         self.random: list[list[Tensor]] = []  # the state before each chunk
+        self.buffers: list[dict[str, Tensor]] = []  # likewise; equal ones are one tensor
+        self.changing: set[str] = set()  # names of buffers
         self.structure: Any = None  # how the tensors are nested in what the encoder returns
 
     def embed(self) -> tuple[Tensor, ...]:
         """The features of all chunks."""
         parts = []
         for rows in self.chunks:
-            self.random.append(self._random_state())
-            self.structure = self._encode(t[rows] for t in self.inputs)
+            if self.replayed:
+                self.random.append(self._random_state())
+                self._keep_buffers()
+            self.structure = self.encoder(self._copied(t[rows] for t in self.inputs))
             parts.append(list(_tensors(self.structure)))
-            if any(t.shape[:1] != self.inputs[0][rows].shape[:1] for t in parts[-1]):
+            if not parts[-1] or any(t.shape[:1] != self.inputs[0][rows].shape[:1] for t in parts[-1]):
                 wanted, shapes = rows.stop - rows.start, [list(t.shape) for t in parts[-1]]
                 raise ValueError(
                     f"encoder must return tensors [{wanted}, ...] for {wanted} rows of input, not {shapes}"
                 )
+        if self.replayed:
+            self._keep_buffers()  # for what the last chunk changes
+            self.buffers.pop()
+            if self._versions() != self.versions:
+                raise RuntimeError("encoder must not change its parameters in place while it embeds; do that before")
         torch.clear_autocast_cache()  # older torch keeps casts of weights made here, which have no graph
         return tuple(torch.cat(of_chunks) for of_chunks in zip(*parts, strict=True))
 
     def replay(self, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
-        """The gradients of inputs and parameters, where needed, given those of the features."""
+        """The gradients of inputs and parameters, where needed, given those of the features.
+
+        The encoder computes with stand-ins of its parameters, leaves on the same memory that add up the gradients of
+        all chunks: so hooks on the parameters run once, when these are returned. Of buffers it has those that the
+        chunk started from, and those of the module stay as they are.
+        """
         if self._versions() != self.versions:
             raise RuntimeError(
                 "encoder or inputs were changed in place between the loss and its backward; do that after"
             )
         count = len(self.inputs)
         of_inputs = [torch.zeros_like(t) if need else None for t, need in zip(self.inputs, needed[:count], strict=True)]
-        of_parameters: list[Tensor | None] = [None] * len(self.parameters)
-        buffers, random = [b.clone() for b in self.buffers], self._random_state()
-        for rows, state in zip(self.chunks, self.random, strict=True):
-            self._set_random_state(state)
-            parts = self._replay_chunk(rows, [None if g is None else g[rows] for g in grads], needed)
-            for total, part in zip(of_inputs, parts[:count], strict=True):
-                if part is not None:
-                    total[rows] = part
-            for i, part in enumerate(parts[count:]):
-                if part is not None:
-                    of_parameters[i] = part if of_parameters[i] is None else of_parameters[i] + part
-        self._set_random_state(random)
-        for buffer, value in zip(self.buffers, buffers, strict=True):
-            buffer.data.copy_(value)  # unseen by other graphs, as batch normalisation's own write is
-        return [*of_inputs, *of_parameters]
+        stand_ins = {name: nn.Parameter(p.detach()) for name, p in self.learning.items()}
+        random, modes = self._random_state(), self._modes()
+        try:
+            _set_modes(self.modes)
+            for rows, state, buffers in zip(self.chunks, self.random, self.buffers, strict=True):
+                self._set_random_state(state)
+                buffers = {name: x.clone() if name in self.changing else x for name, x in buffers.items()}
+                leaves = [x[rows].detach() for x in self.inputs]
+                for leaf, total in zip(leaves, of_inputs, strict=True):
+                    leaf.requires_grad_(total is not None)
+                self._replay_chunk(leaves, stand_ins | buffers, [None if g is None else g[rows] for g in grads])
+                for total, leaf in zip(of_inputs, leaves, strict=True):
+                    if total is not None and leaf.grad is not None:
+                        total[rows] = leaf.grad
+        finally:
+            self._set_random_state(random)
+            _set_modes(modes)
+            torch.clear_autocast_cache()
+        return [*of_inputs, *(leaf.grad for leaf in stand_ins.values())]
 
-    def _replay_chunk(self, rows: slice, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
-        leaves = [*(t[rows].detach() for t in self.inputs), *self.parameters]
-        wanted = [x.requires_grad_() for x, need in zip(leaves, needed, strict=True) if need]
+    def _replay_chunk(self, leaves: list[Tensor], state: dict[str, Tensor], grads: Sequence[Tensor | None]) -> None:
         with torch.enable_grad(), ExitStack() as stack:
             for options in self.autocast:
                 stack.enter_context(torch.autocast(**options))
-            features = _tensors(self._encode(leaves[: len(self.inputs)]))
+            features = _tensors(functional_call(self.encoder, state, (self._copied(leaves),)))
         ends = [(x, g) for x, g in zip(features, grads, strict=True) if g is not None and x.requires_grad]
-        if not ends:
-            return [None] * len(needed)
-        found = iter(torch.autograd.grad([x for x, _ in ends], wanted, [g for _, g in ends], allow_unused=True))
-        return [next(found) if need else None for need in needed]
+        if ends:  # backward, not grad, which checkpoints with use_reentrant=True refuse
+            torch.autograd.backward(*zip(*ends, strict=True))
 
-    def _encode(self, inputs: Iterable[Tensor]) -> Any:
-        return self.encoder(_with_tensors(self.x, (t.clone() for t in inputs)))  # it may write into what it gets
+    def _copied(self, inputs: Iterable[Tensor]) -> Any:
+        return _with_tensors(self.x, (t.clone() for t in inputs))  # the encoder may write into what it gets
+
+    def _keep_buffers(self) -> None:
+        """The buffers as they are now, copies of those that are not known to be equal to the last ones."""
+        last, kept = self.buffers[-1] if self.buffers else {}, {}
+        for name, x in self.encoder.named_buffers():
+            old = last.get(name)
+            if old is None or name in self.changing or not _equal(old, x):
+                kept[name] = x.detach().clone()
+                self.changing.update(() if old is None else (name,))
+            else:
+                kept[name] = old
+        self.buffers.append(kept)
 
     def _versions(self) -> list[int]:
-        return [0 if t.is_inference() else t._version for t in (*self.inputs, *self.parameters)]
+        return [0 if t.is_inference() else t._version for t in (*self.inputs, *self.parameters.values())]
+
+    def _modes(self) -> list[tuple[nn.Module, bool]]:
+        return [(module, module.training) for module in self.encoder.modules()]
 
     def _random_state(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self.devices)]
@@ -188,6 +268,15 @@ class _Cache:
         torch.set_rng_state(state[0])
         for device, of_device in zip(self.devices, state[1:], strict=True):
             torch.get_device_module(device).set_rng_state(of_device, device)
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
