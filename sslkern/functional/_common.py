@@ -1,5 +1,6 @@
 """What the losses share: argument checks, normalisation, and the few formulas that need care."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -27,6 +28,19 @@ def check_features(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, not {x.dtype}; convert it with .float()")
     if x.shape[0] == 0:
         raise ValueError(f"{name} is empty; the loss needs at least one row, so skip empty batches")
+
+
+def promoted(*features):
+    """Inside autocast, features of several types in the widest of them, as torch does with what it does not round: an
+    encoder's output in bf16 meets a queue in fp32. Elsewhere, and what is no such tensor, as it is: the checks say so.
+    """
+    dtypes = [x.dtype for x in features if isinstance(x, Tensor)]
+    if len(dtypes) < 2 or dtypes.count(dtypes[0]) == len(dtypes) or not all(dtype in _FLOATS for dtype in dtypes):
+        return features
+    if not any(torch.is_autocast_enabled(x.device.type) for x in features if isinstance(x, Tensor)):
+        return features
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return tuple(x.to(widest) if isinstance(x, Tensor) else x for x in features)
 
 
 def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str | None = None) -> None:

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from ._common import check_alike, check_features, check_ids, dots, unit, wide
+from ._common import check_alike, check_features, check_ids, dots, promoted, unit, wide
 
 
 def two_views(z0: Tensor, z1: Tensor, ids: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Checks and stacks two views: z [2N, D], their ids [2N], and cosine [2N] of each row with its other view."""
+    z0, z1 = promoted(z0, z1)
     check_features("z0", z0)
     check_alike("z1", z1, "z0", z0)
     if ids is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops._numbers import check_number
-from ._common import check_alike, check_features, dots, unit, wide
+from ._common import check_alike, check_features, dots, promoted, unit, wide
 
 
 def alignment_uniformity(
@@ -44,6 +44,7 @@ def alignment_uniformity(
         >>> sslkern.functional.alignment_uniformity(z0, z1).backward()
     """
     uniformity_weight = check_number("uniformity_weight", uniformity_weight, 0)
+    z0, z1 = promoted(z0, z1)
     pull = alignment(z0, z1, alpha, normalize=normalize)
     spread = uniformity(z0, t, normalize=normalize) + uniformity(z1, t, normalize=normalize)
     return pull + uniformity_weight / 2 * spread
@@ -65,6 +66,7 @@ def alignment(z0: Tensor, z1: Tensor, alpha: float = 2.0, *, normalize: bool = T
         >>> sslkern.functional.alignment(z, -3 * z).item()  # opposite: the square of 2
         4.0
     """
+    z0, z1 = promoted(z0, z1)
     check_features("z0", z0)
     check_alike("z1", z1, "z0", z0)
     alpha = check_number("alpha", alpha, 1)

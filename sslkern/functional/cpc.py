@@ -1,11 +1,11 @@
 """CPC: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import similarity_lse
-from ._common import check_features, check_options, describe, dots, reduce, scale_of, softplus, unit
+from ..ops.product import product
+from ._common import check_features, check_options, describe, dots, promoted, reduce, scale_of, softplus, unit
 
 
 def cpc(
@@ -62,12 +62,14 @@ def cpc(
         >>> losses, accuracy = sslkern.functional.cpc(context, targets, predictors, reduction="none", stats=True)
         >>> losses.mean().backward()
     """
+    context, targets = promoted(context, targets)
     _check(context, targets, predictors, negatives)
     check_options(reduction, group, strategy)
     scale = scale_of(temperature, logit_scale, context.device)
     (N, T, _), (K, Dz, _) = context.shape, predictors.shape
 
-    predicted = F.linear(context, predictors.to(context.dtype).flatten(0, 1)).unflatten(2, (K, Dz)).to(targets.dtype)
+    every_step = predictors.to(context.dtype).flatten(0, 1)  # [K Dz, Dc]
+    predicted = product(context.flatten(0, 1), every_step.T).view(N, T, K, Dz)
     # The predictions that have a target, step by step: S = sum_k (T - k) for each sample, and the targets' times.
     counts = [T - k for k in range(1, K + 1)]
     query = torch.cat([predicted[:, :count, k] for k, count in enumerate(counts)], 1)  # [N, S, Dz]

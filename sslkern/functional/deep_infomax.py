@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse, similarity_softplus
-from ._common import check_alike, check_features, check_ids, describe, dots, scale_of, softplus, unit
+from ._common import check_alike, check_features, check_ids, describe, dots, promoted, scale_of, softplus, unit
 
 
 def deep_infomax(
@@ -55,6 +55,7 @@ def deep_infomax(
         >>> loss = sslkern.functional.deep_infomax(images, maps.flatten(2).transpose(1, 2), "jsd")
         >>> loss.backward()
     """
+    features, local_features = promoted(features, local_features)
     check_features("features", features)
     check_estimator(estimator)
     N, D = features.shape

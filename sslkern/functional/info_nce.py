@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops._numbers import check_number
+from ..ops.product import product
 from ._common import (
     beaten,
     check_alike,
@@ -16,6 +17,7 @@ from ._common import (
     describe,
     dots,
     logaddexp,
+    promoted,
     reduce,
     scale_of,
     softplus,
@@ -85,6 +87,7 @@ def info_nce(
         >>> queue = torch.randn(4096, 32)
         >>> loss = sslkern.functional.info_nce(images, texts, queue, temperature=0.07)  # MoCo
     """
+    query, key, negatives = promoted(query, key, negatives)
     check_features("query", query)
     check_alike("key", key, "query", query)
     check_options(reduction, group, strategy)
@@ -177,9 +180,11 @@ def _over_negatives(query, negatives, scale, ids, negative_ids, best):
 def _sum_over_negatives(query, negatives, ids, negative_ids):
     """The sum [N] of the cosines with the given negatives, and their number."""
     if negatives.ndim == 3:
-        kept = torch.ones_like(negatives[..., 0]) if negative_ids is None else ids.unsqueeze(1) != negative_ids
-        kept = wide(kept.to(negatives.dtype))
-        return dots(query, torch.einsum("nm,nmd->nd", kept, wide(negatives))), kept.sum(1)
+        if negative_ids is None:
+            return dots(query, wide(negatives).sum(1)), negatives.shape[1]
+        kept, negatives = ids.unsqueeze(1) != negative_ids, wide(negatives)
+        total = product(kept.unsqueeze(1).to(negatives.dtype), negatives).squeeze(1)
+        return dots(query, total), kept.sum(1)
     if negative_ids is not None:
         return over_different(query, negatives, ids, negative_ids)
     return dots(query, wide(negatives).sum(0)), negatives.shape[0]

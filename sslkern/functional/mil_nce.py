@@ -14,6 +14,7 @@ from ._common import (
     check_weights,
     describe,
     logaddexp,
+    promoted,
     reduce,
     scale_of,
     softplus,
@@ -77,6 +78,7 @@ def mil_nce(
         >>> clips, sentences = torch.randn(64, 32, requires_grad=True), torch.randn(64, 5, 32)
         >>> sslkern.functional.mil_nce(clips, sentences, temperature=0.1, two_way=True, normalize=True).backward()
     """
+    anchor, positives = promoted(anchor, positives)
     check_features("anchor", anchor)
     check_alike("positives", positives, "anchor", anchor, "[N, P, D]")
     N, D = anchor.shape

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops import similarity_lse
 from ..ops._numbers import check_finite
+from ..ops.product import product
 from ._common import (
     beaten,
     check_alike,
@@ -20,10 +21,12 @@ from ._common import (
     describe,
     dots,
     logaddexp,
+    promoted,
     reduce,
     scale_of,
     softplus,
     unit,
+    wide,
 )
 
 BLOCK = 2**20  # scores that a guide decides on at a time
@@ -112,6 +115,9 @@ def mnrl(
         >>> both = ("query_to_doc", "doc_to_query")
         >>> loss = sslkern.functional.mnrl(queries, documents, directions=both, partition="per_direction")
     """
+    if negatives is not None:
+        negatives = _stacked("negatives", negatives)
+    anchor, positive, negatives = promoted(anchor, positive, negatives)
     check_features("anchor", anchor)
     check_alike("positive", positive, "anchor", anchor)
     check_options(reduction, group, strategy)
@@ -119,7 +125,6 @@ def mnrl(
     _check_directions(directions, partition)
     N, D = anchor.shape
     if negatives is not None:
-        negatives = _stacked("negatives", negatives)
         check_alike("negatives", negatives, "anchor", anchor, "[N, H, D]")
         if negatives.shape[:-2] != (N,):
             raise ValueError(f"negatives must be [{N}, H, {D}] or H tensors [{N}, {D}], not {describe(negatives)}")
@@ -208,15 +213,13 @@ def _guided_lse(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
 
 
 def _guided_block(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
-    with torch.autocast(q.device.type, enabled=False):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        out = guide_q @ guide_k.T > limit.unsqueeze(1)
-        if q_ids is not None:
-            out = out | (q_ids.unsqueeze(1) == k_ids)
-        empty = out.all(1)
-        s = (q.to(wide) @ k.to(wide).T * scale).masked_fill(out, -math.inf)
-        row = s.masked_fill(empty.unsqueeze(1), 0).logsumexp(1).masked_fill(empty, -math.inf)
-        return row, s.detach().amax(1) if s.shape[1] else row.detach()
+    out = product(guide_q, guide_k.T) > limit.unsqueeze(1)
+    if q_ids is not None:
+        out = out | (q_ids.unsqueeze(1) == k_ids)
+    empty = out.all(1)
+    s = (product(wide(q), wide(k).T) * scale).masked_fill(out, -math.inf)
+    row = s.masked_fill(empty.unsqueeze(1), 0).logsumexp(1).masked_fill(empty, -math.inf)
+    return row, s.detach().amax(1) if s.shape[1] else row.detach()
 
 
 def _stacked(name: str, x: Tensor | Sequence[Tensor]) -> Tensor:

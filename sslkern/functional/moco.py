@@ -12,6 +12,7 @@ from ._common import (
     check_options,
     check_weights,
     describe,
+    promoted,
     reduce,
     scale_of,
 )
@@ -60,6 +61,7 @@ def moco(
         >>> memory.push(key)  # also allowed before the backward
         >>> loss.backward()
     """
+    query, key, queue = promoted(query, key, queue)
     check_features("query", query)
     check_alike("key", key, "query", query)
     check_alike("queue", queue, "query", query, f"[K, {query.shape[1]}]")
@@ -115,6 +117,7 @@ def moco_v3(
         >>> queries, keys = torch.randn(2, 64, 32, requires_grad=True), torch.randn(2, 64, 32)
         >>> sslkern.functional.moco_v3(*queries, *keys, temperature=0.2).backward()
     """
+    query0, query1, key0, key1 = promoted(query0, query1, key0, key1)
     check_features("query0", query0)
     for name, x in (("query1", query1), ("key0", key0), ("key1", key1)):
         check_alike(name, x, "query0", query0)

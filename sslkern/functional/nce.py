@@ -22,6 +22,7 @@ from ._common import (
     check_options,
     check_weights,
     describe,
+    promoted,
     reduce,
     scalar,
     scale_of,
@@ -104,6 +105,7 @@ def nce(
 
 def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize, reduction, stats):
     """`nce`, the share or None, and the log Z that was used, for a module to keep."""
+    query, bank = promoted(query, bank)
     check_features("query", query)
     check_features("bank", bank)
     check_alike("bank", bank, "query", query, f"[M, {query.shape[1]}]")
@@ -240,6 +242,7 @@ def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, norma
         raise ValueError("views must be two tensors [N, D] or more")
     if not isinstance(banks, (Sequence, Tensor)) or len(banks) != len(views):
         raise ValueError(f"banks must be {len(views)} tensors [M, D], one for each view")
+    views, banks = (x if isinstance(x, Tensor) else promoted(*x) for x in (views, banks))
     for i, view in enumerate(views):
         check_features(f"views[{i}]", view)
         check_alike(f"views[{i}]", view, "views[0]", views[0])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_topk
-from ._common import check_alike, check_features, check_options, unit
+from ._common import check_alike, check_features, check_options, promoted, unit
 from .info_nce import info_nce
 
 
@@ -63,6 +63,7 @@ def nnclr(
         >>> memory.push(z0)
         >>> loss.backward()
     """
+    z0, z1, p0, p1, support = promoted(z0, z1, p0, p1, support)
     check_features("z0", z0)
     for name, x in (("z1", z1), ("p0", p0), ("p1", p1)):
         check_alike(name, x, "z0", z0)
@@ -94,6 +95,7 @@ def nearest_neighbors(z: Tensor, support: Tensor, *, normalize: bool = True) -> 
         >>> sslkern.functional.nearest_neighbors(z, support).shape
         torch.Size([64, 32])
     """
+    z, support = promoted(z, support)
     check_features("z", z)
     check_features("support", support)
     check_alike("support", support, "z", z, f"[K, {z.shape[1]}]")

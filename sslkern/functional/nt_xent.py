@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops._numbers import check_number
+from ..ops.product import product
 from ._common import (
     beaten,
     check_alike,
@@ -16,6 +17,7 @@ from ._common import (
     check_weights,
     contrast,
     describe,
+    promoted,
     reduce,
     scale_of,
     softplus,
@@ -73,6 +75,7 @@ def nt_xent(
         >>> loss = sslkern.functional.nt_xent(z0, z1, temperature=0.1)
         >>> loss.backward()
     """
+    z0, z1 = promoted(z0, z1)
     check_features("z0", z0)
     check_alike("z1", z1, "z0", z0)
     check_options(reduction, group, strategy)
@@ -141,7 +144,8 @@ def nt_xent_multi_view(
     z = unit(z) if normalize else z
     negative = similarity_lse(z.reshape(V * N, D), scale=scale, q_ids=ids.repeat(V)).view(V, N, 1)
     # The V x V scores within each sample, [V, N, V], then without that of a view with itself.
-    within = torch.einsum("und,vnd->unv", wide(z), wide(z)) * scale
+    sample = wide(z).transpose(0, 1)
+    within = product(sample, sample.mT).transpose(0, 1) * scale
     view = torch.arange(V, device=z.device)
     others = (view.unsqueeze(1) + view[1:]) % V
     positive = within.gather(2, others.unsqueeze(1).expand(V, N, V - 1))
@@ -158,12 +162,14 @@ def _stacked(views: Tensor | Sequence[Tensor]) -> Tensor:
     listed = isinstance(views, (list, tuple)) or isinstance(views, Tensor) and views.ndim == 3
     if not listed or len(views) < 2:
         raise ValueError(f"views must be a tensor [V, N, D] or a list of V tensors [N, D], V >= 2, not {_what(views)}")
-    check_features("views[0]", views[0])
     if isinstance(views, Tensor):
+        check_features("views[0]", views[0])
         return views
+    views = promoted(*views)
+    check_features("views[0]", views[0])
     for i, view in enumerate(views[1:], 1):
         check_alike(f"views[{i}]", view, "views[0]", views[0])
-    return torch.stack(tuple(views))
+    return torch.stack(views)
 
 
 def _what(views) -> str:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..ops import similarity_softplus
 from ..ops.pair_contrast import row_numbers
-from ._common import check_alike, check_features, check_ids, check_options, dots, scalar, softplus, unit_pair
+from ._common import check_alike, check_features, check_ids, check_options, dots, promoted, scalar, softplus, unit_pair
 
 
 def siglip(
@@ -51,6 +51,7 @@ def siglip(
         >>> log_scale, bias = torch.tensor(2.3, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
         >>> sslkern.functional.siglip(image, text, log_scale.exp(), bias).backward()
     """
+    image, text = promoted(image, text)
     check_features("image", image)
     check_alike("text", text, "image", image)
     check_options(reduction, None, "all_gather")

@@ -1,4 +1,5 @@
-"""`sampled_similarity` in plain torch, some queries at a time."""
+"""`sampled_similarity` in plain torch, some queries at a time; products write into tensors that exist, which autocast
+leaves alone."""
 
 from typing import NoReturn
 
@@ -15,7 +16,7 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     rows, keys, flat = _one_group(q, bank, index)
     out = rows.new_empty(flat.shape)
     for part in _parts(flat, keys):
-        out[part] = torch.bmm(keys[flat[part]], rows[part].unsqueeze(2)).squeeze(2)
+        torch.bmm(keys[flat[part]], rows[part].unsqueeze(2), out=out[part].unsqueeze(2))
     return out.view(index.shape)
 
 
@@ -25,7 +26,7 @@ def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> 
     rows, keys, flat = _one_group(q, bank, index)
     dq = torch.zeros_like(rows) if need_q else None
     for part in _parts(flat, keys) if need_q else ():
-        dq[part] = torch.bmm(g.reshape(flat.shape)[part].unsqueeze(1), keys[flat[part]]).squeeze(1)
+        torch.bmm(g.reshape(flat.shape)[part].unsqueeze(1), keys[flat[part]], out=dq[part].unsqueeze(1))
     return dq.view(q.shape) if need_q else None, sum_by_key(q, bank, index, g) if need_bank else None
 
 

@@ -43,9 +43,9 @@ def similarity_softplus_fwd(
         if sign < 0:
             w.neg_()
         if dq is not None:
-            dq[groups, rows] += torch.bmm(w, keys[groups])
+            dq[groups, rows].baddbmm_(w, keys[groups])
         if dk is not None:
-            dk[groups] += torch.bmm(w.transpose(1, 2), q[groups, rows])
+            dk[groups].baddbmm_(w.transpose(1, 2), q[groups, rows])
         if need_bias:
             dbias[groups, rows] = w.sum(2)
         if need_k_bias:

@@ -1,0 +1,33 @@
+"""`product`: a matrix product that autocast leaves alone, forward and backward."""
+
+import torch
+from torch import Tensor
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of a [.., N, K] and b [.., K, M], in their type.
+
+    Autocast would round both to 16 bits, and the gradients too if `backward` is called inside of it. A loss that needs
+    a product of torch's takes this one.
+    """
+    return _Product.apply(a, b)
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b):
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        da = product(g, b.mT) if ctx.needs_input_grad[0] else None
+        db = product(a.mT, g) if ctx.needs_input_grad[1] else None
+        return da, db
