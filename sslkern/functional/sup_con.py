@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
+from ..ops.product import product
 from ._common import (
     check_features,
     check_ids,
@@ -128,10 +129,10 @@ def _several_labels(z: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
     count = has.sum(0)
     shared = count > 1
     each = (count - 1).clamp_min(1).reciprocal().masked_fill(~shared, 0)  # [C], what one of a label's rows weighs
-    tasks = has @ shared.to(has.dtype)
+    tasks, own = product(has, torch.stack((shared.to(has.dtype), each), 1)).unbind(1)
     alone = tasks == 0
-    of_labels = has @ (each.unsqueeze(1) * (has.mT @ wide(z)))
-    own = (has @ each).unsqueeze(1) * wide(z)  # a row is none of its own positives
+    of_labels = product(has, each.unsqueeze(1) * product(has.mT, wide(z)))
+    own = own.unsqueeze(1) * wide(z)  # a row is none of its own positives
     positive = (of_labels - own) / tasks.clamp_min(1).unsqueeze(1)
 
     # Two rows that have no positive but each other stay out of the sum, so that a tiny loss keeps its digits. With more

@@ -43,9 +43,9 @@ def similarity_softplus_fwd(
         if sign < 0:
             w.neg_()
         if dq is not None:
-            dq[groups, rows].baddbmm_(w, keys[groups])
+            dq[groups, rows] += _bmm(w, keys[groups])
         if dk is not None:
-            dk[groups].baddbmm_(w.transpose(1, 2), q[groups, rows])
+            dk[groups] += _bmm(w.transpose(1, 2), q[groups, rows])
         if need_bias:
             dbias[groups, rows] = w.sum(2)
         if need_k_bias:
@@ -60,3 +60,8 @@ def similarity_softplus_fwd(
     dk = dk.mul_(scale) if need_k and k is not None else None
     out = total, row, dq, dk, dscale, dbias, dk_bias
     return tuple(x[0] if groupless and x is not None else x for x in out)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, written into a tensor that exists, which autocast leaves alone."""
+    return torch.bmm(a, b, out=a.new_empty(a.shape[0], a.shape[1], b.shape[2]))
