@@ -8,18 +8,40 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .functional._common import check_options, scale_of, unit
+from .functional._common import check_features, check_options, scale_of, unit
 from .functional.deep_infomax import check_estimator
 from .functional.matryoshka import checked_prefixes, loss_of_prefixes
 from .functional.nce import FORMS, cmc_and_log_z, cmc_pairs, nce_and_log_z
 from .memory import FeatureQueue, MemoryBank
+from .ops._arguments import check_choice, check_flags
 from .ops._numbers import check_number, check_size
+
+_FLAGS = ("normalize", "stats", "two_way", "times_2t")
+
+
+def _listed(options: dict) -> str:
+    """The options of a module for its `repr`, on one line: a tensor by its value now, and whether it learns."""
+    return ", ".join(f"{name}={_on_one_line(value)}" for name, value in options.items())
+
+
+def _scale(module) -> dict:
+    """The one of temperature and logit_scale that counts."""
+    name = "temperature" if module.logit_scale is None else "logit_scale"
+    return {name: getattr(module, name)}
+
+
+def _on_one_line(value) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    text = "..." if value.is_meta else f"{value.detach().item():.4g}" if value.numel() == 1 else str(list(value.shape))
+    return f"{type(value).__name__}({text})"
 
 
 class _Loss(nn.Module):
     def __init__(self, temperature, logit_scale, **options):
         super().__init__()
         check_options(options["reduction"], options.get("group"), options.get("strategy", "all_gather"))
+        check_flags(**{name: value for name, value in options.items() if name in _FLAGS})
         scale_of(temperature, logit_scale)
         self.temperature, self.logit_scale, self.options = temperature, logit_scale, options
 
@@ -30,8 +52,7 @@ class _Loss(nn.Module):
         return loss_fn(*features, temperature=self.temperature, logit_scale=logit_scale, **per_call)
 
     def extra_repr(self) -> str:
-        scale = ("temperature", self.temperature) if self.logit_scale is None else ("logit_scale", self.logit_scale)
-        return ", ".join(f"{name}={value!r}" for name, value in (scale, *self.options.items()))
+        return _listed(_scale(self) | self.options)
 
 
 class NTXentLoss(_Loss):
@@ -153,7 +174,7 @@ class CLIPLoss(nn.Module):
         label_smoothing: float = 0.0,
     ):
         super().__init__()
-        check_options(reduction)
+        check_options(reduction, normalize=normalize, stats=stats)
         check_number("logit_scale", logit_scale, 1e-6)
         check_number("max_scale", max_scale, logit_scale)
         check_number("min_scale", min_scale, 0)
@@ -182,7 +203,7 @@ class CLIPLoss(nn.Module):
         return functional.clip(image, text, logit_scale, ids=ids, weights=weights, **self.options)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return _listed(self.options)
 
 
 class MoCoLoss(_Loss):
@@ -220,6 +241,8 @@ class MoCoLoss(_Loss):
     def forward(
         self, query: Tensor, key: Tensor, *, weights: Tensor | None = None, logit_scale: float | Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
+        for name, x in (("query", query), ("key", key)):
+            check_features(name, x)
         queue = self.memory.queue.t()
         query, key = query.to(queue.dtype), key.to(queue.dtype)
         loss = self._loss(functional.moco, query, key, queue=queue, weights=weights, logit_scale=logit_scale)
@@ -474,13 +497,14 @@ class AlignmentUniformityLoss(nn.Module):
 
     def __init__(self, alpha: float = 2.0, t: float = 2.0, uniformity_weight: float = 1.0, *, normalize: bool = True):
         super().__init__()
+        check_flags(normalize=normalize)
         self.options = dict(alpha=alpha, t=t, uniformity_weight=uniformity_weight, normalize=normalize)
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         return functional.alignment_uniformity(z0, z1, **self.options)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return _listed(self.options)
 
 
 class MatryoshkaLoss(nn.Module):
@@ -499,7 +523,7 @@ class MatryoshkaLoss(nn.Module):
         normalize: bool = True,
     ):
         super().__init__()
-        self.dims, self.weights = checked_prefixes(loss, dims, weights)
+        self.dims, self.weights = checked_prefixes(loss, dims, weights, normalize)
         self.loss, self.normalize = loss, normalize
         if isinstance(loss, nn.Module) and any(isinstance(m, (FeatureQueue, MemoryBank)) for m in loss.modules()):
             raise TypeError("loss must not keep features of its own, which are not cut; give them to it as an argument")
@@ -554,6 +578,8 @@ class NNCLRLoss(_Loss):
         ids: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        for name, x in (("z0", z0), ("z1", z1), ("p0", p0), ("p1", p1)):
+            check_features(name, x)
         logit_scale = self.logit_scale if logit_scale is None else logit_scale
         support = self.support.queue.t().to(z0.dtype)
         # Of the support nothing is left to normalise, and z only chooses.
@@ -587,7 +613,7 @@ class SigLIPLoss(nn.Module):
 
     def __init__(self, *, normalize: bool = True, reduction: str = "mean"):
         super().__init__()
-        check_options(reduction, None, "all_gather")
+        check_options(reduction, normalize=normalize)
         self.normalize, self.reduction = normalize, reduction
 
     def forward(
@@ -626,6 +652,7 @@ class DeepInfoMaxLoss(nn.Module):
     ):
         super().__init__()
         check_estimator(estimator)
+        check_flags(normalize=normalize)
         scale_of(temperature, logit_scale)
         self.estimator, self.temperature, self.logit_scale = estimator, temperature, logit_scale
         self.normalize = normalize
@@ -635,8 +662,7 @@ class DeepInfoMaxLoss(nn.Module):
         return functional.deep_infomax(features, local_features, self.estimator, self.temperature, **options)
 
     def extra_repr(self) -> str:
-        name = "temperature" if self.logit_scale is None else "logit_scale"
-        return f"estimator={self.estimator!r}, {name}={getattr(self, name)!r}, normalize={self.normalize}"
+        return _listed(dict(estimator=self.estimator) | _scale(self) | dict(normalize=self.normalize))
 
 
 class _BankLoss(nn.Module):
@@ -648,11 +674,10 @@ class _BankLoss(nn.Module):
         self, pairs: int, negatives: int, temperature, logit_scale, form: str, normalize: bool, reduction: str
     ):
         super().__init__()
-        check_options(reduction)
+        check_options(reduction, normalize=normalize)
         scale_of(temperature, logit_scale)
         negatives = check_size("negatives", negatives, 0)
-        if form not in FORMS:
-            raise ValueError(f"form must be 'nce' or 'softmax', not {form!r}")
+        check_choice("form", form, *FORMS)
         self.negatives, self.temperature, self.logit_scale = negatives, temperature, logit_scale
         self.form, self.normalize, self.reduction = form, normalize, reduction
         self.register_buffer("log_z", torch.full((pairs,), math.nan))
@@ -674,7 +699,7 @@ class _BankLoss(nn.Module):
             self._estimated = True
 
     def extra_repr(self) -> str:
-        return f"negatives={self.negatives}, temperature={self.temperature!r}, form={self.form!r}"
+        return _listed(dict(negatives=self.negatives) | _scale(self) | dict(form=self.form))
 
 
 class NCELoss(_BankLoss):
@@ -707,6 +732,7 @@ class NCELoss(_BankLoss):
         reduction: str = "mean",
         stats: bool = False,
     ):
+        check_flags(stats=stats)
         super().__init__(1, negatives, temperature, logit_scale, form, normalize, reduction)
         self.memory, self.stats = MemoryBank(size, dim, momentum), stats
 
@@ -771,7 +797,6 @@ class CMCLoss(_BankLoss):
         normalize: bool = True,
         reduction: str = "mean",
     ):
-        views = check_size("views", views, 2)
         pairs = len(cmc_pairs(views, graph))
         super().__init__(pairs, negatives, temperature, logit_scale, form, normalize, reduction)
         self.graph, self.memories = graph, nn.ModuleList(MemoryBank(size, dim, momentum) for _ in range(views))

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .functional._common import unit
 from .ops import bank_update_, queue_push_
+from .ops._arguments import check_flags
 from .ops._numbers import check_number, check_size
 
 
@@ -35,6 +36,7 @@ class FeatureQueue(nn.Module):
     def __init__(self, dim: int, size: int = 65536, normalize: bool = True):
         super().__init__()
         dim, size = check_size("dim", dim), check_size("size", size)
+        check_flags(normalize=normalize)
         self.normalize = normalize
         self.register_buffer("queue", unit(torch.randn(size, dim)).t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))

@@ -67,8 +67,9 @@ class use_backend:
 
 
 def _known(name: str) -> str:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, not {name!r}")
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
+        given = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, not {given}")
     return name
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends import resolve
 from ..ops import similarity_lse
+from ..ops._arguments import FLOATS, check_choice, check_dense, check_flags
 from ..ops._library import transformed
 from ..ops._numbers import FLOAT32_MAX, check_finite
 from ..ops.pair_contrast import pair_contrast
@@ -17,14 +18,14 @@ from ..ops.similarity_lse import small
 from ..ops.unit_pairs import UnitPairs
 
 EPS = 1e-12  # rows shorter than this are divided by it
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_features(name: str, x: Tensor) -> None:
     """x: [N, D] with N > 0, floating point."""
     if not isinstance(x, Tensor) or x.ndim != 2:
         raise ValueError(f"{name} must be a tensor [N, D], not {describe(x)}")
-    if x.dtype not in _FLOATS:
+    check_dense(name, x)
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, not {x.dtype}; convert it with .float()")
     if x.shape[0] == 0:
         raise ValueError(f"{name} is empty; the loss needs at least one row, so skip empty batches")
@@ -35,7 +36,7 @@ def promoted(*features):
     encoder's output in bf16 meets a queue in fp32. Elsewhere, and what is no such tensor, as it is: the checks say so.
     """
     dtypes = [x.dtype for x in features if isinstance(x, Tensor)]
-    if len(dtypes) < 2 or dtypes.count(dtypes[0]) == len(dtypes) or not all(dtype in _FLOATS for dtype in dtypes):
+    if len(dtypes) < 2 or dtypes.count(dtypes[0]) == len(dtypes) or not all(dtype in FLOATS for dtype in dtypes):
         return features
     if not any(torch.is_autocast_enabled(x.device.type) for x in features if isinstance(x, Tensor)):
         return features
@@ -54,6 +55,7 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str
         raise ValueError(
             f"{name} must be a tensor {wanted} to go with {other_name} {list(other.shape)}, not {describe(x)}"
         )
+    check_dense(name, x)
     if x.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, not {x.dtype}; convert one")
     if x.device != other.device:
@@ -63,6 +65,7 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str
 def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     if not isinstance(ids, Tensor) or ids.shape != shape:
         raise ValueError(f"{name} must be an int64 tensor {list(shape)}, not {describe(ids)}")
+    check_dense(name, ids)
     if ids.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, not {ids.dtype}; convert it with .long()")
     if ids.device != like.device:
@@ -74,17 +77,18 @@ def check_weights(weights: Tensor | None, N: int, like: Tensor) -> None:
         return
     if not isinstance(weights, Tensor) or weights.shape != (N,):
         raise ValueError(f"weights must be a tensor [{N}], one for each sample, not {describe(weights)}")
-    if not weights.dtype.is_floating_point:
+    check_dense("weights", weights)
+    if weights.dtype not in FLOATS:
         raise TypeError(f"weights must be floating point, not {weights.dtype}; convert it with .float()")
     if weights.device != like.device:
         raise ValueError(f"weights is on {weights.device} but the features are on {like.device}; move one of them")
 
 
-def check_options(reduction: str, group=None, strategy: str = "all_gather") -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
-    if strategy not in ("all_gather", "ring"):
-        raise ValueError(f"strategy must be 'all_gather' or 'ring', not {strategy!r}")
+def check_options(reduction: str, group=None, strategy: str = "all_gather", **flags: bool) -> None:
+    """flags: the options that are True or False."""
+    check_flags(**flags)
+    check_choice("reduction", reduction, "mean", "sum", "none")
+    check_choice("strategy", strategy, "all_gather", "ring")
     if group is not None:
         raise NotImplementedError("group must be None: losses across processes are not available yet")
 
@@ -108,7 +112,8 @@ def scalar(name: str, value: float | Tensor, device=None) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor with one element, not {describe(value)}")
-        if not value.dtype.is_floating_point:
+        check_dense(name, value)
+        if value.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {value.dtype}; convert it with .float()")
         if device is not None and value.device != device:
             raise ValueError(f"{name} is on {value.device} but the features are on {device}; move one of them")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..ops._arguments import check_flags
 from ._common import check_alike, check_features, check_ids, dots, promoted, unit, wide
 
 
@@ -11,6 +12,7 @@ def two_views(z0: Tensor, z1: Tensor, ids: Tensor | None, normalize: bool) -> tu
     z0, z1 = promoted(z0, z1)
     check_features("z0", z0)
     check_alike("z1", z1, "z0", z0)
+    check_flags(normalize=normalize)
     if ids is None:
         ids = torch.arange(z0.shape[0], device=z0.device)
     else:

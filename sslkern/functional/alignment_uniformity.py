@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
+from ..ops._arguments import check_flags
 from ..ops._numbers import check_number
 from ._common import check_alike, check_features, dots, promoted, unit, wide
 
@@ -70,6 +71,7 @@ def alignment(z0: Tensor, z1: Tensor, alpha: float = 2.0, *, normalize: bool = T
     check_features("z0", z0)
     check_alike("z1", z1, "z0", z0)
     alpha = check_number("alpha", alpha, 1)
+    check_flags(normalize=normalize)
     z0, z1 = (unit(z0), unit(z1)) if normalize else (z0, z1)
     return torch.linalg.vector_norm(wide(z0) - wide(z1), dim=1).pow(alpha).mean()
 
@@ -94,6 +96,7 @@ def uniformity(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
     """
     check_features("z", z)
     t = check_number("t", t, 1e-6)
+    check_flags(normalize=normalize)
     N = z.shape[0]
     if normalize:
         row = similarity_lse(unit(z), scale=2 * t) - 2 * t

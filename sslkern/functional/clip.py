@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops._numbers import check_number
+from ._common import check_alike, check_features, promoted, scalar
 from .info_nce import info_nce
 
 
@@ -52,6 +53,10 @@ def clip(
         >>> sslkern.functional.clip(image, text, log_scale.exp()).backward()
         >>> log_scale = sslkern.functional.clamp_logit_scale_(log_scale)  # after the optimizer's step
     """
+    image, text = promoted(image, text)
+    check_features("image", image)
+    check_alike("text", text, "image", image)
+    logit_scale = scalar("logit_scale", logit_scale, image.device)
     return info_nce(
         image,
         text,

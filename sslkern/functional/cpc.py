@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
+from ..ops._arguments import FLOATS, check_choice, check_dense
 from ..ops.product import product
 from ._common import check_features, check_options, describe, dots, promoted, reduce, scale_of, softplus, unit
 
@@ -64,7 +65,7 @@ def cpc(
     """
     context, targets = promoted(context, targets)
     _check(context, targets, predictors, negatives)
-    check_options(reduction, group, strategy)
+    check_options(reduction, group, strategy, normalize=normalize, stats=stats)
     scale = scale_of(temperature, logit_scale, context.device)
     (N, T, _), (K, Dz, _) = context.shape, predictors.shape
 
@@ -104,6 +105,7 @@ def _check(context: Tensor, targets: Tensor, predictors: Tensor, negatives: str)
     for name, x in (("context", context), ("targets", targets)):
         if not isinstance(x, Tensor) or x.ndim != 3:
             raise ValueError(f"{name} must be a tensor [N, T, D], not {describe(x)}")
+        check_dense(name, x)
         check_features(name, x.flatten(0, 1))
     if targets.shape[:2] != context.shape[:2]:
         wanted = [*context.shape[:2], "Dz"]
@@ -113,12 +115,12 @@ def _check(context: Tensor, targets: Tensor, predictors: Tensor, negatives: str)
     T, Dc, Dz = *context.shape[1:], targets.shape[2]
     if not isinstance(predictors, Tensor) or predictors.ndim != 3 or predictors.shape[1:] != (Dz, Dc):
         raise ValueError(f"predictors must be a tensor [K, {Dz}, {Dc}], not {describe(predictors)}")
+    check_dense("predictors", predictors)
     if not 0 < predictors.shape[0] < T:
         raise ValueError(f"predictors must be for 1 to {T - 1} steps, as T is {T}, not for {predictors.shape[0]}")
-    if not predictors.dtype.is_floating_point:
+    if predictors.dtype not in FLOATS:
         raise TypeError(f"predictors must be floating point, not {predictors.dtype}; convert it with .float()")
     for name, x in (("targets", targets), ("predictors", predictors)):
         if x.device != context.device:
             raise ValueError(f"{name} is on {x.device} but context is on {context.device}; move one of them")
-    if negatives not in ("all", "sample", "time"):
-        raise ValueError(f"negatives must be 'all', 'sample' or 'time', not {negatives!r}")
+    check_choice("negatives", negatives, "all", "sample", "time")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse, similarity_softplus
+from ..ops._arguments import check_choice, check_flags
 from ._common import check_alike, check_features, check_ids, describe, dots, promoted, scale_of, softplus, unit
 
 
@@ -58,6 +59,7 @@ def deep_infomax(
     features, local_features = promoted(features, local_features)
     check_features("features", features)
     check_estimator(estimator)
+    check_flags(normalize=normalize)
     N, D = features.shape
     check_alike("local_features", local_features, "features", features, f"[{N}, L, {D}] or [{N}, {D}]")
     if local_features.ndim not in (2, 3) or local_features.shape[0] != N or local_features.numel() == 0:
@@ -87,8 +89,7 @@ def deep_infomax(
 
 
 def check_estimator(estimator: str) -> None:
-    if estimator not in ("jsd", "infonce", "dv"):
-        raise ValueError(f"estimator must be 'jsd', 'infonce' or 'dv', not {estimator!r}")
+    check_choice("estimator", estimator, "jsd", "infonce", "dv")
 
 
 def _different_pairs(ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
+from ..ops._arguments import check_flags
 from ..ops._numbers import check_number
 from ..ops.product import product
 from ._common import (
@@ -90,14 +91,15 @@ def info_nce(
     query, key, negatives = promoted(query, key, negatives)
     check_features("query", query)
     check_alike("key", key, "query", query)
-    check_options(reduction, group, strategy)
+    check_options(reduction, group, strategy, two_way=two_way, normalize=normalize, stats=stats)
     scale = scale_of(temperature, logit_scale, query.device)
     N = query.shape[0]
     if negatives is not None:
         _check_negatives(negatives, query, two_way)
     if in_batch is None:
         in_batch = negatives is None
-    elif not in_batch and negatives is None:
+    check_flags(in_batch=in_batch)
+    if not in_batch and negatives is None:
         raise ValueError("in_batch=False leaves no negatives; pass negatives or leave in_batch out")
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     check_weights(weights, N, query)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops._arguments import check_dense, check_flags
 from ..ops._numbers import check_finite, check_size, shown
 from ._common import describe, unit
 
@@ -40,13 +41,14 @@ def matryoshka(
         >>> loss_fn = sslkern.functional.matryoshka(sslkern.functional.nt_xent, dims=[16, 32, 64])
         >>> loss = loss_fn(torch.randn(32, 64), torch.randn(32, 64), temperature=0.1)
     """
-    dims, weights = checked_prefixes(loss_fn, dims, weights)
+    dims, weights = checked_prefixes(loss_fn, dims, weights, normalize)
     return functools.partial(loss_of_prefixes, loss_fn, dims, weights, normalize)
 
 
-def checked_prefixes(loss_fn, dims, weights) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def checked_prefixes(loss_fn, dims, weights, normalize) -> tuple[tuple[int, ...], tuple[float, ...]]:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a loss, a function or a module, not {describe(loss_fn)}")
+    check_flags(normalize=normalize)
     given = tuple(dims) if isinstance(dims, Iterable) and not isinstance(dims, str) else ()
     if not given:
         raise ValueError(f"dims must be positive integers, at least one, not {shown(dims)}")
@@ -98,6 +100,7 @@ def _items(x):
 def _prefix(x: Any, d: int, D: int | None, normalize: bool) -> Any:
     """x with the first d of D features of each tensor; of another model's, the guide's, all."""
     if _is_features(x) and x.shape[-1] == D:
+        check_dense("features", x)
         return unit(x[..., :d]) if normalize else x[..., :d]
     if isinstance(x, Mapping):
         return {name: one if name == "guide" else _prefix(one, d, D, normalize) for name, one in x.items()}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
+from ..ops._arguments import check_dense
 from ._common import (
     check_alike,
     check_features,
@@ -85,7 +86,7 @@ def mil_nce(
     if positives.ndim != 3 or positives.shape[0] != N:
         raise ValueError(f"positives must be [{N}, P, {D}], P for each anchor, not {describe(positives)}")
     P = positives.shape[1]
-    check_options(reduction)
+    check_options(reduction, two_way=two_way, normalize=normalize)
     check_weights(weights, N, anchor)
     scale = scale_of(temperature, logit_scale, anchor.device)
     if valid is not None:
@@ -125,6 +126,7 @@ def _check_valid(valid: Tensor, positives: Tensor) -> None:
     shape = list(positives.shape[:2])
     if not isinstance(valid, Tensor) or list(valid.shape) != shape:
         raise ValueError(f"valid must be a bool tensor {shape}, one for each candidate, not {describe(valid)}")
+    check_dense("valid", valid)
     if valid.dtype != torch.bool:
         raise TypeError(f"valid must be bool, not {valid.dtype}; convert it with .bool()")
     if valid.device != positives.device:

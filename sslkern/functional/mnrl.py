@@ -1,7 +1,7 @@
 """Multiple negatives ranking: Henderson et al., "Efficient Natural Language Response Suggestion", 2017."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import reduce as fold
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import similarity_lse
-from ..ops._numbers import check_finite
+from ..ops._arguments import FLOATS, check_choice, check_dense
+from ..ops._numbers import check_finite, shown
 from ..ops.product import product
 from ._common import (
     beaten,
@@ -120,7 +121,7 @@ def mnrl(
     anchor, positive, negatives = promoted(anchor, positive, negatives)
     check_features("anchor", anchor)
     check_alike("positive", positive, "anchor", anchor)
-    check_options(reduction, group, strategy)
+    check_options(reduction, group, strategy, normalize=normalize, stats=stats)
     scale = scale_of(temperature, logit_scale, anchor.device)
     _check_directions(directions, partition)
     N, D = anchor.shape
@@ -228,16 +229,18 @@ def _stacked(name: str, x: Tensor | Sequence[Tensor]) -> Tensor:
         return x
     if not isinstance(x, Sequence) or not x or any(not isinstance(y, Tensor) or y.shape != x[0].shape for y in x):
         raise ValueError(f"{name} must be a tensor [N, H, D] or tensors [N, D], one for each hard negative of a row")
+    for y in x:
+        check_dense(name, y)
     return torch.stack(tuple(x), 1)
 
 
 def _check_directions(directions: Sequence[str], partition: str) -> None:
-    known = not isinstance(directions, str) and set(directions) <= set(_DIRECTIONS)
+    named = isinstance(directions, Collection) and all(isinstance(name, str) for name in directions)
+    known = named and not isinstance(directions, str) and set(directions) <= set(_DIRECTIONS)
     if not known or "query_to_doc" not in directions or len(set(directions)) < len(directions):
-        names = ", ".join(map(repr, _DIRECTIONS))
-        raise ValueError(f"directions must be some of {names}, 'query_to_doc' among them, not {directions!r}")
-    if partition not in ("joint", "per_direction"):
-        raise ValueError(f"partition must be 'joint' or 'per_direction', not {partition!r}")
+        names, given = ", ".join(map(repr, _DIRECTIONS)), repr(list(directions)) if named else shown(directions)
+        raise ValueError(f"directions must be some of {names}, 'query_to_doc' among them, not {given}")
+    check_choice("partition", partition, "joint", "per_direction")
     if partition == "per_direction" and not set(directions) <= _TWO_WAY:
         raise ValueError(
             "partition='per_direction' needs directions that hold the positive: query_to_doc, doc_to_query"
@@ -245,8 +248,7 @@ def _check_directions(directions: Sequence[str], partition: str) -> None:
 
 
 def _checked_margin(margin, margin_strategy, scale, guide) -> float | None:
-    if margin_strategy not in ("absolute", "relative"):
-        raise ValueError(f"margin_strategy must be 'absolute' or 'relative', not {margin_strategy!r}")
+    check_choice("margin_strategy", margin_strategy, "absolute", "relative")
     if margin is None:
         return None if guide is None else 0.0
     margin = check_finite("margin", margin, " or None")
@@ -265,7 +267,8 @@ def _checked_guide(guide, anchor: Tensor, negatives: Tensor | None) -> list[Tens
         rows = negatives.shape[:2] if name == "negatives" else anchor.shape[:1]
         if not isinstance(x, Tensor) or x.shape[:-1] != rows or x.shape[-1] != guide[0].shape[-1]:
             raise ValueError(f"guide must have features {[*rows, 'Dg']} for the {name}, not {describe(x)}")
-        if not x.dtype.is_floating_point or x.device != anchor.device:
+        check_dense("guide", x)
+        if x.dtype not in FLOATS or x.device != anchor.device:
             raise ValueError(f"guide must be floating point and on {anchor.device}, not {x.dtype} on {x.device}")
     wide = torch.float64 if anchor.dtype == torch.float64 else torch.float32
     return [unit(x.detach().to(wide)).flatten(0, -2) for x in guide]

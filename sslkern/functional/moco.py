@@ -67,7 +67,7 @@ def moco(
     check_alike("queue", queue, "query", query, f"[K, {query.shape[1]}]")
     if queue.ndim != 2:
         raise ValueError(f"queue must be [K, {query.shape[1]}], not {describe(queue)}")
-    check_options(reduction)
+    check_options(reduction, normalize=normalize, stats=stats)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     check_weights(weights, query.shape[0], query)
     scale, key, queue = scale_of(temperature, logit_scale, query.device), key.detach(), queue.detach()
@@ -121,7 +121,7 @@ def moco_v3(
     check_features("query0", query0)
     for name, x in (("query1", query1), ("key0", key0), ("key1", key1)):
         check_alike(name, x, "query0", query0)
-    check_options(reduction)
+    check_options(reduction, times_2t=times_2t, normalize=normalize)
     check_weights(weights, query0.shape[0], query0)
     scale = scale_of(temperature, logit_scale, query0.device)
     options = dict(logit_scale=scale, ids=ids, normalize=normalize, label_smoothing=label_smoothing, reduction="none")

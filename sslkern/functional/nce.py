@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..ops import sampled_similarity, sampled_similarity_bwd
+from ..ops._arguments import check_choice, check_dense, check_flags
 from ..ops._library import Once, transformed
+from ..ops._numbers import check_size
 from ._common import (
     beaten,
     check_alike,
@@ -112,11 +114,11 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
     if not isinstance(index, Tensor) or index.ndim != 2 or index.shape[0] != query.shape[0] or index.shape[1] == 0:
         wanted = f"[{query.shape[0]}, 1 + K], the positive first"
         raise ValueError(f"index must be an int64 tensor {wanted}, not {describe(index)}")
-    if form not in FORMS:
-        raise ValueError(f"form must be 'nce' or 'softmax', not {form!r}")
+    check_dense("index", index)
+    check_choice("form", form, *FORMS)
     if form == "softmax" and log_z is not None:
         raise ValueError("log_z belongs to the form 'nce'; leave it out for 'softmax'")
-    check_options(reduction)
+    check_options(reduction, normalize=normalize, stats=stats)
     check_weights(weights, query.shape[0], query)
     log_z = None if log_z is None else scalar("log_z", log_z, query.device)
 
@@ -230,8 +232,8 @@ def cmc(
 
 def cmc_pairs(views: int, graph: str) -> list[tuple[int, int]]:
     """The ordered pairs (view, bank) that `cmc` contrasts."""
-    if graph not in GRAPHS:
-        raise ValueError(f"graph must be 'core' or 'full', not {graph!r}")
+    check_choice("graph", graph, *GRAPHS)
+    views = check_size("views", views, 2)
     pairs = itertools.combinations(range(views), 2)
     return [pair for a, b in pairs if graph == "full" or a == 0 for pair in ((a, b), (b, a))]
 
@@ -250,6 +252,9 @@ def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, norma
     pairs = cmc_pairs(len(views), graph)
     if log_z is not None and (not isinstance(log_z, Tensor) or log_z.shape != (len(pairs),)):
         raise ValueError(f"log_z must be a tensor [{len(pairs)}], one for each ordered pair, not {describe(log_z)}")
+    if log_z is not None:
+        check_dense("log_z", log_z)
+    check_flags(normalize=normalize)
     views = [unit(view) for view in views] if normalize else views
     options = dict(form=form, weights=weights, normalize=False, reduction=reduction, stats=False)
     parts = [

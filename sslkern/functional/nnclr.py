@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_topk
+from ..ops._arguments import check_flags
 from ._common import check_alike, check_features, check_options, promoted, unit
 from .info_nce import info_nce
 
@@ -67,7 +68,7 @@ def nnclr(
     check_features("z0", z0)
     for name, x in (("z1", z1), ("p0", p0), ("p1", p1)):
         check_alike(name, x, "z0", z0)
-    check_options(reduction, group, strategy)
+    check_options(reduction, group, strategy, two_way=two_way, normalize=normalize, stats=stats)
     near0, near1 = nearest_neighbors(torch.cat((z0, z1)), support, normalize=normalize).chunk(2)
     options = dict(
         two_way=two_way, logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction, stats=stats
@@ -99,6 +100,7 @@ def nearest_neighbors(z: Tensor, support: Tensor, *, normalize: bool = True) -> 
     check_features("z", z)
     check_features("support", support)
     check_alike("support", support, "z", z, f"[K, {z.shape[1]}]")
+    check_flags(normalize=normalize)
     with torch.no_grad():
         # The length of z does not change which is nearest.
         _, index = similarity_topk(z, unit(support) if normalize else support, 1)

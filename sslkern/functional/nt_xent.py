@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
+from ..ops._arguments import check_choice
 from ..ops._numbers import check_number
 from ..ops.product import product
 from ._common import (
@@ -78,7 +79,7 @@ def nt_xent(
     z0, z1 = promoted(z0, z1)
     check_features("z0", z0)
     check_alike("z1", z1, "z0", z0)
-    check_options(reduction, group, strategy)
+    check_options(reduction, group, strategy, normalize=normalize, stats=stats)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     check_weights(weights, z0.shape[0], z0)
     scale = scale_of(temperature, logit_scale, z0.device)
@@ -132,9 +133,8 @@ def nt_xent_multi_view(
     """
     z = _stacked(views)
     V, N, D = z.shape
-    if positives not in ("separate", "joint"):
-        raise ValueError(f"positives must be 'separate' or 'joint', not {positives!r}")
-    check_options(reduction)
+    check_choice("positives", positives, "separate", "joint")
+    check_options(reduction, normalize=normalize)
     check_weights(weights, N, z)
     scale = scale_of(temperature, logit_scale, z.device)
     if ids is None:

@@ -54,7 +54,7 @@ def siglip(
     image, text = promoted(image, text)
     check_features("image", image)
     check_alike("text", text, "image", image)
-    check_options(reduction, None, "all_gather")
+    check_options(reduction, normalize=normalize)
     scale, bias = scalar("logit_scale", logit_scale, image.device), scalar("logit_bias", logit_bias, image.device)
     N = image.shape[0]
     if ids is None:

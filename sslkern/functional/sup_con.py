@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
+from ..ops._arguments import check_choice, check_dense
 from ..ops.product import product
 from ._common import (
     check_features,
@@ -78,6 +79,7 @@ def sup_con(
         >>> loss = sslkern.functional.sup_con(z, tags, temperature=0.1)
     """
     if isinstance(z, Tensor) and z.ndim == 3:
+        check_dense("z", z)
         N, V, D = z.shape
         check_features("z", z.reshape(N * V, D))
         if labels is None:
@@ -95,7 +97,7 @@ def sup_con(
     if labels is None:
         raise ValueError("labels must be given for z [N, D]: without labels it takes several views, [N, V, D]")
     _check_labels(labels, N, z, form)
-    check_options(reduction)
+    check_options(reduction, normalize=normalize)
     check_weights(weights, N, z)
     scale = scale_of(temperature, logit_scale, z.device)
     if labels.ndim == 2:
@@ -160,8 +162,7 @@ def _twins(labels: Tensor, shared: Tensor, count: Tensor) -> tuple[Tensor, Tenso
 
 
 def _check_labels(labels: Tensor, N: int, like: Tensor, form: str) -> None:
-    if form not in ("out", "in"):
-        raise ValueError(f"form must be 'out' or 'in', not {form!r}")
+    check_choice("form", form, "out", "in")
     if not isinstance(labels, Tensor) or labels.ndim != 2:
         return check_ids("labels", labels, (N,), like)
     if labels.dtype != torch.bool:
@@ -171,6 +172,7 @@ def _check_labels(labels: Tensor, N: int, like: Tensor, form: str) -> None:
         )
     if labels.shape[0] != N:
         raise ValueError(f"labels must be a bool tensor [{N}, C], one row for each sample, not {describe(labels)}")
+    check_dense("labels", labels)
     if labels.device != like.device:
         raise ValueError(f"labels is on {labels.device} but the features are on {like.device}; move one of them")
     if form != "out":

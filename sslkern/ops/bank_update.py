@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
+from ._arguments import FLOATS, check_dense
 from ._library import define
 from ._numbers import check_number
 from .similarity_lse import _describe
@@ -31,20 +32,22 @@ def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float = 0.5) 
         >>> bank[0]
         tensor([0., 1., 0.])
     """
-    if not isinstance(bank, Tensor) or bank.ndim != 2 or not bank.dtype.is_floating_point:
-        raise ValueError(f"bank must be a floating point tensor [M, D], not {_describe(bank)}")
+    if not isinstance(bank, Tensor) or bank.ndim != 2 or bank.dtype not in FLOATS:
+        raise ValueError(f"bank must be a tensor [M, D] of fp32, bf16, fp16 or fp64, not {_describe(bank)}")
     if bank.requires_grad:
         raise ValueError("bank gets no gradient; make it a buffer or pass bank.detach()")
     if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != bank.shape[1]:
         raise ValueError(
             f"x must be a tensor [B, {bank.shape[1]}] to go with bank {list(bank.shape)}, not {_describe(x)}"
         )
-    if not x.dtype.is_floating_point:
+    if x.dtype not in FLOATS:
         raise TypeError(f"x must be floating point, not {x.dtype}; convert it with .float()")
     if not isinstance(index, Tensor) or index.shape != x.shape[:1]:
         raise ValueError(
             f"index must be an int64 tensor {list(x.shape[:1])}, a row of bank for each of x, not {_describe(index)}"
         )
+    for name, tensor in (("bank", bank), ("x", x), ("index", index)):
+        check_dense(name, tensor)
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, not {index.dtype}; convert it with .long()")
     momentum = check_number("momentum", momentum, 0, 1, closed=True)

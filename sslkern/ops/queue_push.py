@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
+from ._arguments import FLOATS, check_dense, check_flags
 from ._library import define
 
 
@@ -28,9 +29,9 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = Fals
         >>> ptr
         tensor([3])
     """
-    if not isinstance(queue, Tensor) or queue.ndim != 2 or queue.shape[0] == 0 or not queue.dtype.is_floating_point:
+    if not isinstance(queue, Tensor) or queue.ndim != 2 or queue.shape[0] == 0 or queue.dtype not in FLOATS:
         raise ValueError(
-            "queue must be a floating point tensor [size, D] with size > 0; pass a (D, size) one as queue.t()"
+            "queue must be a tensor [size, D] of fp32, bf16, fp16 or fp64 with size > 0; pass a (D, size) one as .t()"
         )
     if queue.requires_grad:
         raise ValueError("queue gets no gradient; make it a buffer or pass queue.detach()")
@@ -41,13 +42,14 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = Fals
         raise ValueError(
             f"keys must be a tensor [B, {queue.shape[1]}] to go with queue {list(queue.shape)}, not {what}"
         )
-    if not keys.dtype.is_floating_point:
+    for name, x in (("queue", queue), ("ptr", ptr), ("keys", keys)):
+        check_dense(name, x)
+    if keys.dtype not in FLOATS:
         raise TypeError(f"keys must be floating point, not {keys.dtype}; convert it with .float()")
     for name, x in (("ptr", ptr), ("keys", keys)):
         if x.device != queue.device:
             raise ValueError(f"{name} is on {x.device} but queue is on {queue.device}; move one of them")
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be True or False, not {normalize!r}")
+    check_flags(normalize=normalize)
     torch.ops.sslkern.queue_push_.default(queue, ptr, keys.detach(), normalize, resolve("queue_push", queue))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
+from ._arguments import FLOATS, check_dense, check_flags
 from ._library import define, differentiable, library, no_second_derivative
 from .similarity_lse import _accumulator, _describe
 
@@ -63,6 +64,8 @@ def sampled_similarity_bwd(
     _check(q, bank, index)
     if not isinstance(g, Tensor) or g.shape != index.shape:
         raise ValueError(f"g must be a tensor {list(index.shape)} like index, not {_describe(g)}")
+    check_dense("g", g)
+    check_flags(need_q=need_q, need_bank=need_bank)
     g = g.detach().to(_accumulator(q))
     backend = resolve("sampled_similarity", q)
     dq, dbank = torch.ops.sslkern.sampled_similarity_bwd.default(
@@ -80,12 +83,15 @@ def _check(q, bank, index) -> None:
         )
     if bank.shape[:-2] != q.shape[:-2]:
         raise ValueError(f"bank must have the groups of q {list(q.shape)}, not {_describe(bank)}")
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for name, x in (("q", q), ("bank", bank)):
+        check_dense(name, x)
+    if q.dtype not in FLOATS:
         raise TypeError(f"q must be fp32, bf16, fp16 or fp64, not {q.dtype}; convert it with .float()")
     if bank.dtype != q.dtype:
         raise TypeError(f"bank must have the dtype of q, {q.dtype}, not {bank.dtype}; convert one")
     if not isinstance(index, Tensor) or index.ndim != q.ndim or index.shape[:-1] != q.shape[:-1]:
         raise ValueError(f"index must be an int64 tensor {[*q.shape[:-1], 'K']}, not {_describe(index)}")
+    check_dense("index", index)
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, not {index.dtype}; convert it with .long()")
     for name, x in (("bank", bank), ("index", index)):

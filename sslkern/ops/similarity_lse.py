@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
+from ._arguments import FLOATS, check_choice, check_dense, check_flags
 from ._library import Once, define, differentiable, library, no_second_derivative, transformed
 from ._numbers import check_finite
 
@@ -73,6 +74,7 @@ def similarity_lse(
         True
     """
     _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit)
+    check_flags(columns=columns, best=best)
     if columns and k is None:
         raise ValueError("columns=True needs k: for q with itself the columns are the rows")
     scale_tensor, scale, q_ids, k_ids, k_bias, q_limit = _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit)
@@ -134,6 +136,7 @@ def similarity_lse_bwd(
         >>> dq, dk, _, _ = sslkern.ops.similarity_lse_bwd(q, k, row, None, torch.ones(4), None)
     """
     _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit)
+    check_flags(need_q=need_q, need_k=need_k, need_scale=need_scale, need_bias=need_bias)
     if (row is None) != (g is None) or (col is None) != (h is None) or (row is None and col is None):
         raise ValueError("row and g (and likewise col and h) go together, and one of the two pairs must be given")
     if k is None and col is not None:
@@ -142,6 +145,8 @@ def similarity_lse_bwd(
     for name, x, shape in (("row", row, rows), ("g", g, rows), ("col", col, cols), ("h", h, cols)):
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(x.shape)}")
+        if x is not None:
+            check_dense(name, x)
     scale_tensor, scale, q_ids, k_ids, k_bias, q_limit = _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit)
     row, col, g, h = (None if x is None else x.to(_accumulator(q)) for x in (row, col, g, h))
     needs = (need_q, need_k and k is not None, need_scale, need_bias and k_bias is not None)
@@ -155,13 +160,12 @@ def similarity_lse_bwd(
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
     if not isinstance(q, Tensor) or q.ndim not in (2, 3):
         raise ValueError(f"q must be a tensor [N, D] or [G, N, D], not {_describe(q)}")
-    if q.dtype not in _FLOATS:
+    check_dense("q", q)
+    if q.dtype not in FLOATS:
         raise TypeError(f"q must be fp32, bf16, fp16 or fp64, not {q.dtype}; convert it with .float()")
     if k is None:
         keys = q
@@ -172,6 +176,7 @@ def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
         if not isinstance(k, Tensor) or k.ndim != q.ndim or k.shape[-1] != q.shape[-1] or k.shape[:-2] != q.shape[:-2]:
             wanted = (*q.shape[:-2], "M", q.shape[-1])
             raise ValueError(f"k must be a tensor {list(wanted)} to go with q {list(q.shape)}, not {_describe(k)}")
+        check_dense("k", k)
         if k.dtype != q.dtype:
             raise TypeError(f"k must have the dtype of q, {q.dtype}, not {k.dtype}; convert one of them")
         if k.device != q.device:
@@ -181,14 +186,14 @@ def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
     if isinstance(scale, Tensor):
         if scale.ndim != 0:
             raise ValueError(f"scale must be a number or a 0-d tensor, not {_describe(scale)}")
+        check_dense("scale", scale)
         if scale.device != q.device:
             raise ValueError(f"scale is on {scale.device} but q is on {q.device}; move one of them")
         if not scale.dtype.is_floating_point:
             raise TypeError(f"scale must be floating point, not {scale.dtype}; convert it with .float()")
     else:
         check_finite("scale", scale, " or a 0-d tensor")
-    if pairs not in ("different", "same"):
-        raise ValueError(f"pairs must be 'different' or 'same', not {pairs!r}")
+    check_choice("pairs", pairs, "different", "same")
     if pairs == "same" and q_ids is None:
         raise ValueError("pairs='same' needs q_ids: give the ids that pairs must share")
     vectors = ("q_ids", q_ids, q), ("k_ids", k_ids, keys), ("k_bias", k_bias, keys), ("q_limit", q_limit, q)
@@ -197,12 +202,13 @@ def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
             continue
         if not isinstance(x, Tensor) or (x.shape != side.shape[:-1] and x.shape != side.shape[-2:-1]):
             raise ValueError(f"{name} must be a tensor {list(side.shape[:-1])}, not {_describe(x)}")
+        check_dense(name, x)
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one of them")
         if "ids" in name:
             if x.dtype != torch.int64:
                 raise TypeError(f"{name} must be int64, not {x.dtype}; convert it with .long()")
-        elif not x.dtype.is_floating_point:
+        elif x.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
     if q_limit is not None and q_limit.requires_grad:
         raise ValueError("q_limit gets no gradient; pass q_limit.detach()")

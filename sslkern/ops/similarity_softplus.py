@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
+from ._arguments import FLOATS, check_dense, check_flags
 from ._library import define, library
 from ._numbers import check_finite
 from .similarity_lse import _PROBLEM, Once, _accumulator, _check, _describe, _or_empty, _uniform
@@ -69,6 +70,7 @@ def similarity_softplus(
         True
     """
     _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit)
+    check_flags(rows=rows)
     if sign not in (1, -1):
         raise ValueError(f"sign must be 1 or -1, not {sign!r}")
     if rows and weights is not None:
@@ -97,7 +99,8 @@ def _per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
     if isinstance(x, Tensor):
         if x.shape not in ((), shape, shape[-1:]) or (name == "weights" and x.ndim == 0):
             raise ValueError(f"{name} must be a tensor {list(shape)}, not {_describe(x)}")
-        if not x.dtype.is_floating_point:
+        check_dense(name, x)
+        if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one of them")

@@ -100,7 +100,14 @@ def test_module_keeps_its_scale_between_both_bounds():
 
 def test_bad_arguments_are_named():
     z = torch.randn(4, 3)
-    refuses(clip, [("logit_scale must", (z, z, math.nan), {}), ("key must", (z, z[:3], 1.0), {})])
+    refuses(
+        clip,
+        [
+            ("logit_scale must", (z, z, math.nan), {}),
+            ("text must", (z, z[:3], 1.0), {}),
+            ("logit_scale must", (z, z, None), {}),
+        ],
+    )
     log_scale = torch.tensor(1.0)
     refuses(
         clamp_logit_scale_,

@@ -1,0 +1,25 @@
+"""What is asked of the arguments of every call, besides their numbers."""
+
+import torch
+from torch import Tensor
+
+from ._numbers import shown
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, not of layout {x.layout}; convert it with .to_dense()")
+
+
+def check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, not {shown(value)}")
+
+
+def check_choice(name: str, value: str, *choices: str) -> None:
+    if not isinstance(value, str) or value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, not {shown(value)}")
