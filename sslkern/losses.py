@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .functional._common import check_features, check_options, scale_of, unit
+from .functional._common import check_features, check_ids, check_options, scale_of, unit
 from .functional.deep_infomax import check_estimator
 from .functional.matryoshka import checked_prefixes, loss_of_prefixes
-from .functional.nce import FORMS, cmc_and_log_z, cmc_pairs, nce_and_log_z
+from .functional.nce import FORMS, checked_views, cmc_and_log_z, cmc_pairs, nce_and_log_z
 from .memory import FeatureQueue, MemoryBank
 from .ops._arguments import check_choice, check_flags
 from .ops._numbers import check_number, check_size
@@ -746,6 +746,8 @@ class NCELoss(_BankLoss):
         logit_scale: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """query [N, D] of the samples `sample` int64 [N]; index [N, 1 + K] replaces what would be sampled."""
+        check_features("query", query)
+        check_ids("sample", sample, query.shape[:1], query)
         index = self.memory.sample(sample, self.negatives) if index is None else index
         known = self._known_log_z()
         loss, share, log_z = nce_and_log_z(
@@ -811,6 +813,12 @@ class CMCLoss(_BankLoss):
         logit_scale: float | Tensor | None = None,
     ) -> Tensor:
         """views: [N, D] each, of the samples `sample` int64 [N]; index [N, 1 + K] replaces what would be sampled."""
+        views = checked_views(views)
+        if len(views) != len(self.memories):
+            raise ValueError(
+                f"views must be {len(self.memories)} tensors [N, D], one for each memory, not {len(views)}"
+            )
+        check_ids("sample", sample, views[0].shape[:1], views[0])
         index = self.memories[0].sample(sample, self.negatives) if index is None else index
         banks = [memory.bank.to(views[0].dtype) for memory in self.memories]
         loss, log_z = cmc_and_log_z(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .functional._common import unit
+from .functional._common import describe, unit
 from .ops import bank_update_, queue_push_
 from .ops._arguments import check_flags
 from .ops._numbers import check_number, check_size
@@ -75,6 +75,7 @@ class CrossBatchMemory(FeatureQueue):
     @torch.no_grad()
     def push(self, keys: Tensor, labels: Tensor) -> None:
         """Writes keys [B, dim] and their labels int64 [B] over the oldest."""
+        _check_rows("keys", keys, self.queue.shape[0])
         if not isinstance(labels, Tensor) or labels.shape != keys.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(f"labels must be an int64 tensor {list(keys.shape[:1])}, one for each key")
         size, B = self.labels.shape[0], labels.shape[0]
@@ -120,6 +121,7 @@ class MemoryBank(nn.Module):
     @torch.no_grad()
     def update(self, index: Tensor, features: Tensor) -> None:
         """Moves the vectors of samples index int64 [B] towards features [B, dim]; of equal samples the last counts."""
+        _check_rows("features", features, self.bank.shape[1])
         bank_update_(self.bank, index, unit(features), self.momentum)
 
     def sample(self, index: Tensor, negatives: int, generator: torch.Generator | None = None) -> Tensor:
@@ -128,6 +130,8 @@ class MemoryBank(nn.Module):
         size = self.bank.shape[0]
         if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
             raise ValueError("index must be an int64 tensor [B], the samples of the batch")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, not {describe(generator)}")
         negatives = check_size("negatives", negatives, 0)
         if size < 2 and negatives:
             raise ValueError("negatives must be 0 for a bank of one sample: there is no other")
@@ -138,3 +142,10 @@ class MemoryBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.bank.shape[0]}, dim={self.bank.shape[1]}, momentum={self.momentum}"
+
+
+def _check_rows(name: str, x: Tensor, width: int) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != width:
+        raise ValueError(f"{name} must be a tensor [B, {width}], not {describe(x)}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")

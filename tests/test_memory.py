@@ -61,8 +61,22 @@ def test_compiled_push_does_not_clone_the_queue(backend):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="size must"):
         FeatureQueue(3, 0)
-    with pytest.raises(ValueError, match="keys must"):
-        FeatureQueue(3, 8).push(torch.ones(2, 4))
+    index, wrong = torch.arange(2), (None, [1.0], torch.ones(2, 4), torch.ones(3), torch.ones(2, 3).long())
+    bank = MemoryBank(8, 3)
+    for bad in wrong:
+        for name, call in {
+            "keys": lambda bad=bad: FeatureQueue(3, 8).push(bad),
+            "keys must": lambda bad=bad: CrossBatchMemory(3, 8).push(bad, index),
+            "labels must": lambda bad=bad: CrossBatchMemory(3, 8).push(torch.ones(2, 3), bad),
+            "features must": lambda bad=bad: bank.update(index, bad),
+            "index must": lambda bad=bad: bank.update(bad, torch.ones(2, 3)),
+            "index must be": lambda bad=bad: bank.sample(bad, 2),
+            "negatives must": lambda bad=bad: bank.sample(index, bad),
+        }.items():
+            with pytest.raises((ValueError, TypeError), match=name):
+                call()
+    with pytest.raises(TypeError, match="generator must"):
+        bank.sample(index, 2, 0)
 
 
 def test_bank_samples_others_and_travels(backend):

@@ -238,17 +238,26 @@ def cmc_pairs(views: int, graph: str) -> list[tuple[int, int]]:
     return [pair for a, b in pairs if graph == "full" or a == 0 for pair in ((a, b), (b, a))]
 
 
-def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, normalize, reduction):
-    """`cmc` and the log Z [P] that was used, for a module to keep."""
-    if not isinstance(views, (Sequence, Tensor)) or len(views) < 2:
-        raise ValueError("views must be two tensors [N, D] or more")
-    if not isinstance(banks, (Sequence, Tensor)) or len(banks) != len(views):
-        raise ValueError(f"banks must be {len(views)} tensors [M, D], one for each view")
-    views, banks = (x if isinstance(x, Tensor) else promoted(*x) for x in (views, banks))
+def checked_views(views: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Two views or more, of one shape and type."""
+    if not isinstance(views, (Sequence, Tensor)) or isinstance(views, str) or len(views) < 2:
+        raise ValueError(f"views must be two tensors [N, D] or more, not {describe(views)}")
+    views = views if isinstance(views, Tensor) else promoted(*views)
     for i, view in enumerate(views):
         check_features(f"views[{i}]", view)
         check_alike(f"views[{i}]", view, "views[0]", views[0])
-        check_alike(f"banks[{i}]", banks[i], "banks[0]", banks[0])
+    return views
+
+
+def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, normalize, reduction):
+    """`cmc` and the log Z [P] that was used, for a module to keep."""
+    views = checked_views(views)
+    if not isinstance(banks, (Sequence, Tensor)) or len(banks) != len(views):
+        raise ValueError(f"banks must be {len(views)} tensors [M, D], one for each view")
+    banks = banks if isinstance(banks, Tensor) else promoted(*banks)
+    check_features("banks[0]", banks[0])
+    for i, bank in enumerate(banks):
+        check_alike(f"banks[{i}]", bank, "banks[0]", banks[0])
     pairs = cmc_pairs(len(views), graph)
     if log_z is not None and (not isinstance(log_z, Tensor) or log_z.shape != (len(pairs),)):
         raise ValueError(f"log_z must be a tensor [{len(pairs)}], one for each ordered pair, not {describe(log_z)}")

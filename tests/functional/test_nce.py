@@ -202,12 +202,22 @@ def test_bad_arguments_are_named():
         cmc,
         [
             ("views must", ([query], [bank], index), {}),
+            ("views must", (None, [bank] * 2, index), {}),
+            (r"views\[0\] must", ([None, None], [bank] * 2, index), {}),
+            ("banks must", ([query] * 2, None, index), {}),
+            (r"banks\[0\] must", ([query] * 2, [None, None], index), {}),
+            (r"banks\[1\] must", ([query] * 2, [bank, bank[:3]], index), {}),
             ("banks must", ([query] * 2, [bank], index), {}),
             (r"views\[1\] must", ([query, query[:2]], [bank] * 2, index), {}),
             ("graph must", ([query] * 2, [bank] * 2, index), {"graph": "ring"}),
             ("log_z must", ([query] * 2, [bank] * 2, index), {"log_z": torch.ones(3)}),
         ],
     )
+    one, two, sample = sslkern.NCELoss(M, 6, 3), sslkern.CMCLoss(2, M, 6, 3), index[:, 0]
+    for bad in (None, "x", [None], query[0]):
+        refuses(one, [("query must", (bad, sample), {}), ("sample must", (query, bad), {})])
+        refuses(two, [("views", (bad, sample), {}), ("sample must", ([query] * 2, bad), {})])
+    refuses(two, [("views must be 2", ([query] * 3, sample), {})])
     for make in (
         lambda: sslkern.NCELoss(0, 6),
         lambda: sslkern.NCELoss(9, 6, negatives=-1),
