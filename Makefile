@@ -1,6 +1,7 @@
 # The verbs of the project; `make help` lists them.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+ISOLATED ?=
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py csrc/native_build.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
@@ -10,23 +11,33 @@ RESULTS = benchmarks/results/$(shell $(BIN)/python benchmarks/harness.py)
 
 # A native module that does not compile is an error here, not a reason to go on without it.
 export SSLKERN_REQUIRE_NATIVE = 1
+# pip compiles no Python (half of its time): what is imported is compiled then, once.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup build demo test test-all triton-test triton-offline lint format sanitize bench-setup bench gpu clean
+.PHONY: help setup build demo test test-all triton-test triton-offline cuda-offline lint format sanitize bench-setup bench gpu clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.setup  ## .venv with torch (yours if PYTHON has one, else TORCH), sslkern in place, and what tests need
+setup: $(VENV)/.setup  ## .venv with torch (PYTHON's, if it has one and not ISOLATED=1; else TORCH), sslkern in place, and what tests need
+
+has_torch = $(1) -c 'import torch' 2>/dev/null
+PIP = $(BIN)/python -m pip install --no-compile
+INSTALL = $(PIP) --no-build-isolation -c $(VENV)/constraints.txt
+SAY = @printf '\n== %s\n'
 
 # The constraint keeps every later install from replacing torch.
 $(VENV)/constraints.txt:
-	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q '$(TORCH)'
+	$(SAY) '$(VENV), 1 of 3: PyTorch, NumPy and what compiles the kernels. PyTorch for CPUs is 200 MB, with CUDA some GB.'
+	test -x $(BIN)/python || $(PYTHON) -m venv \
+		$(if $(ISOLATED),,$$($(call has_torch,$(PYTHON)) && echo --system-site-packages)) $(VENV)
+	$(PIP) $$($(call has_torch,$(BIN)/python) || echo '$(TORCH)') numpy 'setuptools>=77' 'pybind11>=2.13' ninja
 	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $@.tmp && mv $@.tmp $@
 
-INSTALL = $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt
-
 $(VENV)/.setup: $(VENV)/constraints.txt pyproject.toml $(NATIVE)
+	$(SAY) '$(VENV), 2 of 3: compiling csrc/, minutes of work for one core.'
+	$(BIN)/python setup.py -q build_ext --inplace
+	$(SAY) '$(VENV), 3 of 3: what the trainers and the tests need, 110 MB.'
 	$(INSTALL) -e '.[train,test]'
 	@touch $@
 
@@ -39,18 +50,21 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/.setup
 	@touch $@
 
 build:  ## recompile what changed in csrc/, quicker than setup
-	@test -e $(VENV)/.dev || $(MAKE) $(VENV)/.dev
+	@test -e $(VENV)/.setup || $(MAKE) setup
 	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $(VENV)/.setup
 
-demo: setup  ## train SimCLR on MNIST-5k, print the accuracies and where the report is
-	$(BIN)/ssltrain simclr --overwrite
+demo: setup  ## train SimCLR on MNIST-5k, print the accuracies and where the report is; DEMO='--epochs 1' is short
+	$(BIN)/ssltrain simclr --overwrite $(DEMO)
+
+# As many processes as cores, up to eight, of one thread each.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test: setup  ## the tests, without the slow ones
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: setup  ## all tests
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) -m ''
 
 # Triton beside torch's packages, not among them: the version of torch 2.11, and the newest.
 $(VENV)/triton-%: | $(VENV)/.setup
@@ -64,10 +78,14 @@ triton-interpret-%: $(VENV)/triton-%
 
 triton-test:  ## the Triton kernels without a GPU: their values in the interpreter, their code for three architectures
 	$(MAKE) -j2 -O triton-interpret-3.6.0 triton-interpret-newest
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0 $(BIN)/python -m pytest tests/gpu/test_triton_offline.py tests/gpu/test_cuda_resources.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0 $(BIN)/python -m pytest -m '' tests/gpu/test_triton_offline.py tests/gpu/test_cuda_resources.py
 
 triton-offline: $(VENV)/triton-3.6.0  ## compile all Triton kernels, into benchmarks/results/offline
 	PYTHONPATH=$(CURDIR)/$< $(BIN)/python tests/gpu/offline.py --all
+
+# cuobjdump comes with Triton.
+cuda-offline: $(VENV)/triton-3.6.0  ## compile all CUDA kernels by nvcc, into benchmarks/results/offline
+	PYTHONPATH=$(CURDIR)/$< $(BIN)/python tests/gpu/test_cuda_resources.py
 
 lint: $(VENV)/.dev  ## ruff and clang-format, nothing is changed
 	$(BIN)/ruff check .
@@ -79,7 +97,7 @@ format: $(VENV)/.dev  ## what lint asks for
 	$(BIN)/ruff format .
 	git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
-sanitize: $(VENV)/.dev  ## the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer
+sanitize: setup  ## the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer
 	$(BIN)/python csrc/native_build.py address,undefined
 	$(BIN)/python csrc/native_build.py thread
 

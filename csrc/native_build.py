@@ -11,6 +11,7 @@ the compiler's baseline flags and one -DSSLKERN_HAS_<NAME> for each instruction 
 compiled by nvcc for several architectures, or for tests by the C++ compiler, on top of tests/cuda_emulation.
 """
 
+import fcntl
 import os
 import platform
 import re
@@ -88,20 +89,22 @@ def make(output: Path, commands: dict[str, str], edges: list, link: str, link_fl
     """Compile the edges (name of a command, source, variant, flags), and link them into `output`."""
     objects_dir = output.parent / f"{output.stem}.objects"
     objects_dir.mkdir(parents=True, exist_ok=True)
-    with (objects_dir / "build.ninja").open("w") as file:
-        ninja = ninja_syntax.Writer(file)
-        for name, command in commands.items():
-            compile_one = f"{command} $flags -MMD -MF $out.d -c $in -o $out"
-            ninja.rule(name, compile_one, "compile $out", "$out.d", deps="gcc")
-        ninja.rule("link", f"{link} $in -o $out $flags", "link $out")
-        objects = []
-        for command, source, variant, flags in edges:
-            objects.append(f"{variant}/{source.relative_to(ROOT).with_suffix('.o')}")
-            ninja.build(objects[-1], command, str(source), variables={"flags": shlex.join(flags)})
-        # The linker keeps the first copy of an inline function: those compiled for the baseline run everywhere.
-        ninja.build(str(output), "link", objects, variables={"flags": shlex.join(link_flags)})
-    if subprocess.run([sys.executable, "-m", "ninja", "-C", str(objects_dir)]).returncode != 0:
-        raise RuntimeError("csrc did not compile; the compiler's messages stand above")
+    with (objects_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same
+        with (objects_dir / "build.ninja").open("w") as file:
+            ninja = ninja_syntax.Writer(file)
+            for name, command in commands.items():
+                compile_one = f"{command} $flags -MMD -MF $out.d -c $in -o $out"
+                ninja.rule(name, compile_one, "compile $out", "$out.d", deps="gcc")
+            ninja.rule("link", f"{link} $in -o $out $flags", "link $out")
+            objects = []
+            for command, source, variant, flags in edges:
+                objects.append(f"{variant}/{source.relative_to(ROOT).with_suffix('.o')}")
+                ninja.build(objects[-1], command, str(source), variables={"flags": shlex.join(flags)})
+            # The linker keeps the first copy of an inline function: those compiled for the baseline run everywhere.
+            ninja.build(str(output), "link", objects, variables={"flags": shlex.join(link_flags)})
+        if subprocess.run([sys.executable, "-m", "ninja", "-C", str(objects_dir)]).returncode != 0:
+            raise RuntimeError("csrc did not compile; the compiler's messages stand above")
 
 
 def build(output: Path, sources: list[Path], flags: list[str], isas: dict, *, source_flags=(), link_flags=()) -> None:

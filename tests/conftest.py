@@ -1,6 +1,6 @@
-import fcntl
 import functools
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,6 +44,24 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("backend", names, indirect=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory):
+    """The current folder is one where nothing lies, for whatever a test starts too."""
+    folder = tmp_path_factory.mktemp("empty")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(elsewhere):
+    yield
+    left = list(elsewhere.iterdir())
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert not left, "a test writes into its tmp_path and nowhere else"
+
+
 @pytest.fixture(autouse=True)
 def nan_poisoned_memory():
     """Fresh `torch.empty` is filled with NaN, so that an output that nobody wrote shows."""
@@ -73,10 +91,7 @@ def emulated_cuda():
     except RuntimeError as error:
         pytest.skip(str(error))
     path = root / "build" / sys.implementation.cache_tag / "emulated" / "_cuda.so"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may be building it
-        native_build.build_emulated_cuda_module(path)
+    native_build.build_emulated_cuda_module(path)
     spec = importlib.util.spec_from_file_location("_cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

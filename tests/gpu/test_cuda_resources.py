@@ -1,6 +1,6 @@
 """The machine code of csrc/cuda for each architecture: registers, shared memory, spills, and how wide its loads are.
 
-It also goes into a table, benchmarks/results/offline/cuda.{json,md}.
+`make cuda-offline` runs it as a script, which writes the table benchmarks/results/offline/cuda.{json,md}.
 """
 
 import importlib.util
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -80,15 +81,14 @@ def kernels_of(cuobjdump: str, file: Path) -> list[dict]:
     return rows
 
 
-def write(rows: list[dict], compiler: str) -> None:
+def write(compiler: str, rows: list[dict]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "cuda.json").write_text(json.dumps({"compiler": compiler, "kernels": rows}, indent=1) + "\n")
     names = list(rows[0])
     lines = [
         "# Machine code of the CUDA kernels",
         "",
-        f"Of csrc/cuda by {compiler}; `pytest tests/gpu/test_cuda_resources.py` writes this table. Blocks have 256"
-        " threads.",
+        f"Of csrc/cuda by {compiler}; `make cuda-offline` writes this table. Blocks have 256 threads.",
         "",
         "| " + " | ".join(name.replace("_", " ") for name in names) + " |",
         "| " + " | ".join("---" if isinstance(rows[0][name], str) else "---:" for name in names) + " |",
@@ -97,35 +97,53 @@ def write(rows: list[dict], compiler: str) -> None:
     (RESULTS / "cuda.md").write_text("\n".join(lines) + "\n")
 
 
-@pytest.fixture(scope="module")
-def kernels() -> list[dict]:
+class Missing(Exception):
+    """Something that this machine lacks."""
+
+
+def measure() -> tuple[str, list[dict]]:
+    """The compiler's version, and a row for each kernel and architecture."""
     for needed in ("ninja", "pybind11"):
-        pytest.importorskip(needed)
+        if importlib.util.find_spec(needed) is None:
+            raise Missing(f"{needed} is not installed")
     sys.path.insert(0, str(ROOT / "csrc"))
     import native_build
 
     nvcc = native_build.find_nvcc()
     if nvcc is None:
-        pytest.skip("there is no nvcc")
+        raise Missing("there is no nvcc")
     cuobjdump = find_cuobjdump(nvcc)
     if cuobjdump is None or shutil.which("c++filt") is None:
-        pytest.skip("there is no cuobjdump or no c++filt; the first comes with the CUDA toolkit and with triton")
+        raise Missing("there is no cuobjdump or no c++filt; the first comes with the CUDA toolkit and with triton")
     if native_build.supported_architectures(nvcc) != list(native_build.CUDA_ARCHITECTURES):
-        pytest.skip(f"{nvcc} does not know all architectures")
+        raise Missing(f"{nvcc} does not know all architectures")
     module = ROOT / "build" / sys.implementation.cache_tag / "_cuda.so"  # as setup.py has it: nothing to do if it ran
     native_build.build_cuda_module(module, nvcc)
     files = [path for path in sorted((module.parent / "_cuda.objects").rglob("*.o")) if path.stem != "runtime"]
     rows = [row for file in files if file.parent.name == "cuda" for row in kernels_of(cuobjdump, file)]
     rows.sort(key=lambda row: (row["primitive"], row["kernel"], int(re.search(r"\d+", row["architecture"])[0])))
     release = re.search(r"release (\S+), V(\S+)", output_of(nvcc, "--version"))
-    write(rows, f"nvcc {release[2]}")
-    return rows
+    return f"nvcc {release[2]}", rows
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict]:
+    try:
+        return measure()[1]
+    except Missing as error:
+        pytest.skip(str(error))
 
 
 def test_all_kernels_for_all_architectures(kernels):
     assert {row["architecture"] for row in kernels} == {"sm_80", "sm_90a", "sm_100"}
     assert {row["primitive"] for row in kernels} == {"bank_update", "queue_push", "sampled_similarity", "unit_pairs"}
     assert len(kernels) == 3 * len({(row["primitive"], row["kernel"]) for row in kernels})
+
+
+def test_the_table_is_of_these_kernels(kernels):
+    table = json.loads((RESULTS / "cuda.json").read_text())["kernels"]
+    kernel = itemgetter("architecture", "primitive", "kernel")
+    assert set(map(kernel, kernels)) == set(map(kernel, table)), "`make cuda-offline` renews it"
 
 
 def test_no_spills(kernels):
@@ -146,3 +164,7 @@ def test_rows_are_read_or_written_by_16_bytes(kernels):
             assert row["loads_of_16_bytes"] + row["stores_of_16_bytes"] > 0, row
         if row["primitive"] in ("sampled_similarity", "unit_pairs") and not one_by_one and row["kernel"] not in SMALL:
             assert row["loads_of_16_bytes"] >= 4, row
+
+
+if __name__ == "__main__":
+    write(*measure())

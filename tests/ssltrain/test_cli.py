@@ -207,7 +207,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_at_the_same_bits(tmp_path)
         (["cpc"], "--data is needed"),
         (["cpc", "--data", "/no/such/folder"], "/no/such/folder"),
         (["simclr", "--config", "/no/such/file.yaml"], "--config /no/such/file.yaml"),
-        (["simclr", "--encoder", "timm:no_such_model"], "--encoder timm:no_such_model"),
+        (["simclr", "--encoder", "timm:no_such_model", "--out", "{tmp}"], "--encoder timm:no_such_model"),
         (["evaluate", "/no/such/run"], "holds no run"),
         (["evaluate", "{tmp}", "--labels", "2"], "--labels"),
         (["embed", "{tmp}", "--data", "x", "--out", "a.txt"], "--out"),
