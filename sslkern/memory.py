@@ -82,7 +82,7 @@ class CrossBatchMemory(FeatureQueue):
         last = torch.arange(max(0, B - size), B, device=self.labels.device)
         place = (last + self.queue_ptr) % size
         super().push(keys)
-        self.labels.index_copy_(0, place, labels[-size:])
+        self.labels.index_copy_(0, place, labels[-size:].clone())  # which may be some of them
         self.count += B
 
     def contents(self) -> tuple[Tensor, Tensor]:

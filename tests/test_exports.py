@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import sslkern
 from sslkern.functional import nt_xent
@@ -88,3 +90,71 @@ def test_every_allocation_names_its_type_and_device(folder):
                 named, sites = {keyword.arg for keyword in call.keywords}, sites + 1
                 assert {"device"} | ({"dtype"} if maker.attr != "arange" else set()) <= named, f"{path}:{call.lineno}"
     assert sites
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory: it holds another, to which operators go."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        shape = dict(strides=inner.stride(), dtype=inner.dtype, device=inner.device)
+        self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, **shape, requires_grad=inner.requires_grad)
+        self.inner = inner.detach()
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(Wrapper, lambda x: x.inner, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, Wrapper, function(*args, **kwargs))
+
+
+def inner(x):
+    return x.inner if isinstance(x, Wrapper) else x
+
+
+def test_wrapped_tensors(kernels):
+    for name, make in (LOSSES | OPS).items():
+        want, example = value_and_gradients(make()), make()
+        features = example.map(lambda x: Wrapper(x).requires_grad_(x.requires_grad) if x.ndim else x)
+        if isinstance(example.target, torch.nn.Module) and any(True for _ in example.target.buffers()):
+            continue
+        got = [inner(x) for x in value_and_gradients(features)]
+        for x, y in zip(got, want, strict=True):
+            assert (x is None and y is None) or torch.allclose(x, y, rtol=1e-5, atol=1e-6), name
+
+
+def test_fake_tensors(kernels):
+    for name, make in (LOSSES | OPS).items():
+        want = value_and_gradients(make())
+        example = make()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            got = value_and_gradients(example.map(mode.from_tensor))
+        for x, y in zip(got, want, strict=True):
+            assert (x is None and y is None) or (isinstance(x, FakeTensor) and x.shape == y.shape), name
+            assert x is None or (x.dtype, x.device) == (y.dtype, y.device), name
+
+
+def negated(x):
+    """The same values, behind a sign bit."""
+    return torch._neg_view(-x.detach()).requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+
+def test_views_with_a_sign_bit(kernels):
+    for name, make in (LOSSES | OPS).items():
+        want, example = value_and_gradients(make()), make().map(negated)
+        assert any(x.is_neg() for x in example.tensors())
+        got = value_and_gradients(example)
+        for x, y in zip(got, want, strict=True):
+            assert (x is None and y is None) or torch.allclose(x, y, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *OPS, *PUSHES])
+def test_a_tensor_on_another_device_is_named(name):
+    make = (LOSSES | OPS | PUSHES)[name]
+    count = len(make().tensors()) if name != "CachedLoss" else 0  # its encoder says so
+    for number in range(count if count > 1 else 0):
+        example = make()
+        moved = example.with_tensor(number, example.tensors()[number].detach().to("meta"))
+        with pytest.raises(ValueError, match=r"on meta") as error:
+            moved()
+        assert "\n" not in str(error.value)

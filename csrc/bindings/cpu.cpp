@@ -11,22 +11,25 @@ namespace {
 // dtype, groups, n, m, d, q, k, scale, scale_tensor or None, q_ids, k_ids, same, k_bias, q_limit, kept, kept_rows
 Similarity problem(const py::tuple& of, int threads) {
   const auto size = [&](int i) { return of[i].cast<int64_t>(); };
-  const float* factor = data(of[8]);
-  return {DType(of[0].cast<int>()),
-          size(1),
-          size(2),
-          size(3),
-          size(4),
-          data<void>(of[5]),
-          data<void>(of[6]),
+  const DType dtype = DType(of[0].cast<int>());
+  const int64_t groups = size(1), n = size(2), m = size(3), d = size(4), kept_rows = size(15);
+  const Tensors tensors;
+  const float* factor = tensors.read_or_null("scale", of[8], 1);
+  return {dtype,
+          groups,
+          n,
+          m,
+          d,
+          tensors.read(dtype, "q", of[5], groups * n * d),
+          tensors.read_or_null(dtype, "k", of[6], groups * m * d),
           of[7].cast<float>() * (factor == nullptr ? 1.f : *factor),
-          data<int64_t>(of[9]),
-          data<int64_t>(of[10]),
+          tensors.read_or_null<int64_t>("q_ids", of[9], groups * n),
+          tensors.read_or_null<int64_t>("k_ids", of[10], groups * m),
           of[11].cast<bool>(),
-          data(of[12]),
-          data(of[13]),
-          data(of[14]),
-          size(15),
+          tensors.read_or_null("k_bias", of[12], groups * m),
+          tensors.read_or_null("q_limit", of[13], groups * n),
+          tensors.write_or_null("kept", of[14], groups * kept_rows * m),
+          kept_rows,
           threads};
 }
 
@@ -37,100 +40,138 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("similarity_lse_fwd", [](const py::tuple& of, const py::object& row, const py::object& col,
                                       const py::object& best, int threads) {
     const Similarity p = problem(of, threads);
-    float *const to_row = data(row), *const to_col = data(col), *const to_best = data(best);
+    const Tensors tensors;
+    const int64_t rows = p.groups * p.n, columns = p.groups * p.m;
+    float* const to_row = tensors.write("row", row, rows);
+    float* const to_col = tensors.write_or_null("col", col, columns);
+    float* const to_best = tensors.write_or_null("best", best, rows + (col.is_none() ? 0 : columns));
     py::gil_scoped_release release;
     kernels().similarity_lse_fwd(p, to_row, to_col, to_best);
   });
   module.def("similarity_lse_frozen_fwd", [](const py::tuple& of, const py::object& row, const py::object& mean,
                                              const py::object& best, int threads) {
     const Similarity p = problem(of, threads);
-    float *const to_row = data(row), *const to_mean = data(mean), *const to_best = data(best);
+    const Tensors tensors;
+    const int64_t rows = p.groups * p.n;
+    float* const to_row = tensors.write("row", row, rows);
+    float* const to_mean = tensors.write("mean", mean, rows * p.d);
+    float* const to_best = tensors.write_or_null("best", best, rows);
     py::gil_scoped_release release;
     kernels().similarity_lse_frozen_fwd(p, to_row, to_mean, to_best);
   });
-  module.def("similarity_lse_bwd", [](const py::tuple& of, const py::object& row, const py::object& col,
-                                      const py::object& g, const py::object& h, const py::object& dq,
-                                      const py::object& dk, const py::object& dscale, const py::object& dbias,
-                                      int threads) {
-    const Similarity p = problem(of, threads);
-    const float *const of_row = data(row), *const of_col = data(col), *const g_row = data(g), *const g_col = data(h);
-    float *const to_q = data(dq), *const to_k = data(dk), *const to_scale = data(dscale), *const to_bias = data(dbias);
-    py::gil_scoped_release release;
-    kernels().similarity_lse_bwd(p, of_row, of_col, g_row, g_col, to_q, to_k, to_scale, to_bias);
-  });
+  module.def(
+      "similarity_lse_bwd",
+      [](const py::tuple& of, const py::object& row, const py::object& col, const py::object& g, const py::object& h,
+         const py::object& dq, const py::object& dk, const py::object& dscale, const py::object& dbias, int threads) {
+        const Similarity p = problem(of, threads);
+        const Tensors tensors;
+        const int64_t rows = p.groups * p.n, columns = p.groups * p.m;
+        const float *const of_row = tensors.read_or_null("row", row, rows),
+                           *const of_col = tensors.read_or_null("col", col, columns),
+                           *const g_row = tensors.read_or_null("g", g, rows),
+                           *const g_col = tensors.read_or_null("h", h, columns);
+        float *const to_q = tensors.write_or_null("dq", dq, rows * p.d),
+                     *const to_k = tensors.write_or_null("dk", dk, columns * p.d),
+                     *const to_scale = tensors.write_or_null("dscale", dscale, 1),
+                     *const to_bias = tensors.write_or_null("dbias", dbias, columns);
+        py::gil_scoped_release release;
+        kernels().similarity_lse_bwd(p, of_row, of_col, g_row, g_col, to_q, to_k, to_scale, to_bias);
+      });
   module.def("similarity_topk",
              [](const py::tuple& of, int64_t count, const py::object& values, const py::object& indices, int threads) {
                const Similarity p = problem(of, threads);
-               float* const to_values = data(values);
-               int64_t* const to_indices = data<int64_t>(indices);
+               const Tensors tensors;
+               float* const to_values = tensors.write("values", values, p.groups * p.n * count);
+               int64_t* const to_indices = tensors.write<int64_t>("indices", indices, p.groups * p.n * count);
                py::gil_scoped_release release;
                kernels().similarity_topk(p, count, to_values, to_indices);
              });
-  module.def("similarity_softplus",
-             [](const py::tuple& of, const py::object& bias, const py::object& weights, float sign,
-                const py::object& total, const py::object& row, const py::object& dq, const py::object& dk,
-                const py::object& dscale, const py::object& dbias, const py::object& dk_bias, int threads) {
-               const Similarity p = problem(of, threads);
-               const float *const of_bias = data(bias), *const of_weights = data(weights);
-               float *const to_total = data(total), *const to_row = data(row);
-               const SoftplusGradients gradients{data(dq), data(dk), data(dscale), data(dbias), data(dk_bias)};
-               py::gil_scoped_release release;
-               kernels().similarity_softplus(p, of_bias, of_weights, sign, to_total, to_row, gradients);
-             });
-  module.def("queue_push_", [](int queue_dtype, int keys_dtype, int64_t size, int64_t dim, int64_t batch,
-                               const py::object& queue, const py::object& ptr, const py::object& keys, bool normalize,
-                               int threads) {
-    void* const to = data<void>(queue);
-    int64_t* const at = data<int64_t>(ptr);
-    const void* const from = data<void>(keys);
+  module.def("similarity_softplus", [](const py::tuple& of, const py::object& bias, const py::object& weights,
+                                       float sign, const py::object& total, const py::object& row, const py::object& dq,
+                                       const py::object& dk, const py::object& dscale, const py::object& dbias,
+                                       const py::object& dk_bias, int threads) {
+    const Similarity p = problem(of, threads);
+    const Tensors tensors;
+    const int64_t rows = p.groups * p.n, columns = p.groups * p.m;
+    const float *const of_bias = tensors.read_or_null("bias", bias, rows), *const of_weights = tensors.read_or_null(
+                                                                               "weights", weights, rows);
+    float *const to_total = tensors.write("total", total, p.groups), *const to_row = tensors.write("row", row, rows);
+    const SoftplusGradients gradients{
+        tensors.write_or_null("dq", dq, rows * p.d), tensors.write_or_null("dk", dk, columns * p.d),
+        tensors.write_or_null("dscale", dscale, p.groups), tensors.write_or_null("dbias", dbias, rows),
+        tensors.write_or_null("dk_bias", dk_bias, columns)};
     py::gil_scoped_release release;
-    kernels().queue_push(DType(queue_dtype), DType(keys_dtype), size, dim, batch, to, at, from, normalize, threads);
+    kernels().similarity_softplus(p, of_bias, of_weights, sign, to_total, to_row, gradients);
   });
+  module.def("queue_push_",
+             [](int queue_dtype, int keys_dtype, int64_t size, int64_t dim, int64_t batch, const py::object& queue,
+                const py::object& ptr, const py::object& keys, bool normalize, int threads) {
+               const DType queue_type = DType(queue_dtype), keys_type = DType(keys_dtype);
+               const Tensors tensors;
+               void* const to = tensors.write(queue_type, "queue", queue, size * dim);
+               int64_t* const at = tensors.write<int64_t>("ptr", ptr, 1);
+               const void* const from = tensors.read(keys_type, "keys", keys, batch * dim);
+               py::gil_scoped_release release;
+               kernels().queue_push(queue_type, keys_type, size, dim, batch, to, at, from, normalize, threads);
+             });
   module.def("sampled_similarity_fwd", [](const py::tuple& of, int64_t count, const py::object& index, bool streams,
                                           const py::object& out, int threads) {
     const Similarity p = problem(of, threads);
-    const int64_t* const at = data<int64_t>(index);
-    float* const to = data(out);
+    const Tensors tensors;
+    const int64_t* const at = tensors.read<int64_t>("index", index, p.groups * p.n * count);
+    float* const to = tensors.write("out", out, p.groups * p.n * count);
     py::gil_scoped_release release;
     return kernels().sampled_similarity_fwd(p, count, at, streams, to);
   });
-  module.def("sampled_similarity_bwd",
-             [](const py::tuple& of, int64_t count, const py::object& index, bool streams, const py::object& g,
-                const py::object& dq, const py::object& dk, int threads) {
-               const Similarity p = problem(of, threads);
-               const int64_t* const at = data<int64_t>(index);
-               const float* const from = data(g);
-               float *const to_q = data(dq), *const to_k = data(dk);
+  module.def(
+      "sampled_similarity_bwd", [](const py::tuple& of, int64_t count, const py::object& index, bool streams,
+                                   const py::object& g, const py::object& dq, const py::object& dk, int threads) {
+        const Similarity p = problem(of, threads);
+        const Tensors tensors;
+        const int64_t* const at = tensors.read<int64_t>("index", index, p.groups * p.n * count);
+        const float* const from = tensors.read("g", g, p.groups * p.n * count);
+        float *const to_q = tensors.write_or_null("dq", dq, p.groups * p.n * p.d), *const to_k = tensors.write_or_null(
+                                                                                       "dk", dk, p.groups * p.m * p.d);
+        py::gil_scoped_release release;
+        return kernels().sampled_similarity_bwd(p, count, at, streams, from, to_q, to_k);
+      });
+  module.def("bank_update_",
+             [](int bank_dtype, int x_dtype, int64_t size, int64_t dim, int64_t batch, const py::object& bank,
+                const py::object& index, const py::object& x, float momentum, int threads) {
+               const DType bank_type = DType(bank_dtype), x_type = DType(x_dtype);
+               const Tensors tensors;
+               void* const to = tensors.write(bank_type, "bank", bank, size * dim);
+               const int64_t* const at = tensors.read<int64_t>("index", index, batch);
+               const void* const from = tensors.read(x_type, "x", x, batch * dim);
                py::gil_scoped_release release;
-               return kernels().sampled_similarity_bwd(p, count, at, streams, from, to_q, to_k);
+               return kernels().bank_update(bank_type, x_type, size, dim, batch, to, at, from, momentum, threads);
              });
-  module.def("bank_update_", [](int bank_dtype, int x_dtype, int64_t size, int64_t dim, int64_t batch,
-                                const py::object& bank, const py::object& index, const py::object& x, float momentum,
-                                int threads) {
-    void* const to = data<void>(bank);
-    const int64_t* const at = data<int64_t>(index);
-    const void* const from = data<void>(x);
-    py::gil_scoped_release release;
-    return kernels().bank_update(DType(bank_dtype), DType(x_dtype), size, dim, batch, to, at, from, momentum, threads);
-  });
   module.def("unit_pairs_fwd", [](int dtype, int64_t n, int64_t d, const py::object& x, const py::object& y,
                                   const py::object& z, const py::object& norm, const py::object& cosine, int threads) {
-    const void *const from_x = data<void>(x), *const from_y = data<void>(y);
-    void* const to_z = data<void>(z);
-    float *const to_norm = data(norm), *const to_cosine = data(cosine);
+    const DType type = DType(dtype);
+    const Tensors tensors;
+    const void *const from_x = tensors.read(type, "x", x, n * d), *const from_y = tensors.read(type, "y", y, n * d);
+    void* const to_z = tensors.write(type, "z", z, 2 * n * d);
+    float *const to_norm = tensors.write_or_null("norm", norm, 2 * n), *const to_cosine =
+                                                                           tensors.write("cosine", cosine, n);
     py::gil_scoped_release release;
-    kernels().unit_pairs_fwd(DType(dtype), n, d, from_x, from_y, to_z, to_norm, to_cosine, threads);
+    kernels().unit_pairs_fwd(type, n, d, from_x, from_y, to_z, to_norm, to_cosine, threads);
   });
-  module.def("unit_pairs_bwd",
-             [](int dtype, int64_t n, int64_t d, const py::object& z, const py::object& norm, const py::object& pull,
-                const py::object& da, const py::object& db, const py::object& dx, const py::object& dy, int threads) {
-               const void* const of_z = data<void>(z);
-               const float *const of_norm = data(norm), *const of_pull = data(pull), *const of_a = data(da),
-                                  *const of_b = data(db);
-               void *const to_x = data<void>(dx), *const to_y = data<void>(dy);
-               py::gil_scoped_release release;
-               kernels().unit_pairs_bwd(DType(dtype), n, d, of_z, of_norm, of_pull, of_a, of_b, to_x, to_y, threads);
-             });
+  module.def("unit_pairs_bwd", [](int dtype, int64_t n, int64_t d, const py::object& z, const py::object& norm,
+                                  const py::object& pull, const py::object& da, const py::object& db,
+                                  const py::object& dx, const py::object& dy, int threads) {
+    const DType type = DType(dtype);
+    const Tensors tensors;
+    const void* const of_z = tensors.read(type, "z", z, 2 * n * d);
+    const float *const of_norm = tensors.read_or_null("norm", norm, 2 * n),
+                       *const of_pull = tensors.read("pull", pull, n),
+                       *const of_a = tensors.read_or_null("da", da, n * d),
+                       *const of_b = tensors.read_or_null("db", db, n * d);
+    void *const to_x = tensors.write_or_null(type, "dx", dx, n * d), *const to_y =
+                                                                         tensors.write_or_null(type, "dy", dy, n * d);
+    py::gil_scoped_release release;
+    kernels().unit_pairs_bwd(type, n, d, of_z, of_norm, of_pull, of_a, of_b, to_x, to_y, threads);
+  });
   module.def("isa", [] { return kernels().name; });
   module.def("isas", [] {
     py::list names;

@@ -13,6 +13,7 @@ from ..ops import similarity_lse
 from ..ops._arguments import FLOATS, check_choice, check_dense, check_flags
 from ..ops._library import transformed
 from ..ops._numbers import FLOAT32_MAX, check_finite
+from ..ops._tensors import plain
 from ..ops.pair_contrast import pair_contrast
 from ..ops.similarity_lse import small
 from ..ops.unit_pairs import UnitPairs
@@ -135,7 +136,8 @@ def unit(x: Tensor) -> Tensor:
 
 def unit_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of x and y [N, D] divided by their norms, and their cosine [N], in fp32 (fp64)."""
-    if torch.compiler.is_compiling() or transformed():  # the compiler fuses the formula with its surroundings
+    # The compiler fuses the formula with its surroundings.
+    if torch.compiler.is_compiling() or transformed() or not plain(x, y):
         x, y = unit(x), unit(y)
         return x, y, dots(x, y)
     return UnitPairs.apply(x, y, resolve("unit_pairs", x))

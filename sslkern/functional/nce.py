@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops import sampled_similarity, sampled_similarity_bwd
-from ..ops._arguments import check_choice, check_dense, check_flags
+from ..ops._arguments import check_choice, check_dense, check_devices, check_flags
 from ..ops._library import Once, transformed
 from ..ops._numbers import check_size
 from ._common import (
@@ -258,6 +258,7 @@ def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, norma
     check_features("banks[0]", banks[0])
     for i, bank in enumerate(banks):
         check_alike(f"banks[{i}]", bank, "banks[0]", banks[0])
+    check_devices("views[0]", views[0], temperature=scale)
     pairs = cmc_pairs(len(views), graph)
     if log_z is not None and (not isinstance(log_z, Tensor) or log_z.shape != (len(pairs),)):
         raise ValueError(f"log_z must be a tensor [{len(pairs)}], one for each ordered pair, not {describe(log_z)}")

@@ -13,6 +13,14 @@ def check_dense(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, not of layout {x.layout}; convert it with .to_dense()")
 
 
+def check_devices(name: str, like: Tensor, **others: Tensor | None) -> None:
+    """All tensors among the others are on the device of `like`, which is called `name`."""
+    device = like.device
+    for other, x in others.items():
+        if isinstance(x, Tensor) and x.device != device:
+            raise ValueError(f"{other} is on {x.device} but {name} is on {device}; move one of them")
+
+
 def check_flags(**flags: bool) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):

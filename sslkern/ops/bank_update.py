@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ._arguments import FLOATS, check_dense
+from ._arguments import FLOATS, check_dense, check_devices
 from ._library import define
 from ._numbers import check_number
+from ._tensors import apart
 from .similarity_lse import _describe
 
 
@@ -51,15 +52,13 @@ def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float = 0.5) 
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, not {index.dtype}; convert it with .long()")
     momentum = check_number("momentum", momentum, 0, 1, closed=True)
-    for name, other in (("index", index), ("x", x)):
-        if other.device != bank.device:
-            raise ValueError(f"{name} is on {other.device} but bank is on {bank.device}; move one of them")
+    check_devices("bank", bank, index=index, x=x)
     backend = resolve("bank_update", bank)
     torch.ops.sslkern.bank_update_.default(bank, index, x.detach(), momentum, backend)
 
 
 def _kernel(bank, index, x, momentum, backend):
-    load(backend, "bank_update").bank_update_(bank, index, x, momentum)
+    load(backend, "bank_update").bank_update_(bank, index, apart(x, bank), momentum)
 
 
 def _fake(bank, index, x, momentum, backend):

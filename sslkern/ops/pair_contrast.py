@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
 from ._library import Once, define, library
+from ._tensors import plain
 from .similarity_lse import _accumulator
 
 
@@ -58,7 +59,8 @@ def pair_contrast(
     frozen = frozen and (x.requires_grad or scale_learns)  # the mean of the negatives serves nothing else
     rows = 2 * N if views else N
     keep = kept_rows(backend, rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
-    call = torch.ops.sslkern.pair_contrast.default if torch.compiler.is_compiling() else _PairContrast.apply
+    eager = not torch.compiler.is_compiling() and plain(x, y, bank, scale_tensor, ids)
+    call = _PairContrast.apply if eager else torch.ops.sslkern.pair_contrast.default
     losses, positive, top, *_ = call(
         x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backend, pairs_backend
     )
@@ -67,8 +69,9 @@ def pair_contrast(
 
 def row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
     """`copies` times 0 to n - 1; kept, as for a small batch making them would cost as much as a kernel."""
-    # What a CUDA graph holds on to must be its own.
-    once = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    # What a CUDA graph or a trace holds on to must be its own, and a fake tensor must not stay.
+    once = torch.compiler.is_compiling() or not plain()
+    once = once or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     return (_row_numbers.__wrapped__ if once else _row_numbers)(n, copies, device)
 
 
@@ -121,12 +124,13 @@ def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(gradients, ctx, g, *_):
+def _backward(eager, ctx, g, *_):
     if g is None:
         return (None,) * 13
     anchor, scale_tensor, ids, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     options = ctx.mode, ctx.normalize, ctx.frozen, *needs, *ctx.backends
+    gradients = _gradients if eager and plain(g) else torch.ops.sslkern.pair_contrast_bwd.default
     with torch.no_grad():
         grads = gradients(g, *saved, scale_tensor, ctx.scale, ids, *options)
     dx, dy, dscale = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
@@ -206,7 +210,7 @@ define(
 )
 torch.library.register_autograd(
     "sslkern::pair_contrast",
-    functools.partial(_backward, torch.ops.sslkern.pair_contrast_bwd.default),
+    functools.partial(_backward, False),
     setup_context=_setup,
     lib=library,
 )
@@ -219,4 +223,4 @@ class _PairContrast(torch.autograd.Function):
         _setup(ctx, inputs, output)
         return output
 
-    backward = staticmethod(functools.partial(_backward, _gradients))
+    backward = staticmethod(functools.partial(_backward, True))

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ._arguments import FLOATS, check_dense, check_flags
+from ._arguments import FLOATS, check_dense, check_devices, check_flags
 from ._library import define
+from ._tensors import apart
+from .similarity_lse import _describe
 
 
 def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = False) -> None:
@@ -38,23 +40,20 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = Fals
     if not isinstance(ptr, Tensor) or ptr.shape != (1,) or ptr.dtype != torch.int64:
         raise ValueError("ptr must be an int64 tensor [1]")
     if not isinstance(keys, Tensor) or keys.ndim != 2 or keys.shape[1] != queue.shape[1]:
-        what = f"a tensor {list(keys.shape)}" if isinstance(keys, Tensor) else f"a {type(keys).__name__}"
         raise ValueError(
-            f"keys must be a tensor [B, {queue.shape[1]}] to go with queue {list(queue.shape)}, not {what}"
+            f"keys must be a tensor [B, {queue.shape[1]}] to go with queue {list(queue.shape)}, not {_describe(keys)}"
         )
     for name, x in (("queue", queue), ("ptr", ptr), ("keys", keys)):
         check_dense(name, x)
     if keys.dtype not in FLOATS:
         raise TypeError(f"keys must be floating point, not {keys.dtype}; convert it with .float()")
-    for name, x in (("ptr", ptr), ("keys", keys)):
-        if x.device != queue.device:
-            raise ValueError(f"{name} is on {x.device} but queue is on {queue.device}; move one of them")
+    check_devices("queue", queue, ptr=ptr, keys=keys)
     check_flags(normalize=normalize)
     torch.ops.sslkern.queue_push_.default(queue, ptr, keys.detach(), normalize, resolve("queue_push", queue))
 
 
 def _kernel(queue, ptr, keys, normalize, backend):
-    load(backend, "queue_push").queue_push_(queue, ptr, keys, normalize)
+    load(backend, "queue_push").queue_push_(queue, ptr, apart(keys, queue), normalize)
 
 
 def _fake(queue, ptr, keys, normalize, backend):

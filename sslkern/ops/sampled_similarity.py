@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ._arguments import FLOATS, check_dense, check_flags
+from ._arguments import FLOATS, check_dense, check_devices, check_flags
 from ._library import define, differentiable, library, no_second_derivative
 from .similarity_lse import _accumulator, _describe
 
@@ -65,6 +65,9 @@ def sampled_similarity_bwd(
     if not isinstance(g, Tensor) or g.shape != index.shape:
         raise ValueError(f"g must be a tensor {list(index.shape)} like index, not {_describe(g)}")
     check_dense("g", g)
+    if g.dtype not in FLOATS:
+        raise TypeError(f"g must be floating point, not {g.dtype}; convert it with .float()")
+    check_devices("q", q, g=g)
     check_flags(need_q=need_q, need_bank=need_bank)
     g = g.detach().to(_accumulator(q))
     backend = resolve("sampled_similarity", q)
@@ -94,9 +97,7 @@ def _check(q, bank, index) -> None:
     check_dense("index", index)
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, not {index.dtype}; convert it with .long()")
-    for name, x in (("bank", bank), ("index", index)):
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one of them")
+    check_devices("q", q, bank=bank, index=index)
 
 
 def _kernel(q, bank, index, backend):

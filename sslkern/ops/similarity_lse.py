@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
-from ._arguments import FLOATS, check_choice, check_dense, check_flags
+from ._arguments import FLOATS, check_choice, check_dense, check_devices, check_flags
 from ._library import Once, define, differentiable, library, no_second_derivative, transformed
 from ._numbers import check_finite
 
@@ -143,10 +143,14 @@ def similarity_lse_bwd(
         raise ValueError("col and h must be None for k=None: the rows of q with itself are its columns")
     rows, cols = q.shape[:-1], (q if k is None else k).shape[:-1]
     for name, x, shape in (("row", row, rows), ("g", g, rows), ("col", col, cols), ("h", h, cols)):
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(x.shape)}")
-        if x is not None:
-            check_dense(name, x)
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.shape != shape:
+            raise ValueError(f"{name} must be a tensor {list(shape)}, not {_describe(x)}")
+        check_dense(name, x)
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
+    check_devices("q", q, row=row, g=g, col=col, h=h)
     scale_tensor, scale, q_ids, k_ids, k_bias, q_limit = _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit)
     row, col, g, h = (None if x is None else x.to(_accumulator(q)) for x in (row, col, g, h))
     needs = (need_q, need_k and k is not None, need_scale, need_bias and k_bias is not None)
@@ -179,16 +183,12 @@ def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
         check_dense("k", k)
         if k.dtype != q.dtype:
             raise TypeError(f"k must have the dtype of q, {q.dtype}, not {k.dtype}; convert one of them")
-        if k.device != q.device:
-            raise ValueError(f"k is on {k.device} but q is on {q.device}; move one of them")
         if (q_ids is None) != (k_ids is None):
             raise ValueError("q_ids and k_ids go together: give both or neither")
     if isinstance(scale, Tensor):
         if scale.ndim != 0:
             raise ValueError(f"scale must be a number or a 0-d tensor, not {_describe(scale)}")
         check_dense("scale", scale)
-        if scale.device != q.device:
-            raise ValueError(f"scale is on {scale.device} but q is on {q.device}; move one of them")
         if not scale.dtype.is_floating_point:
             raise TypeError(f"scale must be floating point, not {scale.dtype}; convert it with .float()")
     else:
@@ -203,13 +203,12 @@ def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
         if not isinstance(x, Tensor) or (x.shape != side.shape[:-1] and x.shape != side.shape[-2:-1]):
             raise ValueError(f"{name} must be a tensor {list(side.shape[:-1])}, not {_describe(x)}")
         check_dense(name, x)
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one of them")
         if "ids" in name:
             if x.dtype != torch.int64:
                 raise TypeError(f"{name} must be int64, not {x.dtype}; convert it with .long()")
         elif x.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
+    check_devices("q", q, k=k, scale=scale, q_ids=q_ids, k_ids=k_ids, k_bias=k_bias, q_limit=q_limit)
     if q_limit is not None and q_limit.requires_grad:
         raise ValueError("q_limit gets no gradient; pass q_limit.detach()")
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ._arguments import FLOATS, check_dense, check_flags
+from ._arguments import FLOATS, check_dense, check_devices, check_flags
 from ._library import define, library
-from ._numbers import check_finite
+from ._numbers import check_finite, number, shown
 from .similarity_lse import _PROBLEM, Once, _accumulator, _check, _describe, _or_empty, _uniform
 
 
@@ -71,8 +71,8 @@ def similarity_softplus(
     """
     _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit)
     check_flags(rows=rows)
-    if sign not in (1, -1):
-        raise ValueError(f"sign must be 1 or -1, not {sign!r}")
+    if number(sign) not in (1, -1):
+        raise ValueError(f"sign must be 1 or -1, not {shown(sign)}")
     if rows and weights is not None:
         raise ValueError("weights must be None with rows=True: multiply the rows that come back")
     if weights is not None and not isinstance(weights, Tensor):
@@ -102,8 +102,7 @@ def _per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
         check_dense(name, x)
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one of them")
+        check_devices("q", q, **{name: x})
         return x.to(_accumulator(q)).expand(shape)
     if x is None:
         return None

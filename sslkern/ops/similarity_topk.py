@@ -62,6 +62,8 @@ def similarity_topk(
     """
     _check(q, k, scale, q_ids, k_ids, pairs, None, q_limit)
     n = check_size("n", n)
+    if n >= 2**31:
+        raise ValueError(f"n must be below 2**31, as that many are returned for each row, not {n}")
     scale_tensor, scale, q_ids, k_ids, _, q_limit = _uniform(q, k, scale, q_ids, k_ids, None, q_limit)
     return torch.ops.sslkern.similarity_topk.default(
         q, k, n, scale_tensor, scale, q_ids, k_ids, pairs == "same", q_limit, resolve("similarity_topk", q)

@@ -1,0 +1,23 @@
+"""Whether a kernel may have a tensor's memory: where it has plain memory of its own, which nobody writes meanwhile."""
+
+import torch
+from torch import Tensor
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may be called with these tensors past the dispatcher, which costs as much as a small kernel.
+
+    Not where something else than their memory says what their values are (fake tensors, DTensors and other subclasses,
+    the sign bit of `torch.imag` of a conjugate), nor where somebody wants to see each operator (`make_fx`).
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    for x in tensors:
+        if x is not None and ((type(x) is not Tensor and type(x) is not torch.nn.Parameter) or x.is_neg()):
+            return False
+    return True
+
+
+def apart(x: Tensor, written: Tensor) -> Tensor:
+    """x, or a copy of it where it shares its memory with what is written while x is read."""
+    return x.clone() if torch._C._is_alias_of(x, written) else x
