@@ -120,3 +120,14 @@ def test_cross_batch_memory_knows_the_labels(backend):
     assert all(torch.equal(a, b) for a, b in zip(memory.contents(), other.contents(), strict=True))
     with pytest.raises(ValueError, match="labels must"):
         memory.push(keys[:2], labels[:3])
+
+
+def test_a_memory_may_be_pushed_rows_of_its_own(backend):
+    memory, other = (CrossBatchMemory(4, 12) for _ in range(2))
+    memory.push(torch.randn(10, 4), torch.arange(10))
+    other.load_state_dict(memory.state_dict())
+    keys, labels = memory.contents()
+    memory.push(keys, labels)
+    keys, labels = (x.clone() for x in other.contents())
+    other.push(keys, labels)
+    assert torch.equal(memory.queue, other.queue) and torch.equal(memory.labels, other.labels)

@@ -116,3 +116,19 @@ def test_bad_arguments_are_named():
         with pytest.raises((ValueError, TypeError), match=message) as error:
             bank_update_(*args)
         assert "\n" not in str(error.value)
+
+
+def test_features_that_are_rows_of_the_bank(backend):
+    for index, rows in ((torch.tensor([1, 0, 2]), slice(0, 3)), (torch.arange(9).flip(0), slice(0, 9))):
+        bank = torch.randn(9, 8)
+        ours, plain = bank.clone(), bank.clone()
+        bank_update_(ours, index, ours[rows], 0.5)
+        bank_update_(plain, index, bank[rows].clone(), 0.5)
+        assert torch.equal(ours, plain)
+
+
+def test_types_that_have_no_kernel():
+    bank, index, x = torch.eye(3), torch.tensor([0]), torch.ones(1, 3)
+    for args in ((bank.to(torch.float8_e4m3fn), index, x), (bank, index, x.to(torch.float8_e5m2))):
+        with pytest.raises(TypeError, match="must be .*fp32, bf16, fp16 or fp64, not torch.float8"):
+            bank_update_(*args)

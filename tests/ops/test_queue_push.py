@@ -105,3 +105,21 @@ def test_bad_arguments_are_named():
     for message, args in cases:
         with pytest.raises((ValueError, TypeError), match=message):
             queue_push_(*args)
+
+
+def test_keys_that_are_rows_of_the_queue(backend):
+    """They are written as they were, also where they are written over before their turn."""
+    for normalize in (False, True):
+        queue, ptr = torch.randn(40, 8), torch.tensor([20])
+        for keys in (slice(16, 32), slice(0, None), slice(5, None)):
+            ours, plain, at = queue.clone(), queue.clone(), ptr.clone()
+            queue_push_(ours, ptr.clone(), ours[keys], normalize)
+            queue_push_(plain, at, queue[keys].clone(), normalize)
+            assert torch.equal(ours, plain)
+
+
+def test_types_that_have_no_kernel():
+    queue, ptr, keys = torch.zeros(4, 2), torch.zeros(1, dtype=torch.long), torch.ones(3, 2)
+    for args in ((queue.to(torch.float8_e4m3fn), ptr, keys), (queue, ptr, keys.to(torch.float8_e5m2))):
+        with pytest.raises(TypeError, match="must be .*fp32, bf16, fp16 or fp64, not torch.float8"):
+            queue_push_(*args)

@@ -283,6 +283,7 @@ def test_bad_arguments_are_named():
         ("weights must", (q, k, 1.0, 0.0, torch.tensor(1.0)), {}),
         ("weights must be None", (q, k, 1.0, 0.0, torch.ones(4)), {"rows": True}),
         ("sign must", (q, k), {"sign": 0}),
+        ("sign must", (q, k), {"sign": torch.tensor([1, 1])}),
     ]
     for message, args, options in cases:
         with pytest.raises((ValueError, TypeError), match=message) as error:

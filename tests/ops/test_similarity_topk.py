@@ -204,6 +204,7 @@ def test_bad_arguments_are_named():
     q, k, ids = torch.randn(4, 3), torch.randn(5, 3), torch.arange(4)
     cases = [
         ("n must", (q, k, 0), {}),
+        ("n must be below", (q, k, 2**63), {}),
         ("n must", (q, k, 1.5), {}),
         ("n must", (q, k, True), {}),
         ("q must", (q[0], k, 1), {}),

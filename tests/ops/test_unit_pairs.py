@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sslkern.backends import load
+from sslkern.ops.unit_pairs import UnitPairs
 
 from . import dense
 
@@ -97,3 +98,18 @@ def test_the_same_bits_wherever_rows_lie(backend):
         results.append(implementation(backend).unit_pairs_fwd(*moved, True))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradients_without_memory_for_each_number(backend):
+    """Those of a sum are one number, expanded."""
+    x, y = torch.randn(2, 5, 12, requires_grad=True)
+    name = backend.partition("-")[0]
+    grads = [
+        torch.autograd.grad([*UnitPairs.apply(x, y, name)], (x, y), upstream)
+        for upstream in (
+            [torch.ones(()).expand(5, 12), torch.ones(()).expand(5, 12), torch.ones(()).expand(5)],
+            [torch.ones(5, 12), torch.ones(5, 12), torch.ones(5)],
+        )
+    ]
+    for ours, plain in zip(*grads, strict=True):
+        assert torch.equal(ours, plain)

@@ -22,5 +22,6 @@ def unit_pairs_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     N, D = pull.shape[0], z.shape[1]
     dx, dy = (z.new_empty((N, D)) if need else None for need in (need_x, need_y))
+    da, db = (None if du is None else du.contiguous() for du in (da, db))
     _cpu.unit_pairs_bwd(CODES[z.dtype], N, D, z, norm, pull, da, db, dx, dy, torch.get_num_threads())
     return dx, dy
