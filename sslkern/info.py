@@ -47,7 +47,7 @@ def main() -> None:
         return
     backends = info.pop("backends")
     for name, value in info.items():
-        print(f"{name:<10} {', '.join(value) if isinstance(value, list) else value}")
+        print(f"{name:<10} {(', '.join(value) if isinstance(value, list) else value) or 'none'}")
     for name, facts in backends.items():
         devices = facts["devices"] if facts["devices"] == "any" else ", ".join(facts["devices"])
         state = f"runs {', '.join(facts['primitives'])} on {devices}" if facts["available"] else facts["missing"]

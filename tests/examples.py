@@ -302,6 +302,7 @@ OPS = {
             (x.bank(), x.bank(5), x.weights(), x.weights(5), x.weights(), x.weights(5), x.scale(2.0)),
             dict(q_ids=x.ids(), k_ids=x.ids(5), k_bias=x.weights(5), q_limit=x.weights() + 1, need_bias=True),
         ),
+        "logsumexp": lambda x: (sslkern.ops.logsumexp, (x.features(3, x.N),), dict(dim=0)),
         "similarity_softplus": lambda x: _softplus(x, weights=x.weights().requires_grad_()),
         "similarity_softplus: rows": lambda x: _softplus(x, rows=True, sign=-1),
         "similarity_topk": lambda x: (

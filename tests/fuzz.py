@@ -483,7 +483,10 @@ def change(call: Call, path: tuple, rng: random.Random) -> tuple[str, Any, bool]
             return "nothing", old, True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            new = function(rng, old)
+            try:
+                new = function(rng, old)
+            except RuntimeError:  # torch has no such tensor
+                return "nothing", old, True
         if isinstance(new, Tensor) and new.dtype.is_floating_point and old.requires_grad and name != "frozen":
             if new.is_leaf and not new.requires_grad and type(new) is not Wrapper:
                 new.requires_grad_()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..ops import similarity_lse, similarity_softplus
+from ..ops import logsumexp, similarity_lse, similarity_softplus
 from ..ops._arguments import check_choice, check_flags
 from ._common import check_alike, check_features, check_ids, describe, dots, promoted, scale_of, softplus, unit
 
@@ -83,9 +83,8 @@ def deep_infomax(
     count = (_different_pairs(images) * L).to(own.dtype)
     if estimator == "jsd":
         return softplus(-own).mean() + similarity_softplus(features, locations, scale, **q) / count.clamp_min(1)
-    none = count == 0
-    total = similarity_lse(features, locations, scale, **q).masked_fill(none, 0).logsumexp(0)
-    return (total - count.clamp_min(1).log() - own.mean()).masked_fill(none, 0)
+    total = logsumexp(similarity_lse(features, locations, scale, **q))
+    return (total - count.clamp_min(1).log() - own.mean()).masked_fill(count == 0, 0)
 
 
 def check_estimator(estimator: str) -> None:

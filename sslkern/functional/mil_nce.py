@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops import similarity_lse
+from ..ops import logsumexp, similarity_lse
 from ..ops._arguments import check_dense
 from ._common import (
     check_alike,
@@ -109,17 +109,11 @@ def mil_nce(
     negative = similarity_lse(anchor, positives.flatten(0, 1), scale, **options)
     if two_way:
         negative, column = negative
-        negative = logaddexp(negative, _lse(column.view(N, P)))
-    positive = _lse(own)
+        negative = logaddexp(negative, logsumexp(column.view(N, P)))
+    positive = logsumexp(own)
     nothing = positive == -math.inf
     losses = softplus((negative - positive.masked_fill(nothing, 0)).masked_fill(nothing, -math.inf))
     return reduce(losses, reduction, weights)
-
-
-def _lse(x: Tensor) -> Tensor:
-    """logsumexp of rows, with zero gradient instead of NaN where nothing is left."""
-    empty = (x == -math.inf).all(1)
-    return x.masked_fill(empty.unsqueeze(1), 0).logsumexp(1).masked_fill(empty, -math.inf)
 
 
 def _check_valid(valid: Tensor, positives: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import similarity_lse
+from ..ops import logsumexp, similarity_lse
 from ..ops._arguments import FLOATS, check_choice, check_dense
 from ..ops._numbers import check_finite, shown
 from ..ops.product import product
@@ -217,9 +217,8 @@ def _guided_block(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
     out = product(guide_q, guide_k.T) > limit.unsqueeze(1)
     if q_ids is not None:
         out = out | (q_ids.unsqueeze(1) == k_ids)
-    empty = out.all(1)
     s = (product(wide(q), wide(k).T) * scale).masked_fill(out, -math.inf)
-    row = s.masked_fill(empty.unsqueeze(1), 0).logsumexp(1).masked_fill(empty, -math.inf)
+    row = logsumexp(s)
     return row, s.detach().amax(1) if s.shape[1] else row.detach()
 
 

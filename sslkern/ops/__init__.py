@@ -1,6 +1,7 @@
-"""The primitives: one file each, with its schema, its shapes for `torch.compile` and its derivative."""
+"""The primitives: one file each, with its schema, its shapes for `torch.compile` and its derivative; and `logsumexp`."""
 
 from .bank_update import bank_update_
+from .logsumexp import logsumexp
 from .queue_push import queue_push_
 from .sampled_similarity import sampled_similarity, sampled_similarity_bwd
 from .similarity_lse import similarity_lse, similarity_lse_bwd
@@ -9,6 +10,7 @@ from .similarity_topk import similarity_topk
 
 __all__ = [
     "bank_update_",
+    "logsumexp",
     "queue_push_",
     "sampled_similarity",
     "sampled_similarity_bwd",

@@ -24,6 +24,7 @@ from ..backends import kept_rows, load, resolve
 from ._arguments import FLOATS, check_choice, check_dense, check_devices, check_flags
 from ._library import Once, define, differentiable, library, no_second_derivative, transformed
 from ._numbers import check_finite
+from .logsumexp import logsumexp
 
 _PROBLEM = "Tensor? scale_tensor, float scale, Tensor? q_ids, Tensor? k_ids, bool same, Tensor? k_bias, Tensor? q_limit"
 
@@ -266,16 +267,10 @@ def _dense(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, colum
     if left_out is not None:
         s = s.masked_fill(left_out, -math.inf)
     sides = (-1, -2) if columns else (-1,)
-    out = [_safe_logsumexp(s, dim) for dim in sides]
+    out = [logsumexp(s, dim) for dim in sides]
     if best:
         out.append(torch.cat([s.amax(dim) for dim in sides], -1).detach())
     return out[0] if len(out) == 1 else tuple(out)
-
-
-def _safe_logsumexp(s: Tensor, dim: int) -> Tensor:
-    """logsumexp whose gradient is 0, not NaN, where nothing is left."""
-    empty = (s == -math.inf).all(dim)
-    return s.masked_fill(empty.unsqueeze(dim), 0).logsumexp(dim).masked_fill(empty, -math.inf)
 
 
 # ---- similarity_lse --------------------------------------------------------------------------------------------------
