@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
 import sslkern
-from sslkern.functional import nt_xent
+from sslkern.functional import info_nce, nt_xent
 
 from .conftest import EVERY
 from .examples import LOSSES, OPS, PUSHES, missing, value_and_gradients
@@ -158,3 +159,100 @@ def test_a_tensor_on_another_device_is_named(name):
         with pytest.raises(ValueError, match=r"on meta") as error:
             moved()
         assert "\n" not in str(error.value)
+
+
+def spread(x):
+    """The same values with strides of their own: every second number of a transposed matrix."""
+    if x.ndim < 2:
+        return x.detach().repeat_interleave(2)[::2].requires_grad_(x.requires_grad) if x.ndim else x
+    wide = x.detach().mT.repeat_interleave(2, -1)[..., ::2].mT
+    return wide.requires_grad_(x.requires_grad)
+
+
+def one_number(x):
+    """As if all were one number: strides of 0."""
+    return x.detach().flatten()[0].expand(x.shape).requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("laid", [spread, one_number])
+def test_strides_change_nothing(kernels, laid):
+    for name, make in (LOSSES | OPS).items():
+        example = make(N=6).map(laid)
+        want = value_and_gradients(example.map(lambda x: x.detach().contiguous().requires_grad_(x.requires_grad)))
+        got = value_and_gradients(make(N=6).map(laid))
+        for x, y in zip(got, want, strict=True):
+            assert (x is None and y is None) or torch.allclose(x, y, rtol=1e-5, atol=1e-5, equal_nan=True), name
+
+
+def test_deterministic_algorithms_change_nothing(kernels):
+    for name, make in (LOSSES | OPS).items():
+        torch.use_deterministic_algorithms(False)
+        want = value_and_gradients(make())
+        torch.use_deterministic_algorithms(True)  # and nothing that is not
+        agrees(name, value_and_gradients(make()), want)
+
+
+def test_gradient_scaler(kernels):
+    """Of fp16: gradients come scaled, and are what they were when the scale is taken out."""
+    for name, make in LOSSES.items():
+        scaler, plain, scaled = (
+            torch.amp.GradScaler("cpu", init_scale=2.0**10),
+            make(dtype=torch.float16),
+            make(dtype=torch.float16),
+        )
+        if isinstance(plain.target, torch.nn.Module):
+            continue  # whose parameters are not fp16 where gradients are scaled
+        plain().backward()
+        optimizer = torch.optim.SGD([x for x in scaled.leaves()], lr=1.0)
+        scaler.scale(scaled()).backward()
+        assert max(x.grad.abs().max() for x in scaled.leaves()) > 0
+        scaler._unscale_grads_(optimizer, torch.tensor(2.0**-10), torch.tensor(0.0), True)
+        for x, y in zip(scaled.leaves(), plain.leaves(), strict=True):
+            assert torch.allclose(x.grad, y.grad, rtol=2e-2, atol=1e-4), name
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("name", ["nt_xent", "info_nce", "siglip: float"])
+def test_traces(name, mode):
+    """The trace of a loss and its gradients is a function of the features, and leaves nothing behind."""
+    traced_as_eager(name, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_traces_of_every_loss(mode):
+    for name in LOSSES:
+        traced_as_eager(name, mode)
+
+
+def traced_as_eager(name, mode):
+    example, other = LOSSES[name](N=5, seed=0), LOSSES[name](N=5, seed=1)
+    if isinstance(example.target, torch.nn.Module) or name == "CachedLoss":
+        return
+
+    def step(*tensors):
+        leaves = iter(
+            [x.detach().requires_grad_(old.requires_grad) for x, old in zip(tensors, example.tensors(), strict=True)]
+        )
+        return value_and_gradients(example.map(lambda _: next(leaves)))
+
+    graph = make_fx(step, tracing_mode=mode)(*(x.detach() for x in example.tensors()))
+    for tensors in (example.tensors(), other.tensors()):
+        got, want = graph(*(x.detach() for x in tensors)), step(*tensors)
+        for x, y in zip(got, want, strict=True):
+            assert (x is None and y is None) or torch.allclose(x, y, rtol=1e-4, atol=1e-5), name
+
+
+def test_a_trace_that_fails_leaves_nothing_behind():
+    """A cache must not keep what belongs to the trace."""
+    a, b = torch.randn(2, 23, 8)
+
+    def fails(a, b):
+        info_nce(a, b)
+        raise LookupError
+
+    want = info_nce(a.double(), b.double())
+    for mode in ("fake", "symbolic"):
+        with pytest.raises(LookupError):
+            make_fx(fails, tracing_mode=mode)(a, b)
+        assert torch.allclose(info_nce(a, b).double(), want)

@@ -91,7 +91,11 @@ class Torch {
   }
 
   // Whether x stands for the negative of what its memory holds.
-  bool is_neg(const py::object& x) const { return is_neg_(x).ptr() == Py_True; }
+  bool is_neg(const py::object& x) const {
+    const auto answer = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), x.ptr()));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() == Py_True;
+  }
 
  private:
   Torch() {

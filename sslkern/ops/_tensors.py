@@ -4,16 +4,20 @@ import torch
 from torch import Tensor
 
 
+_watchers = torch._C._len_torch_dispatch_stack
+_PLAIN = Tensor, torch.nn.Parameter
+
+
 def plain(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called with these tensors past the dispatcher, which costs as much as a small kernel.
 
     Not where something else than their memory says what their values are (fake tensors, DTensors and other subclasses,
     the sign bit of `torch.imag` of a conjugate), nor where somebody wants to see each operator (`make_fx`).
     """
-    if torch._C._len_torch_dispatch_stack():
+    if _watchers():
         return False
     for x in tensors:
-        if x is not None and ((type(x) is not Tensor and type(x) is not torch.nn.Parameter) or x.is_neg()):
+        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
             return False
     return True
 
