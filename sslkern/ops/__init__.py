@@ -1,4 +1,4 @@
-"""The primitives: one file each, with its schema, its shapes for `torch.compile` and its derivative; and `logsumexp`."""
+"""The primitives: one file each, with its schema, its shapes for `torch.compile`, its derivative; and `logsumexp`."""
 
 from .bank_update import bank_update_
 from .logsumexp import logsumexp

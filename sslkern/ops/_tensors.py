@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-
 _watchers = torch._C._len_torch_dispatch_stack
 _PLAIN = Tensor, torch.nn.Parameter
 
