@@ -14,8 +14,8 @@ from ._numbers import check_size, shown
 def logsumexp(x: Tensor, dim: int = -1) -> Tensor:
     """`torch.logsumexp` that is safe where nothing is left: of -inf alone it is -inf, with gradient 0 instead of NaN.
 
-    A row without a pair is -inf in `similarity_lse`; this joins the rows of several calls (other keys or groups), or those
-    of a batch, and lets the loss train where some, or all, are such.
+    A row without a pair is -inf in `similarity_lse`; this joins the rows of several calls (other keys or groups),
+    or those of a batch, and lets the loss train where some, or all, are such.
 
     Args:
         x: of any shape, fp32, bf16, fp16 or fp64; -inf is what was left out.
