@@ -241,9 +241,9 @@ class MoCoLoss(_Loss):
     def forward(
         self, query: Tensor, key: Tensor, *, weights: Tensor | None = None, logit_scale: float | Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        for name, x in (("query", query), ("key", key)):
-            check_features(name, x)
         queue = self.memory.queue.t()
+        for name, x in (("query", query), ("key", key), ("queue", queue)):
+            check_features(name, x)
         query, key = query.to(queue.dtype), key.to(queue.dtype)
         loss = self._loss(functional.moco, query, key, queue=queue, weights=weights, logit_scale=logit_scale)
         if self.training:

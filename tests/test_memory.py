@@ -4,6 +4,7 @@ import io
 import pytest
 import torch
 
+import sslkern
 from sslkern import CrossBatchMemory, FeatureQueue, MemoryBank
 
 
@@ -75,6 +76,17 @@ def test_bad_arguments_are_named():
         }.items():
             with pytest.raises((ValueError, TypeError), match=name):
                 call()
+    narrow, z = torch.float8_e4m3fn, torch.randn(2, 3)  # a type that torch has and no kernel computes in
+    for name, call in {
+        "queue must": lambda: FeatureQueue(3, 8).to(narrow).push(z),
+        "queue must be": lambda: CrossBatchMemory(3, 8).to(narrow).push(z, index),
+        "queue": lambda: sslkern.MoCoLoss(3, 8).to(narrow)(z, z),
+        "queue must be ": lambda: sslkern.NNCLRLoss(3, 8).to(narrow)(z, z, z, z),
+        "bank must": lambda: MemoryBank(8, 3).to(narrow).update(index, z),
+        "bank must be": lambda: sslkern.NCELoss(8, 3, 2).to(narrow)(z, index),
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=name):
+            call()
     with pytest.raises(TypeError, match="generator must"):
         bank.sample(index, 2, 0)
 
