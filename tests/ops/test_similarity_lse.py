@@ -375,3 +375,24 @@ def test_bad_arguments_are_named():
         with pytest.raises((ValueError, TypeError), match=message) as error:
             similarity_lse(*args, **options)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_more_scores_than_32_bits_can_count():
+    """The last key is the only one that scores; places beyond 2^31 are looked at, those of equal ids left out."""
+    N = 46_400
+    assert N * N > 2**31
+    q, k, ids = torch.ones(N, 1), torch.zeros(N, 1), torch.arange(N)
+    k[-1] = 12.0
+    row, col, best = similarity_lse(q, k, 1.0, q_ids=ids, k_ids=ids, columns=True, best=True)
+    others = torch.full((N,), math.log(N - 2 + math.exp(12.0)))
+    others[-1] = math.log(N - 1)
+    assert torch.allclose(row, others, rtol=1e-5)
+    assert torch.allclose(col, k[:, 0] + math.log(N - 1), rtol=1e-5)
+    assert (best[: N - 1] == 12).all() and best[N - 1] == 0 and torch.equal(best[N:], k[:, 0])
+    g = torch.zeros(N)
+    g[-2:] = 1
+    dq, dk, _, _ = similarity_lse_bwd(q, k, row, None, g, None, 1.0, q_ids=ids, k_ids=ids)
+    share = math.exp(12.0) / (N - 2 + math.exp(12.0))
+    assert torch.allclose(dq[-2:, 0], torch.tensor([12 * share, 0.0]), rtol=1e-4) and (dq[:-2] == 0).all()
+    assert abs(dk[-1].item() - share) < 1e-4
