@@ -8,10 +8,11 @@ import torch
 from .fuzz import NAMES, valid_call
 
 WRONG = {"None": None, "object": object(), "list": [None], "4-d": torch.zeros(2, 3, 4, 5)}
-ALLOWED = {  # None is a way to leave it out
+ALLOWED = {  # of any shape, or None is a way to leave it out
     ("clamp_logit_scale_", "log_scale", "4-d"),
     ("clamp_logit_scale_", "max", "None"),
     ("clip", "logit_scale", "None"),
+    ("logsumexp", "x", "4-d"),
     ("similarity_softplus", "bias", "None"),
 }
 CALLED = {"use_backend name": "backend", "MatryoshkaLoss loss": "loss_fn"}  # what a message calls an argument
