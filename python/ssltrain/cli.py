@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"{', '.join(missing)} not found; install what the trainers need with: pip install 'sslkern[train]'")
     from ssltrain.commands import app
 
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is shown as escapes
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         sys.exit(app(args=arguments or ["--help"], prog_name="ssltrain", standalone_mode=False))

@@ -3,6 +3,7 @@ is done: `evaluate`, `embed`, `export`."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from pathlib import Path
@@ -25,8 +26,8 @@ DESCRIPTIONS = {
     "moco": "MoCo: a query finds its key among a queue of earlier keys (He et al. 2020; 2 and 3: Chen et al.).\n\n"
     "The keys come from a second encoder that follows the first one slowly. Small batches do; evaluated as simclr is.",
     "cpc": "CPC: the context of a sound tells its next frames from all others (van den Oord et al. 2018).\n\n"
-    "--data names a folder or zip of wav files. Then linear probes on one context frame tell word and speaker, beside "
-    "the untrained encoder and log-mel statistics.",
+    "--data names a folder, zip or tar of wav files. Then linear probes on one context frame tell word and speaker, "
+    "beside the untrained encoder and log-mel statistics.",
 }
 
 # What a run has besides its configuration.
@@ -37,7 +38,13 @@ RUN = {
         ("--config",),
         "A YAML file of options, `name: value` a line; flags count before it. The options of a run lie in its folder.",
     ),
-    "resume": (bool, False, ("--resume",), "Continue the run in --out, with the options it was started with."),
+    "resume": (
+        bool,
+        False,
+        ("--resume",),
+        "Continue the run in --out, with the options it was started with. Of these --data (moved), --device, "
+        "--threads, --compile and --save-every may be given anew.",
+    ),
     "overwrite": (bool, False, ("--overwrite",), "Start over even if --out holds a run."),
     "out": (
         Path | None,
@@ -106,10 +113,10 @@ def evaluate_(
 @app.command()
 def embed(
     run: Run,
-    data: Annotated[str, typer.Option(help="A folder, zip or tar of images, or a folder or zip of wav files.")],
+    data: Annotated[str, typer.Option(help="Whatever a run of this kind could train on.")],
     out: Annotated[Path, typer.Option(help="A file .npz or .safetensors; it is written whole or not at all.")],
 ) -> None:
-    """Write the features of every file of a folder: arrays `features` float32 [N, F] and `names` [N]."""
+    """Write the features of every file of a data set: arrays `features` float32 [N, F] and `names` [N]."""
     from ssltrain import runs
 
     if out.suffix not in (".npz", ".safetensors"):
@@ -134,6 +141,11 @@ def export(
     runs.export_run(run, out)
 
 
+for _command in app.registered_commands:  # what the list of commands says; typer cuts it where a line ends
+    _about = _command.help or inspect.cleandoc(_command.callback.__doc__)
+    _command.short_help = " ".join(_about.partition("\n\n")[0].split())
+
+
 def start(wanted, explicit: set[str], resume: bool, overwrite: bool, out: Path | None, json_path: Path | None) -> None:
     """Start or continue a run. Nothing of an earlier one is lost unasked."""
     from ssltrain import loop, runs
@@ -147,16 +159,10 @@ def start(wanted, explicit: set[str], resume: bool, overwrite: bool, out: Path |
             raise UsageError(
                 f"--resume: {out} holds no run; name its folder by --out, or leave --resume out to start one."
             )
-        earlier = config.from_dict(checkpoint["config"], f"--out {out}").check()
+        earlier = config.from_dict(checkpoint["config"], f"--out {out}")
         if earlier.method != wanted.method:
             raise UsageError(f"--resume: {out} holds a run of {earlier.method}; use that command.")
-        for option in sorted(explicit):
-            if getattr(wanted, option) != getattr(earlier, option):
-                was = getattr(earlier, option)
-                raise UsageError(
-                    f"--resume: {config.flag(option)} was {was} in {out}; leave it out, or choose another --out."
-                )
-        wanted = earlier
+        wanted = continued(earlier, wanted, explicit, out)
     elif checkpoint is not None and not overwrite:
         if checkpoint["config"] != wanted.as_dict():
             raise UsageError(f"--out {out} holds a run with other options; choose another folder, or pass --overwrite.")
@@ -164,3 +170,28 @@ def start(wanted, explicit: set[str], resume: bool, overwrite: bool, out: Path |
             raise UsageError(f"--out {out} holds an unfinished run; continue it by --resume, or pass --overwrite.")
         print(f"{out} holds a finished run with the same options; it is replaced.")
     runs.run(wanted, checkpoint if resume else None, out, json_path)
+
+
+def continued(earlier, wanted, explicit: set[str], out: Path):
+    """The configuration of a run that goes on, with the explicit options of `wanted` that leave its mathematics."""
+    anew = {option: getattr(wanted, option) for option in explicit}
+    anew = {option: value for option, value in anew.items() if value != getattr(earlier, option)}
+    for option in sorted(anew.keys() - config.PLACE):
+        raise UsageError(
+            f"--resume: {config.flag(option)} was {getattr(earlier, option)} in {out}; leave it out, or choose another "
+            "--out."
+        )
+    changed = dataclasses.replace(earlier, **anew)
+    if "device" not in anew and not config.is_usable(earlier.device):
+        raise UsageError(
+            f"--resume: {out} was trained with --device {earlier.device}, which torch cannot use here; name another, "
+            "such as --device cpu."
+        )
+    rounding = [f"{config.flag(name)} {anew[name]}" for name in ("device", "threads", "compile") if name in anew]
+    if rounding:
+        typer.echo(
+            f"warning: {' and '.join(rounding)} may round otherwise than the run did, so it will not end at the same "
+            "bits as without a stop.",
+            err=True,
+        )
+    return changed.check()

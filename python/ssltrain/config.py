@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from ssltrain import UsageError
 
 DEFAULT_EPOCHS = 40
+PLACE = {"data", "device", "threads", "compile", "save_every"}  # where and how a run is computed, not what
 
 
 def option(default: Any, help: str, ok: Callable[[Any], bool] | None = None, wrong: str = "", flags: str = ""):
@@ -111,7 +112,7 @@ class ImageConfig(Config):
         "mnist5k",
         "mnist5k (embedded), digits (scikit-learn), CIFAR-10 as published (cifar-10-python.tar.gz or its folder) or "
         "the path of a folder, zip or tar of images laid out as train/<class>/* and test/<class>/*. Without a test "
-        "folder a fifth of every class is held out.",
+        "folder a fifth of every class is held out; without classes all images train, and nothing is probed.",
     )
     encoder: str = option(
         "convnet",
@@ -155,7 +156,7 @@ class CPCConfig(Config):
     method: ClassVar[str] = "cpc"
 
     data: str | None = option(
-        None, "A folder or zip of wav files named <word>_<speaker>_<index>.wav; index 0 to 4 is the test set."
+        None, "A folder, zip or tar of wav files named <word>_<speaker>_<index>.wav; index 0 to 4 is the test set."
     )
     batch_size: int = option(64, "Windows of sound a step.", **at_least(2, ", for a pair needs others to differ from"))
     temperature: float = option(1.0, "Divides the scores of the bilinear form.", **positive())

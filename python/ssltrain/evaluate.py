@@ -22,19 +22,30 @@ from ssltrain.speech import Clips, Speech, log_mel_statistics
 
 @dataclass
 class Evaluation:
-    """Accuracies by key, prefix of a row + name of a column, and what a picture of the features needs."""
+    """Accuracies by key, prefix of a row + name of a column, and what a picture of the features needs.
+
+    An accuracy is NaN where there are fewer than two labels to tell apart.
+    """
 
     accuracies: dict[str, float]
     rows: dict[str, str]  # prefix of the key: what was given to the classifiers
     columns: dict[str, str]  # the rest of the key: what they had to tell
-    features: Tensor  # of the test set
+    features: Tensor
     labels: Tensor
     classes: list[str]
+    part: str = "test"  # of which these are; "training" where there is no test set
 
 
 def of_images(encoder: nn.Module, untrained: nn.Module, images: Images, device: torch.device) -> Evaluation:
     """Linear probe and nearest neighbours for the encoder, beside raw pixels and the untrained encoder."""
     rows = {"": "trained", "raw_": "raw pixels", "untrained_": "untrained encoder"}
+    columns = {"linear": "linear probe", "knn": "20-NN"}
+    if not images.classes:
+        shown = images.test if len(images.test) else images.train[:: -(-len(images.train) // 1000)]
+        found = features(encoder, shown, device)
+        nothing = {row + column: math.nan for row in rows for column in columns}
+        none = torch.zeros(len(shown), dtype=torch.long)
+        return Evaluation(nothing, rows, columns, found, none, [], "test" if len(images.test) else "training")
     labels = images.train_labels.to(device), images.test_labels.to(device)
     accuracies, seen = {}, {}
     for prefix, network in zip(rows, (encoder, nn.Flatten(), untrained.to(device)), strict=True):
@@ -42,7 +53,6 @@ def of_images(encoder: nn.Module, untrained: nn.Module, images: Images, device: 
         accuracies[f"{prefix}linear"] = linear_probe(train, labels[0], test, labels[1])
         accuracies[f"{prefix}knn"] = knn(train, labels[0], test, labels[1])
         seen[prefix] = test
-    columns = {"linear": "linear probe", "knn": "20-NN"}
     return Evaluation(accuracies, rows, columns, seen[""], images.test_labels, images.classes)
 
 
@@ -70,6 +80,7 @@ def of_speech(encoder: nn.Module, untrained: nn.Module, speech: Speech, device: 
             heard, new = speakers[0] != speaker, speakers[1] == speaker
             if heard.any() and new.any():
                 known.append(linear_probe(train[heard], words[0][heard], test[new], words[1][new]))
+        known = [accuracy for accuracy in known if not math.isnan(accuracy)]
         accuracies[f"{prefix}word_new_speaker"] = sum(known) / len(known) if known else math.nan
         seen[prefix] = test
     return Evaluation(accuracies, rows, columns, seen[""], speech.test_words, speech.words)
@@ -149,8 +160,11 @@ def linear_probe(
     """Test accuracy in [0, 1] of multinomial logistic regression on standardised features, float [N, F] and [M, F].
 
     The L2 penalty is that of scikit-learn's default (C = 1: half the squared weights over N); nothing is tuned. The
-    problem is convex and solved by full-batch L-BFGS from zero, so the result does not depend on a seed.
+    problem is convex and solved by full-batch L-BFGS from zero, so the result does not depend on a seed. NaN where the
+    training labels are all the same: there is nothing to tell.
     """
+    if (train_labels == train_labels[:1]).all():
+        return math.nan
     mean, std = train.mean(0), train.std(0, correction=0)
     std = torch.where(std > 1e-6, std, torch.ones_like(std))  # a feature that never moves says nothing
     train, test = (train - mean).div_(std), (test - mean).div_(std)
@@ -175,7 +189,12 @@ def linear_probe(
 
 @torch.no_grad()
 def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, neighbours: int = 20) -> float:
-    """Test accuracy in [0, 1] of the plain majority among the `neighbours` training features nearest by cosine."""
+    """Test accuracy in [0, 1] of the plain majority among the `neighbours` training features nearest by cosine.
+
+    NaN where the training labels are all the same.
+    """
+    if (train_labels == train_labels[:1]).all():
+        return math.nan
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     scores, nearest = sslkern.ops.similarity_topk(test, train, min(neighbours, len(train)))

@@ -65,11 +65,13 @@ def train(
     out: Path,
     checkpoint: dict | None = None,
     report: Callable[[State, float], None] = lambda state, progress: None,
+    about: dict | None = None,
 ) -> State:
     """Train `method` in place on `data`, images uint8 [N, C, H, W] or clips, and leave its last checkpoint in `out`.
 
     `checkpoint`, from `load_checkpoint`, continues that run. `report(state, progress)` is called after every step,
     `progress` in [0, 1]. On SIGINT or SIGTERM the step is finished, a checkpoint written, and `Interrupted` raised.
+    `about` is what a checkpoint keeps about the data.
     """
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(config.device)
@@ -80,7 +82,7 @@ def train(
     data = data.to(device)
     method.to(device).train()
     with _compiled(method) if config.compile else nullcontext():
-        return _train(method, data, config, out, checkpoint, report)
+        return _train(method, data, config, out, checkpoint, report, about or {})
 
 
 def _train(
@@ -90,6 +92,7 @@ def _train(
     out: Path,
     checkpoint: dict | None,
     report: Callable[[State, float], None],
+    about: dict,
 ) -> State:
     device = torch.device(config.device)
     shape = list(data.shape[1:]) if isinstance(data, Tensor) else []
@@ -101,7 +104,7 @@ def _train(
         state = State(precision)
     else:
         method.load_state_dict(checkpoint["method"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.load_state_dict(_as_fused(checkpoint["optimizer"], _fused(config)))
         state = State(**checkpoint["state"])
         _set_rng(checkpoint["rng"], device)
     if config.compile:
@@ -131,7 +134,7 @@ def _train(
     def save() -> None:
         nonlocal saved, clock
         read()
-        save_checkpoint(out, method, optimizer, state, config, shape, device)
+        save_checkpoint(out, method, optimizer, state, config, shape, device, about)
         saved = clock = time.perf_counter()  # writing is no training
 
     steps_per_epoch = len(data) // config.batch_size
@@ -176,8 +179,16 @@ def _optimizer(method: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    fused = True if config.device.startswith("cuda") else None  # a kernel or two for all parameters
-    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=_fused(config))
+
+
+def _fused(config: Config) -> bool | None:
+    return True if config.device.startswith("cuda") else None  # a kernel or two for all parameters
+
+
+def _as_fused(state: dict, fused: bool | None) -> dict:
+    """The state of an optimiser, on the device of which it may go on: it brings its own choice along."""
+    return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
 
 
 def _progress(state: State, config: Config, steps_per_epoch: int) -> float:
@@ -341,6 +352,7 @@ def save_checkpoint(
     config: Config,
     shape: list[int],
     device: torch.device,
+    about: dict,
 ) -> None:
     """Write a checkpoint into the folder `out`; a kill at any moment leaves the old one or the new one.
 
@@ -357,6 +369,7 @@ def save_checkpoint(
         "config": config.as_dict(),
         "shape": shape,
         "rng": rng,
+        "about": about,
     }
     with replacing(out / weights) as file:
         file.write(safetensors.torch.save({name: x.contiguous() for name, x in method.state_dict().items()}))
@@ -386,7 +399,9 @@ def load_checkpoint(out: Path) -> dict | None:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         method = safetensors.torch.load_file(out / Path(checkpoint["weights"]).name)
-        return {"method": method} | {key: checkpoint[key] for key in ("optimizer", "state", "config", "shape", "rng")}
+        about = {"about": checkpoint.get("about", {})}  # earlier versions had none
+        keys = ("optimizer", "state", "config", "shape", "rng")
+        return {"method": method} | {key: checkpoint[key] for key in keys} | about
     except Exception as error:  # unpickling a foreign or damaged file may raise nearly anything
         raise UsageError(
             f"--out {out}: {path.name} is no checkpoint that can be read; choose another folder."
@@ -395,5 +410,5 @@ def load_checkpoint(out: Path) -> dict | None:
 
 def _set_rng(rng: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(rng["cpu"])
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in rng:  # else the run comes from another device
         torch.cuda.set_rng_state(rng["cuda"], device)

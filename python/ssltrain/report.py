@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -18,10 +22,12 @@ from torch import Tensor
 
 from ssltrain.config import Config
 from ssltrain.evaluate import Evaluation
-from ssltrain.loop import State
+from ssltrain.files import shown
+from ssltrain.loop import State, replacing
 
 BLUES = ("#1f5fa8", "#8fb8e0", "#c9d9ea")
 POINTS = 1000  # of the embedding
+NO_LABELS = "there are no labels to probe with, which takes two classes or more"
 PAIRS, COLUMNS = 15, 3
 
 
@@ -94,29 +100,54 @@ class Progress:
 
 
 def table(evaluation: Evaluation) -> str:
-    """The accuracies as aligned text."""
+    """The accuracies as aligned text; a dash where there is none."""
     lines = [f"{'test accuracy':<20}" + "".join(f"{name:>20}" for name in evaluation.columns.values())]
     for prefix, name in evaluation.rows.items():
-        figures = (evaluation.accuracies[prefix + key] for key in evaluation.columns)
-        lines.append(f"{name:<20}" + "".join(f"{figure:>20.3f}" for figure in figures))
+        figures = [evaluation.accuracies[prefix + key] for key in evaluation.columns]
+        lines.append(f"{name:<20}" + "".join(f"{'-' if math.isnan(x) else f'{x:.3f}':>20}" for x in figures))
+    if any(map(math.isnan, evaluation.accuracies.values())):
+        lines.append(f"-: {NO_LABELS}")
     return "\n".join(lines)
 
 
 def draw(path: Path, result: dict, state: State, evaluation: Evaluation, last: Callable[[Axes], None]) -> None:
     """Write the report to `path`: curve, accuracies, an embedding of the test set, and what `last` draws."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about letters that the font lacks, which become boxes
+        _draw(path, result, state, evaluation, last)
+
+
+def _draw(path: Path, result: dict, state: State, evaluation: Evaluation, last: Callable[[Axes], None]) -> None:
     figure = Figure(figsize=(13, 9), dpi=110, layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1))
     _draw_curve(figure.add_subplot(grid[0, 0]), state)
     _draw_accuracies(figure.add_subplot(grid[0, 1]), result["method"], evaluation)
     _draw_embedding(figure.add_subplot(grid[1, 0]), evaluation)
     last(figure.add_subplot(grid[1, 1]))
-    figure.suptitle(
-        f"{result['method']} on {Path(result['data']).name}: {state.samples:,} samples in {state.seconds:.0f} s "
-        f"({state.samples_per_s:,.0f} a second, {state.precision}), {state.loss_share:.1%} of the time in the loss, "
-        f"seed {result['seed']}" + (f"\n{result['device_name']}" if "device_name" in result else ""),
-        fontsize=12,
+    title = figure.suptitle("", fontsize=12)
+    _write(
+        title,
+        f"{result['method']} on {_short(Path(result['data']).name)}: {state.samples:,} samples in "
+        f"{state.seconds:.0f} s ({state.samples_per_s:,.0f} a second, {state.precision}), {state.loss_share:.1%} of "
+        f"the time in the loss, seed {result['seed']}"
+        + (f"\n{result['device_name']}" if "device_name" in result else ""),
     )
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    with replacing(path) as file:
+        file.write(picture.getvalue())
+
+
+def _short(name: str, most: int = 28) -> str:
+    """A name from the disk as it can be drawn."""
+    name = shown(name)
+    return name if len(name) <= most else name[: most - 3] + "..."
+
+
+def _write(text: Text, content: str) -> None:
+    """Dollars are no formulas here."""
+    text.set_parse_math(False)
+    text.set_text(content)
 
 
 def _draw_curve(axes: Axes, state: State) -> None:
@@ -142,13 +173,17 @@ def _moving_average(values: list[float], width: int) -> np.ndarray:
 
 def _draw_accuracies(axes: Axes, method: str, evaluation: Evaluation) -> None:
     axes.set_title("Test accuracy of frozen features")
+    if all(map(math.isnan, evaluation.accuracies.values())):
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, NO_LABELS.replace(", ", ",\n"), ha="center", va="center", transform=axes.transAxes)
+        return
     rows, columns = evaluation.rows, evaluation.columns
     width = 0.8 / len(columns)
     for i, (key, label) in enumerate(columns.items()):
         heights = [evaluation.accuracies[prefix + key] for prefix in rows]
         shift = (i - (len(columns) - 1) / 2) * width
-        bars = axes.bar(np.arange(len(rows)) + shift, heights, 0.95 * width, color=BLUES[i], label=label)
-        axes.bar_label(bars, fmt="%.3f", fontsize=9, padding=2)
+        bars = axes.bar(np.arange(len(rows)) + shift, np.nan_to_num(heights), 0.95 * width, color=BLUES[i], label=label)
+        axes.bar_label(bars, ["-" if math.isnan(x) else f"{x:.3f}" for x in heights], fontsize=9, padding=2)
     axes.set_xticks(range(len(rows)), [method if not prefix else name for prefix, name in rows.items()])
     axes.set(ylim=(0, 1.2), yticks=np.linspace(0, 1, 6))
     axes.grid(axis="y", alpha=0.3)
@@ -166,12 +201,23 @@ def _draw_embedding(axes: Axes, evaluation: Evaluation) -> None:
     perplexity = min(30.0, max(1.0, (len(points) - 1) / 3))
     flat = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(points) if len(points) > 3 else points
     palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
-    colors = palette(np.arange(len(names)) % palette.N)  # beyond 20 classes they come round again
+    colors = palette(np.arange(max(1, len(names))) % palette.N)  # beyond 20 classes they come round again
     axes.scatter(flat[:, 0], flat[:, 1], s=9, color=colors[labels], linewidths=0)
-    for c in range(min(len(names), 20)):
-        axes.scatter([], [], s=30, color=colors[c], label=names[c])
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, borderpad=0)
-    axes.set_title(f"Features of {len(points)} test samples (t-SNE), coloured by class")
+    if names:
+        dots = [axes.scatter([], [], s=30, color=colors[c]) for c in range(min(len(names), 20))]
+        legend = axes.legend(
+            dots,
+            [" "] * len(dots),
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+            frameon=False,
+            fontsize=9,
+            borderpad=0,
+        )
+        for text, name in zip(legend.get_texts(), names, strict=False):
+            _write(text, _short(name))  # not as a label, of which matplotlib skips those that start with _
+    by_class = ", coloured by class" if names else ""
+    axes.set_title(f"Features of {len(points)} {evaluation.part} samples (t-SNE){by_class}")
     axes.set(xticks=[], yticks=[])
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +19,21 @@ import typer
 from torch import Tensor, nn
 
 from sslkern.functional import cpc
-from ssltrain import UsageError, augment, config, data, encoders, evaluate, loop, methods, report, speech
+from ssltrain import UsageError, augment, config, data, encoders, evaluate, files, loop, methods, report, speech
 from ssltrain.methods.cpc import ContextEncoder
 
 
 def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: Path | None) -> None:
     """Train and evaluate; leaves checkpoint, config.yaml, result.json, report.png and TensorBoard's curves in `out`."""
     torch.set_num_threads(options.threads)
-    loaded = methods.load_data(options)
+    earlier = checkpoint["about"] if checkpoint else {}
+    loaded = methods.load_data(options, earlier)
     _describe(loaded)
+    about = {"samples": len(loaded.train), "checksum": _checksum(loaded.train)}
+    if isinstance(loaded, data.Images):
+        about["levels"] = {kind: list(range_) for kind, range_ in loaded.levels.known.items()}
+    if checkpoint:
+        _check_same_data(loaded, checkpoint["shape"], earlier, about)
     check_writable("--out", out / "result.json")
     check_writable("--json", json_path)
 
@@ -36,7 +44,7 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
     config.write_yaml(out / "config.yaml", options)
     try:
         with report.Progress(options, out) as progress:
-            state = loop.train(method, loaded.train, options, out, checkpoint, progress.update)
+            state = loop.train(method, loaded.train, options, out, checkpoint, progress.update, about)
     except loop.Interrupted:
         print(f"Stopped. Continue with: ssltrain {options.method} --resume --out {out}")
         raise typer.Exit(130) from None
@@ -55,7 +63,7 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
     found = _evaluate(method.encoder, untrained, loaded, device)
     per_s = "clips_per_s" if options.method == "cpc" else "images_per_s"
     result = {"method": options.method, "data": loaded.name}
-    result |= {key: round(figure, 4) for key, figure in found.accuracies.items()}
+    result |= _figures(found)
     result |= {
         per_s: round(state.samples_per_s, 1),
         "loss_share": round(state.loss_share, 4),
@@ -69,12 +77,53 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
         **gpu,
         "loss": state.losses[-1],
     }
+    if None in result.values():
+        result["note"] = report.NO_LABELS
     written = [out / "result.json"] + ([json_path] if json_path else [])
     for path in written:
         path.write_text(json.dumps(result, indent=2) + "\n")
-    report.draw(out / "report.png", result, state, found, _last_picture(method, loaded, device))
     print(report.table(found))
-    print(f"report: {out / 'report.png'}  figures: {written[-1]}")
+    try:
+        report.draw(out / "report.png", result, state, found, _last_picture(method, loaded, device))
+    except Exception as error:  # nearly anything may be wrong with a picture, and nothing depends on it
+        (out / "report.png").unlink(missing_ok=True)  # of an earlier run
+        typer.echo(f"warning: report.png could not be drawn ({files.reason(error)}).", err=True)
+        print(f"figures: {written[-1]}")
+    else:
+        print(f"report: {out / 'report.png'}  figures: {written[-1]}")
+
+
+def _figures(found: evaluate.Evaluation) -> dict[str, float | None]:
+    """The accuracies for JSON, which knows no NaN."""
+    return {key: None if math.isnan(figure) else round(figure, 4) for key, figure in found.accuracies.items()}
+
+
+def _checksum(train: Tensor | speech.Clips) -> int:
+    check = 0
+    for x in [train] if isinstance(train, Tensor) else [train.samples, train.start, train.length]:
+        check = zlib.crc32(x.contiguous().numpy(), check)
+    return check
+
+
+def _check_same_data(loaded, shape: list[int], earlier: dict, now: dict) -> None:
+    """Raises `UsageError` if a run cannot go on with these, and warns if they are others than those it started with."""
+    here = list(loaded.train.shape[1:]) if isinstance(loaded, data.Images) else []
+    was = earlier.get("samples", now["samples"])  # earlier versions did not keep it
+    if here != list(shape) or now["samples"] != was:
+        raise UsageError(
+            f"--resume: the training data at --data {loaded.name} are {now['samples']:,} samples{_of(here)}, those of "
+            f"the run {was:,}{_of(shape)}; name the same data, or choose another --out."
+        )
+    if now["checksum"] != earlier.get("checksum", now["checksum"]):
+        typer.echo(
+            f"warning: the training data at --data {loaded.name} are not to the bit those that the run was started "
+            "with, so it will not end at the same bits as without a stop.",
+            err=True,
+        )
+
+
+def _of(shape: list[int]) -> str:
+    return f" of {tuple(shape)}" if shape else ""
 
 
 def _prepare(device: str) -> bool:
@@ -98,9 +147,11 @@ def _describe(loaded: data.Images | speech.Speech) -> None:
         )
     else:
         height, width = loaded.size
+        test = f" and {len(loaded.test):,} test" if len(loaded.test) else ""
         print(
-            f"{loaded.name}: {len(loaded.train):,} training and {len(loaded.test):,} test images of {width} x {height} "
-            f"pixels, {'colour' if loaded.channels == 3 else 'grayscale'}, {len(loaded.classes)} classes"
+            f"{loaded.name}: {len(loaded.train):,} training{test} images of {width} x {height} pixels, "
+            f"{'colour' if loaded.channels == 3 else 'grayscale'}, "
+            + (f"{len(loaded.classes)} classes" if loaded.classes else "no labels")
         )
     for note in loaded.notes:
         typer.echo(note, err=note.startswith("warning"))
@@ -131,8 +182,9 @@ def _last_picture(method: nn.Module, loaded, device: torch.device):
 # ---- A run that is done ----------------------------------------------------------------------------------------------
 
 
-def _load(folder: Path) -> tuple[config.Config, nn.Module, tuple[int, ...]]:
-    """The configuration of a run, its encoder, and the shape of its samples, (C, H, W) for images."""
+def _load(folder: Path) -> tuple[config.Config, nn.Module, tuple[int, ...], dict]:
+    """The configuration of a run, its encoder, the shape of its samples, (C, H, W) for images, and what it keeps about
+    its data."""
     checkpoint = loop.load_checkpoint(folder)
     if checkpoint is None:
         raise UsageError(f"{folder}: holds no run; name the folder that a run has as --out.")
@@ -150,16 +202,16 @@ def _load(folder: Path) -> tuple[config.Config, nn.Module, tuple[int, ...]]:
     prefix = "encoder."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["method"].items() if k.startswith(prefix)}
     encoder.load_state_dict(weights)
-    return options, encoder.to(options.device).eval(), shape
+    return options, encoder.to(options.device).eval(), shape, checkpoint["about"]
 
 
 def evaluate_run(folder: Path, source: str | None, share: float | None, seed: int) -> dict[str, float]:
     """Print and return the accuracies of a run's encoder, on other data if named."""
-    options, encoder, shape = _load(folder)
+    options, encoder, shape, about = _load(folder)
     device = torch.device(options.device)
     if source is not None:
         options = config.from_dict(options.as_dict() | {"data": source}, str(folder))
-    loaded = methods.load_data(options)
+    loaded = methods.load_data(options, about)
     _describe(loaded)
     if shape and tuple(loaded.train.shape[1:]) != shape:
         raise UsageError(
@@ -170,10 +222,12 @@ def evaluate_run(folder: Path, source: str | None, share: float | None, seed: in
     untrained = methods.build(options, loaded).encoder
     found = _evaluate(encoder, untrained, loaded, device)
     print(report.table(found))
-    figures = {key: round(figure, 4) for key, figure in found.accuracies.items()}
+    figures = _figures(found)
     if share is not None:
         if options.method == "cpc":
             raise UsageError("--labels: is for runs on images; leave it out for cpc.")
+        if not loaded.classes:
+            raise UsageError(f"--labels: {loaded.name} has no labels to train on; leave it out, or name other --data.")
         torch.manual_seed(options.seed)
         views = augment.build(loaded.channels, loaded.size, options.flip)
         for name, network in (("fine_tuned", encoder), ("scratch", untrained)):
@@ -189,13 +243,13 @@ def evaluate_run(folder: Path, source: str | None, share: float | None, seed: in
 
 def embed_run(folder: Path, source: str, out: Path) -> None:
     """Write the features of every file of `source`."""
-    options, encoder, shape = _load(folder)
+    options, encoder, shape, about = _load(folder)
     device = torch.device(options.device)
     if options.method == "cpc":
         names, clips, _, notes = speech.read_files(source)
         features = evaluate.contexts(encoder, clips, device)
     else:
-        names, pixels, notes = data.read_files(Path(source), shape[1:])
+        names, pixels, notes = _images_to_embed(source, shape, about)
         features = evaluate.features(encoder, _with_channels(pixels, shape[0]), device)
     for note in notes:
         typer.echo(note, err=note.startswith("warning"))
@@ -206,6 +260,20 @@ def embed_run(folder: Path, source: str, out: Path) -> None:
         else:
             file.write(safetensors.torch.save({"features": features}, {"names": json.dumps(names)}))
     print(f"{out}: {len(names):,} x {features.shape[1]} features of {source}")
+
+
+def _images_to_embed(source: str, shape: tuple[int, ...], about: dict) -> tuple[list[str], Tensor, list[str]]:
+    """Names, pixels and notes of whatever a run could train on; files are scaled to the size of the run's images."""
+    if not data.is_array(source):
+        return data.read_files(Path(source), shape[1:], data.Levels.of(about.get("levels")))
+    images = data.load(source)
+    if images.size != shape[1:]:
+        raise UsageError(
+            f"--data {source}: its images are of {images.size[1]} x {images.size[0]} pixels, those of the run of "
+            f"{shape[2]} x {shape[1]}; choose images alike."
+        )
+    names = [f"{part}/{i}" for part in ("train", "test") for i in range(len(getattr(images, part)))]
+    return names, torch.cat([images.train, images.test]), images.notes
 
 
 def _with_channels(pixels: Tensor, channels: int) -> Tensor:
@@ -220,7 +288,7 @@ def _with_channels(pixels: Tensor, channels: int) -> Tensor:
 
 def export_run(folder: Path, out: Path) -> None:
     """Write the encoder's weights."""
-    options, encoder, _ = _load(folder)
+    options, encoder, _, _ = _load(folder)
     about = {"method": options.method}
     network = encoder
     if options.method != "cpc":

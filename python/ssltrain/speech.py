@@ -1,4 +1,4 @@
-"""Spoken words, read once into memory: a folder or zip of wav files named `<word>_<speaker>_<index>.wav`.
+"""Spoken words, read once into memory: a folder, zip or tar of wav files named `<word>_<speaker>_<index>.wav`.
 
 The index splits: 0 to 4 is the test set, as in the Free Spoken Digit Dataset.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import io
 import warnings
-import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssltrain import UsageError
+from ssltrain import UsageError, files
 
 TEST_INDICES = 5
 
@@ -79,29 +78,33 @@ class Speech:
 
 
 def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Speech:
-    """Load the folder or zip at the path `source`; clips of fewer than `shortest` samples are left out of training.
+    """Load the folder, zip or tar at the path `source`; clips shorter than `shortest` samples are not for training.
 
     A file that does not decode, has another sampling rate than most, or another kind of name is left out and named in
     a warning among the `notes`. Of several channels the mean is used. `limit` keeps a fixed random subset of the
     training clips. Raises `UsageError`, one sentence, for whatever cannot be loaded.
     """
     if source is None:
-        raise UsageError("--data is needed: name a folder or zip of wav files called <word>_<speaker>_<index>.wav.")
+        raise UsageError(
+            "--data is needed: name a folder, zip or tar of wav files called <word>_<speaker>_<index>.wav."
+        )
     names, clips, rate, notes = read_files(source)
     labels, strange = [], []
     for name in names:
-        parts = PurePosixPath(name).stem.rsplit("_", 2)
-        labels.append(parts if len(parts) == 3 and parts[2].isdigit() else None)
-        strange += [] if labels[-1] else [name]
+        *who, index = PurePosixPath(name).stem.rsplit("_", 2)
+        fits = len(who) == 2 and index.isascii() and index.isdigit()  # also ² is a digit, but no number
+        labels.append((*who, len(index.lstrip("0")) <= 1 and int(index) < TEST_INDICES) if fits else None)
+        strange += [] if fits else [name]
     if len(strange) == len(names):
         raise UsageError(
-            f"--data {source}: no file is named <word>_<speaker>_<index>.wav, for example {names[0]}; rename them."
+            f"--data {source}: no file is named <word>_<speaker>_<index>.wav, for example {files.shown(names[0])}; "
+            "rename them."
         )
     named = torch.tensor([label is not None for label in labels])
     clips, labels = clips[named], [label for label in labels if label is not None]
 
     sides = [sorted({label[i] for label in labels}) for i in (0, 1)]
-    is_test = torch.tensor([int(label[2]) < TEST_INDICES for label in labels])
+    is_test = torch.tensor([label[2] for label in labels])
     is_train = ~is_test & (clips.length >= shortest)
     short = int((~is_test & ~is_train).sum())
     for what, rows in (("training", is_train), ("test", is_test)):
@@ -132,78 +135,58 @@ def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Spe
     if short:
         speech.notes.append(f"{short} training clips are shorter than the window of {shortest} samples and left out")
     if strange:
+        left = files.listed(strange)
         speech.notes.append(
-            f"warning: {len(strange)} files not named <word>_<speaker>_<index>.wav were left out: {_listed(strange)}"
+            f"warning: {len(strange)} files not named <word>_<speaker>_<index>.wav were left out: {left}"
         )
     return speech
 
 
 def read_files(source: str) -> tuple[list[str], Clips, int, list[str]]:
-    """The names of all wav files of a folder or zip, their sounds, the rate of all, and notes about files left out."""
-    sounds, bad = {}, []
-    for name, content in _read(Path(source)):
+    """The names of all wav files, their sounds, the rate of all, and notes about files left out."""
+    sounds, unread = {}, files.Unread()
+    for name, content in files.read(Path(source), {".wav", ".wave"}, unread):
         try:
             rate, samples = _decode(content)
         except Exception as error:  # a broken header leads to nearly anything
-            bad.append(f"{name} ({' '.join(str(error).split()) or type(error).__name__})")
+            unread.leave(name, detail=files.reason(error))
             continue
         if len(samples) == 0:
-            bad.append(f"{name} (no samples)")
+            unread.leave(name, detail="no samples")
         else:
             sounds[name] = rate, samples
     if not sounds:
-        found = (
-            f"none of its {len(bad)} wav files can be used, for example {bad[0]}" if bad else "it holds no wav files"
-        )
+        found = "it holds no wav files"
+        if unread.count:
+            found = f"none of its {unread.count} wav files can be used, for example {unread.example}"
         raise UsageError(f"--data {source}: {found}; expected <word>_<speaker>_<index>.wav.")
     common = Counter(rate for rate, _ in sounds.values()).most_common(1)[0][0]
-    bad += [f"{name} ({rate} Hz, most have {common} Hz)" for name, (rate, _) in sounds.items() if rate != common]
+    for name, (rate, _) in sounds.items():
+        if rate != common:
+            unread.leave(name, detail=f"{rate} Hz, most have {common} Hz")
     names = sorted(name for name, (rate, _) in sounds.items() if rate == common)
-    notes = [f"warning: {len(bad)} files were left out: {_listed(bad)}"] if bad else []
-    return names, Clips.of([torch.from_numpy(sounds[name][1]) for name in names]), common, notes
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _read(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every wav file."""
-
-    def wanted(name: str) -> bool:
-        parts = PurePosixPath(name).parts
-        return name.lower().endswith(".wav") and not any(p.startswith((".", "__MACOSX")) for p in parts)
-
-    try:
-        if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if wanted(file.relative_to(path).as_posix()) and file.is_file():
-                    yield file.relative_to(path).as_posix(), file.read_bytes()
-        elif not path.exists():
-            raise UsageError(f"--data {path}: no such folder or zip; name one that exists.")
-        else:
-            with zipfile.ZipFile(path) as archive:
-                for name in filter(wanted, sorted(archive.namelist())):
-                    yield name, archive.read(name)
-    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError) as error:
-        raise UsageError(f"--data {path}: is no folder or zip that can be read ({error}); check the file.") from error
+    clips = Clips.of([torch.from_numpy(sounds[name][1]) for name in names])
+    return names, clips, common, unread.notes("wav file")
 
 
 def _decode(content: bytes) -> tuple[int, np.ndarray]:
-    """Rate and int16 samples of a wav file of whole or floating point numbers, any number of channels."""
+    """Rate and int16 samples of a wav file of whole or floating point numbers, any number of channels.
+
+    Little-endian (RIFF) or big-endian (RIFX); 8 to 64 bits, of which the upper 16 are kept.
+    """
     from scipy.io import wavfile
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks that it does not know
         rate, samples = wavfile.read(io.BytesIO(content))
-    kind = samples.dtype
-    samples = samples.astype(np.float64)
-    if kind == np.uint8:
+    kind, size = samples.dtype.kind, samples.dtype.itemsize  # of either byte order
+    samples = samples.astype(np.float32 if size <= 2 else np.float64)
+    if kind == "u":
         samples = (samples - 128) * 256
-    elif kind == np.int32:
-        samples = samples / 65536
-    elif kind.kind == "f":
-        samples = samples * 32768
+    elif kind == "i":
+        samples *= 2.0 ** (16 - 8 * size)
+    else:
+        samples *= 32768
     if samples.ndim == 2:
         samples = samples.mean(1)
     if not np.isfinite(samples).all():

@@ -1,6 +1,8 @@
 """The command line from end to end, and what it says about mistakes: one sentence, exit code 2, no traceback."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -46,9 +48,6 @@ def test_a_run_leaves_accuracies_json_and_report_and_is_not_lost_unasked(capsys,
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, monkeypatch):
-    import os
-    import signal
-
     from ssltrain import report
 
     def interrupt(self, state, progress):
@@ -109,6 +108,18 @@ def test_embed(capsys, tmp_path, moco_run, suffix):
     assert names == ["a/0.png", "a/1.png", "a/2.png"] and features.shape == (3, 128) and features.std(0).max() > 0
 
 
+def test_embed_takes_what_a_run_takes(capsys, tmp_path, moco_run):
+    import numpy as np
+
+    out = tmp_path / "features.npz"
+    code, text, _ = ssltrain(capsys, "embed", moco_run, "--data", "digits", "--out", out)
+    found = np.load(out)
+    assert code == 0 and found["features"].shape == (1797, 128) and "1,797 x 128 features of digits" in text
+    assert found["names"][0] == "train/0" and found["names"][-1] == "test/358"
+    code, _, error = ssltrain(capsys, "embed", moco_run, "--data", "mnist5k", "--out", out)
+    assert code == 2 and "its images are of 28 x 28 pixels, those of the run of 8 x 8" in error
+
+
 def test_export(capsys, tmp_path, moco_run):
     from safetensors.torch import load_file
     from ssltrain.encoders import ConvNet
@@ -131,6 +142,137 @@ def test_a_run_of_a_gpu_that_is_not_here_can_be_used(capsys, tmp_path, moco_run)
     assert ssltrain(capsys, "export", run, "--out", tmp_path / "encoder.safetensors")[0] == 0
     code, _, error = ssltrain(capsys, "moco", "--resume", "--out", run)
     assert code == 2 and "--device cuda:63" in error
+
+
+TINY = ["--batch-size", 8, "--threads", 1, "--precision", "fp32", "--device", "cpu", "--dim", 8, "--epochs", 2]
+
+
+def draw_images(folder, names: list[str], size: int = 8) -> None:
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for name in names:
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (size, size), np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("classes", [["."], ["ant"]], ids=["none", "one"])
+def test_without_labels_it_trains_and_says_that_there_is_nothing_to_probe(capsys, tmp_path, classes):
+    draw_images(tmp_path / "set", [f"{c}/{i}" for c in classes for i in range(20)])
+    out = tmp_path / "run"
+    code, text, _ = ssltrain(capsys, "simclr", "--data", tmp_path / "set", *TINY, "--out", out)
+    assert code == 0 and "20 training images of 8 x 8 pixels, grayscale, no labels" in text
+    assert text.count("there are no labels to probe with") == 2 and (out / "report.png").stat().st_size > 10_000
+    result = json.loads((out / "result.json").read_text())
+    assert result["linear"] is None and result["raw_knn"] is None and "no labels to probe with" in result["note"]
+    assert result["steps"] == 4 and result["loss"] > 0
+    code, text, _ = ssltrain(capsys, "evaluate", out, "--json", tmp_path / "figures.json")
+    assert code == 0 and json.loads((tmp_path / "figures.json").read_text())["knn"] is None
+    code, _, error = ssltrain(capsys, "evaluate", out, "--labels", 0.5)
+    assert code == 2 and "has no labels to train on" in error and error.count("\n") == 1
+    features = tmp_path / "features.npz"
+    code, text, _ = ssltrain(capsys, "embed", out, "--data", tmp_path / "set", "--out", features)
+    assert code == 0 and "20 x 128 features" in text
+
+
+def test_names_that_cannot_be_drawn_or_printed_cost_neither_figures_nor_report(capsys, tmp_path):
+    names = ["$5_$10", "$\\bad{", "_hidden", "\udcff\udcfe", "two\nlines", "日本", "long" * 40]
+    draw_images(tmp_path / "$set_$1\udcff", [f"{c}/{i}" for c in names for i in range(5)])
+    out = tmp_path / "run"
+    code, text, error = ssltrain(capsys, "simclr", "--data", tmp_path / "$set_$1\udcff", *TINY, "--out", out)
+    assert code == 0 and "7 classes" in text and not error
+    assert (out / "report.png").stat().st_size > 10_000
+    assert 0 <= json.loads((out / "result.json").read_text())["linear"] <= 1
+
+
+def test_a_picture_that_fails_costs_no_figures(capsys, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def fail(*_, **__):
+        raise ValueError("no such\nfont")
+
+    draw_images(tmp_path / "set", [f"{c}/{i}" for c in ("ant", "bee") for i in range(10)])
+    monkeypatch.setattr(Figure, "savefig", fail)
+    out, figures = tmp_path / "run", tmp_path / "figures.json"
+    code, text, error = ssltrain(capsys, "simclr", "--data", tmp_path / "set", *TINY, "--out", out, "--json", figures)
+    assert code == 0 and "linear probe" in text and "raw pixels" in text
+    assert error == "warning: report.png could not be drawn (no such font).\n"
+    assert 0 <= json.loads(figures.read_text())["linear"] <= 1 and not (out / "report.png").exists()
+
+
+def test_16_bit_images_are_read_with_the_range_of_the_run(capsys, tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    values = np.random.default_rng(0).integers(0, 4096, (20, 8, 8)).astype(np.uint16)
+    for part, scale in (("set", 1), ("dark", 8)):  # the latter would be taken as 10 bits
+        (tmp_path / part).mkdir()
+        for i, pixels in enumerate(values // scale):
+            Image.fromarray(pixels).save(tmp_path / part / f"{i:02}.png")
+    out = tmp_path / "run"
+    assert ssltrain(capsys, "simclr", "--data", tmp_path / "set", *TINY, "--out", out)[0] == 0
+    code, text, _ = ssltrain(capsys, "embed", out, "--data", tmp_path / "dark", "--out", tmp_path / "f.npz")
+    assert (
+        code == 0 and "20 images of integer values of more than 8 bits were scaled: 0 to 4096 became 0 to 256" in text
+    )
+
+
+def test_a_run_goes_on_on_another_device_with_moved_data_and_other_threads(capsys, tmp_path, monkeypatch):
+    import torch
+    from ssltrain import loop, report
+
+    monkeypatch.setattr(report, "draw", lambda *_: None)  # which takes longer than all the rest
+    draw_images(tmp_path / "set", [str(i) for i in range(24)])
+    start = ["simclr", "--data", tmp_path / "set", *TINY, "--out"]
+    assert ssltrain(capsys, *start, tmp_path / "whole")[0] == 0
+
+    def interrupt(self, state, progress):
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(report.Progress, "update", interrupt)
+        assert ssltrain(capsys, *start, run)[0] == 130
+    checkpoint = torch.load(run / loop.CHECKPOINT, weights_only=True)  # as a GPU would have left it
+    checkpoint["config"]["device"] = "cuda:63"
+    checkpoint["rng"]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group["fused"] = True
+    torch.save(checkpoint, run / loop.CHECKPOINT)
+    (tmp_path / "set").rename(tmp_path / "moved")
+    draw_images(tmp_path / "fewer", [str(i) for i in range(23)])
+    draw_images(tmp_path / "others", [str(i) for i in range(1, 25)][::-1])
+
+    def resumed(*more) -> tuple[int, str]:
+        code, _, error = ssltrain(capsys, "simclr", "--resume", "--out", run, *more)
+        assert error.count("\n") == error.count(".\n")
+        return code, error
+
+    code, error = resumed()
+    assert code == 2 and "--device cuda:63, which torch cannot use here; name another, such as --device cpu." in error
+    code, error = resumed("--device", "cpu")
+    assert code == 2 and "no such folder" in error
+    code, error = resumed("--device", "cpu", "--data", tmp_path / "fewer")
+    assert code == 2 and "are 23 samples of (1, 8, 8), those of the run 24 of (1, 8, 8); name the same data" in error
+    code, error = resumed("--device", "cpu", "--data", tmp_path / "moved", "--lr", 1)
+    assert code == 2 and "--lr was 0.002" in error
+    before = {file.name: file.read_bytes() for file in run.glob("*.[ps]*t*")}
+    code, error = resumed("--device", "cpu", "--threads", 2, "--data", tmp_path / "others")
+    assert code == 0 and "warning: --device cpu and --threads 2 may round otherwise than the run did" in error
+    assert "are not to the bit those that the run was started with" in error
+    for file in run.glob("weights-*"):
+        file.unlink()
+    for name, content in before.items():
+        (run / name).write_bytes(content)
+    code, error = resumed("--device", "cpu", "--data", tmp_path / "moved")
+    assert code == 0 and "it will not end at the same bits" in error and "not to the bit" not in error
+    ends = [loop.load_checkpoint(folder) for folder in (tmp_path / "whole", run)]
+    assert all(torch.equal(ends[0]["method"][k], ends[1]["method"][k]) for k in ends[0]["method"])
+    assert ends[1]["config"]["device"] == "cpu" and ends[1]["config"]["data"] == str(tmp_path / "moved")
+    assert ssltrain(capsys, "simclr", "--resume", "--out", run)[2] == ""  # of the moved data, unasked
 
 
 def test_yaml_gives_options_and_flags_count_before_it(capsys, tmp_path):
@@ -157,7 +299,6 @@ def test_yaml_gives_options_and_flags_count_before_it(capsys, tmp_path):
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments_and_resumed_it_ends_at_the_same_bits(tmp_path):
     import random
-    import signal
     import time
 
     import torch
@@ -227,6 +368,16 @@ def test_help_names_every_flag(capsys, method):
     code, text, _ = ssltrain(capsys, method, "--help")
     flags = "data epochs minutes batch-size temperature seed threads resume out json lr device precision compile config"
     assert code == 0 and all(f"--{flag} " in text or f"--{flag}\n" in text for flag in [*flags.split(), "save-every"])
+
+
+def test_help_ends_every_sentence(capsys):
+    code, text, _ = ssltrain(capsys, "--help")
+    lines = " ".join(text.partition("Commands:")[2].split())
+    commands = ("simclr", "moco", "cpc", "evaluate", "embed", "export")
+    assert code == 0 and "..." not in lines
+    for command, following in zip(commands, (*commands[1:], None), strict=True):
+        about = lines.partition(f"{command} ")[2].partition(f" {following} ")[0] if following else lines
+        assert about.rstrip().endswith("."), about
 
 
 def test_without_the_extra_one_sentence_says_what_to_install():

@@ -104,6 +104,65 @@ def test_classes_without_images_are_named(folder):
     assert "warning: no image in test/bee, train/bee, train/cow" in notes
 
 
+@pytest.mark.parametrize("layout", ["folder", "zip", "tar"])
+@pytest.mark.parametrize(
+    "train, test", [("TRAIN", "Test"), ("training", "Testing"), ("Train", "valid"), ("train", "VAL")]
+)
+def test_a_split_has_any_of_its_usual_names(folder, layout, train, test):
+    (folder / "train").rename(folder / train)
+    (folder / "test").rename(folder / test)
+    images = data.load(str(pack(folder, layout)))
+    assert images.classes == CLASSES and len(images.train) == 6 and len(images.test) == 2 and not images.notes
+
+
+def test_of_several_test_folders_one_is_taken_and_the_others_are_named(folder):
+    draw(folder / "Validation" / "ant" / "7.png", 7)
+    images = data.load(str(folder))
+    assert images.classes == CLASSES and len(images.test) == 2
+    assert images.notes == ["1 images outside of the train and test class folders are not used: Validation/ant/7.png"]
+
+
+def test_a_test_folder_beside_the_classes_is_no_class(tmp_path):
+    for name, level in (("ant/0", 0), ("ant/1", 1), ("bee/0", 2), ("bee/1", 3), ("Test/ant/0", 4), ("Test/bee/0", 5)):
+        draw(tmp_path / f"{name}.png", level)
+    images = data.load(str(tmp_path))
+    assert images.classes == CLASSES and images.train[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert images.test[:, 0, 0, 0].tolist() == [4, 5] and images.test_labels.tolist() == [0, 1] and not images.notes
+
+
+def test_classes_may_be_called_train_or_valid(tmp_path):
+    for name in ("train", "bus", "valid"):
+        draw(tmp_path / name / "0.png", 0)
+        draw(tmp_path / name / "1.png", 1)
+    assert data.load(str(tmp_path)).classes == ["bus", "train", "valid"]
+
+
+@pytest.mark.parametrize(
+    "names, train, test",
+    [
+        (["a", "b", "c"], 3, 0),
+        (["ant/a", "ant/b", "c"], 3, 0),
+        (["set/ant/a", "set/ant/b", "c"], 3, 0),
+        (["train/a", "train/b", "test/c"], 2, 1),
+        (["Train/ant/a", "Train/b", "test/ant/c", "test/bee/d"], 2, 2),
+    ],
+)
+def test_without_classes_all_images_train_and_there_are_no_labels(tmp_path, names, train, test):
+    for level, name in enumerate(names):
+        draw(tmp_path / f"{name}.png", level)
+    images = data.load(str(tmp_path))
+    assert images.classes == [] and (len(images.train), len(images.test)) == (train, test)
+    assert sorted(images.train[:, 0, 0, 0].tolist()) == list(range(train)) and not images.train_labels.any()
+    assert [n for n in images.notes if "no labels to probe with" in n] == images.notes
+
+
+def test_loose_files_beside_the_folder_of_a_set_are_named(folder):
+    draw(folder / "logo.png", 9)
+    images = data.load(str(pack(folder, "zip")))
+    assert images.classes == CLASSES and len(images.train) == 6
+    assert any(n.startswith("1 images outside") and n.endswith("set/logo.png") for n in images.notes)
+
+
 def cifar10(root: Path, **replaced) -> Path:
     """The published files with 10 images a batch; the first pixel of each tells batch and place."""
     folder = root / "cifar-10-batches-py"
@@ -179,10 +238,9 @@ def test_mistakes(folder, tmp_path):
     cut = pack(folder, "tar.gz")
     cut.write_bytes(cut.read_bytes()[:-40])
     assert "can be read" in sentence(cut)
-    draw(tmp_path / "flat" / "a.png", 1)
-    assert "no class folders" in sentence(tmp_path / "flat")
-    draw(tmp_path / "one" / "ant" / "a.png", 1)
-    assert "only one class" in sentence(tmp_path / "one")
+    draw(tmp_path / "tests" / "test" / "ant" / "a.png", 1)
+    draw(tmp_path / "tests" / "Val" / "ant" / "a.png", 1)
+    assert "no train folder beside Val, test" in sentence(tmp_path / "tests")
     draw(tmp_path / "few" / "ant" / "a.png", 1)
     draw(tmp_path / "few" / "bee" / "a.png", 1)
     assert "at least two are needed" in sentence(tmp_path / "few")

@@ -33,9 +33,9 @@ def folder(tmp_path):
     return root
 
 
-@pytest.mark.parametrize("layout", ["folder", "zip"])
+@pytest.mark.parametrize("layout", ["folder", "zip", "tar"])
 def test_layouts(folder, layout):
-    source = folder if layout == "folder" else shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
+    source = folder if layout == "folder" else shutil.make_archive(str(folder), layout, folder.parent, folder.name)
     loaded = speech.load(str(source))
     assert len(loaded.train) == 32 and len(loaded.test) == 20 and loaded.rate == RATE and not loaded.notes
     assert loaded.words == list(WORDS) and loaded.speakers == list(SPEAKERS)
@@ -51,6 +51,52 @@ def test_kinds_of_samples(tmp_path, kind, channels):
     wavfile.write(tmp_path / "a_b_7.wav", RATE, np.full((50, channels), value, kind))
     _, clips, rate, _ = speech.read_files(str(tmp_path))
     assert rate == RATE and torch.equal(clips.padded(), torch.full((1, 50), 0.5))
+
+
+def wav(bits: int, values: list[int | float], big: bool = False, extensible: bool = False, code: int = 1) -> bytes:
+    """A mono wav file, by hand: RIFF or RIFX."""
+    order, byte_order, size = *((">", "big") if big else ("<", "little")), bits // 8
+    if code == 3:
+        samples = struct.pack(f"{order}{len(values)}{'f' if bits == 32 else 'd'}", *values)
+    else:
+        samples = b"".join(v.to_bytes(size, byte_order, signed=bits > 8) for v in values)
+    head = struct.pack(f"{order}HHIIHH", 0xFFFE if extensible else code, 1, RATE, RATE * size, size, bits)
+    if extensible:
+        head += struct.pack(f"{order}HHIIHH", 22, bits, 4, code, 0, 16) + b"\x80\0\0\xaa\0\x38\x9b\x71"
+    chunks = b"WAVE"
+    for name, content in ((b"fmt ", head), (b"data", samples)):
+        chunks += name + struct.pack(f"{order}I", len(content)) + content + bytes(len(content) % 2)
+    return (b"RIFX" if big else b"RIFF") + struct.pack(f"{order}I", len(chunks)) + chunks
+
+
+@pytest.mark.parametrize("big", [False, True], ids=["RIFF", "RIFX"])
+@pytest.mark.parametrize("extensible", [False, True], ids=["plain", "extensible"])
+@pytest.mark.parametrize("bits, code", [(8, 1), (16, 1), (24, 1), (32, 1), (64, 1), (32, 3), (64, 3)])
+def test_every_width_and_byte_order(tmp_path, bits, code, big, extensible):
+    shares = [0.5, -0.5, 0.25, -1.0, 0.0]
+    values = shares if code == 3 else [int(x * 2 ** (bits - 1)) + (128 if bits == 8 else 0) for x in shares]
+    (tmp_path / "a_b_7.wav").write_bytes(wav(bits, values, big, extensible, code))
+    _, clips, rate, notes = speech.read_files(str(tmp_path))
+    assert rate == RATE and clips.padded().tolist() == [shares] and not notes
+
+
+def test_an_index_is_a_number(folder):
+    for name in ("yes_ann_²", "yes_ann_①", "yes_ann_٣", "yes_ann_", "yes_ann_-1"):
+        wavfile.write(folder / f"{name}.wav", RATE, tone(0, 0, 1))
+    wavfile.write(folder / f"yes_ann_{'9' * 200}.wav", RATE, tone(0, 0, 1))
+    wavfile.write(folder / "yes_ann_0004.wav", RATE, tone(0, 0, 1))
+    loaded = speech.load(str(folder))
+    assert len(loaded.train) == 33 and len(loaded.test) == 21
+    assert loaded.notes[0].startswith("warning: 5 files not named") and "yes_ann_²" in loaded.notes[0]
+
+
+def test_one_word_or_one_speaker_is_nothing_to_tell(folder):
+    for file in folder.glob("*_bob_*"):
+        file.unlink()
+    loaded = speech.load(str(folder))
+    encoder = CPC(width=4, context=4).encoder
+    found = evaluate.of_speech(encoder, encoder, loaded, torch.device("cpu")).accuracies
+    assert found["log_mel_word"] > 0.9 and np.isnan([found["speaker"], found["word_new_speaker"]]).all()
 
 
 def test_bad_files_are_left_out_and_named(folder):

@@ -18,13 +18,13 @@ from torch import nn
 from ssltrain.config import Config
 
 
-def load_data(config: Config):
-    """What `config.data` names: `data.Images` or `speech.Speech`."""
+def load_data(config: Config, about: dict | None = None):
+    """What `config.data` names: `data.Images` or `speech.Speech`. `about` is what a checkpoint says of a run's data."""
     from ssltrain import data, speech
 
     if config.method == "cpc":
         return speech.load(config.data, config.limit, config.window)
-    return data.load(config.data, config.image_size, config.limit)
+    return data.load(config.data, config.image_size, config.limit, data.Levels.of((about or {}).get("levels")))
 
 
 def build(config: Config, data) -> nn.Module:
