@@ -58,3 +58,20 @@ def test_a_learned_temperature_is_shown_on_one_line(name):
                 f"{option}=Parameter(0.25)" in shown.splitlines()[0] + shown.splitlines()[1 % len(shown.splitlines())]
             )
             assert "Parameter containing" not in shown and "tensor(" not in shown
+
+
+def test_what_was_meant_is_suggested():
+    z, labels = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
+    queue, bank = sslkern.FeatureQueue(3, 8), sslkern.MemoryBank(8, 3)
+    F = sslkern.functional
+    for call in (
+        lambda x: F.info_nce(z, z, x),
+        lambda x: F.moco(z, z, x),
+        lambda x: F.nnclr(z, z, z, z, x),
+        lambda x: F.nearest_neighbors(z, x),
+    ):
+        for given in (queue, queue.queue):
+            assert ".queue.t()" in refusal(lambda: call(given))  # noqa: B023
+    assert refusal(lambda: F.nce(z, bank, labels.view(4, 1))).endswith("pass its .bank")
+    for call in (F.nt_xent, F.info_nce, F.clip, F.dcl, F.debiased):
+        assert "pass them as ids=, or to sup_con" in refusal(lambda: call(z, z, labels))  # noqa: B023

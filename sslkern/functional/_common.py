@@ -39,7 +39,8 @@ def promoted(*features):
     dtypes = [x.dtype for x in features if isinstance(x, Tensor)]
     if len(dtypes) < 2 or dtypes.count(dtypes[0]) == len(dtypes) or not all(dtype in FLOATS for dtype in dtypes):
         return features
-    if not any(torch.is_autocast_enabled(x.device.type) for x in features if isinstance(x, Tensor)):
+    devices = {x.device.type for x in features if isinstance(x, Tensor)}
+    if not any(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) for kind in devices):
         return features
     widest = functools.reduce(torch.promote_types, dtypes)
     return tuple(x.to(widest) if isinstance(x, Tensor) else x for x in features)
@@ -55,6 +56,7 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str
         wanted = list(other.shape) if shape is None else shape
         raise ValueError(
             f"{name} must be a tensor {wanted} to go with {other_name} {list(other.shape)}, not {describe(x)}"
+            + _hint(x, other)
         )
     check_dense(name, x)
     if x.dtype != other.dtype:
@@ -112,7 +114,8 @@ def scalar(name: str, value: float | Tensor, device=None) -> float | Tensor:
     """A float that fp32 can hold, or a 0-d tensor of at least 32 bits: in 16, what follows would lose digits."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            raise ValueError(f"{name} must be a number or a tensor with one element, not {describe(value)}")
+            wanted = "a number or a tensor with one element"
+            raise ValueError(f"{name} must be {wanted}, not {describe(value)}" + _hint(value))
         check_dense(name, value)
         if value.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {value.dtype}; convert it with .float()")
@@ -124,7 +127,20 @@ def scalar(name: str, value: float | Tensor, device=None) -> float | Tensor:
 
 
 def describe(x) -> str:
-    return f"a tensor {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    if isinstance(x, Tensor):
+        return f"a tensor {list(x.shape)}"
+    inside = [f".{name}{'.t()' if name == 'queue' else ''}" for name in ("queue", "bank") if hasattr(x, name)]
+    return f"a {type(x).__name__}" + "".join(f"; pass its {what}" for what in inside)
+
+
+def _hint(x, other: Tensor | None = None) -> str:
+    """What x, which does not fit, may have been meant as."""
+    if not isinstance(x, Tensor):
+        return ""
+    if x.ndim == 1 and not x.dtype.is_floating_point:
+        return "; if these are labels, pass them as ids=, or to sup_con"
+    transposed = other is not None and x.ndim == 2 and other.ndim > 0 and x.shape[0] == other.shape[-1]
+    return "; a queue (D, K) is passed as .queue.t()" if transposed else ""
 
 
 def unit(x: Tensor) -> Tensor:

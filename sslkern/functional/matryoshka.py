@@ -49,7 +49,7 @@ def checked_prefixes(loss_fn, dims, weights, normalize) -> tuple[tuple[int, ...]
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a loss, a function or a module, not {describe(loss_fn)}")
     check_flags(normalize=normalize)
-    given = tuple(dims) if isinstance(dims, Iterable) and not isinstance(dims, str) else ()
+    given = tuple(dims) if isinstance(dims, Iterable) and not isinstance(dims, (str, Tensor)) else ()
     if not given:
         raise ValueError(f"dims must be positive integers, at least one, not {shown(dims)}")
     given = tuple(check_size("each of dims", d) for d in given)

@@ -21,6 +21,15 @@ def check_devices(name: str, like: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{other} is on {x.device} but {name} is on {device}; move one of them")
 
 
+def check_written(name: str, x: Tensor) -> None:
+    """x is written to: dense, without a gradient, and each element has a place of its own."""
+    check_dense(name, x)
+    if x.requires_grad:
+        raise ValueError(f"{name} gets no gradient; make it a buffer or pass {name}.detach()")
+    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"{name} must not be expanded, as it is written to; pass {name}.clone()")
+
+
 def check_flags(**flags: bool) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):

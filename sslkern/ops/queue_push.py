@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ._arguments import FLOATS, check_dense, check_devices, check_flags
+from ._arguments import FLOATS, check_dense, check_devices, check_flags, check_written
 from ._library import define
 from ._tensors import apart
 from .similarity_lse import _describe
@@ -35,15 +35,14 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = Fals
         raise ValueError(
             "queue must be a tensor [size, D] of fp32, bf16, fp16 or fp64 with size > 0; pass a (D, size) one as .t()"
         )
-    if queue.requires_grad:
-        raise ValueError("queue gets no gradient; make it a buffer or pass queue.detach()")
+    check_written("queue", queue)
     if not isinstance(ptr, Tensor) or ptr.shape != (1,) or ptr.dtype != torch.int64:
         raise ValueError("ptr must be an int64 tensor [1]")
     if not isinstance(keys, Tensor) or keys.ndim != 2 or keys.shape[1] != queue.shape[1]:
         raise ValueError(
             f"keys must be a tensor [B, {queue.shape[1]}] to go with queue {list(queue.shape)}, not {_describe(keys)}"
         )
-    for name, x in (("queue", queue), ("ptr", ptr), ("keys", keys)):
+    for name, x in (("ptr", ptr), ("keys", keys)):
         check_dense(name, x)
     if keys.dtype not in FLOATS:
         raise TypeError(f"keys must be floating point, not {keys.dtype}; convert it with .float()")
