@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from .functional._common import describe
 from .ops._numbers import check_size
@@ -121,7 +122,12 @@ class _Called(nn.Module):
         self.module = encoder if self.method is None else encoder.__self__
 
     def forward(self, x: Any) -> Any:
-        return self.module(x) if self.method is None else self.method(self.module, x)
+        # Weights that `parametrize.cached()` keeps have no graph here, or that of the chunk before.
+        enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+        try:
+            return self.module(x) if self.method is None else self.method(self.module, x)
+        finally:
+            parametrize._cache_enabled = enabled
 
 
 class _Replayed(torch.autograd.Function):

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import sslkern
@@ -365,6 +365,15 @@ def test_each_chunk_is_embedded_again_as_it_was(name):
             assert p is q and close(p.grad, r.grad)
     for a, b, c in zip(cached.buffers(), buffers, plain.buffers(), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_parametrised_weights_that_torch_keeps():
+    model, x = normalised(parametrizations.weight_norm).double(), torch.randn(2, 11, 6).double()
+    want = torch.autograd.grad(NTXentLoss()(model(x[0]), model(x[1])), list(model.parameters()))
+    with parametrize.cached():
+        CachedLoss(model, NTXentLoss(), 4)(*x).backward()
+        assert model[0].weight.requires_grad and model[0].weight is model[0].weight
+    assert all(close(p.grad, g) for p, g in zip(model.parameters(), want, strict=True))
 
 
 def test_only_buffers_that_change_are_kept_for_each_chunk():
