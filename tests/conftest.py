@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import importlib.util
 import shutil
@@ -6,9 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sslkern
 from sslkern.backends import BACKENDS
+
+from .elsewhere import Elsewhere
 
 _native = BACKENDS["cpu"]._cpu
 _ISAS = list(_native.isas()) if _native else []
@@ -101,7 +107,7 @@ def emulated_cuda():
 @pytest.fixture
 def backend(request, monkeypatch):
     """The native one with each instruction set that this machine runs; those of a GPU with tensors that are born there,
-    or emulated on the CPU."""
+    or emulated on the CPU; the reference on a device that is not there, so that nothing stays on the CPU unseen."""
     name, _, variant = request.param.partition("-")
     if variant == "emulated":
         for attribute, value in (("_cuda", emulated_cuda()), ("MISSING", None), ("DEVICES", ("cpu",))):
@@ -109,11 +115,39 @@ def backend(request, monkeypatch):
     before = _native.isa() if name == "cpu" else None
     if name == "cpu":
         _native.set_isa(variant)
-    if GPU and name in ("cuda", "triton"):
-        torch.set_default_device("cuda")
-    with sslkern.use_backend(name):
+    with _device(name, request.node.nodeid), sslkern.use_backend(name):
         yield request.param
-    if GPU:
-        torch.set_default_device(None)
     if name == "cpu":
         _native.set_isa(before)
+
+
+@contextlib.contextmanager
+def _device(backend: str, test: str):
+    """The default device of a test."""
+    if GPU and backend in ("cuda", "triton"):
+        torch.set_default_device("cuda")
+        yield
+        torch.set_default_device(None)
+    elif backend == "reference" and not any(word in test for word in ("compile", "opcheck", "autocast")):
+        # the compiler would trace it, and autocast is of the CPU
+        checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
+        with Elsewhere(), pytest.MonkeyPatch.context() as patch:
+            # what is computed anew in a backward does not know where it is
+            patch.setitem(checks, "default", lambda x: (x.shape, x.dtype))
+            yield
+    else:
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Tensors that were there before the test, those of its module and its parameters, move to its default device."""
+    device = torch.get_default_device()
+    if device.type == "cpu":
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        for names in (vars(pyfuncitem.module), pyfuncitem.funcargs):
+            for name, x in list(names.items()):
+                if any(isinstance(leaf, Tensor) for leaf in tree_leaves(x)):
+                    patch.setitem(names, name, tree_map_only(Tensor, lambda y: y.to(device), x))
+        return (yield)

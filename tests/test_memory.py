@@ -95,7 +95,7 @@ def test_bank_samples_others_and_travels(backend):
     memory = MemoryBank(size=5, dim=3)
     assert torch.allclose(memory.bank.norm(dim=1), torch.ones(5))
     index = torch.tensor([0, 4, 2])
-    rows = memory.sample(index, 4000, torch.Generator().manual_seed(0))
+    rows = memory.sample(index, 4000)
     assert torch.equal(rows[:, 0], index) and rows.shape == (3, 4001)
     for row in rows:
         counts = row[1:].bincount(minlength=5)
@@ -113,6 +113,12 @@ def test_bank_samples_others_and_travels(backend):
             bad()
     with pytest.raises(ValueError, match="negatives must be 0"):
         MemoryBank(1, 3).sample(torch.zeros(1, dtype=torch.long), 1)
+
+
+def test_bank_samples_from_a_generator():
+    memory, index = MemoryBank(size=50, dim=3), torch.arange(5)
+    first, again, other = (memory.sample(index, 20, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_cross_batch_memory_knows_the_labels(backend):
