@@ -9,14 +9,35 @@ from torch import Tensor, nn
 
 from . import functional
 from .functional._common import check_features, check_ids, check_options, scale_of, unit
+from .functional.cpc import NEGATIVES
 from .functional.deep_infomax import check_estimator
 from .functional.matryoshka import checked_prefixes, loss_of_prefixes
+from .functional.mnrl import check_directions, checked_margin
 from .functional.nce import FORMS, checked_views, cmc_and_log_z, cmc_pairs, nce_and_log_z
+from .functional.nt_xent import POSITIVES
+from .functional.sup_con import FORMS as SUP_CON_FORMS
 from .memory import FeatureQueue, MemoryBank
 from .ops._arguments import check_choice, check_flags
 from .ops._numbers import check_number, check_size
 
 _FLAGS = ("normalize", "stats", "two_way", "times_2t")
+_NUMBERS = {  # options that are numbers, with the bounds that the functions ask for at each call
+    "alpha": (1,),
+    "beta": (0,),
+    "label_smoothing": (0, 1),
+    "sigma": (1e-6,),
+    "t": (1e-6,),
+    "tau_plus": (0, 1),
+    "uniformity_weight": (0,),
+}
+
+
+def _check(options: dict) -> None:
+    """Options of a module, so that a mistake shows when it is made and not at its first call."""
+    check_flags(**{name: value for name, value in options.items() if name in _FLAGS})
+    for name, value in options.items():
+        if name in _NUMBERS:
+            check_number(name, value, *_NUMBERS[name])
 
 
 def _listed(options: dict) -> str:
@@ -41,7 +62,7 @@ class _Loss(nn.Module):
     def __init__(self, temperature, logit_scale, **options):
         super().__init__()
         check_options(options["reduction"], options.get("group"), options.get("strategy", "all_gather"))
-        check_flags(**{name: value for name, value in options.items() if name in _FLAGS})
+        _check(options)
         scale_of(temperature, logit_scale)
         self.temperature, self.logit_scale, self.options = temperature, logit_scale, options
 
@@ -116,6 +137,7 @@ class InfoNCELoss(_Loss):
         strategy: str = "all_gather",
         label_smoothing: float = 0.0,
     ):
+        check_flags(in_batch=in_batch is None or in_batch)
         super().__init__(
             temperature,
             logit_scale,
@@ -174,7 +196,7 @@ class CLIPLoss(nn.Module):
         label_smoothing: float = 0.0,
     ):
         super().__init__()
-        check_options(reduction, normalize=normalize, stats=stats)
+        check_options(reduction)
         check_number("logit_scale", logit_scale, 1e-6)
         check_number("max_scale", max_scale, logit_scale)
         check_number("min_scale", min_scale, 0)
@@ -186,6 +208,7 @@ class CLIPLoss(nn.Module):
         self.max_log_scale = math.log(max_scale)
         self.min_log_scale = math.log(min_scale) if min_scale else None
         self.options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
+        _check(self.options)
 
     def forward(
         self,
@@ -305,6 +328,7 @@ class NTXentMultiViewLoss(_Loss):
         normalize: bool = True,
         reduction: str = "mean",
     ):
+        check_choice("positives", positives, *POSITIVES)
         super().__init__(temperature, logit_scale, positives=positives, normalize=normalize, reduction=reduction)
 
     def forward(
@@ -335,6 +359,7 @@ class SupConLoss(_Loss):
         normalize: bool = True,
         reduction: str = "mean",
     ):
+        check_choice("form", form, *SUP_CON_FORMS)
         super().__init__(temperature, logit_scale, form=form, normalize=normalize, reduction=reduction)
 
     def forward(
@@ -497,8 +522,8 @@ class AlignmentUniformityLoss(nn.Module):
 
     def __init__(self, alpha: float = 2.0, t: float = 2.0, uniformity_weight: float = 1.0, *, normalize: bool = True):
         super().__init__()
-        check_flags(normalize=normalize)
         self.options = dict(alpha=alpha, t=t, uniformity_weight=uniformity_weight, normalize=normalize)
+        _check(self.options)
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         return functional.alignment_uniformity(z0, z1, **self.options)
@@ -863,6 +888,8 @@ class MultipleNegativesRankingLoss(_Loss):
         group: None = None,
         strategy: str = "all_gather",
     ):
+        check_directions(directions, partition)
+        checked_margin(margin, margin_strategy, scale_of(temperature, logit_scale), ())  # with a guide or without
         super().__init__(
             temperature,
             logit_scale,
@@ -928,6 +955,7 @@ class CPCLoss(_Loss):
         group: None = None,
         strategy: str = "all_gather",
     ):
+        check_choice("negatives", negatives, *NEGATIVES)
         super().__init__(
             temperature,
             logit_scale,

@@ -30,7 +30,9 @@ def test_what_is_wrong_is_named(name):
             changed = valid_call(name, 4, 4, torch.float32, 0)
             getattr(changed, where)[argument] = value
             with pytest.raises((ValueError, TypeError, NotImplementedError)) as error:
-                changed.run(changed.build(torch.float32, False))
+                thing = changed.build(torch.float32, False)
+                assert where == "args", f"{argument} {kind} is refused at the call only"
+                changed.run(thing)
             said = str(error.value)
             called = CALLED.get(f"{name} {argument}", argument)
             assert re.search(rf"\b{called}\b", said) and "\n" not in said, f"{argument} {kind}: {said!r}"

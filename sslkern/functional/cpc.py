@@ -8,6 +8,8 @@ from ..ops._arguments import FLOATS, check_choice, check_dense
 from ..ops.product import product
 from ._common import check_features, check_options, describe, dots, promoted, reduce, scale_of, softplus, unit
 
+NEGATIVES = ("all", "sample", "time")
+
 
 def cpc(
     context: Tensor,
@@ -123,4 +125,4 @@ def _check(context: Tensor, targets: Tensor, predictors: Tensor, negatives: str)
     for name, x in (("targets", targets), ("predictors", predictors)):
         if x.device != context.device:
             raise ValueError(f"{name} is on {x.device} but context is on {context.device}; move one of them")
-    check_choice("negatives", negatives, "all", "sample", "time")
+    check_choice("negatives", negatives, *NEGATIVES)

@@ -123,7 +123,7 @@ def mnrl(
     check_alike("positive", positive, "anchor", anchor)
     check_options(reduction, group, strategy, normalize=normalize, stats=stats)
     scale = scale_of(temperature, logit_scale, anchor.device)
-    _check_directions(directions, partition)
+    check_directions(directions, partition)
     N, D = anchor.shape
     if negatives is not None:
         check_alike("negatives", negatives, "anchor", anchor, "[N, H, D]")
@@ -139,7 +139,7 @@ def mnrl(
         check_ids("negative_ids", negative_ids, tuple(negatives.shape[:2]), anchor)
     if guide is not None:
         guide = _checked_guide(guide, anchor, negatives)
-    margin = _checked_margin(margin, margin_strategy, scale, guide)
+    margin = checked_margin(margin, margin_strategy, scale, guide)
 
     two_way = _TWO_WAY <= set(directions)
     if negatives is None and margin is None and (partition == "per_direction" or len(directions) == 1):
@@ -234,7 +234,7 @@ def _stacked(name: str, x: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.stack(tuple(x), 1)
 
 
-def _check_directions(directions: Sequence[str], partition: str) -> None:
+def check_directions(directions: Sequence[str], partition: str) -> None:
     named = isinstance(directions, Collection) and all(isinstance(name, str) for name in directions)
     known = named and not isinstance(directions, (str, Tensor)) and set(directions) <= set(_DIRECTIONS)
     if not known or "query_to_doc" not in directions or len(set(directions)) < len(directions):
@@ -247,7 +247,7 @@ def _check_directions(directions: Sequence[str], partition: str) -> None:
         )
 
 
-def _checked_margin(margin, margin_strategy, scale, guide) -> float | None:
+def checked_margin(margin, margin_strategy, scale, guide) -> float | None:
     check_choice("margin_strategy", margin_strategy, "absolute", "relative")
     if margin is None:
         return None if guide is None else 0.0

@@ -27,6 +27,8 @@ from ._common import (
 )
 from ._pairs import above_mean, over_different, two_views
 
+POSITIVES = ("separate", "joint")
+
 
 def nt_xent(
     z0: Tensor,
@@ -133,7 +135,7 @@ def nt_xent_multi_view(
     """
     z = _stacked(views)
     V, N, D = z.shape
-    check_choice("positives", positives, "separate", "joint")
+    check_choice("positives", positives, *POSITIVES)
     check_options(reduction, normalize=normalize)
     check_weights(weights, N, z)
     scale = scale_of(temperature, logit_scale, z.device)

@@ -21,6 +21,8 @@ from ._common import (
 )
 from ._pairs import sum_of_equal
 
+FORMS = ("out", "in")
+
 
 def sup_con(
     z: Tensor,
@@ -162,7 +164,7 @@ def _twins(labels: Tensor, shared: Tensor, count: Tensor) -> tuple[Tensor, Tenso
 
 
 def _check_labels(labels: Tensor, N: int, like: Tensor, form: str) -> None:
-    check_choice("form", form, "out", "in")
+    check_choice("form", form, *FORMS)
     if not isinstance(labels, Tensor) or labels.ndim != 2:
         return check_ids("labels", labels, (N,), like)
     if labels.dtype != torch.bool:
