@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from ssltrain import UsageError
+from ssltrain import UsageError, files
 
 REQUIRED = (
     "typer",
@@ -38,6 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # a name that is too long, a disk that is full
+        if error.filename is None or error.strerror is None:
+            raise
+        _fail(f"{files.shown(str(error.filename))}: {error.strerror}.")
     except Exception as error:
         # The parser's own exceptions; click or a copy of it inside typer, by version, so known by what they can do.
         if not hasattr(error, "format_message"):

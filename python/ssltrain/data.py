@@ -237,6 +237,8 @@ def _arrange(source: str, names: list[tuple[str, ...]], pixels: Tensor) -> Image
     splits = {top for top in tops if top.lower() in TRAIN_NAMES + TEST_NAMES}
     if splits != tops:  # beside others such a name may be a class, as in COCO, unless it holds folders
         splits &= {p[0] for p in in_folder.values() if len(p) > 2}
+    if len(tops) == 1:  # what is called val.zip may be all that there is
+        splits -= {top for top in splits if top.lower() in TEST_NAMES}
     train_name, test_name = (_first(splits, usual) for usual in (TRAIN_NAMES, TEST_NAMES))
     if splits and splits == tops and train_name is None:
         raise UsageError(

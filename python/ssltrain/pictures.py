@@ -98,7 +98,7 @@ class Pictures:
                 raise _too_many_pixels()
             wide_colour = ";16" in str(image.tile)
             image.load()
-            upright = _UPRIGHT.get(_orientation(image))
+            upright = _UPRIGHT.get(_orientation(image)) if image.format != "TIFF" else None  # which Pillow has done
             file, (image, gray, kind) = image, _plain(image)
         if wide_colour and not kind and max(high for _, high in _extrema(image)[: 1 if gray else 3]) < 16:
             raise Unusable("16-bit colours all below 4,096, of which Pillow reads the upper 8 bits; save it in 8 bits")

@@ -354,6 +354,9 @@ def test_killed_at_random_moments_and_resumed_it_ends_at_the_same_bits(tmp_path)
         (["embed", "{tmp}", "--data", "x", "--out", "a.txt"], "--out"),
         (["export", "{tmp}"], "holds no run"),
         (["barlow"], "barlow"),
+        (["simclr", "--data", "{tmp}/" + 300 * "long"], "File name too long."),
+        (["simclr", "--resume", "--out", "{tmp}/" + 300 * "long"], "File name too long."),
+        (["evaluate", "{tmp}/" + 300 * "long"], "File name too long."),
     ],
 )
 def test_mistakes_are_one_sentence(capsys, tmp_path, arguments, expected):

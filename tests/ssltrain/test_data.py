@@ -143,6 +143,7 @@ def test_classes_may_be_called_train_or_valid(tmp_path):
         (["a", "b", "c"], 3, 0),
         (["ant/a", "ant/b", "c"], 3, 0),
         (["set/ant/a", "set/ant/b", "c"], 3, 0),
+        (["val/a", "val/b", "val/c"], 3, 0),
         (["train/a", "train/b", "test/c"], 2, 1),
         (["Train/ant/a", "Train/b", "test/ant/c", "test/bee/d"], 2, 2),
     ],

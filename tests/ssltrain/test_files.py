@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import stat
 import tarfile
 import tracemalloc
@@ -207,6 +208,38 @@ def test_a_set_of_links(tmp_path, kind):
     assert torch.equal(images.train, images.test)
     notes = " ".join(images.notes)
     assert "3 images outside" in notes and "other/0.png" in notes and "into a loop were left out: Train/ant/up" in notes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_bytes_are_a_sentence_or_a_left_out_file(tmp_path, kind):
+    """Flipped and missing bytes, in the archive itself or, for a folder, in every file."""
+    draw = random.Random(0)
+
+    def damaged(content: bytes) -> bytes:
+        content = bytearray(content)
+        for _ in range(draw.choice([1, 5, 20])):
+            content[draw.randrange(len(content))] = draw.choice([0, 255, draw.randrange(256)])
+        return bytes(content[: draw.randrange(1, len(content))] if draw.random() < 0.2 else content)
+
+    tree = []
+    for i, form in enumerate(("PNG", "JPEG", "GIF", "WEBP", "TIFF", "PPM", "BMP", "JPEG2000")):
+        file = io.BytesIO()
+        Image.linear_gradient("L").resize((8, 8)).convert("RGB").save(file, form)
+        tree.append((f"{i % 2}/{i}.png", file.getvalue()))
+    whole = build(tmp_path, kind, tree)
+    content, used = whole.read_bytes() if kind != "folder" else b"", 0
+    for _ in range(30):
+        if kind == "folder":
+            for name, image in tree:
+                (whole / name).write_bytes(damaged(image))
+        else:
+            whole.write_bytes(damaged(content))
+        try:
+            names, pixels, _ = data.read_files(whole)
+            used += len(names) == len(pixels)
+        except UsageError as error:
+            assert "\n" not in str(error) and str(error).endswith(".")
+    assert used or kind != "folder"
 
 
 def test_an_archive_that_expands_without_end_costs_no_memory(tmp_path):
