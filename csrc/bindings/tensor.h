@@ -72,7 +72,10 @@ inline Memory described(const DLTensor& of) {
   int64_t size = 1;
   bool contiguous = true;
   for (int i = of.ndim; i-- > 0; size *= of.shape[i]) contiguous &= of.shape[i] == 1 || of.strides[i] == size;
-  return {of.data, type, contiguous || size == 0 ? size : -1, {of.device_type, of.device_id}};
+  return {static_cast<char*>(of.data) + of.byte_offset,
+          type,
+          contiguous || size == 0 ? size : -1,
+          {of.device_type, of.device_id}};
 }
 
 // What this file asks of torch, which it does not link.
@@ -106,10 +109,10 @@ class Torch {
     numel_ = cls.attr("numel");
     types_ = py::make_tuple(torch.attr("float32"), torch.attr("bfloat16"), torch.attr("float16"), torch.attr("int64"));
     const py::object capsule = py::getattr(cls, "__dlpack_c_exchange_api__", py::none());
-    if (capsule.is_none()) return;  // torch before 2.10
+    if (capsule.is_none()) return;  // older versions of torch
     const auto* found = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (found == nullptr) throw py::error_already_set();
-    if (found->major == 1) api_ = found;
+    if (found->major == 1 && found->describe != nullptr) api_ = found;
   }
 
   Memory by_attributes(const py::object& x) const {
