@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import sslkern
 from sslkern.functional import clamp_logit_scale_, clip
