@@ -136,8 +136,8 @@ class MemoryBank(nn.Module):
         if size < 2 and negatives:
             raise ValueError("negatives must be 0 for a bank of one sample: there is no other")
         own = index.unsqueeze(1)
-        shape = (index.shape[0], negatives)
-        others = torch.randint(max(1, size - 1), shape, generator=generator, device=index.device)
+        options = {} if generator is None else dict(generator=generator)  # compiled code wants it named or left out
+        others = torch.randint(max(1, size - 1), (index.shape[0], negatives), device=index.device, **options)
         return torch.cat((own, others.add_((others >= own).long())), 1)
 
     def extra_repr(self) -> str:

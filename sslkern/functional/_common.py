@@ -181,12 +181,12 @@ def contrast(x, y, scale, ids, mode, normalize, best, bank=None) -> tuple[Tensor
     """Losses, positives and best negatives of `pair_contrast`, whose arguments these are; where the compiler does
     better, or torch.func is at work, from its formulas."""
     rows = 2 * x.shape[0] if mode == "views" else x.shape[0]
-    traced = torch.compiler.is_compiling() and small(x, rows, rows if bank is None else bank.shape[0])
+    frozen = mode == "one_way" and (bank is not None or not y.requires_grad)  # what may be overwritten is not kept
+    traced = torch.compiler.is_compiling() and not frozen and small(x, rows, rows)
     if not transformed() and not traced:
         return pair_contrast(x, y, scale, ids, mode, normalize, best, bank)
     N = x.shape[0]
-    frozen = mode == "one_way" and not y.requires_grad
-    if traced and not frozen and ids is None and bank is None and N > 1:
+    if traced and ids is None and N > 1:
         return _few_pairs(*((unit(x), unit(y)) if normalize else (x, y)), scale, mode, best)
     if ids is None and bank is None:
         ids = torch.arange(N, device=x.device)

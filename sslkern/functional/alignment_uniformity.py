@@ -1,14 +1,12 @@
 """Alignment and uniformity: Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and
 Uniformity on the Hypersphere", 2020."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops._arguments import check_flags
-from ..ops._numbers import check_number
+from ..ops._numbers import check_number, constant, log
 from ._common import check_alike, check_features, dots, promoted, unit, wide
 
 
@@ -73,7 +71,10 @@ def alignment(z0: Tensor, z1: Tensor, alpha: float = 2.0, *, normalize: bool = T
     alpha = check_number("alpha", alpha, 1)
     check_flags(normalize=normalize)
     z0, z1 = (unit(z0), unit(z1)) if normalize else (z0, z1)
-    return torch.linalg.vector_norm(wide(z0) - wide(z1), dim=1).pow(alpha).mean()
+    distance = torch.linalg.vector_norm(wide(z0) - wide(z1), dim=1)
+    if torch.compiler.is_compiling():
+        alpha = constant(alpha, distance, distance.dtype)
+    return distance.pow(alpha).mean()
 
 
 def uniformity(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
@@ -105,4 +106,4 @@ def uniformity(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
         row = similarity_lse(z, scale=2 * t, k_bias=-t * squares) - t * squares
     if N == 1:
         return row.masked_fill(row == -torch.inf, 0).sum()
-    return row.logsumexp(0) - math.log(N * (N - 1))
+    return row.logsumexp(0) - log(N * (N - 1), row)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..ops import similarity_lse
-from ..ops._numbers import check_number
+from ..ops._numbers import check_number, log
 from ._common import check_options, check_weights, reduce, scale_of, softplus
 from ._pairs import equal_ids, two_views
 
@@ -109,10 +109,10 @@ def _debiased(z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, 
         hard, soft = (similarity_lse(z, scale=scale * power, q_ids=ids) for power in (1 + beta, beta))
         negative = log_count + hard - soft.masked_fill(soft == -torch.inf, 0)
     # log G. All of it in logarithms: exp(1 / T) overflows at T = 0.01.
-    share = math.log(tau_plus) if tau_plus else -math.inf
+    share = log(tau_plus, cosine) if tau_plus else -math.inf
     gap = positive + (share + log_count) - negative
     more = (gap < 0) & (log_count != -torch.inf)  # what is taken out is less than all
-    rest = negative + torch.log(-torch.expm1(gap.where(more, -1))) - math.log1p(-tau_plus)
+    rest = negative + torch.log(-torch.expm1(gap.where(more, -1))) - log(1 - tau_plus, cosine)
     floor = log_count - (scale.abs() if isinstance(scale, Tensor) else abs(scale))
     estimate = torch.maximum(rest.masked_fill(~more, -torch.inf), floor)
     loss = reduce(softplus(estimate - positive).view(2, N), reduction, weights)

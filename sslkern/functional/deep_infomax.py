@@ -61,7 +61,7 @@ def deep_infomax(
     check_estimator(estimator)
     check_flags(normalize=normalize)
     N, D = features.shape
-    check_alike("local_features", local_features, "features", features, f"[{N}, L, {D}] or [{N}, {D}]")
+    check_alike("local_features", local_features, "features", features, "[N, L, D] or [N, D]")
     if local_features.ndim not in (2, 3) or local_features.shape[0] != N or local_features.numel() == 0:
         wanted = f"[{N}, L, {D}] with L > 0 or [{N}, {D}]"
         raise ValueError(f"local_features must be a tensor {wanted}, not {describe(local_features)}")

@@ -64,7 +64,7 @@ def moco(
     query, key, queue = promoted(query, key, queue)
     check_features("query", query)
     check_alike("key", key, "query", query)
-    check_alike("queue", queue, "query", query, f"[K, {query.shape[1]}]")
+    check_alike("queue", queue, "query", query, "[K, D]")
     if queue.ndim != 2:
         raise ValueError(f"queue must be [K, {query.shape[1]}], not {describe(queue)}")
     check_options(reduction, normalize=normalize, stats=stats)

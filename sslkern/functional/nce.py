@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops import sampled_similarity, sampled_similarity_bwd
 from ..ops._arguments import check_choice, check_dense, check_devices, check_flags
 from ..ops._library import Once, transformed
-from ..ops._numbers import check_size
+from ..ops._numbers import check_size, log
 from ._common import (
     beaten,
     check_alike,
@@ -110,7 +110,7 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
     query, bank = promoted(query, bank)
     check_features("query", query)
     check_features("bank", bank)
-    check_alike("bank", bank, "query", query, f"[M, {query.shape[1]}]")
+    check_alike("bank", bank, "query", query, "[M, D]")
     if not isinstance(index, Tensor) or index.ndim != 2 or index.shape[0] != query.shape[0] or index.shape[1] == 0:
         wanted = f"[{query.shape[0]}, 1 + K], the positive first"
         raise ValueError(f"index must be an int64 tensor {wanted}, not {describe(index)}")
@@ -133,8 +133,8 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
         if form == "nce":
             M, K = bank.shape[0], index.shape[1] - 1
             if log_z is None:
-                log_z = logits.detach().logsumexp((0, 1)) + math.log(M / logits.numel())
-            logits = logits - (log_z + (math.log(K / M) if K else -math.inf))
+                log_z = logits.detach().logsumexp((0, 1)) + log(M / logits.numel(), logits)
+            logits = logits - (log_z + (log(K / M, logits) if K else -math.inf))
             losses = softplus(-logits[:, 0]) + softplus(logits[:, 1:]).sum(1)
         else:
             losses = softplus(logits[:, 1:].logsumexp(1) - logits[:, 0])

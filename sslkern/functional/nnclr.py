@@ -99,7 +99,7 @@ def nearest_neighbors(z: Tensor, support: Tensor, *, normalize: bool = True) -> 
     z, support = promoted(z, support)
     check_features("z", z)
     check_features("support", support)
-    check_alike("support", support, "z", z, f"[K, {z.shape[1]}]")
+    check_alike("support", support, "z", z, "[K, D]")
     check_flags(normalize=normalize)
     with torch.no_grad():
         # The length of z does not change which is nearest.

@@ -56,6 +56,17 @@ def check_size(name: str, x: int, least: int = 1) -> int:
     return value
 
 
+def constant(value: float, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """value as a 0-d tensor on the device of `like`, for compiled code: given to an op as a number, or to torch.full,
+    a float that changes would be compiled anew for each value; not so a product of tensors."""
+    return torch.ones((), dtype=dtype, device=like.device) * value
+
+
+def log(value: float, like: Tensor) -> float | Tensor:
+    """The logarithm of a positive number, in the type of `like`: math.log would tie compiled code to a batch size."""
+    return constant(value, like, like.dtype).log() if torch.compiler.is_compiling() else math.log(value)
+
+
 def shown(x) -> str:
     """x for an error message, on one line."""
     if isinstance(x, Tensor):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends import kept_rows, load, resolve
 from ._library import Once, define, library
 from ._tensors import plain
-from .similarity_lse import _accumulator
+from .similarity_lse import _accumulator, scale_parts
 
 
 def pair_contrast(
@@ -50,7 +50,7 @@ def pair_contrast(
         ids = row_numbers(x.shape[0], 1 + views, x.device)
     elif views:
         ids = ids.repeat(2)
-    scale_tensor, scale = (scale.to(_accumulator(x)), 1.0) if isinstance(scale, Tensor) else (None, scale)
+    scale_tensor, scale = scale_parts(scale, x)
     backend, pairs_backend = resolve("similarity_lse", x), resolve("unit_pairs", x)
     N = x.shape[0]
     scale_learns = scale_tensor is not None and scale_tensor.requires_grad

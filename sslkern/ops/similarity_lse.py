@@ -23,7 +23,7 @@ from torch import Tensor
 from ..backends import kept_rows, load, resolve
 from ._arguments import FLOATS, check_choice, check_dense, check_devices, check_flags
 from ._library import Once, define, differentiable, library, no_second_derivative, transformed
-from ._numbers import check_finite
+from ._numbers import check_finite, constant
 from .logsumexp import logsumexp
 
 _PROBLEM = "Tensor? scale_tensor, float scale, Tensor? q_ids, Tensor? k_ids, bool same, Tensor? k_bias, Tensor? q_limit"
@@ -84,9 +84,15 @@ def similarity_lse(
     keys_learn = (k is not None and k.requires_grad) or (k_bias is not None and k_bias.requires_grad) or transformed()
     learns = keys_learn or q.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
     learns = learns and torch.is_grad_enabled()
-    if torch.compiler.is_compiling() and small(q, q.shape[:-1].numel(), (q if k is None else k).shape[-2]):
+    frozen = learns and not (columns or keys_learn or k is None)
+    # The formula keeps its keys, and compiled code may overwrite a queue before its backward without noticing.
+    if (
+        torch.compiler.is_compiling()
+        and not frozen
+        and small(q, q.shape[:-1].numel(), (q if k is None else k).shape[-2])
+    ):
         return _dense(*problem, columns, best)
-    if learns and not (columns or keys_learn or k is None):
+    if frozen:
         row, _, top = _frozen(*problem, best, backend, learns=True)
         return (row, top) if best else row
     groups, M = q.shape[:-2].numel(), (q if k is None else k).shape[-2]
@@ -222,9 +228,16 @@ def _accumulator(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def scale_parts(scale: float | Tensor, q: Tensor) -> tuple[Tensor | None, float]:
+    """A 0-d tensor in the type of the accumulators, or None, and a number, whose product is the scale."""
+    if isinstance(scale, Tensor):
+        return scale.to(_accumulator(q)), 1.0
+    return (constant(scale, q, _accumulator(q)), 1.0) if torch.compiler.is_compiling() else (None, float(scale))
+
+
 def _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit):
     """scale as (tensor or None, number); the vectors with q's group dimension; floats in the accumulator's type."""
-    scale_tensor, scale = (scale.to(_accumulator(q)), 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    scale_tensor, scale = scale_parts(scale, q)
     if q_ids is None and k_bias is None and q_limit is None:
         return scale_tensor, scale, q_ids, k_ids, k_bias, q_limit
     rows, cols = q.shape[:-1], (q if k is None else k).shape[:-1]
@@ -283,9 +296,9 @@ def _kernel(*args):
 
 
 def _fake(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best, keep, backend):
-    row, M = q.new_empty(q.shape[:-1], dtype=_accumulator(q)), (q if k is None else k).shape[-2]
+    row, N, M = q.new_empty(q.shape[:-1], dtype=_accumulator(q)), q.shape[-2], (q if k is None else k).shape[-2]
     col = row.new_empty((*q.shape[:-2], M) if columns else 0)
-    top = row.new_empty((*q.shape[:-2], q.shape[-2] + M * columns) if best else 0)
+    top = row.new_empty((*q.shape[:-2], N + M if columns else N) if best else 0)
     kept = row.new_empty((*q.shape[:-2], keep, M) if keep else 0)
     return row, col, top, kept
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends import load, resolve
 from ._arguments import FLOATS, check_dense, check_devices, check_flags
 from ._library import define, library
-from ._numbers import check_finite, number, shown
+from ._numbers import check_finite, constant, number, shown
 from .similarity_lse import _PROBLEM, Once, _accumulator, _check, _describe, _or_empty, _uniform
 
 
@@ -107,6 +107,8 @@ def _per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
     if x is None:
         return None
     x = check_finite(name, x, " or a tensor [N]")
+    if torch.compiler.is_compiling():
+        return constant(x, q, _accumulator(q)).expand(shape)
     return None if x == 0 else torch.full(shape, x, dtype=_accumulator(q), device=q.device)
 
 
