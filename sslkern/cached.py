@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from .functional._common import describe
+from .ops._library import transformed
 from .ops._numbers import check_size
 
 Encoder = nn.Module | MethodType
@@ -82,6 +83,10 @@ class CachedLoss:
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """The loss of the features of inputs, each a tensor [N, ...], or a tuple, list or mapping of them (a tokenised
         text) with the same N; what else these hold goes to the encoder as it is. `options` go to the loss."""
+        if transformed():
+            raise NotImplementedError(
+                "CachedLoss runs neither under torch.func nor in forward mode; call the loss itself"
+            )
         encoders = self.encoder if isinstance(self.encoder, tuple) else (self.encoder,) * len(inputs)
         if len(encoders) != len(inputs) or not inputs:
             raise ValueError(f"inputs must be {len(encoders) or 'at least 1'}, one for each encoder, not {len(inputs)}")

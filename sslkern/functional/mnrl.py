@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
 from functools import reduce as fold
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops import logsumexp, similarity_lse
 from ..ops._arguments import FLOATS, check_choice, check_dense
+from ..ops._library import transformed
 from ..ops._numbers import check_finite, shown
 from ..ops.product import product
 from ._common import (
@@ -202,15 +204,21 @@ def mnrl(
 def _guided_lse(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
     """The log-sum-exp [N] over the keys that the guide finds no more similar than `limit`, and their best score [N]."""
     N, size = q.shape[0], max(1, BLOCK // max(1, k.shape[0]))
+    # torch.func has no checkpoints.
+    again = _at_once if transformed() else partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     blocks = [
-        checkpoint(
+        again(
             _guided_block, q[i : i + size], k, scale, None if q_ids is None else q_ids[i : i + size], k_ids,
-            guide_q[i : i + size], guide_k, limit[i : i + size], use_reentrant=False, preserve_rng_state=False,
+            guide_q[i : i + size], guide_k, limit[i : i + size],
         )
         for i in (range(0, N, size) if N > size else (0,))  # a range ties compiled code to N
     ]  # fmt: skip
     row, best = zip(*blocks, strict=True)
     return torch.cat(row), torch.cat(best)
+
+
+def _at_once(function, *args):
+    return function(*args)
 
 
 def _guided_block(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ._library import transformed
+
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of a [.., N, K] and b [.., K, M], in their type.
@@ -10,7 +12,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Autocast would round both to 16 bits, and the gradients too if `backward` is called inside of it. A loss that needs
     a product of torch's takes this one.
     """
-    return _Product.apply(a, b)
+    return (_Transformed if transformed() else _Product).apply(a, b)
 
 
 class _Product(torch.autograd.Function):
@@ -31,3 +33,18 @@ class _Product(torch.autograd.Function):
         da = product(g, b.mT) if ctx.needs_input_grad[0] else None
         db = product(a.mT, g) if ctx.needs_input_grad[1] else None
         return da, db
+
+
+class _Transformed(_Product):
+    """With a derivative in forward mode, which the compiler does not trace."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, da, db):
+        a, b = ctx.saved_tensors
+        parts = [product(x, y) for x, y in ((da, b), (a, db)) if x is not None and y is not None]
+        return sum(parts) if parts else None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends import load, resolve
 from ._arguments import FLOATS, check_dense, check_devices, check_flags
-from ._library import define, library
+from ._library import define, differentiable, transformed
 from ._numbers import check_finite, constant, number, shown
 from .similarity_lse import _PROBLEM, Once, _accumulator, _check, _describe, _or_empty, _uniform
 
@@ -81,16 +81,16 @@ def similarity_softplus(
     scale_tensor, scale, q_ids, k_ids, k_bias, q_limit = _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit)
     problem = (q, k, scale_tensor, scale, q_ids, k_ids, pairs == "same", k_bias, q_limit, bias)
     backend = resolve("similarity_softplus", q)
-    learns = torch.is_grad_enabled()
-    needs = tuple(learns and x is not None and x.requires_grad for x in (q, k, scale_tensor, bias, k_bias))
-    learns = any(needs) or (learns and weights is not None and weights.requires_grad)
-    # The same formulas as an eager autograd.Function cost less than the op's own at small sizes.
-    eager = learns and not torch.compiler.is_compiling()
+    inputs = (q, k, scale_tensor, bias, k_bias)
+    if transformed():
+        needs, learns = tuple(x is not None for x in inputs), True
+    else:
+        learning = torch.is_grad_enabled()
+        needs = tuple(learning and x is not None and x.requires_grad for x in inputs)
+        learns = any(needs) or (learning and weights is not None and weights.requires_grad)
     if rows:
-        call = _EagerRows.apply if eager else torch.ops.sslkern.similarity_softplus_rows.default
-        return call(*problem, float(sign), backend)
-    call = _Eager.apply if eager else torch.ops.sslkern.similarity_softplus.default
-    return call(*problem, weights, float(sign), *needs, backend)[0]
+        return _rows(*problem, float(sign), backend, learns=learns)
+    return _total(*problem, weights, float(sign), *needs, backend, learns=learns)[0]
 
 
 def _per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
@@ -136,19 +136,18 @@ def _fake(q, k, *args):
 
 
 def _setup(ctx, inputs, output) -> None:
-    q, k, scale_tensor, ctx.scale, _, _, _, k_bias, _, bias, weights, *_ = inputs
-    _, row, *grads = output
+    q, _, _, ctx.scale, _, _, _, _, _, _, weights, *_ = inputs
+    total, row, *grads = output
     ctx.mark_non_differentiable(row, *grads)
     ctx.set_materialize_grads(False)
-    anchor = _learning(q, k, scale_tensor, k_bias, bias, weights)
-    ctx.save_for_backward(anchor, row if weights is not None and weights.requires_grad else None, *grads)
+    ctx.save_for_backward(total, None if weights is None else row, *grads)
     ctx.dtype = q.dtype
 
 
 def _backward(ctx, g, *_):
     if g is None:
         return (None,) * 18
-    anchor, row, dq, dk, dscale, dbias, dk_bias = ctx.saved_tensors
+    total, row, dq, dk, dscale, dbias, dk_bias = ctx.saved_tensors
     need_q, need_k, need_scale, *_ = ctx.needs_input_grad
     need_k_bias, _, need_bias, need_weights = ctx.needs_input_grad[7:11]
     with torch.no_grad():
@@ -160,7 +159,7 @@ def _backward(ctx, g, *_):
         dbias = of_rows * dbias if need_bias else None
         dweights = of_rows * row if need_weights else None
     if torch.is_grad_enabled():  # create_graph=True
-        dq, dk, dscale, dk_bias, dbias, dweights = Once.apply(anchor, dq, dk, dscale, dk_bias, dbias, dweights)
+        dq, dk, dscale, dk_bias, dbias, dweights = Once.apply(total, dq, dk, dscale, dk_bias, dbias, dweights)
     return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, dweights, *(None,) * 7
 
 
@@ -171,17 +170,7 @@ define(
     _kernel,
     _fake,
 )
-torch.library.register_autograd("sslkern::similarity_softplus", _backward, setup_context=_setup, lib=library)
-
-
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = torch.ops.sslkern.similarity_softplus.default(*inputs)
-        _setup(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
+_total = differentiable("similarity_softplus", _setup, _backward)
 
 
 # ---- the rows: what their gradients weigh is known in the backward only ----------------------------------------------
@@ -225,16 +214,4 @@ define(
     _rows_kernel,
     _rows_fake,
 )
-torch.library.register_autograd(
-    "sslkern::similarity_softplus_rows", _rows_backward, setup_context=_rows_setup, lib=library
-)
-
-
-class _EagerRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = torch.ops.sslkern.similarity_softplus_rows.default(*inputs)
-        _rows_setup(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_rows_backward)
+_rows = differentiable("similarity_softplus_rows", _rows_setup, _rows_backward)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import load, resolve
-from ._library import define, library
+from ._library import define, differentiable
 from ._numbers import check_size
 from .similarity_lse import _accumulator, _check, _uniform
 
@@ -65,9 +65,9 @@ def similarity_topk(
     if n >= 2**31:
         raise ValueError(f"n must be below 2**31, as that many are returned for each row, not {n}")
     scale_tensor, scale, q_ids, k_ids, _, q_limit = _uniform(q, k, scale, q_ids, k_ids, None, q_limit)
-    return torch.ops.sslkern.similarity_topk.default(
-        q, k, n, scale_tensor, scale, q_ids, k_ids, pairs == "same", q_limit, resolve("similarity_topk", q)
-    )
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, scale_tensor))
+    problem = (q, k, n, scale_tensor, scale, q_ids, k_ids, pairs == "same", q_limit)
+    return _call(*problem, resolve("similarity_topk", q), learns=learns)
 
 
 def _kernel(*args):
@@ -136,4 +136,4 @@ define(
     _kernel,
     _fake,
 )
-torch.library.register_autograd("sslkern::similarity_topk", _backward, setup_context=_setup, lib=library)
+_call = differentiable("similarity_topk", _setup, _backward, twice=True)
