@@ -136,6 +136,8 @@ def test_wrapped_tensors(kernels):
 
 def test_fake_tensors():
     for name, make in (LOSSES | OPS).items():
+        if name[0].isupper():
+            continue  # a module calls its function
         want = value_and_gradients(make())
         example = make()
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
