@@ -26,6 +26,10 @@ __global__ void __launch_bounds__(THREADS, 3)
       }
       norm_a = length(teams.sum(norm_a));
       norm_b = length(teams.sum(norm_b));
+      if constexpr (std::is_same_v<T, fp16>) {  // rows of zeros: divided by EPS, their gradients would be infinite
+        if (norm_a <= EPS) norm_a = INFINITY;
+        if (norm_b <= EPS) norm_b = INFINITY;
+      }
     }
     float along = 0.f;
     for (int round = 0; round < rounds; ++round) {

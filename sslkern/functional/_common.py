@@ -96,11 +96,13 @@ def check_options(reduction: str, group=None, strategy: str = "all_gather", **fl
         raise NotImplementedError("group must be None: losses across processes are not available yet")
 
 
-def scale_of(temperature: float | Tensor, logit_scale: float | Tensor | None, device=None) -> float | Tensor:
+def scale_of(
+    temperature: float | Tensor, logit_scale: float | Tensor | None, like: Tensor | None = None
+) -> float | Tensor:
     """What the dot products are multiplied by: logit_scale, or else 1 / temperature. Tensors are never read."""
     if logit_scale is not None:
-        return scalar("logit_scale", logit_scale, device)
-    value = scalar("temperature", temperature, device)
+        return scalar("logit_scale", logit_scale, like)
+    value = scalar("temperature", temperature, like)
     if isinstance(value, Tensor):
         return value.reciprocal()
     if value == 0:
@@ -110,20 +112,23 @@ def scale_of(temperature: float | Tensor, logit_scale: float | Tensor | None, de
     return 1.0 / value
 
 
-def scalar(name: str, value: float | Tensor, device=None) -> float | Tensor:
-    """A float that fp32 can hold, or a 0-d tensor of at least 32 bits: in 16, what follows would lose digits."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            wanted = "a number or a tensor with one element"
-            raise ValueError(f"{name} must be {wanted}, not {describe(value)}" + _hint(value))
-        check_dense(name, value)
-        if value.dtype not in FLOATS:
-            raise TypeError(f"{name} must be floating point, not {value.dtype}; convert it with .float()")
-        if device is not None and value.device != device:
-            raise ValueError(f"{name} is on {value.device} but the features are on {device}; move one of them")
-        value = value.reshape(())
-        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-    return check_finite(name, value, " or a tensor with one element")
+def scalar(name: str, value: float | Tensor, like: Tensor | None = None) -> float | Tensor:
+    """A float that fp32 can hold, or a 0-d tensor on the device of the features `like`, of at least 32 bits, and of 64
+    beside features of 64: in fewer, what is computed from it would lose digits."""
+    if not isinstance(value, Tensor):
+        return check_finite(name, value, " or a tensor with one element")
+    if value.numel() != 1:
+        wanted = "a number or a tensor with one element"
+        raise ValueError(f"{name} must be {wanted}, not {describe(value)}" + _hint(value))
+    check_dense(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be floating point, not {value.dtype}; convert it with .float()")
+    value = value.reshape(())
+    if not isinstance(like, Tensor):
+        return wide(value)
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but the features are on {like.device}; move one of them")
+    return value.double() if like.dtype == torch.float64 else wide(value)
 
 
 def describe(x) -> str:
@@ -144,8 +149,14 @@ def _hint(x, other: Tensor | None = None) -> str:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of x [.., D] divided by their norm, which is computed in fp32; rounded back to the type of x."""
-    if x.dtype in (torch.float16, torch.bfloat16):
+    """Rows of x [.., D] divided by their norm, which is computed in fp32; rounded back to the type of x.
+
+    A row of zeros gets a gradient divided by EPS, as torch has it, which in fp16 would be infinite and is 0.
+    """
+    if x.dtype == torch.float16:
+        norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
+        return (x.float() / norm.masked_fill(norm < EPS, math.inf)).to(x.dtype)
+    if x.dtype == torch.bfloat16:
         return F.normalize(x.float(), dim=-1, eps=EPS).to(x.dtype)
     return F.normalize(x, dim=-1, eps=EPS)
 
@@ -175,6 +186,15 @@ def softplus(x: Tensor) -> Tensor:
     torch's own switches to x at 20, where in fp64 the rest still counts; beyond 40 it does not, in fp32 nor fp64.
     """
     return F.softplus(x, threshold=40)
+
+
+def pair_loss(negative: Tensor, positive: Tensor) -> Tensor:
+    """softplus(negative - positive), the loss of a row from the log-sum-exp of its negatives and its positive.
+
+    NaN where one of them is +inf, as in cross-entropy: an overflow must not pass for a loss of 0.
+    """
+    gap = torch.add(negative - positive, torch.maximum(negative.detach(), positive.detach()), alpha=0)
+    return softplus(gap)
 
 
 def contrast(x, y, scale, ids, mode, normalize, best, bank=None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -208,7 +228,7 @@ def contrast(x, y, scale, ids, mode, normalize, best, bank=None) -> tuple[Tensor
 def _each_side(negatives: Sequence[Tensor], positive: Tensor) -> Tensor:
     """softplus(negatives - positive) [sides, N]; stacked before that, the inductor of torch 2.13 computes gradients
     that are wrong (where the scale is a tensor)."""
-    return torch.stack([softplus(side - positive) for side in negatives])
+    return torch.stack([pair_loss(side, positive) for side in negatives])
 
 
 def _few_pairs(x, y, scale, mode, best):

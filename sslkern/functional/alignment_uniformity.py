@@ -7,7 +7,7 @@ from torch import Tensor
 from ..ops import similarity_lse
 from ..ops._arguments import check_flags
 from ..ops._numbers import check_number, constant, log
-from ._common import check_alike, check_features, dots, promoted, unit, wide
+from ._common import check_alike, check_features, dots, logaddexp, promoted, unit, wide
 
 
 def alignment_uniformity(
@@ -100,10 +100,22 @@ def uniformity(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
     check_flags(normalize=normalize)
     N = z.shape[0]
     if normalize:
-        row = similarity_lse(unit(z), scale=2 * t) - 2 * t
+        z = unit(z)
+        row = _without_zeros(z, similarity_lse(z, scale=2 * t), t)
     else:
         squares = dots(z, z)
         row = similarity_lse(z, scale=2 * t, k_bias=-t * squares) - t * squares
     if N == 1:
         return row.masked_fill(row == -torch.inf, 0).sum()
     return row.logsumexp(0) - log(N * (N - 1), row)
+
+
+def _without_zeros(z: Tensor, row: Tensor, t: float) -> Tensor:
+    """log sum_j exp(-t |z_i - z_j|^2) [N] from the log-sum-exps [N] of 2t <z_i, z_j>, of rows of length 1, or 0: such a
+    row is at the distance 1 from a unit row, and at 0 from its like."""
+    zero = dots(z.detach(), z.detach()) < 0.5
+    zeros, units, t = zero.sum(), (~zero).sum(), constant(t, row, row.dtype)
+    # exp(row) counts 1 for each zero row, for a unit row e^t too little once both lengths are taken off.
+    few = zeros.to(row.dtype).log() + t + (-torch.expm1(-t)).log()
+    from_zero = (units * torch.exp(-t) + (zeros - 1)).log()
+    return torch.where(zero, from_zero, logaddexp(row, few.expand_as(row)) - 2 * t)

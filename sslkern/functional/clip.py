@@ -56,7 +56,7 @@ def clip(
     image, text = promoted(image, text)
     check_features("image", image)
     check_alike("text", text, "image", image)
-    logit_scale = scalar("logit_scale", logit_scale, image.device)
+    logit_scale = scalar("logit_scale", logit_scale, image)
     return info_nce(
         image,
         text,

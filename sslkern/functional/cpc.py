@@ -6,7 +6,17 @@ from torch import Tensor
 from ..ops import similarity_lse
 from ..ops._arguments import FLOATS, check_choice, check_dense
 from ..ops.product import product
-from ._common import check_features, check_options, describe, dots, promoted, reduce, scale_of, softplus, unit
+from ._common import (
+    check_features,
+    check_options,
+    describe,
+    dots,
+    pair_loss,
+    promoted,
+    reduce,
+    scale_of,
+    unit,
+)
 
 NEGATIVES = ("all", "sample", "time")
 
@@ -68,7 +78,7 @@ def cpc(
     context, targets = promoted(context, targets)
     _check(context, targets, predictors, negatives)
     check_options(reduction, group, strategy, normalize=normalize, stats=stats)
-    scale = scale_of(temperature, logit_scale, context.device)
+    scale = scale_of(temperature, logit_scale, context)
     (N, T, _), (K, Dz, _) = context.shape, predictors.shape
 
     every_step = predictors.to(context.dtype).flatten(0, 1)  # [K Dz, Dc]
@@ -93,7 +103,7 @@ def cpc(
     out = similarity_lse(query, key, scale, q_ids=q_ids, k_ids=k_ids, best=stats)
     row, best = (x.T if negatives == "sample" else x.view(N, -1) for x in (out if stats else (out, out)))
 
-    losses = _by_step(softplus(row - positive), counts)
+    losses = _by_step(pair_loss(row, positive), counts)
     loss = reduce(losses, reduction)
     return (loss, _by_step((best < positive.detach()).float(), counts)) if stats else loss
 

@@ -87,7 +87,7 @@ def _decoupled(z0, z1, temperature, sigma, logit_scale, ids, normalize, reductio
     N = z0.shape[0]
     check_options(reduction)
     check_weights(weights, N, z0)
-    scale = scale_of(temperature, logit_scale, z0.device)
+    scale = scale_of(temperature, logit_scale, z0)
     negative = similarity_lse(z, scale=scale, q_ids=ids)
     positive = cosine * scale
     if sigma is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops._numbers import check_number, log
-from ._common import check_options, check_weights, reduce, scale_of, softplus
+from ._common import check_options, check_weights, pair_loss, reduce, scale_of
 from ._pairs import equal_ids, two_views
 
 
@@ -100,7 +100,7 @@ def _debiased(z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, 
     tau_plus = check_number("tau_plus", tau_plus, 0, 1)
     check_options(reduction)
     check_weights(weights, N, z0)
-    scale = scale_of(temperature, logit_scale, z0.device)
+    scale = scale_of(temperature, logit_scale, z0)
     positive = cosine * scale
     log_count = (2 * N - equal_ids(ids, ids)[1]).to(cosine.dtype).log()  # of M; -inf for a row without negatives
     if beta is None:
@@ -115,5 +115,5 @@ def _debiased(z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, 
     rest = negative + torch.log(-torch.expm1(gap.where(more, -1))) - log(1 - tau_plus, cosine)
     floor = log_count - (scale.abs() if isinstance(scale, Tensor) else abs(scale))
     estimate = torch.maximum(rest.masked_fill(~more, -torch.inf), floor)
-    loss = reduce(softplus(estimate - positive).view(2, N), reduction, weights)
+    loss = reduce(pair_loss(estimate, positive).view(2, N), reduction, weights)
     return loss.view(-1) if reduction == "none" else loss

@@ -5,7 +5,18 @@ from torch import Tensor
 
 from ..ops import logsumexp, similarity_lse, similarity_softplus
 from ..ops._arguments import check_choice, check_flags
-from ._common import check_alike, check_features, check_ids, describe, dots, promoted, scale_of, softplus, unit
+from ._common import (
+    check_alike,
+    check_features,
+    check_ids,
+    describe,
+    dots,
+    pair_loss,
+    promoted,
+    scale_of,
+    softplus,
+    unit,
+)
 
 
 def deep_infomax(
@@ -62,16 +73,16 @@ def deep_infomax(
     check_flags(normalize=normalize)
     N, D = features.shape
     check_alike("local_features", local_features, "features", features, "[N, L, D] or [N, D]")
-    if local_features.ndim not in (2, 3) or local_features.shape[0] != N or local_features.numel() == 0:
+    if local_features.ndim not in (2, 3) or local_features.shape[0] != N or 0 in local_features.shape[:-1]:
         wanted = f"[{N}, L, {D}] with L > 0 or [{N}, {D}]"
         raise ValueError(f"local_features must be a tensor {wanted}, not {describe(local_features)}")
-    scale = scale_of(temperature, logit_scale, features.device)
+    scale = scale_of(temperature, logit_scale, features)
     if ids is not None:
         check_ids("ids", ids, (N,), features)
 
     if normalize:
         features, local_features = unit(features), unit(local_features)
-    local_features = local_features.reshape(N, -1, D)
+    local_features = local_features.unsqueeze(1) if local_features.ndim == 2 else local_features
     L = local_features.shape[1]
     own = dots(local_features, features.unsqueeze(1)) * scale  # [N, L], the scores P
     images = torch.arange(N, device=features.device) if ids is None else ids
@@ -79,7 +90,7 @@ def deep_infomax(
     locations = local_features.reshape(N * L, D)
     if estimator == "infonce":
         row = similarity_lse(features, locations, scale, **q)
-        return softplus(row.unsqueeze(1) - own).mean()
+        return pair_loss(row.unsqueeze(1), own).mean()
     count = (_different_pairs(images) * L).to(own.dtype)
     if estimator == "jsd":
         return softplus(-own).mean() + similarity_softplus(features, locations, scale, **q) / count.clamp_min(1)

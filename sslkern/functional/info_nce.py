@@ -18,10 +18,10 @@ from ._common import (
     describe,
     dots,
     logaddexp,
+    pair_loss,
     promoted,
     reduce,
     scale_of,
-    softplus,
     unit,
     wide,
 )
@@ -92,7 +92,7 @@ def info_nce(
     check_features("query", query)
     check_alike("key", key, "query", query)
     check_options(reduction, group, strategy, two_way=two_way, normalize=normalize, stats=stats)
-    scale = scale_of(temperature, logit_scale, query.device)
+    scale = scale_of(temperature, logit_scale, query)
     N = query.shape[0]
     if negatives is not None:
         _check_negatives(negatives, query, two_way)
@@ -139,7 +139,7 @@ def info_nce(
         out = similarity_lse(query, key, scale, q_ids=row_ids, k_ids=row_ids, best=stats)
         others, other_best = out if stats else (out, None)
         row, best = logaddexp(row, others), torch.maximum(best, other_best) if stats else None
-    losses = softplus(row - positive)
+    losses = pair_loss(row, positive)
     if label_smoothing:
         total, count = _sum_over_negatives(query, negatives, ids, negative_ids)
         if in_batch:

@@ -88,7 +88,7 @@ def mil_nce(
     P = positives.shape[1]
     check_options(reduction, two_way=two_way, normalize=normalize)
     check_weights(weights, N, anchor)
-    scale = scale_of(temperature, logit_scale, anchor.device)
+    scale = scale_of(temperature, logit_scale, anchor)
     if valid is not None:
         _check_valid(valid, positives)
     if ids is None:

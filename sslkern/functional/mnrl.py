@@ -24,10 +24,10 @@ from ._common import (
     describe,
     dots,
     logaddexp,
+    pair_loss,
     promoted,
     reduce,
     scale_of,
-    softplus,
     unit,
     wide,
 )
@@ -124,7 +124,7 @@ def mnrl(
     check_features("anchor", anchor)
     check_alike("positive", positive, "anchor", anchor)
     check_options(reduction, group, strategy, normalize=normalize, stats=stats)
-    scale = scale_of(temperature, logit_scale, anchor.device)
+    scale = scale_of(temperature, logit_scale, anchor)
     check_directions(directions, partition)
     N, D = anchor.shape
     if negatives is not None:
@@ -194,7 +194,7 @@ def mnrl(
     negative = torch.stack([fold(logaddexp, [row for row, _ in terms]) for terms in found.values()])
     if partition == "joint" and two_way:  # the second positive, in rows with any negative
         negative = torch.where(negative == -math.inf, negative, logaddexp(negative, toward.expand_as(negative)))
-    loss = reduce(softplus(negative - toward).mean(0), reduction)
+    loss = reduce(pair_loss(negative, toward).mean(0), reduction)
     if not stats:
         return loss
     best = torch.stack([fold(torch.maximum, [top for _, top in terms]) for terms in found.values()])

@@ -70,7 +70,7 @@ def moco(
     check_options(reduction, normalize=normalize, stats=stats)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     check_weights(weights, query.shape[0], query)
-    scale, key, queue = scale_of(temperature, logit_scale, query.device), key.detach(), queue.detach()
+    scale, key, queue = scale_of(temperature, logit_scale, query), key.detach(), queue.detach()
     losses, positive, best = over_bank(query, key, queue, scale, normalize, stats, label_smoothing)
     loss = reduce(losses, reduction, weights)
     return (loss, beaten(best, positive)) if stats else loss
@@ -123,7 +123,7 @@ def moco_v3(
         check_alike(name, x, "query0", query0)
     check_options(reduction, times_2t=times_2t, normalize=normalize)
     check_weights(weights, query0.shape[0], query0)
-    scale = scale_of(temperature, logit_scale, query0.device)
+    scale = scale_of(temperature, logit_scale, query0)
     options = dict(logit_scale=scale, ids=ids, normalize=normalize, label_smoothing=label_smoothing, reduction="none")
     losses = info_nce(query0, key1.detach(), **options) + info_nce(query1, key0.detach(), **options)
     return reduce(losses * (2 / scale) if times_2t else losses, reduction, weights)

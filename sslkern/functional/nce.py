@@ -24,6 +24,7 @@ from ._common import (
     check_options,
     check_weights,
     describe,
+    pair_loss,
     promoted,
     reduce,
     scalar,
@@ -94,7 +95,7 @@ def nce(
         query,
         bank,
         index,
-        scale_of(temperature, logit_scale, _device(query)),
+        scale_of(temperature, logit_scale, query),
         form=form,
         log_z=log_z,
         weights=weights,
@@ -120,7 +121,7 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
         raise ValueError("log_z belongs to the form 'nce'; leave it out for 'softmax'")
     check_options(reduction, normalize=normalize, stats=stats)
     check_weights(weights, query.shape[0], query)
-    log_z = None if log_z is None else scalar("log_z", log_z, query.device)
+    log_z = None if log_z is None else scalar("log_z", log_z, query)
 
     query = unit(query) if normalize else query
     frozen = not bank.requires_grad and not transformed()
@@ -137,7 +138,7 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
             logits = logits - (log_z + (log(K / M, logits) if K else -math.inf))
             losses = softplus(-logits[:, 0]) + softplus(logits[:, 1:]).sum(1)
         else:
-            losses = softplus(logits[:, 1:].logsumexp(1) - logits[:, 0])
+            losses = pair_loss(logits[:, 1:].logsumexp(1), logits[:, 0])
     learned_scale = isinstance(scale, Tensor) and scale.requires_grad
     if frozen and torch.is_grad_enabled() and (query.requires_grad or learned_scale):
         with torch.no_grad():
@@ -273,7 +274,3 @@ def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, norma
     ]
     used = torch.stack([part[2] for part in parts]) if form == "nce" else None
     return torch.stack([part[0] for part in parts]).sum(0), used
-
-
-def _device(x):
-    return x.device if isinstance(x, Tensor) else None

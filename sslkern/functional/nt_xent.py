@@ -18,10 +18,10 @@ from ._common import (
     check_weights,
     contrast,
     describe,
+    pair_loss,
     promoted,
     reduce,
     scale_of,
-    softplus,
     unit,
     wide,
 )
@@ -84,7 +84,7 @@ def nt_xent(
     check_options(reduction, group, strategy, normalize=normalize, stats=stats)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     check_weights(weights, z0.shape[0], z0)
-    scale = scale_of(temperature, logit_scale, z0.device)
+    scale = scale_of(temperature, logit_scale, z0)
     if ids is not None:
         check_ids("ids", ids, z0.shape[:1], z0)
     losses, positive, best = contrast(z0, z1, scale, ids, "views", normalize, stats)
@@ -138,7 +138,7 @@ def nt_xent_multi_view(
     check_choice("positives", positives, *POSITIVES)
     check_options(reduction, normalize=normalize)
     check_weights(weights, N, z)
-    scale = scale_of(temperature, logit_scale, z.device)
+    scale = scale_of(temperature, logit_scale, z)
     if ids is None:
         ids = torch.arange(N, device=z.device)
     else:
@@ -152,10 +152,10 @@ def nt_xent_multi_view(
     others = (view.unsqueeze(1) + view[1:]) % V
     positive = within.gather(2, others.unsqueeze(1).expand(V, N, V - 1))
     if positives == "separate":
-        losses = softplus(negative - positive).mean(2)
+        losses = pair_loss(negative, positive).mean(2)
     else:  # softplus(negatives - positives), exact when tiny, and how much the positives differ: for one exactly 0
         together = positive.logsumexp(2)
-        losses = softplus(negative.squeeze(2) - together) + (together - positive.mean(2))
+        losses = pair_loss(negative.squeeze(2), together) + (together - positive.mean(2))
     return reduce(losses, reduction, weights)
 
 

@@ -55,7 +55,7 @@ def siglip(
     check_features("image", image)
     check_alike("text", text, "image", image)
     check_options(reduction, normalize=normalize)
-    scale, bias = scalar("logit_scale", logit_scale, image.device), scalar("logit_bias", logit_bias, image.device)
+    scale, bias = scalar("logit_scale", logit_scale, image), scalar("logit_bias", logit_bias, image)
     N = image.shape[0]
     if ids is None:
         ids = row_numbers(N, 1, image.device)

@@ -101,7 +101,7 @@ def sup_con(
     _check_labels(labels, N, z, form)
     check_options(reduction, normalize=normalize)
     check_weights(weights, N, z)
-    scale = scale_of(temperature, logit_scale, z.device)
+    scale = scale_of(temperature, logit_scale, z)
     if labels.ndim == 2:
         return reduce(_several_labels(unit(z) if normalize else z, labels, scale), reduction, weights)
 

@@ -95,7 +95,7 @@ def _backward(ctx, g, _):
     need_q, need_k, _, need_scale, *_ = ctx.needs_input_grad
     keys = q if k is None else k
     # All groups as one problem: keys are numbered through.
-    rows, columns = (x.reshape(-1, x.shape[-1]).to(_accumulator(q)) for x in (q, keys))
+    rows, columns = (x.flatten(0, -2).to(_accumulator(q)) for x in (q, keys))
     first = torch.arange(0, columns.shape[0], keys.shape[-2], device=q.device) if keys.shape[-2] else index.new_zeros(1)
     left_out = index < 0
     index = (index + first.view(-1, 1, 1) if q.ndim == 3 else index).masked_fill(left_out, -1).view(-1, index.shape[-1])
@@ -113,7 +113,7 @@ def _backward(ctx, g, _):
 
 def _sum_by_row(g, index, left_out, keys):
     """sum_t g_it keys[index_it] [N, D]."""
-    if index.shape[0] == 0 or keys.shape[0] == 0:
+    if index.shape[0] == 0 or keys.numel() == 0:
         return keys.new_zeros(index.shape[0], keys.shape[1])
     # What is left out, weight 0, points at the first key of its row, lest another row's NaN comes in.
     index = torch.where(left_out, index[:, :1].clamp(min=0), index)
@@ -123,7 +123,7 @@ def _sum_by_row(g, index, left_out, keys):
 def _sum_by_key(g, index, left_out, rows, keys):
     """sum_it g_it rows_i over the i, t with index_it = j [M, D]."""
     M, n = keys.shape[0], index.shape[1]
-    if rows.shape[0] == 0 or M == 0:
+    if rows.numel() == 0 or M == 0:
         return torch.zeros_like(keys)
     key, order = index.masked_fill(left_out, M).view(-1).sort(stable=True)
     starts = torch.searchsorted(key, torch.arange(M + 1, device=key.device))  # the last bag is what is left out

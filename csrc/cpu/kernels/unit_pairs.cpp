@@ -10,7 +10,11 @@ namespace sslkern {
 namespace SSLKERN_ISA {
 namespace {
 
-constexpr float EPS = 1e-12f;  // rows shorter than this are divided by it
+// What rows shorter than EPS are divided by. In fp16, where those are rows of zeros, the gradient is then 0: divided by
+// EPS it would be infinite.
+constexpr float EPS = 1e-12f;
+template <class T>
+constexpr float SHORTEST = std::is_same_v<T, fp16> ? INFINITY : EPS;
 
 template <class T>
 void normalize(const T* from, int64_t d, T* to, float* norm) {
@@ -19,7 +23,7 @@ void normalize(const T* from, int64_t d, T* to, float* norm) {
     return;
   }
   const float length = sqrtf(dot(from, from, d));
-  *norm = length < EPS ? EPS : length;
+  *norm = length < EPS ? SHORTEST<T> : length;
   for (int64_t c = 0; c < d; ++c) to[c] = from_float<T>(to_float(from[c]) / *norm);
 }
 

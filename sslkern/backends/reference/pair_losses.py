@@ -11,7 +11,10 @@ def pair_losses_fwd(
     of S sides: row [S N], or two-way row [N] and col [N]."""
     positive = cosine * (scale if scale_tensor is None else scale_tensor)
     # Equal ids leave the positive out of its row: the difference has no cancellation when the loss is tiny.
-    gap = (row.view(-1, len(cosine)) if col is None else torch.stack((row, col))) - positive
+    negatives = row.view(-1, len(cosine)) if col is None else torch.stack((row, col))
+    gap = negatives - positive
+    # NaN where one of them is +inf, as in cross-entropy.
+    gap.add_(torch.maximum(negatives, positive), alpha=0)
     return torch.nn.functional.softplus(gap, threshold=40), positive, gap
 
 

@@ -33,7 +33,7 @@ def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> 
 def sum_by_key(q: Tensor, bank: Tensor, index: Tensor, g: Tensor) -> Tensor:
     """sum_it g_it q_i over the i, t with index_it = j [G, M, D]; the terms of a sum in the order of i and t."""
     rows, keys, flat = _one_group(q, bank, index)
-    if flat.numel() == 0 or keys.shape[0] == 0:
+    if flat.numel() == 0 or keys.numel() == 0:
         return torch.zeros_like(keys).view(bank.shape)
     key, order = flat.reshape(-1).sort(stable=True)
     starts = torch.searchsorted(key, torch.arange(keys.shape[0], device=key.device))
@@ -47,7 +47,7 @@ def _one_group(q, bank, index):
     wide = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
     if q.ndim == 3:
         index = index + bank.shape[1] * torch.arange(q.shape[0], device=q.device).view(-1, 1, 1)
-    return q.reshape(-1, q.shape[-1]).to(wide), bank.reshape(-1, q.shape[-1]).to(wide), index.flatten(0, -2)
+    return q.flatten(0, -2).to(wide), bank.flatten(0, -2).to(wide), index.flatten(0, -2)
 
 
 def _parts(index, keys):

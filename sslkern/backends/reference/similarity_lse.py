@@ -21,15 +21,21 @@ def _blocks(q, k, scale, q_ids, k_ids, same, k_bias, q_limit) -> Iterator[tuple[
     """
     itself, k = k is None, q if k is None else k
     (G, N, _), M = q.shape, k.shape[1]
+    if 0 in (G, N, M):
+        return
     many, few = (max(1, BLOCK // (N * M)), N) if N * M <= BLOCK else (1, max(1, BLOCK // M))
     buffer = q.new_empty(min(many, G) * few * M)
     k_ids = q_ids if itself else k_ids
     equal = _EqualPairs.find(q_ids, k_ids) if q_ids is not None and not same else None
     for groups in (slice(i, min(i + many, G)) for i in range(0, G, many)):
         for rows in (slice(i, min(i + few, N)) for i in range(0, N, few)):
-            a = q[groups, rows] * scale
+            a = q[groups, rows]
             s = buffer[: a.shape[0] * a.shape[1] * M].view(a.shape[0], a.shape[1], M)
-            torch.bmm(a, k[groups].transpose(1, 2), out=s)
+            # The products are scaled, not the features, which may overflow where these do not.
+            if isinstance(scale, Tensor):
+                torch.bmm(a, k[groups].transpose(1, 2), out=s).mul_(scale)
+            else:
+                torch.baddbmm(s, a, k[groups].transpose(1, 2), beta=0, alpha=scale, out=s)
             if k_bias is not None:
                 bias = k_bias[groups, None]
                 s.add_(bias).masked_fill_(bias == -math.inf, -math.inf)
@@ -101,7 +107,7 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
     G, N, M = q.shape[0], q.shape[1], (q if k is None else k).shape[1]
     row, row_top = q.new_full((G, N), -math.inf), q.new_full((G, N), -math.inf)
     col_top, col_sum = q.new_full((G, M), -math.inf), q.new_zeros(G, M)
-    for groups, rows, s in _blocks(*problem) if q.numel() and M else ():
+    for groups, rows, s in _blocks(*problem):
         top = s.amax(2)
         row_top[groups, rows] = top
         if columns:  # merged online: what is summed so far moves to the new maximum
@@ -123,7 +129,7 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
     q, k = problem[:2]
     row, top = q.new_full(q.shape[:2], -math.inf), q.new_full(q.shape[:2], -math.inf)
     mean = torch.zeros_like(q)
-    for groups, rows, s in _blocks(*problem) if q.numel() and k.shape[1] else ():
+    for groups, rows, s in _blocks(*problem):
         top[groups, rows] = s.amax(2)
         shift = _shift(top[groups, rows])
         total = s.sub_(shift[..., None]).exp_().sum(2)
@@ -154,7 +160,7 @@ def similarity_lse_bwd(
     dk = (dq if not symmetric else None) if k is None else torch.zeros_like(k) if need_k else None
     dbias = keys.new_zeros(keys.shape[:2]) if need_bias else None
     spare = None
-    for groups, rows, s in _blocks(*problem) if q.numel() and keys.shape[1] else ():
+    for groups, rows, s in _blocks(*problem):
         if h is not None:
             spare = torch.empty_like(s) if spare is None or spare.shape != s.shape else spare
             torch.sub(s, col[groups, None], out=spare).exp_().mul_(h[groups, None])

@@ -27,7 +27,7 @@ def similarity_softplus_fwd(
     dk = dq if k is None else torch.zeros_like(k) if need_k else None
     dbias = torch.zeros_like(row) if need_bias else None
     dk_bias = q.new_zeros(keys.shape[:2]) if need_k_bias else None
-    for groups, rows, s in _blocks(*problem) if q.numel() and keys.shape[1] else ():
+    for groups, rows, s in _blocks(*problem):
         if sign < 0:  # what is left out stays at -inf
             s.neg_().masked_fill_(s == math.inf, -math.inf)
         if bias is not None:

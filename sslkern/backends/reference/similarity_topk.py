@@ -15,7 +15,7 @@ def similarity_topk_fwd(q, k, n, scale_tensor, scale, q_ids, k_ids, same, q_limi
     M = (q if k is None else k).shape[1]
     values = q.new_full((*q.shape[:2], n), -math.inf)
     indices = torch.full_like(values, -1, dtype=torch.int64)
-    for groups, rows, s in _blocks(*problem) if q.numel() and M else ():
+    for groups, rows, s in _blocks(*problem):
         s.masked_fill_(s.isnan(), -math.inf)
         best = _topk(s, min(n, M))
         value = s.gather(2, best)

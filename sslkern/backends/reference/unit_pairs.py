@@ -12,7 +12,9 @@ def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tenso
     N, norm, z = x.shape[0], None, torch.cat((x, y))
     if normalize:
         wide = _wide(z)
-        norm = torch.linalg.vector_norm(wide, dim=1).clamp_min_(EPS)
+        norm = torch.linalg.vector_norm(wide, dim=1)
+        # A row of zeros gets a gradient divided by EPS, which in fp16 would be infinite and is 0.
+        norm.masked_fill_(norm < EPS, torch.inf if z.dtype == torch.float16 else EPS)
         z = (wide / norm.unsqueeze(1)).to(z.dtype)
     return z, norm, _dots(z[:N], z[N:])
 

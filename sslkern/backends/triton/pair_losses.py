@@ -21,7 +21,8 @@ def _forward(first, second, cosine, scale_tensor, scale, losses, positive, gap, 
     for side in tl.static_range(1 if second is None else 2):
         negatives = first if side == 0 else second
         # Equal ids leave the positive out of its row: the difference has no cancellation when the loss is tiny.
-        t = tl.load(negatives + i, mask=inside) - p
+        n = tl.load(negatives + i, mask=inside)
+        t = tl.where(tl.maximum(n, p) == INF, float("nan"), n - p)  # NaN where one of them is +inf, as in cross-entropy
         value, _ = softplus_and_sigmoid(t)
         tl.store(gap + side * N + i, t, mask=inside)
         tl.store(losses + side * N + i, value, mask=inside)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import hardware
 from .rows import aligned, length, load, store, tile
+from .tiles import INF
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -24,6 +25,8 @@ def _forward(x, y, z, norm, cosine, N, D: tl.constexpr, R: tl.constexpr, BD: tl.
             a_squares += tl.sum(a * a, 1)
             b_squares += tl.sum(b * b, 1)
         a_norm, b_norm = length(a_squares), length(b_squares)
+        if z.dtype.element_ty == tl.float16:  # rows of zeros: divided by EPS, their gradients would be infinite
+            a_norm, b_norm = tl.where(a_squares == 0, INF, a_norm), tl.where(b_squares == 0, INF, b_norm)
     dots = tl.zeros((R,), tl.float32)
     for d0 in range(0, D, BD):
         a, b = load(x, i, d0, inside, D, BD), load(y, i, d0, inside, D, BD)
