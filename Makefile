@@ -60,8 +60,8 @@ demo: setup  ## train SimCLR on MNIST-5k, print the accuracies and where the rep
 # As many processes as cores, up to eight, of one thread each.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test: setup  ## the tests, without the slow ones
-	$(PYTEST)
+test: setup  ## the tests, without the slow and the long ones
+	$(PYTEST) $(if $(MARKED),-m '$(MARKED)')
 
 test-all: setup  ## all tests
 	$(PYTEST) -m ''

@@ -40,13 +40,19 @@ if EVERY == ["triton"]:
 
 
 def pytest_generate_tests(metafunc):
-    """`backend`: each backend in turn; in the test of a primitive those that have it."""
+    """`backend`: each backend in turn; in the test of a primitive those that have it.
+
+    What is traced does not depend on the instruction set: all but the best are slow tests there.
+    """
     if "backend" not in metafunc.fixturenames:
         return
     primitive = metafunc.module.__name__.rpartition("test_")[2]
     known = primitive in BACKENDS["reference"].PRIMITIVES
     needed = primitive if known else "similarity_lse"
     names = [name for name in EVERY if needed in BACKENDS[name.partition("-")[0]].PRIMITIVES]
+    if any(word in metafunc.function.__name__ for word in ("compile", "opcheck")):
+        slow = [f"cpu-{isa}" for isa in _ISAS if isa != _native.isa()]
+        names = [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
     metafunc.parametrize("backend", names, indirect=True)
 
 

@@ -65,6 +65,7 @@ def test_autocast_changes_nothing_in_compiled_code(loss):
         assert torch.allclose(ours, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [LOSSES[name] for name in ("nt_xent", "info_nce, two way", "mnrl")])
 def test_what_the_compiler_fuses_stays_right(loss):
     torch.compiler.reset()

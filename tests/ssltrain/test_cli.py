@@ -1,5 +1,6 @@
 """The command line from end to end, and what it says about mistakes: one sentence, exit code 2, no traceback."""
 
+import functools
 import json
 import os
 import signal
@@ -76,7 +77,10 @@ def moco_run(tmp_path_factory):
     return out
 
 
-def test_evaluate_says_what_the_run_said(capsys, tmp_path, moco_run):
+def test_evaluate_says_what_the_run_said(capsys, tmp_path, monkeypatch, moco_run):
+    from ssltrain import evaluate
+
+    monkeypatch.setattr(evaluate, "fine_tune", functools.partial(evaluate.fine_tune, steps=40))
     path = tmp_path / "figures.json"
     code, text, _ = ssltrain(capsys, "evaluate", moco_run, "--labels", "0.05", "--json", path)
     figures, result = json.loads(path.read_text()), json.loads((moco_run / "result.json").read_text())
@@ -295,7 +299,7 @@ def test_yaml_gives_options_and_flags_count_before_it(capsys, tmp_path):
         assert code == 2 and expected in error and error.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments_and_resumed_it_ends_at_the_same_bits(tmp_path):
     import random

@@ -112,7 +112,7 @@ def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(images, tmp_pa
 @per_method
 def test_every_contrastive_loss_goes_through_the_engine(images, tmp_path, options):
     with torch.profiler.profile() as profile:
-        _, state = run(images, tmp_path, options)
+        _, state = run(images, tmp_path, dataclasses.replace(options, epochs=1))
     calls = {event.key: event.count for event in profile.key_averages()}
     engine = {name: count for name, count in calls.items() if name.startswith(("sslkern::sim", "_PairContrast"))}
     assert max(engine.values()) >= state.step, engine
