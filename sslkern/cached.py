@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from .functional._common import describe
+from .ops._arguments import check_dense
 from .ops._library import transformed
 from .ops._numbers import check_size
 
@@ -164,6 +165,8 @@ class _Cache:
         if len(sizes) != 1 or 0 in sizes:
             shapes = [list(t.shape) for t in self.inputs]
             raise ValueError(f"inputs must hold tensors [N, ...] with one and the same N > 0, not {shapes}")
+        for t in self.inputs:
+            check_dense("inputs", t)
         (N,) = sizes
         self.chunks = [slice(i, min(i + chunk_size, N)) for i in range(0, N, chunk_size)]
         tensors = (*self.inputs, *self.parameters.values())
@@ -207,7 +210,10 @@ class _Cache:
             if self._versions() != self.versions:
                 raise RuntimeError("encoder must not change its parameters in place while it embeds; do that before")
         torch.clear_autocast_cache()  # older torch keeps casts of weights made here, which have no graph
-        return tuple(torch.cat(of_chunks) for of_chunks in zip(*parts, strict=True))
+        with ExitStack() as stack:  # autocast on the CPU joins neither fp64 nor the other 16 bits
+            for options in self.autocast:
+                stack.enter_context(torch.autocast(options["device_type"], enabled=False))
+            return tuple(torch.cat(of_chunks) for of_chunks in zip(*parts, strict=True))
 
     def replay(self, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
         """The gradients of inputs and parameters, where needed, given those of the features.

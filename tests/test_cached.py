@@ -172,6 +172,25 @@ def test_autocast_and_gradient_scaler(inside):
         assert (a - b).norm() <= 0.02 * b.norm()
 
 
+class Scaled(nn.Module):
+    """What autocast leaves in the type it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2, 6, dtype=torch.float16))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_features_of_another_type_than_autocast_takes():
+    model, x = Scaled(), torch.randn(2, 10, 6).half()
+    want = torch.autograd.grad(NTXentLoss()(model(x[0]), model(x[1])), model.weight)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        CachedLoss(model, NTXentLoss(), 4)(*x).backward()
+    assert (model.weight.grad - want).norm() < 0.01 * want.norm()
+
+
 def test_with_a_queue_and_two_backwards():
     model, x, queue = encoder(0), torch.randn(2, 10, 6).double(), torch.randn(30, 5).double()
     loss = CachedLoss(model, lambda a, b: sslkern.functional.info_nce(a, b, queue, in_batch=True), 3)(*x)
@@ -484,6 +503,8 @@ def test_misuse_is_named():
     for bad in (x[:0], {"a": x, "b": x[:3]}, "text", torch.tensor(1.0)):
         with pytest.raises(ValueError, match="inputs must hold"):
             CachedLoss(model, NTXentLoss(), 4)(bad, x)
+    with pytest.raises(TypeError, match="inputs must be a dense"):
+        CachedLoss(model, NTXentLoss(), 4)(x, x.to_sparse())
     with pytest.raises(ValueError, match=r"encoder must return tensors \[4, ...\]"):
         CachedLoss(nn.Flatten(0), NTXentLoss(), 4)(x, x)
     with pytest.raises(RuntimeError, match="encoder must not change its parameters"):
