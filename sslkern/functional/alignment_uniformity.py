@@ -114,8 +114,8 @@ def _without_zeros(z: Tensor, row: Tensor, t: float) -> Tensor:
     """log sum_j exp(-t |z_i - z_j|^2) [N] from the log-sum-exps [N] of 2t <z_i, z_j>, of rows of length 1, or 0: such a
     row is at the distance 1 from a unit row, and at 0 from its like."""
     zero = dots(z.detach(), z.detach()) < 0.5
-    zeros, units, t = zero.sum(), (~zero).sum(), constant(t, row, row.dtype)
+    zeros, units, t = zero.sum().to(row.dtype), (~zero).sum().to(row.dtype), constant(t, row, row.dtype)
     # exp(row) counts 1 for each zero row, for a unit row e^t too little once both lengths are taken off.
-    few = zeros.to(row.dtype).log() + t + (-torch.expm1(-t)).log()
-    from_zero = (units * torch.exp(-t) + (zeros - 1)).log()
+    few = zeros.log() + t + (-torch.expm1(-t)).log()
+    from_zero = torch.logaddexp(units.log() - t, (zeros - 1).clamp_min(0).log())
     return torch.where(zero, from_zero, logaddexp(row, few.expand_as(row)) - 2 * t)

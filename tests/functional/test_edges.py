@@ -50,7 +50,8 @@ def test_no_features_by_hand(backend):
 
 
 def test_uniformity_knows_rows_of_zeros(backend):
-    for rows, t in (([1, 0], 2.0), ([1, 0, 0], 2.0), ([0, 0], 3.0), ([1, 1, 0, 1], 0.5), ([1, 1, 1], 2.0), ([1, 0, 1], 200.0), ([0], 2.0)):
+    cases = ([1, 0], 2.0), ([1, 0, 0], 2.0), ([0, 0], 3.0), ([1, 1, 0, 1], 0.5), ([1, 0, 1], 200.0), ([0], 2.0)
+    for rows, t in cases:
         z = torch.randn(len(rows), 3) * torch.tensor(rows).unsqueeze(1)
         z = z.requires_grad_()
         u = F.normalize(z.detach(), dim=1).double().requires_grad_()
