@@ -267,3 +267,16 @@ def test_a_trace_that_fails_leaves_nothing_behind():
         with pytest.raises(LookupError):
             make_fx(fails, tracing_mode=mode)(a, b)
         assert torch.allclose(info_nce(a, b).double(), want)
+
+
+@pytest.mark.parametrize("name", PUSHES)
+def test_writing_with_a_sign_bit(kernels, name):
+    """Rows that come with one are pushed as what they stand for; a memory with one is refused, not written wrongly."""
+    want, got = PUSHES[name](), PUSHES[name]()
+    got.args[-1] = negated(got.args[-1])
+    assert got.args[-1].is_neg()
+    want(), got()
+    assert torch.equal(got.args[0], want.args[0])
+    got.args[0] = negated(got.args[0])
+    with pytest.raises(ValueError, match="sign bit"):
+        got()

@@ -28,6 +28,8 @@ def check_written(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} gets no gradient; make it a buffer or pass {name}.detach()")
     if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(f"{name} must not be expanded, as it is written to; pass {name}.clone()")
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(f"{name} must not be a view with a sign bit, as it is written to; pass {name}.resolve_neg()")
 
 
 def check_flags(**flags: bool) -> None:
