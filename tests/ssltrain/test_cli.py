@@ -25,7 +25,15 @@ def ssltrain(capsys, *arguments) -> tuple[int, str, str]:
     return exit.value.code or 0, *capsys.readouterr()
 
 
-def test_a_run_leaves_accuracies_json_and_report_and_is_not_lost_unasked(capsys, tmp_path):
+@pytest.fixture
+def no_picture(monkeypatch):
+    """For runs that are about something else: it takes longer than the training."""
+    from ssltrain import report
+
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+
+
+def test_a_run_leaves_accuracies_json_and_report_and_is_not_lost_unasked(capsys, tmp_path, request):
     out, figures = tmp_path / "run", tmp_path / "new" / "figures.json"
     code, text, _ = ssltrain(capsys, *SHORT, "--out", out, "--json", figures)
     assert code == 0 and "linear probe" in text and str(out / "report.png") in text
@@ -36,6 +44,7 @@ def test_a_run_leaves_accuracies_json_and_report_and_is_not_lost_unasked(capsys,
     assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert "epochs: 2" in (out / "config.yaml").read_text() and any((out / "tensorboard").iterdir())
 
+    request.getfixturevalue("no_picture")
     code, _, error = ssltrain(capsys, *SHORT, "--out", out, "--seed", 1)
     assert code == 2 and "holds a run with other options" in error
     code, text, _ = ssltrain(capsys, *SHORT, "--out", out)
@@ -48,7 +57,7 @@ def test_a_run_leaves_accuracies_json_and_report_and_is_not_lost_unasked(capsys,
     assert code == 0 and json.loads((out / "result.json").read_text())["linear"] == result["linear"]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, monkeypatch, no_picture):
     from ssltrain import report
 
     def interrupt(self, state, progress):
@@ -71,7 +80,8 @@ def moco_run(tmp_path_factory):
     """A finished run of MoCo and its folder."""
     out = tmp_path_factory.mktemp("moco") / "run"
     options = ["--epochs", "3", "--queue", "512", "--threads", "1", "--precision", "fp32", "--limit", "600"]
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as exit, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssltrain.report.draw", lambda *_: None)
         cli.main(["moco", "--data", "digits", *options, "--out", str(out)])
     assert not exit.value.code
     return out
@@ -206,7 +216,7 @@ def test_a_picture_that_fails_costs_no_figures(capsys, tmp_path, monkeypatch):
     assert 0 <= json.loads(figures.read_text())["linear"] <= 1 and not (out / "report.png").exists()
 
 
-def test_16_bit_images_are_read_with_the_range_of_the_run(capsys, tmp_path):
+def test_16_bit_images_are_read_with_the_range_of_the_run(capsys, tmp_path, no_picture):
     import numpy as np
     from PIL import Image
 
@@ -223,11 +233,10 @@ def test_16_bit_images_are_read_with_the_range_of_the_run(capsys, tmp_path):
     )
 
 
-def test_a_run_goes_on_on_another_device_with_moved_data_and_other_threads(capsys, tmp_path, monkeypatch):
+def test_a_run_goes_on_on_another_device_with_moved_data_and_other_threads(capsys, tmp_path, monkeypatch, no_picture):
     import torch
     from ssltrain import loop, report
 
-    monkeypatch.setattr(report, "draw", lambda *_: None)  # which takes longer than all the rest
     draw_images(tmp_path / "set", [str(i) for i in range(24)])
     start = ["simclr", "--data", tmp_path / "set", *TINY, "--out"]
     assert ssltrain(capsys, *start, tmp_path / "whole")[0] == 0
@@ -279,7 +288,7 @@ def test_a_run_goes_on_on_another_device_with_moved_data_and_other_threads(capsy
     assert ssltrain(capsys, "simclr", "--resume", "--out", run)[2] == ""  # of the moved data, unasked
 
 
-def test_yaml_gives_options_and_flags_count_before_it(capsys, tmp_path):
+def test_yaml_gives_options_and_flags_count_before_it(capsys, tmp_path, no_picture):
     file, out = tmp_path / "options.yaml", tmp_path / "run"
     file.write_text("method: simclr\ndata: digits\nepochs: 7\nlr: 1e-3\nbatch-size: 128\nlimit: 300\nthreads: 1\n")
     code, _, _ = ssltrain(capsys, "simclr", "--config", file, "--epochs", 2, "--precision", "fp32", "--out", out)
