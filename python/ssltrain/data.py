@@ -44,6 +44,7 @@ class Images:
     classes: list[str]
     notes: list[str] = field(default_factory=list)  # what a reader should know about the split, sizes, bad files
     levels: Levels = field(default_factory=Levels)  # of images of more than 8 bits
+    left: list[str] = field(default_factory=list)  # every file that is not in it, and why
 
     @property
     def channels(self) -> int:
@@ -182,22 +183,25 @@ def _hold_out(name: str, pixels: Tensor, labels: Tensor, classes: list[str]) -> 
 
 def _image_files(path: Path, image_size: int | None, levels: Levels) -> Images:
     size = None if image_size is None else (image_size, image_size)
-    names, pixels, notes = read_files(path, size, levels)
+    unread = Unread()
+    names, pixels, notes = read_files(path, size, levels, unread)
     images = _arrange(str(path), [PurePosixPath(name).parts for name in names], pixels)
     images.notes += notes
+    images.left += unread.lines()
     images.levels = levels
     return images
 
 
 def read_files(
-    path: Path, size: tuple[int, int] | None = None, levels: Levels | None = None
+    path: Path, size: tuple[int, int] | None = None, levels: Levels | None = None, unread: Unread | None = None
 ) -> tuple[list[str], Tensor, list[str]]:
     """The names of all image files, their pixels uint8 [N, C, H, W], and notes about files fitted or left out.
 
     `size` is their height and width; without it that of the first one, or 64 x 64 if that is larger than 96 pixels.
-    `levels` are the ranges of images of more than 8 bits; those not yet known are learned from these files.
+    `levels` are the ranges of images of more than 8 bits; those not yet known are learned from these files. `unread`
+    gets what is left out.
     """
-    unread, pictures = Unread(), Pictures(size, levels or Levels())
+    unread, pictures = unread or Unread(), Pictures(size, levels or Levels())
     for name, content in files.read(path, SUFFIXES, unread, f", or {' or '.join(EMBEDDED)}"):
         try:
             pictures.add(name, content)
@@ -279,6 +283,7 @@ def _arrange(source: str, names: list[tuple[str, ...]], pixels: Tensor) -> Image
     used = {*train_rows, *test_rows}
     unused = ["/".join(names[i]) for i in order if i not in used]
     if unused:
+        images.left += [f"{files.shown(name)}: outside of the train and test class folders" for name in unused]
         images.notes.append(
             f"{len(unused)} images outside of the train and test class folders are not used: {files.listed(unused)}"
         )

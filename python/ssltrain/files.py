@@ -33,7 +33,7 @@ OUTSIDE, NOTHING, LOOP, LARGE, BROKEN = (
 
 @dataclass
 class Unread:
-    """What was not read, and the folders that there are."""
+    """What was not read, all of it, and the folders that there are."""
 
     left: dict[str, list[str]] = field(default_factory=dict)  # by what is wrong with them, "that ...": names
     other: list[str] = field(default_factory=list)  # not of the kind that is asked for
@@ -50,6 +50,11 @@ class Unread:
     def example(self) -> str:
         """The first file that was left out, and why."""
         return next((shown(names[0]) + (f", {why}" if why else "") for why, names in self.left.items()), "")
+
+    def lines(self) -> list[str]:
+        """All names, each with what is wrong."""
+        lines = [f"{shown(name)}: {why or 'left out'}" for why, names in self.left.items() for name in names]
+        return lines + [f"{shown(name)}: hidden or of another kind" for name in self.other]
 
     def notes(self, kind: str) -> list[str]:
         """A sentence for each reason; `kind` is what files are wanted, "image"."""

@@ -42,6 +42,7 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
     method = methods.build(options, loaded)
     untrained = copy.deepcopy(method.encoder)
     config.write_yaml(out / "config.yaml", options)
+    _write_left(out / "left_out.txt", loaded.left)
     try:
         with report.Progress(options, out) as progress:
             state = loop.train(method, loaded.train, options, out, checkpoint, progress.update, about)
@@ -91,6 +92,15 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
         print(f"figures: {written[-1]}")
     else:
         print(f"report: {out / 'report.png'}  figures: {written[-1]}")
+
+
+def _write_left(path: Path, left: list[str]) -> None:
+    """Every file that the data set has and the run has not."""
+    if left:
+        path.write_text("".join(f"{line}\n" for line in left), encoding="utf-8")
+        print(f"all {len(left)} files that are left out: {path}")
+    else:
+        path.unlink(missing_ok=True)  # of an earlier run
 
 
 def _figures(found: evaluate.Evaluation) -> dict[str, float | None]:

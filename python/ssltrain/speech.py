@@ -75,6 +75,7 @@ class Speech:
     speakers: list[str]
     rate: int  # samples per second
     notes: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)  # every file that is not in it, and why
 
 
 def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Speech:
@@ -88,25 +89,28 @@ def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Spe
         raise UsageError(
             "--data is needed: name a folder, zip or tar of wav files called <word>_<speaker>_<index>.wav."
         )
-    names, clips, rate, notes = read_files(source)
-    labels, strange = [], []
-    for name in names:
+    unread = files.Unread()
+    names, clips, rate, notes = read_files(source, unread)
+    fits, labels, strange = [], [], []
+    for row, name in enumerate(names):
         *who, index = PurePosixPath(name).stem.rsplit("_", 2)
-        fits = len(who) == 2 and index.isascii() and index.isdigit()  # also ² is a digit, but no number
-        labels.append((*who, len(index.lstrip("0")) <= 1 and int(index) < TEST_INDICES) if fits else None)
-        strange += [] if fits else [name]
-    if len(strange) == len(names):
+        if len(who) == 2 and index.isascii() and index.isdigit():  # also ² is a digit, but no number
+            fits.append(row)
+            index = index.lstrip("0")
+            labels.append((*who, len(index) <= 1 and int(index or 0) < TEST_INDICES))
+        else:
+            strange.append(name)
+    if not fits:
         raise UsageError(
             f"--data {source}: no file is named <word>_<speaker>_<index>.wav, for example {files.shown(names[0])}; "
             "rename them."
         )
-    named = torch.tensor([label is not None for label in labels])
-    clips, labels = clips[named], [label for label in labels if label is not None]
+    clips, names = clips[torch.tensor(fits)], [names[row] for row in fits]
 
     sides = [sorted({label[i] for label in labels}) for i in (0, 1)]
     is_test = torch.tensor([label[2] for label in labels])
     is_train = ~is_test & (clips.length >= shortest)
-    short = int((~is_test & ~is_train).sum())
+    short = [names[row] for row in (~is_test & ~is_train).nonzero().flatten().tolist()]
     for what, rows in (("training", is_train), ("test", is_test)):
         if not rows.any():
             why = f" of at least {shortest} samples" if what == "training" and short else ""
@@ -126,6 +130,7 @@ def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Spe
         *sides,
         rate,
         notes,
+        unread.lines() + [f"{files.shown(name)}: not named <word>_<speaker>_<index>.wav" for name in strange],
     )
     if limit is not None and limit < len(speech.train):
         keep = torch.randperm(len(speech.train), generator=torch.Generator().manual_seed(0))[:limit]
@@ -133,7 +138,11 @@ def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Spe
         speech.train_words, speech.train_speakers = speech.train_words[keep], speech.train_speakers[keep]
         speech.notes.append(f"training on a fixed random subset of {limit} clips")
     if short:
-        speech.notes.append(f"{short} training clips are shorter than the window of {shortest} samples and left out")
+        speech.notes.append(
+            f"{len(short)} training clips are shorter than the window of {shortest} samples and left out: "
+            f"{files.listed(short)}"
+        )
+        speech.left += [f"{files.shown(name)}: shorter than the window of {shortest} samples" for name in short]
     if strange:
         left = files.listed(strange)
         speech.notes.append(
@@ -142,9 +151,12 @@ def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Spe
     return speech
 
 
-def read_files(source: str) -> tuple[list[str], Clips, int, list[str]]:
-    """The names of all wav files, their sounds, the rate of all, and notes about files left out."""
-    sounds, unread = {}, files.Unread()
+def read_files(source: str, unread: files.Unread | None = None) -> tuple[list[str], Clips, int, list[str]]:
+    """The names of all wav files, their sounds, the rate of all, and notes about what is left out.
+
+    `unread` gets what that is.
+    """
+    sounds, unread = {}, unread or files.Unread()
     for name, content in files.read(Path(source), {".wav", ".wave"}, unread):
         try:
             rate, samples = _decode(content)

@@ -216,6 +216,26 @@ def test_a_picture_that_fails_costs_no_figures(capsys, tmp_path, monkeypatch):
     assert 0 <= json.loads(figures.read_text())["linear"] <= 1 and not (out / "report.png").exists()
 
 
+def test_every_file_that_is_left_out_is_named_in_the_run(capsys, tmp_path, no_picture):
+    draw_images(tmp_path / "set", [f"{c}/{i}" for c in ("train/ant", "train/bee", "extra/ant") for i in range(10)])
+    for i in range(9):
+        (tmp_path / "set" / "train" / "ant" / f"bad{i}.png").write_bytes(b"no image")
+    (tmp_path / "set" / "labels.csv").write_text("1")
+    out = tmp_path / "run"
+    code, text, error = ssltrain(capsys, "simclr", "--data", tmp_path / "set", *TINY, "--out", out)
+    assert code == 0 and "warning: 9 files that do not decode were left out" in error
+    assert f"all 20 files that are left out: {out / 'left_out.txt'}" in text
+    lines = (out / "left_out.txt").read_text().splitlines()
+    expected = [f"extra/ant/{i}.png: outside of the train and test class folders" for i in range(10)]
+    expected += [f"train/ant/bad{i}.png (UnidentifiedImageError): that do not decode" for i in range(9)]
+    assert lines == [*expected, "labels.csv: hidden or of another kind"]
+    draw_images(tmp_path / "set", [f"train/ant/bad{i}" for i in range(9)])
+    for gone in (*(tmp_path / "set" / "extra" / "ant").iterdir(), tmp_path / "set" / "labels.csv"):
+        gone.unlink()
+    assert ssltrain(capsys, "simclr", "--data", tmp_path / "set", *TINY, "--out", out)[0] == 0
+    assert not (out / "left_out.txt").exists()
+
+
 def test_16_bit_images_are_read_with_the_range_of_the_run(capsys, tmp_path, no_picture):
     import numpy as np
     from PIL import Image

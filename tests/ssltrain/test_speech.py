@@ -111,7 +111,8 @@ def test_bad_files_are_left_out_and_named(folder):
     notes = " ".join(loaded.notes)
     assert len(loaded.train) == 32 and "5 files were left out" in notes and "noname.wav" in notes
     assert all(f"no_ann_{i}.wav" in notes for i in (30, 31, 32, 33, 34)) and "16000 Hz, most have 8000 Hz" in notes
-    assert "1 training clips are shorter than the window of 2000" in notes
+    assert "1 training clips are shorter than the window of 2000 samples and left out: no_ann_35.wav" in notes
+    assert len(loaded.left) == 7 and "no_ann_35.wav: shorter than the window of 2000 samples" in loaded.left
 
 
 def test_mistakes(folder, tmp_path):
