@@ -78,12 +78,10 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
         **gpu,
         "loss": state.losses[-1],
     }
-    if None in result.values():
-        result["note"] = report.NO_LABELS
+    print(report.table(found))
     written = [out / "result.json"] + ([json_path] if json_path else [])
     for path in written:
         path.write_text(json.dumps(result, indent=2) + "\n")
-    print(report.table(found))
     try:
         report.draw(out / "report.png", result, state, found, _last_picture(method, loaded, device))
     except Exception as error:  # nearly anything may be wrong with a picture, and nothing depends on it
@@ -103,9 +101,10 @@ def _write_left(path: Path, left: list[str]) -> None:
         path.unlink(missing_ok=True)  # of an earlier run
 
 
-def _figures(found: evaluate.Evaluation) -> dict[str, float | None]:
-    """The accuracies for JSON, which knows no NaN."""
-    return {key: None if math.isnan(figure) else round(figure, 4) for key, figure in found.accuracies.items()}
+def _figures(found: evaluate.Evaluation) -> dict[str, float | str | None]:
+    """The accuracies for JSON, which knows no NaN, and why some are missing."""
+    figures = {key: None if math.isnan(figure) else round(figure, 4) for key, figure in found.accuracies.items()}
+    return figures | ({"note": report.NO_LABELS} if None in figures.values() else {})
 
 
 def _checksum(train: Tensor | speech.Clips) -> int:
@@ -215,7 +214,7 @@ def _load(folder: Path) -> tuple[config.Config, nn.Module, tuple[int, ...], dict
     return options, encoder.to(options.device).eval(), shape, checkpoint["about"]
 
 
-def evaluate_run(folder: Path, source: str | None, share: float | None, seed: int) -> dict[str, float]:
+def evaluate_run(folder: Path, source: str | None, share: float | None, seed: int) -> dict[str, float | str | None]:
     """Print and return the accuracies of a run's encoder, on other data if named."""
     options, encoder, shape, about = _load(folder)
     device = torch.device(options.device)

@@ -183,7 +183,8 @@ def test_without_labels_it_trains_and_says_that_there_is_nothing_to_probe(capsys
     assert result["linear"] is None and result["raw_knn"] is None and "no labels to probe with" in result["note"]
     assert result["steps"] == 4 and result["loss"] > 0
     code, text, _ = ssltrain(capsys, "evaluate", out, "--json", tmp_path / "figures.json")
-    assert code == 0 and json.loads((tmp_path / "figures.json").read_text())["knn"] is None
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert code == 0 and figures["knn"] is None and "no labels to probe with" in figures["note"]
     code, _, error = ssltrain(capsys, "evaluate", out, "--labels", 0.5)
     assert code == 2 and "has no labels to train on" in error and error.count("\n") == 1
     features = tmp_path / "features.npz"
