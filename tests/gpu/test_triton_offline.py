@@ -23,6 +23,7 @@ JOBS = offline.jobs(dtypes=["bf16"], sizes=[128]) + [
     for name in ("nt_xent", "two_way", "frozen", "siglip")
     for job in offline.jobs(name, dtypes=["bf16"], sizes=[512], archs=[90])
 ]
+JOBS += offline.jobs("similarity_lse/small", dtypes=["fp32"], sizes=[512], archs=[90])  # products without matrix units
 
 
 @pytest.fixture(scope="module")

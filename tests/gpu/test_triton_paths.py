@@ -5,7 +5,7 @@ import torch
 
 from sslkern import functional, use_backend
 from sslkern.backends import triton as triton_backend
-from sslkern.ops import similarity_lse, similarity_softplus
+from sslkern.ops import sampled_similarity, similarity_lse, similarity_softplus
 
 from ..conftest import EVERY
 from ..ops import test_similarity_lse as lse
@@ -267,3 +267,32 @@ def test_few_launches(backend, monkeypatch, name, most):
         with Count():
             torch.autograd.grad(loss(), learned)
     assert 5 < len(launches) <= most, launches
+
+
+def test_sampled_rows_reach_the_kernels_from_multiples_of_16_bytes(backend, monkeypatch):
+    """Else loads would be narrower, and sums have another order, for the same rows at another place."""
+    from sslkern.backends.triton import sampled_similarity as sampled
+
+    seen = []
+
+    class Watched:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                seen.extend(x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point())
+                return self.kernel[grid](*args, **options)
+
+            return launch
+
+    for name in ("_forward", "_backward"):
+        monkeypatch.setattr(sampled, name, Watched(getattr(sampled, name)))
+    q, bank = (torch.randn(rows * 6 + 1)[1:].view(rows, 6).requires_grad_() for rows in (3, 20))
+    index, g = torch.randint(20, (3, 5)), torch.randn(3, 5)
+    assert q.data_ptr() % 16 == bank.data_ptr() % 16 == 4
+    got = sampled_similarity(q, bank, index)
+    dq, dbank = torch.autograd.grad((got * g).sum(), (q, bank))
+    assert len(seen) == 6 and all(x.data_ptr() % 16 == 0 for x in seen)
+    assert torch.allclose(got, (bank[index] @ q.unsqueeze(2)).squeeze(2), atol=1e-5)
+    assert torch.allclose(dq, (g.unsqueeze(2) * bank[index]).sum(1), atol=1e-5) and dbank.isfinite().all()

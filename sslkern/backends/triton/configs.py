@@ -81,8 +81,8 @@ def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: b
     full = dtype == torch.float32 and not tf32(dtype)  # no matrix units
     if kind == "topk":
         return Config(64, 64, min(width, 16 if dtype == torch.float32 else 64), 64, 8 if full else 4, 2)
-    if full:
-        return Config(32, 32, 16, min(width, 64), 8, 1)
+    if full:  # the same for all: features at a time decide bits (`dot_products`), in which forward and backward agree
+        return Config(32, 32, min(width, 64), min(width, 64), 8, 1)
     if dtype == torch.float32:
         few = crowded or kind == "softplus"
         return Config(64, 32, min(width, 16 if few and large else 32), min(width, 64), 8 if few else 4, 2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference import sampled_similarity as reference
 from . import hardware
-from .rows import load, row_of, tile
+from .rows import aligned, load, row_of, tile
 
 
 @triton.jit(do_not_specialize=["N", "M", "K", "blocks"], debug=True)
@@ -51,8 +51,8 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     out = torch.empty(index.shape, dtype=torch.float32, device=q.device)
     blocks = triton.cdiv(K, sizes["R"])
     _forward[(q.shape[:-1].numel() * blocks,)](
-        q.contiguous(),
-        bank.contiguous(),
+        aligned(q),
+        aligned(bank),
         index.contiguous(),
         out,
         N,
@@ -82,7 +82,7 @@ def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> 
         splits = triton.cdiv(K, names)
         part = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
         _backward[(rows, splits, chunks)](
-            bank.contiguous(), index.contiguous(), g.contiguous(), part, N, M, K, names, rows,
+            aligned(bank), index.contiguous(), g.contiguous(), part, N, M, K, names, rows,
             sanitize_overflow=False, **sizes,
         )  # fmt: skip
         dq = part[0] if splits == 1 else part.sum(0)

@@ -73,7 +73,13 @@ def dot_products(
         for d0 in tl.range(0, D, BD, warp_specialize=WS):
             a = load_rows(x, x_start, i0, d0, N, D, BM, BD, TMA)
             b = load_rows(y, y_start, j0, d0, M, D, BN, BD, TMA)
-            dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION)
+            if PRECISION == "ieee" and a.dtype == tl.float32:
+                # Without matrix units a product is one chain of roundings, so it begins anew every BD features. A plain
+                # sum would not do: the compiler makes its other side the beginning of the chain.
+                part = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+                dots = tl.fma(part, tl.zeros_like(part) + 1.0, dots)
+            else:
+                dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION)
     return dots
 
 
