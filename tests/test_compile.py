@@ -73,6 +73,7 @@ def kernels(monkeypatch):
 
 STATE = {"CMCLoss", "MoCoLoss", "NCELoss", "NNCLRLoss"}  # modules that are more than their function
 FIRST = [name for name in CALLS if ":" not in name and (name[0].islower() or name in STATE)]
+EVERY = [name if name in FIRST else pytest.param(name, marks=pytest.mark.long) for name in CALLS]
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -86,13 +87,13 @@ def test_sizes_and_numbers_may_change_for_the_kernels(kernels, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_compilers_own_derivatives(name):
     assert counted(changing(name)) <= 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", EVERY)
 def test_symbolic_from_the_start(kernels, name):
     # Once may count twice: the compiler starts anew where it finds that a number need not be symbolic.
     assert counted(changing(name), dynamic=True) <= 3
