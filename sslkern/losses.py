@@ -69,8 +69,7 @@ class _Loss(nn.Module):
     def _loss(self, loss_fn, *features: Tensor, logit_scale: float | Tensor | None, **per_call):
         """loss_fn with the options of the constructor; a logit_scale given to forward counts before its."""
         logit_scale = self.logit_scale if logit_scale is None else logit_scale
-        per_call |= self.options
-        return loss_fn(*features, temperature=self.temperature, logit_scale=logit_scale, **per_call)
+        return loss_fn(*features, temperature=self.temperature, logit_scale=logit_scale, **per_call, **self.options)
 
     def extra_repr(self) -> str:
         return _listed(_scale(self) | self.options)

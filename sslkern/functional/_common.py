@@ -37,7 +37,7 @@ def promoted(*features):
     encoder's output in bf16 meets a queue in fp32. Elsewhere, and what is no such tensor, as it is: the checks say so.
     """
     dtypes = [x.dtype for x in features if isinstance(x, Tensor)]
-    if len(dtypes) < 2 or dtypes.count(dtypes[0]) == len(dtypes) or not all(dtype in FLOATS for dtype in dtypes):
+    if not any([x != dtypes[0] for x in dtypes]) or not all(dtype in FLOATS for dtype in dtypes):  # noqa: C419 (time)
         return features
     devices = {x.device.type for x in features if isinstance(x, Tensor)}
     if not any(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) for kind in devices):

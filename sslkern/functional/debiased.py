@@ -109,7 +109,7 @@ def _debiased(z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, 
         hard, soft = (similarity_lse(z, scale=scale * power, q_ids=ids) for power in (1 + beta, beta))
         negative = log_count + hard - soft.masked_fill(soft == -torch.inf, 0)
     # log G. All of it in logarithms: exp(1 / T) overflows at T = 0.01.
-    share = log(tau_plus, cosine) if tau_plus else -math.inf
+    share = log(tau_plus, cosine) if tau_plus > 0 else -math.inf
     gap = positive + (share + log_count) - negative
     more = (gap < 0) & (log_count != -torch.inf)  # what is taken out is less than all
     rest = negative + torch.log(-torch.expm1(gap.where(more, -1))) - log(1 - tau_plus, cosine)

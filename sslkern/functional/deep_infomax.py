@@ -86,7 +86,7 @@ def deep_infomax(
     L = local_features.shape[1]
     own = dots(local_features, features.unsqueeze(1)) * scale  # [N, L], the scores P
     images = torch.arange(N, device=features.device) if ids is None else ids
-    q = dict(q_ids=images, k_ids=images.repeat_interleave(L, output_size=N * L))
+    q = dict(q_ids=images, k_ids=images.unsqueeze(1).expand(N, L).reshape(-1))
     locations = local_features.reshape(N * L, D)
     if estimator == "infonce":
         row = similarity_lse(features, locations, scale, **q)

@@ -112,7 +112,7 @@ def info_nce(
 
     if negatives is None:
         losses, positive, best = contrast(query, key, scale, ids, "two_way" if two_way else "one_way", normalize, stats)
-        if label_smoothing:
+        if label_smoothing > 0:
             query, key = (unit(query), unit(key)) if normalize else (query, key)
             row_ids = torch.arange(N, device=query.device) if ids is None else ids
             cosine, ways = dots(query, key), ((query, key), (key, query))[: 1 + two_way]
@@ -140,7 +140,7 @@ def info_nce(
         others, other_best = out if stats else (out, None)
         row, best = logaddexp(row, others), torch.maximum(best, other_best) if stats else None
     losses = pair_loss(row, positive)
-    if label_smoothing:
+    if label_smoothing > 0:
         total, count = _sum_over_negatives(query, negatives, ids, negative_ids)
         if in_batch:
             total, count = map(sum, zip((total, count), over_different(query, key, row_ids, row_ids), strict=True))
@@ -153,7 +153,7 @@ def over_bank(query, key, bank, scale, normalize, best, label_smoothing):
     """Losses, positives and best negatives [N] of queries over rows of a bank that get no gradient."""
     losses, positive, top = contrast(query, key, scale, None, "one_way", normalize, best, bank)
     losses = losses.squeeze(0)
-    if label_smoothing:
+    if label_smoothing > 0:
         query, key = (unit(query), unit(key)) if normalize else (query, key)
         above = above_mean(dots(query, key), *_sum_over_negatives(query, bank, None, None))
         losses = losses + label_smoothing * scale * above

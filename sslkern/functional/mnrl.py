@@ -7,7 +7,6 @@ from functools import reduce as fold
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..ops import logsumexp, similarity_lse
 from ..ops._arguments import FLOATS, check_choice, check_dense
@@ -204,6 +203,8 @@ def mnrl(
 def _guided_lse(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
     """The log-sum-exp [N] over the keys that the guide finds no more similar than `limit`, and their best score [N]."""
     N, size = q.shape[0], max(1, BLOCK // max(1, k.shape[0]))
+    from torch.utils.checkpoint import checkpoint  # late: with it torch 2.6 imports sympy
+
     # torch.func has no checkpoints.
     again = _at_once if transformed() else partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     blocks = [

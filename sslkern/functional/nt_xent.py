@@ -88,7 +88,7 @@ def nt_xent(
     if ids is not None:
         check_ids("ids", ids, z0.shape[:1], z0)
     losses, positive, best = contrast(z0, z1, scale, ids, "views", normalize, stats)
-    if label_smoothing:
+    if label_smoothing > 0:
         z, ids, cosine = two_views(z0, z1, ids, normalize)
         losses = losses + label_smoothing * scale * above_mean(cosine, *over_different(z, z, ids, ids)).view_as(losses)
     loss = reduce(losses, reduction, weights)
