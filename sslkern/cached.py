@@ -174,6 +174,7 @@ class _Cache:
         self.autocast = [
             dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
             for kind in ("cpu", *{device.type for device in self.devices})
+            if torch.amp.is_autocast_available(kind)
         ]
         self.versions = self._versions()
         self.modes = self._modes()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .functional._common import describe, unit
 from .ops import bank_update_, queue_push_
-from .ops._arguments import check_flags
+from .ops._arguments import FLOATS, check_dense, check_devices, check_flags
 from .ops._numbers import check_number, check_size
 
 
@@ -78,6 +78,8 @@ class CrossBatchMemory(FeatureQueue):
         _check_rows("keys", keys, self.queue.shape[0])
         if not isinstance(labels, Tensor) or labels.shape != keys.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(f"labels must be an int64 tensor {list(keys.shape[:1])}, one for each key")
+        check_dense("labels", labels)
+        check_devices("the queue", self.labels, labels=labels)
         size, B = self.labels.shape[0], labels.shape[0]
         last = torch.arange(max(0, B - size), B, device=self.labels.device)
         place = (last + self.queue_ptr) % size
@@ -130,6 +132,7 @@ class MemoryBank(nn.Module):
         size = self.bank.shape[0]
         if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
             raise ValueError("index must be an int64 tensor [B], the samples of the batch")
+        check_dense("index", index)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, not {describe(generator)}")
         negatives = check_size("negatives", negatives, 0)
@@ -147,5 +150,6 @@ class MemoryBank(nn.Module):
 def _check_rows(name: str, x: Tensor, width: int) -> None:
     if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"{name} must be a tensor [B, {width}], not {describe(x)}")
-    if not x.dtype.is_floating_point:
+    check_dense(name, x)
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")

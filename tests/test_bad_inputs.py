@@ -1,6 +1,11 @@
-"""Bad inputs to everything that is exported: right, or refused in one sentence that names the argument."""
+"""Bad inputs to everything that is exported: right, or refused in one sentence that names the argument.
+
+Random ones are those of fuzz.py; SSLKERN_FUZZ_COUNT and SSLKERN_FUZZ_SEED choose others.
+"""
 
 import inspect
+import os
+import time
 
 import pytest
 import torch
@@ -8,8 +13,9 @@ from torch import nn
 
 import sslkern
 
+from . import fuzz
 from .examples import LOSSES, OPS, PUSHES
-from .fuzz import INITS
+from .fuzz import INITS, Call, Case, Failure
 
 ALL = LOSSES | OPS | PUSHES
 MODULES = [name for name in INITS if issubclass(getattr(sslkern, name), nn.Module)]
@@ -75,3 +81,92 @@ def test_what_was_meant_is_suggested():
     assert refusal(lambda: F.nce(z, bank, labels.view(4, 1))).endswith("pass its .bank")
     for call in (F.nt_xent, F.info_nce, F.clip, F.dcl, F.debiased):
         assert "pass them as ids=, or to sup_con" in refusal(lambda: call(z, z, labels))  # noqa: B023
+
+
+# ---- random ones -----------------------------------------------------------------------------------------------------
+
+
+def test_everything_exported_is_in_the_fuzzer():
+    assert not fuzz.missing(), f"add {fuzz.missing()} to tests/examples.py, or to INITS or EXTRA in tests/fuzz.py"
+
+
+def fails_on(count: int, seed: int = 0) -> None:
+    report = fuzz.run(count, seed)
+    assert not report.failures, "\n".join(fuzz.told(seed, failure) for failure in report.failures[:20])
+    ends = sum(report.ends.values())
+    assert ends == count, f"{count - ends} cases have no end"
+    assert 0.2 < report.ends["returned"] / count < 0.8, report.ends  # neither refuses everything nor changes nothing
+
+
+def test_two_thousand_random_calls_are_right_or_refused():
+    fails_on(2000)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_random_calls_are_right_or_refused():
+    fails_on(int(os.environ.get("SSLKERN_FUZZ_COUNT", 100_000)), int(os.environ.get("SSLKERN_FUZZ_SEED", 1)))
+
+
+def a_case(target, **args) -> Case:
+    return Case(Call("planted", target, None, None, args), torch.float32, "", "auto", [], False)
+
+
+def writes(x):
+    x += 1
+
+
+def writes_beside(x):
+    x.as_strided((1,), (1,), x.storage_offset() + x.numel()).fill_(1)
+
+
+def is_wrong_in_fp32(x):
+    return x.sum() * (1 if x.dtype == torch.float64 else 1 + 1e-3)
+
+
+def returns_what_nobody_wrote(x):
+    return torch.full((), 1.5e16 if x.dtype == torch.float32 else 1.0, dtype=x.dtype)
+
+
+def says_nothing(x):
+    raise ValueError("no")
+
+
+def says_too_much(x):
+    raise ValueError("x must be something else,\nwhich is said here")
+
+
+def names_nothing(x):
+    raise ValueError("something must be something else")
+
+
+def stumbles(x):
+    return x.no_such_attribute
+
+
+def leaves_it_to_torch(x):
+    return x @ x
+
+
+@pytest.mark.parametrize("fault", [writes, writes_beside, is_wrong_in_fp32, returns_what_nobody_wrote, says_nothing,
+                                   says_too_much, names_nothing, stumbles, leaves_it_to_torch])  # fmt: skip
+def test_the_fuzzer_sees_planted_faults(fault, monkeypatch):
+    monkeypatch.setattr(fuzz, "PACKAGE", os.path.dirname(__file__))  # where refusals may come from
+    with pytest.raises(Failure):
+        fuzz.check(a_case(fault, x=torch.rand(2, 3) + 0.5))
+
+
+def test_the_fuzzer_sees_a_wrong_gradient():
+    def scaled(x):
+        return x.sum() if x.dtype == torch.float64 else (2 * x - x.detach()).sum()
+
+    with pytest.raises(Failure, match="grads"):
+        fuzz.check(a_case(scaled, x=torch.rand(2, 3, requires_grad=True)))
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_the_fuzzer_outlives_what_dies_or_hangs(how, monkeypatch):
+    monkeypatch.setenv("SSLKERN_FUZZ_PLANTED", how)
+    start = time.monotonic()
+    report = fuzz.run(6, seed=0)
+    assert [failure["case"] for failure in report.failures] == [3] and time.monotonic() - start < 60
+    assert "died" in report.failures[0]["failure"] and sum(report.ends.values()) == 5

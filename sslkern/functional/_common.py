@@ -11,10 +11,12 @@ from torch import Tensor
 from ..backends import resolve
 from ..ops import similarity_lse
 from ..ops._arguments import FLOATS, check_choice, check_dense, check_flags
+from ..ops._join import cat, stack
 from ..ops._library import transformed
 from ..ops._numbers import FLOAT32_MAX, check_finite
 from ..ops._tensors import plain
 from ..ops.pair_contrast import pair_contrast
+from ..ops.product import autocast_active
 from ..ops.similarity_lse import small
 from ..ops.unit_pairs import UnitPairs
 
@@ -40,7 +42,7 @@ def promoted(*features):
     if not any([x != dtypes[0] for x in dtypes]) or not all(dtype in FLOATS for dtype in dtypes):  # noqa: C419 (time)
         return features
     devices = {x.device.type for x in features if isinstance(x, Tensor)}
-    if not any(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) for kind in devices):
+    if not any(map(autocast_active, devices)):
         return features
     widest = functools.reduce(torch.promote_types, dtypes)
     return tuple(x.to(widest) if isinstance(x, Tensor) else x for x in features)
@@ -217,7 +219,7 @@ def contrast(x, y, scale, ids, mode, normalize, best, bank=None) -> tuple[Tensor
     if bank is not None:
         out = similarity_lse(x, bank, scale, best=best)
     elif mode == "views":
-        out = similarity_lse(torch.cat((x, y)), scale=scale, q_ids=ids.repeat(2), best=best)
+        out = similarity_lse(cat((x, y)), scale=scale, q_ids=ids.repeat(2), best=best)
     else:
         out = similarity_lse(x, y, scale, q_ids=ids, k_ids=ids, columns=mode == "two_way", best=best)
     *negatives, top = out if best else (*(out if isinstance(out, tuple) else (out,)), None)
@@ -228,14 +230,14 @@ def contrast(x, y, scale, ids, mode, normalize, best, bank=None) -> tuple[Tensor
 def _each_side(negatives: Sequence[Tensor], positive: Tensor) -> Tensor:
     """softplus(negatives - positive) [sides, N]; stacked before that, the inductor of torch 2.13 computes gradients
     that are wrong (where the scale is a tensor)."""
-    return torch.stack([pair_loss(side, positive) for side in negatives])
+    return stack([pair_loss(side, positive) for side in negatives])
 
 
 def _few_pairs(x, y, scale, mode, best):
     """`contrast` of at least two rows that all differ, for the compiler: every row has a negative, so nothing is
     guarded."""
     N = x.shape[0]
-    q, k = (torch.cat((x, y)),) * 2 if mode == "views" else (x, y)
+    q, k = (cat((x, y)),) * 2 if mode == "views" else (x, y)
     s = wide(q @ k.mT) * scale
     positive = dots(x, y) * scale
     row = torch.arange(s.shape[0], device=s.device)
@@ -243,7 +245,7 @@ def _few_pairs(x, y, scale, mode, best):
     s = s.masked_fill((apart == 0) | (apart.abs() == N), -math.inf)
     sides = (1, 0) if mode == "two_way" else (1,)
     negatives = [half for side in sides for half in s.logsumexp(side).view(-1, N)]
-    top = torch.stack([s.amax(side) for side in sides]).view(-1, N).detach() if best else None
+    top = stack([s.amax(side) for side in sides]).view(-1, N).detach() if best else None
     return _each_side(negatives, positive), positive.detach(), top
 
 

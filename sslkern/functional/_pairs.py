@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops._arguments import check_flags
+from ..ops._join import cat
 from ._common import check_alike, check_features, check_ids, dots, promoted, unit, wide
 
 
@@ -18,7 +19,7 @@ def two_views(z0: Tensor, z1: Tensor, ids: Tensor | None, normalize: bool) -> tu
     else:
         check_ids("ids", ids, z0.shape[:1], z0)
     z0, z1 = (unit(z0), unit(z1)) if normalize else (z0, z1)
-    return torch.cat((z0, z1)), ids.repeat(2), dots(z0, z1).repeat(2)
+    return cat((z0, z1)), ids.repeat(2), dots(z0, z1).repeat(2)
 
 
 def equal_ids(q_ids: Tensor, k_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops._arguments import check_flags
-from ..ops._numbers import check_number, constant, log
+from ..ops._numbers import FLOAT32_MAX, check_number, constant, log
 from ._common import check_alike, check_features, dots, logaddexp, promoted, unit, wide
 
 
@@ -96,7 +96,7 @@ def uniformity(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
         >>> sslkern.functional.uniformity(z).backward()
     """
     check_features("z", z)
-    t = check_number("t", t, 1e-6)
+    t = check_number("t", t, 1e-6, FLOAT32_MAX / 2)
     check_flags(normalize=normalize)
     N = z.shape[0]
     if normalize:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops._arguments import FLOATS, check_dense, check_own_memory
 from ..ops._numbers import check_number
 from ._common import check_alike, check_features, promoted, scalar
 from .info_nce import info_nce
@@ -84,11 +85,16 @@ def clamp_logit_scale_(log_scale: Tensor, max: float | None = math.log(100), min
         >>> round(sslkern.functional.clamp_logit_scale_(log_scale, min=0.0).exp().item(), 3)
         100.0
     """
-    if not isinstance(log_scale, Tensor) or not log_scale.dtype.is_floating_point:
+    if not isinstance(log_scale, Tensor) or log_scale.dtype not in FLOATS:
         raise TypeError("log_scale must be a floating-point tensor, the logarithm of the logit scale")
-    for name, bound in (("max", max), ("min", min)):
-        if bound is not None:
-            check_number(name, bound, -math.inf)
+    check_dense("log_scale", log_scale)
+    check_own_memory("log_scale", log_scale)
+    max = None if max is None else check_number("max", max, -math.inf)
+    min = None if min is None else check_number("min", min, -math.inf)
     if max is not None and min is not None and min > max:
         raise ValueError(f"min must not exceed max, the logarithms of the bounds of the scale, but {min} > {max}")
-    return log_scale if max is None and min is None else log_scale.clamp_(min=min, max=max)
+    if max is None and min is None:
+        return log_scale
+    most = torch.finfo(log_scale.dtype).max
+    min, max = (None if bound is None else sorted((-most, bound, most))[1] for bound in (min, max))
+    return log_scale.clamp_(min=min, max=max)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops._arguments import FLOATS, check_choice, check_dense
+from ..ops._join import cat, stack
 from ..ops.product import product
 from ._common import (
     check_features,
@@ -85,11 +86,11 @@ def cpc(
     predicted = product(context.flatten(0, 1), every_step.T).view(N, T, K, Dz)
     # The predictions that have a target, step by step: S = sum_k (T - k) for each sample, and the targets' times.
     counts = [T - k for k in range(1, K + 1)]
-    query = torch.cat([predicted[:, :count, k] for k, count in enumerate(counts)], 1)  # [N, S, Dz]
+    query = cat([predicted[:, :count, k] for k, count in enumerate(counts)], 1)  # [N, S, Dz]
     time = torch.cat([torch.arange(T - count, T, device=targets.device) for count in counts])  # [S]
     if normalize:
         query, targets = unit(query), unit(targets)
-    target = torch.cat([targets[:, T - count :] for count in counts], 1)  # [N, S, Dz]
+    target = cat([targets[:, T - count :] for count in counts], 1)  # [N, S, Dz]
     positive = dots(query, target) * scale  # [N, S]
 
     key, q_ids, k_ids = targets, time, torch.arange(T, device=targets.device)  # "time": N groups
@@ -110,7 +111,7 @@ def cpc(
 
 def _by_step(x: Tensor, counts: list[int]) -> Tensor:
     """[K] means of x [N, S]."""
-    return torch.stack([step.mean() for step in x.split(counts, 1)])
+    return stack([step.mean() for step in x.split(counts, 1)])
 
 
 def _check(context: Tensor, targets: Tensor, predictors: Tensor, negatives: str) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops._arguments import check_flags
+from ..ops._join import stack
 from ..ops._numbers import check_number
 from ..ops.product import product
 from ._common import (
@@ -117,7 +118,7 @@ def info_nce(
             row_ids = torch.arange(N, device=query.device) if ids is None else ids
             cosine, ways = dots(query, key), ((query, key), (key, query))[: 1 + two_way]
             smooth = [above_mean(cosine, *over_different(q, k, row_ids, row_ids)) for q, k in ways]
-            losses = losses + label_smoothing * scale * torch.stack(smooth)
+            losses = losses + label_smoothing * scale * stack(smooth)
         whole = reduction == "mean" and weights is None  # one mean of both ways instead of two
         loss = reduce(losses if whole else losses.mean(0), reduction, weights)
         return (loss, beaten(best, positive)) if stats else loss

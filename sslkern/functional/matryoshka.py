@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._arguments import check_dense, check_flags
+from ..ops._arguments import FLOATS, check_dense, check_flags
 from ..ops._numbers import check_finite, check_size, shown
 from ._common import describe, unit
 
@@ -78,7 +78,7 @@ def loss_of_prefixes(loss_fn, dims, weights, normalize, /, *features, **options)
 
 
 def _is_features(x) -> bool:
-    return isinstance(x, Tensor) and x.ndim >= 2 and x.dtype.is_floating_point
+    return isinstance(x, Tensor) and x.ndim >= 2 and x.dtype in FLOATS
 
 
 def _width(x: Any) -> int | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops import logsumexp, similarity_lse
 from ..ops._arguments import FLOATS, check_choice, check_dense
+from ..ops._join import cat, stack
 from ..ops._library import transformed
 from ..ops._numbers import check_finite, shown
 from ..ops.product import product
@@ -190,13 +191,13 @@ def mnrl(
 
     if partition == "joint":
         found = {"all": [term for terms in found.values() for term in terms]}
-    negative = torch.stack([fold(logaddexp, [row for row, _ in terms]) for terms in found.values()])
+    negative = stack([fold(logaddexp, [row for row, _ in terms]) for terms in found.values()])
     if partition == "joint" and two_way:  # the second positive, in rows with any negative
         negative = torch.where(negative == -math.inf, negative, logaddexp(negative, toward.expand_as(negative)))
     loss = reduce(pair_loss(negative, toward).mean(0), reduction)
     if not stats:
         return loss
-    best = torch.stack([fold(torch.maximum, [top for _, top in terms]) for terms in found.values()])
+    best = stack([fold(torch.maximum, [top for _, top in terms]) for terms in found.values()])
     return loss, beaten(best, toward)
 
 
@@ -215,7 +216,7 @@ def _guided_lse(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
         for i in (range(0, N, size) if N > size else (0,))  # a range ties compiled code to N
     ]  # fmt: skip
     row, best = zip(*blocks, strict=True)
-    return torch.cat(row), torch.cat(best)
+    return cat(row), cat(best)
 
 
 def _at_once(function, *args):
@@ -240,7 +241,7 @@ def _stacked(name: str, x: Tensor | Sequence[Tensor]) -> Tensor:
     for i, y in enumerate(x):
         check_dense(f"{name}[{i}]", y)
         check_alike(f"{name}[{i}]", y, f"{name}[0]", x[0])
-    return torch.stack(tuple(x), 1)
+    return stack(tuple(x), 1)
 
 
 def check_directions(directions: Sequence[str], partition: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ops import sampled_similarity, sampled_similarity_bwd
 from ..ops._arguments import check_choice, check_dense, check_devices, check_flags
+from ..ops._join import stack
 from ..ops._library import Once, transformed
 from ..ops._numbers import check_size, log
 from ._common import (
@@ -116,6 +117,7 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
         wanted = f"[{query.shape[0]}, 1 + K], the positive first"
         raise ValueError(f"index must be an int64 tensor {wanted}, not {describe(index)}")
     check_dense("index", index)
+    check_devices("query", query, index=index, temperature=scale)
     check_choice("form", form, *FORMS)
     if form == "softmax" and log_z is not None:
         raise ValueError("log_z belongs to the form 'nce'; leave it out for 'softmax'")
@@ -241,7 +243,7 @@ def cmc_pairs(views: int, graph: str) -> list[tuple[int, int]]:
 
 def checked_views(views: Sequence[Tensor]) -> Sequence[Tensor]:
     """Two views or more, of one shape and type."""
-    if not isinstance(views, (Sequence, Tensor)) or isinstance(views, str) or len(views) < 2:
+    if not isinstance(views, (Sequence, Tensor)) or isinstance(views, str) or len(_each(views)) < 2:
         raise ValueError(f"views must be two tensors [N, D] or more, not {describe(views)}")
     views = views if isinstance(views, Tensor) else promoted(*views)
     for i, view in enumerate(views):
@@ -253,7 +255,7 @@ def checked_views(views: Sequence[Tensor]) -> Sequence[Tensor]:
 def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, normalize, reduction):
     """`cmc` and the log Z [P] that was used, for a module to keep."""
     views = checked_views(views)
-    if not isinstance(banks, (Sequence, Tensor)) or len(banks) != len(views):
+    if not isinstance(banks, (Sequence, Tensor)) or len(_each(banks)) != len(views):
         raise ValueError(f"banks must be {len(views)} tensors [M, D], one for each view")
     banks = banks if isinstance(banks, Tensor) else promoted(*banks)
     check_features("banks[0]", banks[0])
@@ -272,5 +274,9 @@ def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, norma
         nce_and_log_z(views[a], banks[b], index, scale, log_z=None if log_z is None else log_z[p], **options)
         for p, (a, b) in enumerate(pairs)
     ]
-    used = torch.stack([part[2] for part in parts]) if form == "nce" else None
-    return torch.stack([part[0] for part in parts]).sum(0), used
+    used = stack([part[2] for part in parts]) if form == "nce" else None
+    return stack([part[0] for part in parts]).sum(0), used
+
+
+def _each(tensors):
+    return () if isinstance(tensors, Tensor) and tensors.ndim == 0 else tensors

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..ops import similarity_topk
 from ..ops._arguments import check_flags
+from ..ops._join import cat
 from ._common import check_alike, check_features, check_options, promoted, unit
 from .info_nce import info_nce
 
@@ -69,7 +70,7 @@ def nnclr(
     for name, x in (("z1", z1), ("p0", p0), ("p1", p1)):
         check_alike(name, x, "z0", z0)
     check_options(reduction, group, strategy, two_way=two_way, normalize=normalize, stats=stats)
-    near0, near1 = nearest_neighbors(torch.cat((z0, z1)), support, normalize=normalize).chunk(2)
+    near0, near1 = nearest_neighbors(cat((z0, z1)), support, normalize=normalize).chunk(2)
     options = dict(
         two_way=two_way, logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction, stats=stats
     )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops._arguments import check_choice
+from ..ops._join import stack
 from ..ops._numbers import check_number
 from ..ops.product import product
 from ._common import (
@@ -171,7 +172,7 @@ def _stacked(views: Tensor | Sequence[Tensor]) -> Tensor:
     check_features("views[0]", views[0])
     for i, view in enumerate(views[1:], 1):
         check_alike(f"views[{i}]", view, "views[0]", views[0])
-    return torch.stack(views)
+    return stack(views)
 
 
 def _what(views) -> str:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops._arguments import check_choice, check_dense
+from ..ops._join import stack
 from ..ops.product import product
 from ._common import (
     check_features,
@@ -133,7 +134,7 @@ def _several_labels(z: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
     count = has.sum(0)
     shared = count > 1
     each = (count - 1).clamp_min(1).reciprocal().masked_fill(~shared, 0)  # [C], what one of a label's rows weighs
-    tasks, own = product(has, torch.stack((shared.to(has.dtype), each), 1)).unbind(1)
+    tasks, own = product(has, stack((shared.to(has.dtype), each), 1)).unbind(1)
     alone = tasks == 0
     of_labels = product(has, each.unsqueeze(1) * product(has.mT, wide(z)))
     own = own.unsqueeze(1) * wide(z)  # a row is none of its own positives

@@ -21,15 +21,20 @@ def check_devices(name: str, like: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{other} is on {x.device} but {name} is on {device}; move one of them")
 
 
+def check_own_memory(name: str, x: Tensor) -> None:
+    """Each element of x, which is written to, has a place of its own, and is what stands there."""
+    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"{name} must not be expanded, as it is written to; pass {name}.clone()")
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(f"{name} must not be a view with a sign bit, as it is written to; pass {name}.resolve_neg()")
+
+
 def check_written(name: str, x: Tensor) -> None:
     """x is written to: dense, without a gradient, and each element has a place of its own."""
     check_dense(name, x)
     if x.requires_grad:
         raise ValueError(f"{name} gets no gradient; make it a buffer or pass {name}.detach()")
-    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(f"{name} must not be expanded, as it is written to; pass {name}.clone()")
-    if not torch.compiler.is_compiling() and x.is_neg():
-        raise ValueError(f"{name} must not be a view with a sign bit, as it is written to; pass {name}.resolve_neg()")
+    check_own_memory(name, x)
 
 
 def check_flags(**flags: bool) -> None:

@@ -6,6 +6,10 @@ from torch import Tensor
 from ._library import transformed
 
 
+def autocast_active(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of a [.., N, K] and b [.., K, M], in their type.
 
@@ -20,6 +24,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(a, b):
+        if not autocast_active(a.device.type):
+            return a @ b
         with torch.autocast(a.device.type, enabled=False):
             return a @ b
 

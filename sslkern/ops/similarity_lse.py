@@ -22,9 +22,11 @@ from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
 from ._arguments import FLOATS, check_choice, check_dense, check_devices, check_flags
+from ._join import cat
 from ._library import Once, define, differentiable, library, no_second_derivative, transformed
 from ._numbers import check_finite, constant
 from .logsumexp import logsumexp
+from .product import autocast_active
 
 _PROBLEM = "Tensor? scale_tensor, float scale, Tensor? q_ids, Tensor? k_ids, bool same, Tensor? k_bias, Tensor? q_limit"
 
@@ -253,7 +255,7 @@ def _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit):
 
 def small(q: Tensor, rows: int, columns: int) -> bool:
     """Whether so few scores are better left to the compiler, on the device of q."""
-    if torch.is_autocast_enabled(q.device.type):
+    if autocast_active(q.device.type):
         return False  # it would round the products to 16 bits, forward and backward
     return rows * columns <= 2**16
 
@@ -282,7 +284,7 @@ def _dense(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, colum
     sides = (-1, -2) if columns else (-1,)
     out = [logsumexp(s, dim) for dim in sides]
     if best:
-        out.append(torch.cat([s.amax(dim) for dim in sides], -1).detach())
+        out.append(cat([s.amax(dim) for dim in sides], -1).detach())
     return out[0] if len(out) == 1 else tuple(out)
 
 

@@ -94,3 +94,14 @@ def test_the_lines_of_the_readme():
     assert encoder.weight.grad.isfinite().all()
     with pytest.raises(TypeError, match="negatives must have the dtype of query"):
         info_nce(query, key, negatives=queue.queue.t())
+
+
+def test_features_of_other_types_than_autocast_takes():
+    """torch's own cat and stack refuse those on the CPU."""
+    others = (torch.float64, torch.bfloat16), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)
+    for name, make in ALL.items():
+        for dtype, rounded in others:
+            want = value_and_gradients(make(N=4, D=4, dtype=dtype))
+            with torch.autocast("cpu", dtype=rounded):
+                got = value_and_gradients(make(N=4, D=4, dtype=dtype))
+            assert same_bits(got, want), (name, dtype, rounded)

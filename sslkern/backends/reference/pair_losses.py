@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ...ops._join import stack
+
 
 def pair_losses_fwd(
     row: Tensor, col: Tensor | None, cosine: Tensor, scale_tensor: Tensor | None, scale: float
@@ -11,7 +13,7 @@ def pair_losses_fwd(
     of S sides: row [S N], or two-way row [N] and col [N]."""
     positive = cosine * (scale if scale_tensor is None else scale_tensor)
     # Equal ids leave the positive out of its row: the difference has no cancellation when the loss is tiny.
-    negatives = row.view(-1, len(cosine)) if col is None else torch.stack((row, col))
+    negatives = row.view(-1, len(cosine)) if col is None else stack((row, col))
     gap = negatives - positive
     # NaN where one of them is +inf, as in cross-entropy.
     gap.add_(torch.maximum(negatives, positive), alpha=0)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...ops._join import cat
+
 BLOCK = 2**20  # elements of S held at a time
 
 
@@ -119,7 +121,7 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
         shift = _shift(top)
         row[groups, rows] = s.sub_(shift[..., None]).exp_().sum(2).log_().add_(shift)
     col = col_sum.log_().add_(_shift(col_top)) if columns else None
-    best = torch.cat((row_top, col_top), 1) if best and columns else row_top if best else None
+    best = cat((row_top, col_top), 1) if best and columns else row_top if best else None
     return tuple(x[0] if groupless and x is not None else x for x in (row, col, best, None))
 
 

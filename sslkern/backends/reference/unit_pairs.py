@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
+from ...ops._join import cat
+
 EPS = 1e-12  # rows shorter than this are divided by it
 
 
 def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """z [2N, D]: x over y, divided by their norms (computed in fp32 or fp64) and rounded to the type of x; norm [2N]
     or None; cosine [N] = <z_i, z_(N + i)>."""
-    N, norm, z = x.shape[0], None, torch.cat((x, y))
+    N, norm, z = x.shape[0], None, cat((x, y))
     if normalize:
         wide = _wide(z)
         norm = torch.linalg.vector_norm(wide, dim=1)
