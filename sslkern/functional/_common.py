@@ -14,6 +14,7 @@ from ..ops._arguments import FLOATS, check_choice, check_dense, check_flags
 from ..ops._join import cat, stack
 from ..ops._library import transformed
 from ..ops._numbers import FLOAT32_MAX, check_finite
+from ..ops._sums import each, mean, times, total
 from ..ops._tensors import plain
 from ..ops.pair_contrast import pair_contrast
 from ..ops.product import autocast_active
@@ -187,7 +188,10 @@ def softplus(x: Tensor) -> Tensor:
 
     torch's own switches to x at 20, where in fp64 the rest still counts; beyond 40 it does not, in fp32 nor fp64.
     """
-    return F.softplus(x, threshold=40)
+    return each(_softplus, x)
+
+
+_softplus = functools.partial(F.softplus, threshold=40)
 
 
 def pair_loss(negative: Tensor, positive: Tensor) -> Tensor:
@@ -213,7 +217,7 @@ def contrast(x, y, scale, ids, mode, normalize, best, bank=None) -> tuple[Tensor
     if ids is None and bank is None:
         ids = torch.arange(N, device=x.device)
     x, y = (unit(x), unit(y)) if normalize else (x, y)
-    positive = dots(x, y) * scale
+    positive = times(dots(x, y), scale)
     # Equal ids leave the positive out of its row: softplus(negatives - positive) keeps its relative accuracy when the
     # loss is tiny, where the logsumexp over both minus the positive would cancel.
     if bank is not None:
@@ -239,7 +243,7 @@ def _few_pairs(x, y, scale, mode, best):
     N = x.shape[0]
     q, k = (cat((x, y)),) * 2 if mode == "views" else (x, y)
     s = wide(q @ k.mT) * scale
-    positive = dots(x, y) * scale
+    positive = times(dots(x, y), scale)
     row = torch.arange(s.shape[0], device=s.device)
     apart = row.unsqueeze(1) - row
     s = s.masked_fill((apart == 0) | (apart.abs() == N), -math.inf)
@@ -263,10 +267,10 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
 def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None) -> Tensor:
     """losses [.., N] and weights [N]: sum w l / sum w for "mean" (0 where all weights are 0), sum w l, or w l."""
     if weights is None:
-        return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+        return mean(losses) if reduction == "mean" else total(losses) if reduction == "sum" else losses
     weights = weights.to(losses.dtype).expand_as(losses)
     losses = weights * losses
     if reduction == "none":
         return losses
-    total = weights.sum()
-    return losses.sum() / total.masked_fill(total == 0, 1) if reduction == "mean" else losses.sum()
+    share = total(weights)
+    return total(losses) / share.masked_fill(share == 0, 1) if reduction == "mean" else total(losses)

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..ops import similarity_lse
 from ..ops._arguments import check_flags
 from ..ops._numbers import FLOAT32_MAX, check_number, constant, log
+from ..ops._sums import mean
 from ._common import check_alike, check_features, dots, logaddexp, promoted, unit, wide
 
 
@@ -74,7 +75,7 @@ def alignment(z0: Tensor, z1: Tensor, alpha: float = 2.0, *, normalize: bool = T
     distance = torch.linalg.vector_norm(wide(z0) - wide(z1), dim=1)
     if torch.compiler.is_compiling():
         alpha = constant(alpha, distance, distance.dtype)
-    return distance.pow(alpha).mean()
+    return mean(distance.pow(alpha))
 
 
 def uniformity(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..ops import similarity_lse
 from ..ops._arguments import FLOATS, check_choice, check_dense
 from ..ops._join import cat, stack
+from ..ops._sums import mean, times
 from ..ops.product import product
 from ._common import (
     check_features,
@@ -91,7 +92,7 @@ def cpc(
     if normalize:
         query, targets = unit(query), unit(targets)
     target = cat([targets[:, T - count :] for count in counts], 1)  # [N, S, Dz]
-    positive = dots(query, target) * scale  # [N, S]
+    positive = times(dots(query, target), scale)  # [N, S]
 
     key, q_ids, k_ids = targets, time, torch.arange(T, device=targets.device)  # "time": N groups
     if negatives == "all":
@@ -111,7 +112,7 @@ def cpc(
 
 def _by_step(x: Tensor, counts: list[int]) -> Tensor:
     """[K] means of x [N, S]."""
-    return stack([step.mean() for step in x.split(counts, 1)])
+    return stack([mean(step) for step in x.split(counts, 1)])
 
 
 def _check(context: Tensor, targets: Tensor, predictors: Tensor, negatives: str) -> None:

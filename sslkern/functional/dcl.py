@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops._numbers import check_number
+from ..ops._sums import times
 from ._common import check_options, check_weights, reduce, scale_of
 from ._pairs import two_views
 
@@ -89,7 +90,7 @@ def _decoupled(z0, z1, temperature, sigma, logit_scale, ids, normalize, reductio
     check_weights(weights, N, z0)
     scale = scale_of(temperature, logit_scale, z0)
     negative = similarity_lse(z, scale=scale, q_ids=ids)
-    positive = cosine * scale
+    positive = times(cosine, scale)
     if sigma is not None:
         pull = 2 - N * torch.softmax(cosine[:N].detach() / sigma, 0)
         positive = pull.repeat(2) * positive

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..ops import similarity_lse
 from ..ops._numbers import check_finite, check_number, log
+from ..ops._sums import times
 from ._common import check_options, check_weights, pair_loss, reduce, scale_of
 from ._pairs import equal_ids, two_views
 
@@ -103,7 +104,7 @@ def _debiased(z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, 
     scale = scale_of(temperature, logit_scale, z0)
     if beta is not None and not isinstance(scale, Tensor):
         check_finite("beta: (1 + beta) times the scale", (1 + beta) * scale)
-    positive = cosine * scale
+    positive = times(cosine, scale)
     log_count = (2 * N - equal_ids(ids, ids)[1]).to(cosine.dtype).log()  # of M; -inf for a row without negatives
     if beta is None:
         negative = similarity_lse(z, scale=scale, q_ids=ids)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..ops import logsumexp, similarity_lse, similarity_softplus
 from ..ops._arguments import check_choice, check_flags
+from ..ops._sums import mean, times
 from ._common import (
     check_alike,
     check_features,
@@ -84,18 +85,18 @@ def deep_infomax(
         features, local_features = unit(features), unit(local_features)
     local_features = local_features.unsqueeze(1) if local_features.ndim == 2 else local_features
     L = local_features.shape[1]
-    own = dots(local_features, features.unsqueeze(1)) * scale  # [N, L], the scores P
+    own = times(dots(local_features, features.unsqueeze(1)), scale)  # [N, L], the scores P
     images = torch.arange(N, device=features.device) if ids is None else ids
     q = dict(q_ids=images, k_ids=images.unsqueeze(1).expand(N, L).reshape(-1))
     locations = local_features.reshape(N * L, D)
     if estimator == "infonce":
         row = similarity_lse(features, locations, scale, **q)
-        return pair_loss(row.unsqueeze(1), own).mean()
+        return mean(pair_loss(row.unsqueeze(1), own))
     count = (_different_pairs(images) * L).to(own.dtype)
     if estimator == "jsd":
-        return softplus(-own).mean() + similarity_softplus(features, locations, scale, **q) / count.clamp_min(1)
+        return mean(softplus(-own)) + similarity_softplus(features, locations, scale, **q) / count.clamp_min(1)
     total = logsumexp(similarity_lse(features, locations, scale, **q))
-    return (total - count.clamp_min(1).log() - own.mean()).masked_fill(count == 0, 0)
+    return (total - count.clamp_min(1).log() - mean(own)).masked_fill(count == 0, 0)
 
 
 def check_estimator(estimator: str) -> None:

@@ -7,6 +7,7 @@ from ..ops import similarity_lse
 from ..ops._arguments import check_flags
 from ..ops._join import stack
 from ..ops._numbers import check_number
+from ..ops._sums import times
 from ..ops.product import product
 from ._common import (
     beaten,
@@ -134,7 +135,7 @@ def info_nce(
     if normalize:
         query, key, negatives = unit(query), unit(key), unit(negatives)
     cosine = dots(query, key)
-    positive = cosine * scale
+    positive = times(cosine, scale)
     row, best = _over_negatives(query, negatives, scale, ids, negative_ids, stats)
     if in_batch:
         out = similarity_lse(query, key, scale, q_ids=row_ids, k_ids=row_ids, best=stats)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import logsumexp, similarity_lse
 from ..ops._arguments import check_dense
+from ..ops._sums import times
 from ._common import (
     check_alike,
     check_features,
@@ -98,7 +99,7 @@ def mil_nce(
 
     if normalize:
         anchor, positives = unit(anchor), unit(positives)
-    own = (wide(anchor).unsqueeze(1) * wide(positives)).sum(2) * scale  # [N, P]
+    own = times((wide(anchor).unsqueeze(1) * wide(positives)).sum(2), scale)  # [N, P]
     bias = None
     if valid is not None:
         own = own.masked_fill(~valid, -math.inf)

@@ -13,6 +13,7 @@ from ..ops._arguments import FLOATS, check_choice, check_dense
 from ..ops._join import cat, stack
 from ..ops._library import transformed
 from ..ops._numbers import check_finite, shown
+from ..ops._sums import times
 from ..ops.product import product
 from ._common import (
     beaten,
@@ -154,7 +155,7 @@ def mnrl(
     if normalize:
         features = [unit(x) for x in features]
     cosine = dots(*features[:2])
-    toward = cosine * scale
+    toward = times(cosine, scale)
     rows = torch.arange(N, device=anchor.device)
     limit = None  # what a row's negatives must not exceed
     if margin is not None:

@@ -18,6 +18,7 @@ from ..ops._arguments import check_choice, check_dense, check_devices, check_fla
 from ..ops._join import stack
 from ..ops._library import Once, transformed
 from ..ops._numbers import check_size, log
+from ..ops._sums import log_total, pieces, times, total
 from ._common import (
     beaten,
     check_alike,
@@ -129,14 +130,14 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
     frozen = not bank.requires_grad and not transformed()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         dots = sampled_similarity(query, bank, index)
-        logits = dots * scale
+        logits = times(dots, scale)
         share = beaten(logits[:, 1:].amax(1), logits[:, 0]) if stats and index.shape[1] > 1 else None
         if stats and share is None:
             share = logits.new_ones(())
         if form == "nce":
             M, K = bank.shape[0], index.shape[1] - 1
             if log_z is None:
-                log_z = logits.detach().logsumexp((0, 1)) + log(M / logits.numel(), logits)
+                log_z = log_total(logits.detach()) + log(M / logits.numel(), logits)
             logits = logits - (log_z + (log(K / M, logits) if K else -math.inf))
             losses = softplus(-logits[:, 0]) + softplus(logits[:, 1:]).sum(1)
         else:
@@ -156,7 +157,8 @@ def _slopes(logits: Tensor, losses: Tensor, form: str) -> Tensor:
     """The gradients of the losses by the logits, which are overwritten."""
     if form == "nce":
         of_positive = -torch.sigmoid(-logits[:, 0])
-        logits.sigmoid_()
+        for part in pieces(logits):
+            part.sigmoid_()
     else:
         of_positive = torch.expm1(-losses)
         logits.sub_((logits[:, 0] + losses).unsqueeze(1)).exp_()
@@ -177,7 +179,7 @@ class _Known(torch.autograd.Function):
         q, scale, dq, dscale = ctx.saved_tensors
         with torch.no_grad():
             dq = (g.unsqueeze(1) * dq).to(q.dtype) if ctx.needs_input_grad[1] else None
-            dscale = torch.sum(g * dscale) if ctx.needs_input_grad[3] else None
+            dscale = total(g * dscale) if ctx.needs_input_grad[3] else None
         if torch.is_grad_enabled():  # create_graph=True
             dq, dscale = Once.apply(q if q.requires_grad else scale, dq, dscale)
         return None, dq, None, dscale, None

@@ -9,6 +9,7 @@ from ..ops import similarity_lse
 from ..ops._arguments import check_choice
 from ..ops._join import stack
 from ..ops._numbers import check_number
+from ..ops._sums import times
 from ..ops.product import product
 from ._common import (
     beaten,
@@ -148,7 +149,7 @@ def nt_xent_multi_view(
     negative = similarity_lse(z.reshape(V * N, D), scale=scale, q_ids=ids.repeat(V)).view(V, N, 1)
     # The V x V scores within each sample, [V, N, V], then without that of a view with itself.
     sample = wide(z).transpose(0, 1)
-    within = product(sample, sample.mT).transpose(0, 1) * scale
+    within = times(product(sample, sample.mT).transpose(0, 1), scale)
     view = torch.arange(V, device=z.device)
     others = (view.unsqueeze(1) + view[1:]) % V
     positive = within.gather(2, others.unsqueeze(1).expand(V, N, V - 1))

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ..ops import similarity_softplus
+from ..ops._sums import times, total
 from ..ops.pair_contrast import row_numbers
 from ._common import check_alike, check_features, check_ids, check_options, dots, promoted, scalar, softplus, unit_pair
 
@@ -62,8 +63,8 @@ def siglip(
     else:
         check_ids("ids", ids, (N,), image)
     image, text, cosine = unit_pair(image, text) if normalize else (image, text, dots(image, text))
-    positives = softplus(-(cosine * scale + bias))
+    positives = softplus(-(times(cosine, scale) + bias))
     if reduction == "none":
         return positives + similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids, rows=True)
-    total = positives.sum() + similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids)
-    return total / N if reduction == "mean" else total
+    whole = total(positives) + similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids)
+    return whole / N if reduction == "mean" else whole

@@ -25,6 +25,7 @@ from ._arguments import FLOATS, check_choice, check_dense, check_devices, check_
 from ._join import cat
 from ._library import Once, define, differentiable, library, no_second_derivative, transformed
 from ._numbers import check_finite, constant
+from ._sums import total
 from .logsumexp import logsumexp
 from .product import autocast_active
 
@@ -397,7 +398,7 @@ def _frozen_backward(ctx, g, *_):
     with torch.no_grad():
         weighted = g.masked_fill(row == -math.inf, 0).unsqueeze(-1) * mean
         dq = (weighted * (ctx.scale if scale_tensor is None else ctx.scale * scale_tensor)).to(q.dtype)
-        dscale = torch.sum(weighted * q) * ctx.scale if ctx.needs_input_grad[2] else None
+        dscale = total(weighted * q) * ctx.scale if ctx.needs_input_grad[2] else None
     if torch.is_grad_enabled():  # create_graph=True
         dq, dscale = Once.apply(q, dq, dscale)
     return dq, None, dscale, *(None,) * 8

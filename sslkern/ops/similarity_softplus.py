@@ -18,6 +18,7 @@ from ..backends import load, resolve
 from ._arguments import FLOATS, check_dense, check_devices, check_flags
 from ._library import define, differentiable, transformed
 from ._numbers import check_finite, constant, number, shown
+from ._sums import total as sum_of_all
 from .similarity_lse import _PROBLEM, Once, _accumulator, _check, _describe, _or_empty, _uniform
 
 
@@ -154,7 +155,7 @@ def _backward(ctx, g, *_):
         of_rows, of_features = g.unsqueeze(-1), g.unsqueeze(-1).unsqueeze(-1)
         dq = (of_features * dq).to(ctx.dtype) if need_q else None
         dk = (of_features * dk).to(ctx.dtype) if need_k else None
-        dscale = torch.sum(g * dscale) * ctx.scale if need_scale else None
+        dscale = sum_of_all(g * dscale) * ctx.scale if need_scale else None
         dk_bias = of_rows * dk_bias if need_k_bias else None
         dbias = of_rows * dbias if need_bias else None
         dweights = of_rows * row if need_weights else None
@@ -201,7 +202,7 @@ def _rows_backward(ctx, g):
         )  # fmt: skip
         dq = dq.to(q.dtype) if need_q else None
         dk = dk.to(q.dtype) if need_k else None
-        dscale = dscale.sum() * ctx.scale if need_scale else None
+        dscale = sum_of_all(dscale) * ctx.scale if need_scale else None
         dk_bias, dbias = dk_bias if need_k_bias else None, dbias if need_bias else None
     if torch.is_grad_enabled():  # create_graph=True
         anchor = _learning(q, k, scale_tensor, k_bias, bias)

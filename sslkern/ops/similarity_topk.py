@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backends import load, resolve
 from ._library import define, differentiable
 from ._numbers import check_size
+from ._sums import total
 from .similarity_lse import _accumulator, _check, _uniform
 
 
@@ -103,7 +104,7 @@ def _backward(ctx, g, _):
 
     by_row = _sum_by_row(g, index, left_out, columns) if need_q or need_scale else None
     by_key = _sum_by_key(g, index, left_out, rows, columns) if need_k or (k is None and need_q) else None
-    dscale = torch.sum(by_row * rows) * ctx.scale if need_scale else None
+    dscale = total(by_row * rows) * ctx.scale if need_scale else None
     scale = ctx.scale if scale_tensor is None else ctx.scale * scale_tensor
     dq = by_row if k is not None or not need_q else by_row + by_key
     dq = (dq * scale).view(q.shape).to(q.dtype) if need_q else None

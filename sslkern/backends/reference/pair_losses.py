@@ -1,9 +1,14 @@
 """The losses of pairs from the log-sum-exps of their negatives, in plain torch."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ...ops._join import stack
+from .sums import each
+
+_softplus = functools.partial(torch.nn.functional.softplus, threshold=40)
 
 
 def pair_losses_fwd(
@@ -17,12 +22,12 @@ def pair_losses_fwd(
     gap = negatives - positive
     # NaN where one of them is +inf, as in cross-entropy.
     gap.add_(torch.maximum(negatives, positive), alpha=0)
-    return torch.nn.functional.softplus(gap, threshold=40), positive, gap
+    return each(_softplus, gap), positive, gap
 
 
 def pair_losses_bwd(gap: Tensor, g: Tensor, scale_tensor: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """weight [S, N] = d loss / d negatives, toward [N] = - d loss / d positive and pull [N] = scale * toward."""
     # A row without negatives (gap -inf) has none, whatever g is.
-    weight = torch.where(gap == -torch.inf, 0, torch.sigmoid(gap) * g)
+    weight = torch.where(gap == -torch.inf, 0, each(torch.sigmoid, gap) * g)
     toward = weight.sum(0)
     return weight, toward, toward * (scale if scale_tensor is None else scale_tensor)
