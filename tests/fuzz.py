@@ -63,6 +63,7 @@ try:
 except ImportError:
     numpy = None
 
+CHUNK = 2500  # cases that one process runs
 SECONDS = 60  # for one case; most take milliseconds
 MARGIN = 24  # how many times the effect of a rounding of the arguments a result may be off
 ROUNDINGS = 6  # tried to find that effect
@@ -1032,44 +1033,32 @@ class Report:
 
 
 def run(count: int, seed: int = 0, start: int = 0, tell: Callable[[str], None] = lambda line: None) -> Report:
-    """Cases start to start + count in child processes, a new one after each that dies."""
-    report = Report(count, collections.Counter(), [])
-    stop = start + count
+    """Cases start to start + count in child processes of CHUNK, a new one after each that dies."""
+    report, first, stop = Report(count, collections.Counter(), []), start, start + count
+    environment = os.environ | {"MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         progress, results = Path(folder, "progress"), Path(folder, "results")
         while start < stop:
+            end = min(start + CHUNK, stop)
+            part = map(str, (start, end, progress, results))
+            command = [sys.executable, __file__, "--seed", str(seed), "--child", *part]
             results.write_text("")
-            environment = os.environ | {"MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "1"}
-            command = [
-                sys.executable,
-                __file__,
-                "--seed",
-                str(seed),
-                "--child",
-                str(start),
-                str(stop),
-                str(progress),
-                str(results),
-            ]
-            process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-            _, errors = process.communicate()
-            for line in results.read_text().splitlines():
-                record = json.loads(line)
+            process = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+            for record in map(json.loads, results.read_text().splitlines()):
                 if "ends" in record:
                     report.ends.update(record["ends"])
                 else:
                     report.failures.append(record)
-                    tell(f"case {record['case']}: {record['call']}: {record['failure']}")
-            if process.returncode == 0:
-                break
-            number = int(progress.read_text()) if progress.exists() else start
-            how = signal.Signals(-process.returncode).name if process.returncode < 0 else errors.strip()[-600:]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                shown = str(make(seed, number))
-            report.failures.append({"case": number, "call": shown, "failure": f"the process died: {how}"})
-            tell(f"case {number}: {shown}: the process died: {how}")
-            start = number + 1
+            start = end
+            if process.returncode:
+                number = int(progress.read_text()) if progress.exists() else first
+                code, start = process.returncode, number + 1
+                how = signal.Signals(-code).name if code < 0 else process.stderr.strip()[-600:]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    shown = str(make(seed, number))
+                report.failures.append({"case": number, "call": shown, "failure": f"the process died: {how}"})
+            tell(f"{start - first} of {count}: {dict(report.ends)}, {len(report.failures)} failures")
     return report
 
 
@@ -1102,6 +1091,8 @@ def main() -> None:
             sys.exit(1)
         return
     report = run(args.count, args.seed, args.start, lambda line: print(line, flush=True))
+    for failure in report.failures:
+        print(told(args.seed, failure), flush=True)
     print(f"{args.count} cases of seed {args.seed}: {dict(report.ends)}, {len(report.failures)} failures")
     sys.exit(bool(report.failures))
 

@@ -163,6 +163,7 @@ def test_the_fuzzer_sees_a_wrong_gradient():
         fuzz.check(a_case(scaled, x=torch.rand(2, 3, requires_grad=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_the_fuzzer_outlives_what_dies_or_hangs(how, monkeypatch):
     monkeypatch.setenv("SSLKERN_FUZZ_PLANTED", how)
