@@ -170,7 +170,7 @@ class _Cache:
         (N,) = sizes
         self.chunks = [slice(i, min(i + chunk_size, N)) for i in range(0, N, chunk_size)]
         tensors = (*self.inputs, *self.parameters.values())
-        self.devices = {t.device for t in tensors if t.device.type != "cpu"}
+        self.devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}  # with a random state
         self.autocast = [
             dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
             for kind in ("cpu", *{device.type for device in self.devices})

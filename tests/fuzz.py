@@ -760,10 +760,11 @@ def _compare(got, want, spread, what: str, beyond: bool = False) -> None:
     if got.shape != want.shape:
         raise Failure(f"{what} has shape {list(got.shape)}, not {list(want.shape)}")
     got, want = got.detach(), want.detach()
-    if got.dtype in FLOATS:  # what is beyond the type of a result is infinite in it
+    if got.dtype in FLOATS:  # what is beyond the type of a result is infinite in it, or the most that it holds
         want = torch.where(
             want.abs() > torch.finfo(got.dtype).max * (1 - torch.finfo(got.dtype).eps), want.sign() * INF, want.double()
         )
+        got = torch.where(want.isinf() & (got.abs() == torch.finfo(got.dtype).max), got.sign() * INF, got.double())
     got, want = got.double(), want.double()
     same = (got == want) | (got.isnan() & want.isnan())
     close = (got - want).abs() <= spread
@@ -987,6 +988,8 @@ def run_case(seed: int, number: int, keep=None, around: bool = True) -> tuple[st
         return check(case), None, shown
     except Failure as failure:
         return None, str(failure), shown
+    except Exception as error:  # what a result is that cannot be compared
+        return None, f"cannot be checked: {type(error).__name__}: {error}", shown
 
 
 def smallest(seed: int, number: int) -> str:
@@ -1049,6 +1052,7 @@ def run(count: int, seed: int = 0, start: int = 0, tell: Callable[[str], None] =
                     report.ends.update(record["ends"])
                 else:
                     report.failures.append(record)
+                    tell(f"case {record['case']}: {record['call']}: {record['failure']}")
             start = end
             if process.returncode:
                 number = int(progress.read_text()) if progress.exists() else first

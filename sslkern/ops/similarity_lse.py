@@ -199,7 +199,7 @@ def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
         if scale.ndim != 0:
             raise ValueError(f"scale must be a number or a 0-d tensor, not {_describe(scale)}")
         check_dense("scale", scale)
-        if not scale.dtype.is_floating_point:
+        if scale.dtype not in FLOATS:
             raise TypeError(f"scale must be floating point, not {scale.dtype}; convert it with .float()")
     else:
         check_finite("scale", scale, " or a 0-d tensor")
