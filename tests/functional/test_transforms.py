@@ -75,6 +75,7 @@ def test_what_the_compiler_fuses_stays_right(loss):
         assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
+@pytest.mark.slow  # tests/test_compile.py has other sizes of every loss
 @compiled_losses
 def test_compiled_code_does_not_depend_on_the_batch_size(loss):
     torch.compiler.reset()
