@@ -518,7 +518,7 @@ def change(call: Call, path: tuple, rng: random.Random) -> tuple[str, Any, bool]
         if how == "other sequence":
             return how, rng.choice((tuple(old), list(old), dict(enumerate(old)))), False
         i = rng.randrange(len(old))
-        inner = Call(call.name, call.target, call.init, call.method, {path[1]: old[i]})
+        inner = Call(call.name, call.target, call.init, call.method, {path[1]: old[i], "": call.args})
         name, new, fits = change(inner, ("args", path[1]), rng)
         return f"[{i}] {name}", type(old)([*old[:i], new, *old[i + 1 :]]), fits
     return ("nothing", old, True) if listed else ("anything", _anything(rng), False)

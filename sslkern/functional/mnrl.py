@@ -246,8 +246,9 @@ def _stacked(name: str, x: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def check_directions(directions: Sequence[str], partition: str) -> None:
-    named = isinstance(directions, Collection) and all(isinstance(name, str) for name in directions)
-    known = named and not isinstance(directions, (str, Tensor)) and set(directions) <= set(_DIRECTIONS)
+    listed = isinstance(directions, Collection) and not isinstance(directions, (str, Tensor))
+    named = listed and all(isinstance(name, str) for name in directions)
+    known = named and set(directions) <= set(_DIRECTIONS)
     if not known or "query_to_doc" not in directions or len(set(directions)) < len(directions):
         names, given = ", ".join(map(repr, _DIRECTIONS)), repr(list(directions)) if named else shown(directions)
         raise ValueError(f"directions must be some of {names}, 'query_to_doc' among them, not {given}")
