@@ -36,9 +36,8 @@ _PROPERTIES |= {
 class Elsewhere(DeviceContext):
     """`with Elsewhere():` is `torch.set_default_device` of the pretended device."""
 
-    _born: dict[
-        int, StorageWeakRef
-    ] = {}  # what is there, by storage, which views share; what a cache holds stays there
+    # What is there, by storage, which views share; what a cache holds stays there.
+    _born: dict[int, StorageWeakRef] = {}
 
     def __init__(self):
         super().__init__(DEVICE)

@@ -812,6 +812,7 @@ def check(case: Case) -> str:
     if case.around == "inference" and any(type(x) is Wrapper for x in _tensors((call.args, call.init))):
         case.around = "no_grad"  # torch's own wrappers do not work there
     native = BACKENDS["cpu"]._cpu
+    before = native.isa() if native else None
     if case.backend in _isas():
         native.set_isa(case.backend)
     backend = sslkern.use_backend("reference") if case.backend == "reference" else contextlib.nullcontext()
@@ -829,7 +830,7 @@ def check(case: Case) -> str:
         return type(error).__name__
     finally:
         if native:
-            native.set_isa(_isas()[-1] if not hasattr(check, "isa") else check.isa)
+            native.set_isa(before)
     _check_memory(call, guards)
 
     everything = _tensors((call.args, call.init))
@@ -980,8 +981,8 @@ def _check_memory(call: Call, guards: list) -> None:
 # ---- many cases ------------------------------------------------------------------------------------------------------
 
 
-def run_case(seed: int, number: int, keep=None, around: bool = True) -> tuple[str | None, str | None, Case | None]:
-    """How it ended, or what failed, and the case."""
+def run_case(seed: int, number: int, keep=None, around: bool = True) -> tuple[str | None, str | None, str]:
+    """How it ended, or what failed, and the case in words."""
     case = make(seed, number, keep, around)
     shown = str(case)
     try:
@@ -1006,8 +1007,6 @@ def smallest(seed: int, number: int) -> str:
 def child(seed: int, start: int, stop: int, progress: str, results: str) -> None:
     """Cases start to stop; where it is stands in the file `progress`, what happened as lines of JSON in `results`."""
     torch.set_num_threads(1)
-    native = BACKENDS["cpu"]._cpu
-    check.isa = native.isa() if native else None
     faulthandler.enable()
     where, planted = os.open(progress, os.O_WRONLY | os.O_CREAT), os.environ.get("SSLKERN_FUZZ_PLANTED")
     ends: collections.Counter = collections.Counter()

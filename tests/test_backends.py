@@ -123,9 +123,8 @@ def test_info():
     assert info["torch"] == torch.__version__ and info["backends"]["reference"]["available"]
     lines = subprocess.run([sys.executable, "-m", "sslkern.info"], capture_output=True, text=True, timeout=120).stdout
     assert "similarity_lse" in lines
-    assert all(
-        len(line.split()) > 1 for line in lines.splitlines()
-    )  # a value for each name, "none" where there is none
+    # a value for each name, "none" where there is none
+    assert all(len(line.split()) > 1 for line in lines.splitlines())
 
 
 STEP = """

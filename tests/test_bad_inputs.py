@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import sslkern
+from sslkern.backends import BACKENDS
 
 from . import fuzz
 from .examples import LOSSES, OPS, PUSHES
@@ -151,8 +152,11 @@ def leaves_it_to_torch(x):
                                    says_too_much, names_nothing, stumbles, leaves_it_to_torch])  # fmt: skip
 def test_the_fuzzer_sees_planted_faults(fault, monkeypatch):
     monkeypatch.setattr(fuzz, "PACKAGE", os.path.dirname(__file__))  # where refusals may come from
+    native = BACKENDS["cpu"]._cpu
+    before = native and native.isa()
     with pytest.raises(Failure):
         fuzz.check(a_case(fault, x=torch.rand(2, 3) + 0.5))
+    assert (native and native.isa()) == before  # for the tests that follow
 
 
 def test_the_fuzzer_sees_a_wrong_gradient():

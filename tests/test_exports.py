@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map_only
 
 import sslkern
 from sslkern.functional import info_nce, nt_xent
 
 from .conftest import EVERY
 from .examples import LOSSES, OPS, PUSHES, missing, value_and_gradients
+from .fuzz import Wrapper
 
 KERNELS = [name for name in dict.fromkeys(name.partition("-")[0] for name in EVERY) if name != "cuda"]
 
@@ -99,22 +99,6 @@ def test_every_allocation_names_its_type_and_device(folder):
                 named, sites = {keyword.arg for keyword in call.keywords}, sites + 1
                 assert {"device"} | ({"dtype"} if maker.attr != "arange" else set()) <= named, f"{path}:{call.lineno}"
     assert sites
-
-
-class Wrapper(torch.Tensor):
-    """A tensor without memory: it holds another, to which operators go."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        shape = dict(strides=inner.stride(), dtype=inner.dtype, device=inner.device)
-        self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, **shape, requires_grad=inner.requires_grad)
-        self.inner = inner.detach()
-        return self
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        args, kwargs = tree_map_only(Wrapper, lambda x: x.inner, (args, kwargs or {}))
-        return tree_map_only(torch.Tensor, Wrapper, function(*args, **kwargs))
 
 
 def inner(x):

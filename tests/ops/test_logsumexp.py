@@ -23,11 +23,9 @@ def test_equals_torch_where_something_is_left():
         assert torch.equal(*(torch.autograd.grad(y, x, g)[0] for y in (got, want)))
 
 
-@pytest.mark.parametrize("shape, dim", [((3, 4), 1), ((3, 0), 1), ((0, 4), 0), ((), 0)])
+@pytest.mark.parametrize("shape, dim", [((3, 4), 1), ((3, 0), 1), ((0, 4), 0)])
 def test_nothing_left_has_no_gradient(shape, dim):
-    x = torch.full(shape, NOTHING).requires_grad_() if shape else None
-    if x is None:
-        return refuses(logsumexp, [("dim must", (torch.tensor(1.0), 0), {})])
+    x = torch.full(shape, NOTHING, requires_grad=True)
     out = logsumexp(x, dim)
     (grad,) = torch.autograd.grad(out.sum(), x)
     assert (out == NOTHING).all() and (grad == 0).all()
@@ -52,4 +50,5 @@ def test_compiles():
 def test_bad_arguments_are_named():
     x = torch.randn(3, 4)
     cases = [("x must", (y,), {}) for y in (None, [1.0], x.long(), x.to(torch.complex64), x.to_sparse())]
+    cases.append(("dim must", (torch.tensor(1.0), 0), {}))
     refuses(logsumexp, [*cases, *(("dim must", (x, dim), {}) for dim in (2, -3, None, 0.5, (0, 1), "a"))])
