@@ -239,10 +239,11 @@ def _stacked(name: str, x: Tensor | Sequence[Tensor]) -> Tensor:
         return x
     if not isinstance(x, Sequence) or not x or any(not isinstance(y, Tensor) or y.shape != x[0].shape for y in x):
         raise ValueError(f"{name} must be a tensor [N, H, D] or tensors [N, D], one for each hard negative of a row")
+    x = promoted(*x)
     for i, y in enumerate(x):
         check_dense(f"{name}[{i}]", y)
         check_alike(f"{name}[{i}]", y, f"{name}[0]", x[0])
-    return stack(tuple(x), 1)
+    return stack(x, 1)
 
 
 def check_directions(directions: Sequence[str], partition: str) -> None:

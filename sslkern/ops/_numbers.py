@@ -50,7 +50,9 @@ def check_size(name: str, x: int, least: int = 1) -> int:
             value = operator.index(x)
         except TypeError:
             pass
-    if value is None or not least <= value < 2**63:
+    if value is not None and value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, not {shown(x)}")
+    if value is None or value < least:
         kind = "a positive integer" if least == 1 else f"an integer, {least} or more"
         raise ValueError(f"{name} must be {kind}, not {shown(x)}")
     return value
