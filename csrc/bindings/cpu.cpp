@@ -1,5 +1,5 @@
-// sslkern._cpu: the only file that knows Python. Tensors arrive as objects, which keeps their memory alive during the
-// call. Shapes and types were checked by sslkern/backends/cpu; what is passed is contiguous.
+// sslkern._cpu. Tensors arrive as objects, which keeps their memory alive during the call, and `Tensors` gives it to
+// the kernels only as they read or write it. That sizes are those of one problem is up to sslkern/backends/cpu.
 #include "bindings/tensor.h"
 #include "cpu/kernels.h"
 
