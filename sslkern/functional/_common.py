@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import resolve
+from ..backends.reference.join import autocast_active, cat, stack
+from ..backends.reference.sums import mean, softplus, times, total
 from ..ops import similarity_lse
 from ..ops._arguments import FLOATS, check_choice, check_dense, check_flags
-from ..ops._join import cat, stack
 from ..ops._library import transformed
 from ..ops._numbers import FLOAT32_MAX, check_finite
-from ..ops._sums import each, mean, times, total
 from ..ops._tensors import plain
 from ..ops.pair_contrast import pair_contrast
-from ..ops.product import autocast_active
 from ..ops.similarity_lse import small
 from ..ops.unit_pairs import UnitPairs
 
@@ -181,17 +180,6 @@ def dots(a: Tensor, b: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """x in the type that sums run in: fp32 of 16 bits."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), the loss of a row whose negatives outweigh its positive by x.
-
-    torch's own switches to x at 20, where in fp64 the rest still counts; beyond 40 it does not, in fp32 nor fp64.
-    """
-    return each(_softplus, x)
-
-
-_softplus = functools.partial(F.softplus, threshold=40)
 
 
 def pair_loss(negative: Tensor, positive: Tensor) -> Tensor:

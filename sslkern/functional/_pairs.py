@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..backends.reference.join import cat
 from ..ops._arguments import check_flags
-from ..ops._join import cat
 from ._common import check_alike, check_features, check_ids, dots, promoted, unit, wide
 
 

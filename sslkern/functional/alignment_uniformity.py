@@ -4,10 +4,10 @@ Uniformity on the Hypersphere", 2020."""
 import torch
 from torch import Tensor
 
+from ..backends.reference.sums import mean
 from ..ops import similarity_lse
 from ..ops._arguments import check_flags
 from ..ops._numbers import FLOAT32_MAX, check_number, constant, log
-from ..ops._sums import mean
 from ._common import check_alike, check_features, dots, logaddexp, promoted, unit, wide
 
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from ..backends.reference.join import cat, stack
+from ..backends.reference.sums import mean, times
 from ..ops import similarity_lse
 from ..ops._arguments import FLOATS, check_choice, check_dense
-from ..ops._join import cat, stack
-from ..ops._sums import mean, times
 from ..ops.product import product
 from ._common import (
     check_features,

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..backends.reference.sums import times
 from ..ops import similarity_lse
 from ..ops._numbers import check_number
-from ..ops._sums import times
 from ._common import check_options, check_weights, reduce, scale_of
 from ._pairs import two_views
 

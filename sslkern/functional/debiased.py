@@ -6,9 +6,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..backends.reference.sums import times
 from ..ops import similarity_lse
 from ..ops._numbers import check_finite, check_number, log
-from ..ops._sums import times
 from ._common import check_options, check_weights, pair_loss, reduce, scale_of
 from ._pairs import equal_ids, two_views
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from ..backends.reference.join import stack
+from ..backends.reference.sums import times
 from ..ops import similarity_lse
 from ..ops._arguments import check_flags
-from ..ops._join import stack
 from ..ops._numbers import check_number
-from ..ops._sums import times
 from ..ops.product import product
 from ._common import (
     beaten,

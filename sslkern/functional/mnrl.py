@@ -8,12 +8,12 @@ from functools import reduce as fold
 import torch
 from torch import Tensor
 
+from ..backends.reference.join import cat, stack
+from ..backends.reference.sums import times
 from ..ops import logsumexp, similarity_lse
 from ..ops._arguments import FLOATS, check_choice, check_dense
-from ..ops._join import cat, stack
 from ..ops._library import transformed
 from ..ops._numbers import check_finite, shown
-from ..ops._sums import times
 from ..ops.product import product
 from ._common import (
     beaten,

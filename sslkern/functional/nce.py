@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends.reference.join import stack
+from ..backends.reference.sums import log_total, pieces, times, total
 from ..ops import sampled_similarity, sampled_similarity_bwd
 from ..ops._arguments import check_choice, check_dense, check_devices, check_flags
-from ..ops._join import stack
 from ..ops._library import Once, transformed
 from ..ops._numbers import check_size, log
-from ..ops._sums import log_total, pieces, times, total
 from ._common import (
     beaten,
     check_alike,
@@ -137,7 +137,7 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
         if form == "nce":
             M, K = bank.shape[0], index.shape[1] - 1
             if log_z is None:
-                log_z = log_total(logits.detach()) + log(M / logits.numel(), logits)
+                log_z = log_total(logits) + log(M / logits.numel(), logits)
             logits = logits - (log_z + (log(K / M, logits) if K else -math.inf))
             losses = softplus(-logits[:, 0]) + softplus(logits[:, 1:]).sum(1)
         else:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..backends.reference.join import cat
 from ..ops import similarity_topk
 from ..ops._arguments import check_flags
-from ..ops._join import cat
 from ._common import check_alike, check_features, check_options, promoted, unit
 from .info_nce import info_nce
 

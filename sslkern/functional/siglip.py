@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from ..backends.reference.sums import times, total
 from ..ops import similarity_softplus
-from ..ops._sums import times, total
 from ..ops.pair_contrast import row_numbers
 from ._common import check_alike, check_features, check_ids, check_options, dots, promoted, scalar, softplus, unit_pair
 

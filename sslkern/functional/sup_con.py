@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..backends.reference.join import stack
 from ..ops import similarity_lse
 from ..ops._arguments import check_choice, check_dense
-from ..ops._join import stack
 from ..ops.product import product
 from ._common import (
     check_features,

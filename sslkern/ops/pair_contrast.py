@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
+from ..backends.reference.sums import total
 from ._library import Once, define, library
-from ._sums import total
 from ._tensors import plain
 from .similarity_lse import _accumulator, scale_parts
 

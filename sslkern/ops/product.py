@@ -3,11 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..backends.reference.join import autocast_active
 from ._library import transformed
-
-
-def autocast_active(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

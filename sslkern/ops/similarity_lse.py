@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
+from ..backends.reference.join import autocast_active, cat
+from ..backends.reference.sums import total
 from ._arguments import FLOATS, check_choice, check_dense, check_devices, check_flags
-from ._join import cat
 from ._library import Once, define, differentiable, library, no_second_derivative, transformed
 from ._numbers import check_finite, constant
-from ._sums import total
 from .logsumexp import logsumexp
-from .product import autocast_active
 
 _PROBLEM = "Tensor? scale_tensor, float scale, Tensor? q_ids, Tensor? k_ids, bool same, Tensor? k_bias, Tensor? q_limit"
 

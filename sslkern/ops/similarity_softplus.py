@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
+from ..backends.reference.sums import total as sum_of_all
 from ._arguments import FLOATS, check_dense, check_devices, check_flags
 from ._library import define, differentiable, transformed
 from ._numbers import check_finite, constant, number, shown
-from ._sums import total as sum_of_all
 from .similarity_lse import _PROBLEM, Once, _accumulator, _check, _describe, _or_empty, _uniform
 
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import load, resolve
+from ..backends.reference.sums import total
 from ._library import define, differentiable
 from ._numbers import check_size
-from ._sums import total
 from .similarity_lse import _accumulator, _check, _uniform
 
 

@@ -1,14 +1,10 @@
 """The losses of pairs from the log-sum-exps of their negatives, in plain torch."""
 
-import functools
-
 import torch
 from torch import Tensor
 
-from ...ops._join import stack
-from .sums import each
-
-_softplus = functools.partial(torch.nn.functional.softplus, threshold=40)
+from .join import stack
+from .sums import each, softplus
 
 
 def pair_losses_fwd(
@@ -22,7 +18,7 @@ def pair_losses_fwd(
     gap = negatives - positive
     # NaN where one of them is +inf, as in cross-entropy.
     gap.add_(torch.maximum(negatives, positive), alpha=0)
-    return each(_softplus, gap), positive, gap
+    return softplus(gap), positive, gap
 
 
 def pair_losses_bwd(gap: Tensor, g: Tensor, scale_tensor: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...ops._join import cat
+from .join import cat
 
 BLOCK = 2**20  # elements of S held at a time
 

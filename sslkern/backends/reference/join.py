@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .product import autocast_active
+
+def autocast_active(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
