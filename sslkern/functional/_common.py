@@ -38,8 +38,8 @@ def promoted(*features):
     """Inside autocast, features of several types in the widest of them, as torch does with what it does not round: an
     encoder's output in bf16 meets a queue in fp32. Elsewhere, and what is no such tensor, as it is: the checks say so.
     """
-    dtypes = [x.dtype for x in features if isinstance(x, Tensor)]
-    if not any([x != dtypes[0] for x in dtypes]) or not all(dtype in FLOATS for dtype in dtypes):  # noqa: C419 (time)
+    dtypes = {x.dtype for x in features if isinstance(x, Tensor)}
+    if len(dtypes) < 2 or not dtypes.issubset(FLOATS):
         return features
     devices = {x.device.type for x in features if isinstance(x, Tensor)}
     if not any(map(autocast_active, devices)):

@@ -8,7 +8,7 @@ from ..backends.reference.sums import mean
 from ..ops import similarity_lse
 from ..ops._arguments import check_flags
 from ..ops._numbers import FLOAT32_MAX, check_number, constant, log
-from ._common import check_alike, check_features, dots, logaddexp, promoted, unit, wide
+from ._common import check_alike, check_features, dots, promoted, unit, wide
 
 
 def alignment_uniformity(
@@ -100,23 +100,25 @@ def uniformity(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
     t = check_number("t", t, 1e-6, FLOAT32_MAX / 2)
     check_flags(normalize=normalize)
     N = z.shape[0]
-    if normalize:
-        z = unit(z)
-        row = _without_zeros(z, similarity_lse(z, scale=2 * t), t)
+    z = unit(z) if normalize else z
+    if normalize:  # the shift of all rows, 2t, is taken off at the end
+        row = similarity_lse(z, scale=2 * t)
     else:
         squares = dots(z, z)
         row = similarity_lse(z, scale=2 * t, k_bias=-t * squares) - t * squares
     if N == 1:
         return row.masked_fill(row == -torch.inf, 0).sum()
-    return row.logsumexp(0) - log(N * (N - 1), row)
+    whole = row.logsumexp(0)
+    if normalize:
+        whole = torch.logaddexp(whole - 2 * t, _with_zeros(z.detach(), t, row.dtype))
+    return whole - log(N * (N - 1), row)
 
 
-def _without_zeros(z: Tensor, row: Tensor, t: float) -> Tensor:
-    """log sum_j exp(-t |z_i - z_j|^2) [N] from the log-sum-exps [N] of 2t <z_i, z_j>, of rows of length 1, or 0: such a
-    row is at the distance 1 from a unit row, and at 0 from its like."""
-    zero = dots(z.detach(), z.detach()) < 0.5
-    zeros, units, t = zero.sum().to(row.dtype), (~zero).sum().to(row.dtype), constant(t, row, row.dtype)
-    # exp(row) counts 1 for each zero row, for a unit row e^t too little once both lengths are taken off.
-    few = zeros.log() + t + (-torch.expm1(-t)).log()
-    from_zero = torch.logaddexp(units.log() - t, (zeros - 1).clamp_min(0).log())
-    return torch.where(zero, from_zero, logaddexp(row, few.expand_as(row)) - 2 * t)
+def _with_zeros(z: Tensor, t: float, dtype: torch.dtype) -> Tensor:
+    """log of what a sum of exp(2t <z_i, z_j> - 2t) over the pairs lacks, as rows of z have the length 1 or 0: a row of
+    zeros is at the distance 1 from a unit row, and at 0 from its like."""
+    zeros = (torch.linalg.vector_norm(z, dim=1) < 0.5).sum().to(dtype)
+    t = constant(t, zeros, dtype)
+    to_units = (2 * zeros * (len(z) - zeros)).log() - t + (-torch.expm1(-t)).log()
+    to_zeros = (zeros * (zeros - 1)).log() + (-torch.expm1(-2 * t)).log()
+    return torch.logaddexp(to_units, to_zeros)
