@@ -4,7 +4,7 @@ Uniformity on the Hypersphere", 2020."""
 import torch
 from torch import Tensor
 
-from ..backends.reference.sums import mean
+from ..backends.reference.sums import log_total, mean
 from ..ops import similarity_lse
 from ..ops._arguments import check_flags
 from ..ops._numbers import FLOAT32_MAX, check_number, constant, log
@@ -108,7 +108,7 @@ def uniformity(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
         row = similarity_lse(z, scale=2 * t, k_bias=-t * squares) - t * squares
     if N == 1:
         return row.masked_fill(row == -torch.inf, 0).sum()
-    whole = row.logsumexp(0)
+    whole = log_total(row)
     if normalize:
         whole = torch.logaddexp(whole - 2 * t, _with_zeros(z.detach(), t, row.dtype))
     return whole - log(N * (N - 1), row)

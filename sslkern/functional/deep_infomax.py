@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..backends.reference.sums import mean, times
-from ..ops import logsumexp, similarity_lse, similarity_softplus
+from ..backends.reference.sums import log_total, mean, times
+from ..ops import similarity_lse, similarity_softplus
 from ..ops._arguments import check_choice, check_flags
 from ._common import (
     check_alike,
@@ -95,8 +95,9 @@ def deep_infomax(
     count = (_different_pairs(images) * L).to(own.dtype)
     if estimator == "jsd":
         return mean(softplus(-own)) + similarity_softplus(features, locations, scale, **q) / count.clamp_min(1)
-    total = logsumexp(similarity_lse(features, locations, scale, **q))
-    return (total - count.clamp_min(1).log() - mean(own)).masked_fill(count == 0, 0)
+    nothing = count == 0
+    total = log_total(similarity_lse(features, locations, scale, **q).masked_fill(nothing, 0))
+    return (total - count.clamp_min(1).log() - mean(own)).masked_fill(nothing, 0)
 
 
 def check_estimator(estimator: str) -> None:

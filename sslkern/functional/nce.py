@@ -137,7 +137,7 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
         if form == "nce":
             M, K = bank.shape[0], index.shape[1] - 1
             if log_z is None:
-                log_z = log_total(logits) + log(M / logits.numel(), logits)
+                log_z = log_total(logits.detach()) + log(M / logits.numel(), logits)
             logits = logits - (log_z + (log(K / M, logits) if K else -math.inf))
             losses = softplus(-logits[:, 0]) + softplus(logits[:, 1:]).sum(1)
         else:

@@ -85,3 +85,16 @@ def test_sums_are_sums():
     x = torch.full((40_000,), -torch.inf)
     x[7] = 2.0
     assert log_total(x) == 2
+
+
+def test_a_log_sum_exp_of_many():
+    x = torch.randn(70_000)
+
+    def compute():
+        leaf = x.clone().requires_grad_()
+        value = log_total(leaf)
+        return value.detach(), *torch.autograd.grad(value, leaf)
+
+    same_bits(compute)
+    value, grad = compute()
+    assert torch.allclose(grad, x.softmax(0), rtol=1e-5, atol=0) and torch.allclose(value, x.logsumexp(0))

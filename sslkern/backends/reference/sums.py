@@ -34,12 +34,12 @@ def mean(x: Tensor) -> Tensor:
 
 
 def log_total(x: Tensor) -> Tensor:
-    """The log-sum-exp of all of x, 0-d; without gradient."""
-    x = x.detach().reshape(-1)
-    while shared(x):
-        rows = x.numel() // ROW
-        x = torch.cat((x[: rows * ROW].view(rows, ROW).logsumexp(1), x[rows * ROW :]))
-    return x.logsumexp(0)
+    """The log-sum-exp of all of x, 0-d. Where nothing is left it has no gradient, as torch's."""
+    if not shared(x):
+        return x.reshape(-1).logsumexp(0)
+    top = x.detach().amax()
+    top = top.masked_fill(top.isinf(), 0)
+    return total(each(torch.exp, x - top)).log() + top
 
 
 def times(x: Tensor, scale: float | Tensor) -> Tensor:
