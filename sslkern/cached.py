@@ -176,7 +176,12 @@ class _Cache:
             for kind in ("cpu", *{device.type for device in self.devices})
             if torch.amp.is_autocast_available(kind)
         ]
+        if any(nn.parameter.is_lazy(p) for p in self.parameters.values()):
+            raise ValueError(
+                "encoder must know the shapes of its parameters; call it once before, as parts of it are lazy"
+            )
         self.versions = self._versions()
+        self.names = self._names()
         self.modes = self._modes()
         self.replayed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         for module in self.encoder.modules() if self.replayed else ():
@@ -187,7 +192,7 @@ class _Cache:
                     "find_unused_parameters or static_graph"
                 )
         self.random: list[list[Tensor]] = []  # the state before each chunk
-        self.buffers: list[dict[str, Tensor]] = []  # likewise; equal ones are one tensor
+        self.buffers: list[dict[str, Tensor | None]] = []  # likewise; equal ones are one tensor
         self.changing: set[str] = set()  # names of buffers
         self.structure: Any = None  # how the tensors are nested in what the encoder returns
 
@@ -210,6 +215,8 @@ class _Cache:
             self.buffers.pop()
             if self._versions() != self.versions:
                 raise RuntimeError("encoder must not change its parameters in place while it embeds; do that before")
+            if self._names() != self.names:
+                raise RuntimeError("encoder must not make parameters or buffers while it embeds; call it once before")
         torch.clear_autocast_cache()  # older torch keeps casts of weights made here, which have no graph
         with ExitStack() as stack:  # autocast on the CPU joins neither fp64 nor the other 16 bits
             for options in self.autocast:
@@ -235,7 +242,7 @@ class _Cache:
             _set_modes(self.modes)
             for rows, state, buffers in zip(self.chunks, self.random, self.buffers, strict=True):
                 self._set_random_state(state)
-                buffers = {name: x.clone() if name in self.changing else x for name, x in buffers.items()}
+                buffers = {n: x.clone() if x is not None and n in self.changing else x for n, x in buffers.items()}
                 leaves = [x[rows].detach() for x in self.inputs]
                 for leaf, total in zip(leaves, of_inputs, strict=True):
                     leaf.requires_grad_(total is not None)
@@ -249,7 +256,9 @@ class _Cache:
             torch.clear_autocast_cache()
         return [*of_inputs, *(leaf.grad for leaf in stand_ins.values())]
 
-    def _replay_chunk(self, leaves: list[Tensor], state: dict[str, Tensor], grads: Sequence[Tensor | None]) -> None:
+    def _replay_chunk(
+        self, leaves: list[Tensor], state: dict[str, Tensor | None], grads: Sequence[Tensor | None]
+    ) -> None:
         with torch.enable_grad(), ExitStack() as stack:
             for options in self.autocast:
                 stack.enter_context(torch.autocast(**options))
@@ -263,7 +272,8 @@ class _Cache:
 
     def _keep_buffers(self) -> None:
         """The buffers as they are now, copies of those that are not known to be equal to the last ones."""
-        last, kept = self.buffers[-1] if self.buffers else {}, {}
+        last = self.buffers[-1] if self.buffers else {}
+        kept: dict[str, Tensor | None] = {name: None for name, x in self._held("_buffers") if x is None}
         for name, x in self.encoder.named_buffers():
             old = last.get(name)
             if old is None or name in self.changing or not _equal(old, x):
@@ -275,6 +285,15 @@ class _Cache:
 
     def _versions(self) -> list[int]:
         return [0 if t.is_inference() else t._version for t in (*self.inputs, *self.parameters.values())]
+
+    def _held(self, kind: str) -> Iterator[tuple[str, Tensor | None]]:
+        """All buffers, or parameters, with those that are None."""
+        for prefix, module in self.encoder.named_modules():
+            for name, x in getattr(module, kind).items():
+                yield f"{prefix}.{name}" if prefix else name, x
+
+    def _names(self) -> list[set[str]]:
+        return [{name for name, _ in self._held(kind)} for kind in ("_parameters", "_buffers")]
 
     def _modes(self) -> list[tuple[nn.Module, bool]]:
         return [(module, module.training) for module in self.encoder.modules()]
@@ -307,11 +326,12 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 
 def _with_tensors(x: Any, tensors: Iterator[Tensor]) -> Any:
-    """x with other tensors; named tuples become tuples, mappings dicts."""
+    """x with other tensors; mappings become dicts."""
     if isinstance(x, Tensor):
         return next(tensors)
     if isinstance(x, Mapping):
         return {name: _with_tensors(one, tensors) for name, one in x.items()}
     if isinstance(x, (tuple, list)):
-        return (tuple if isinstance(x, tuple) else list)(_with_tensors(one, tensors) for one in x)
+        make = getattr(x, "_make", tuple if isinstance(x, tuple) else list)  # of a named tuple
+        return make(_with_tensors(one, tensors) for one in x)
     return x

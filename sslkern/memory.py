@@ -76,13 +76,13 @@ class CrossBatchMemory(FeatureQueue):
     def push(self, keys: Tensor, labels: Tensor) -> None:
         """Writes keys [B, dim] and their labels int64 [B] over the oldest."""
         _check_rows("keys", keys, self.queue.shape[0])
+        check_dense("labels", labels)
         if not isinstance(labels, Tensor) or labels.shape != keys.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(f"labels must be an int64 tensor {list(keys.shape[:1])}, one for each key")
-        check_dense("labels", labels)
         check_devices("the queue", self.labels, labels=labels)
         size, B = self.labels.shape[0], labels.shape[0]
         last = torch.arange(max(0, B - size), B, device=self.labels.device)
-        place = (last + self.queue_ptr) % size
+        place = (last + self.queue_ptr % size) % size
         super().push(keys)
         self.labels.index_copy_(0, place, labels[-size:].clone())  # which may be some of them
         self.count += B
@@ -130,9 +130,9 @@ class MemoryBank(nn.Module):
         """Rows of the bank for `functional.nce`, int64 [B, 1 + negatives]: index [B] and, uniformly and with
         repetition, rows other than it."""
         size = self.bank.shape[0]
+        check_dense("index", index)
         if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
             raise ValueError("index must be an int64 tensor [B], the samples of the batch")
-        check_dense("index", index)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, not {describe(generator)}")
         negatives = check_size("negatives", negatives, 0)
@@ -148,8 +148,8 @@ class MemoryBank(nn.Module):
 
 
 def _check_rows(name: str, x: Tensor, width: int) -> None:
+    check_dense(name, x)
     if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"{name} must be a tensor [B, {width}], not {describe(x)}")
-    check_dense(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")

@@ -37,8 +37,14 @@ def switches(function) -> list[str]:
 def test_tensors_that_are_not_dense_are_refused(name):
     for i in range(len(ALL[name]().tensors())):
         example = ALL[name](N=2, D=4)
-        sparse = example.tensors()[i].detach().to_sparse()
-        assert "must be a dense tensor" in refusal(example.with_tensor(i, sparse)), i
+        x = example.tensors()[i].detach()
+        others = [x.to_sparse()]
+        if x.ndim > 1:  # a list of rows of several lengths, and the same in one piece of memory
+            others += [torch.nested.nested_tensor([*x], layout=layout) for layout in (torch.strided, torch.jagged)]
+        if x.ndim > 0 and x.dtype == torch.float32:
+            others.append(x.to_mkldnn())
+        for other in others:
+            assert "must be a dense tensor" in refusal(example.with_tensor(i, other)), i
 
 
 @pytest.mark.parametrize("value", ["yes", torch.tensor([True, False])], ids=["str", "tensor"])

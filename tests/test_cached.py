@@ -308,6 +308,32 @@ class Fading(nn.Module):
         return out
 
 
+class Late(nn.Module):
+    """A buffer that is None before the first chunk."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+        self.register_buffer("factor", None)
+
+    def forward(self, x):
+        self.factor = torch.ones_like(x[0, :1]) if self.factor is None else self.factor + 1
+        return self.linear(x) * self.factor.clone() + x[:, :5]
+
+
+class Growing(nn.Module):
+    """It makes what is given when it is first called."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.linear, self.make = nn.Linear(6, 5), make
+
+    def forward(self, x):
+        if self.make is not None:
+            self.make = self.make(self)
+        return self.linear(x)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -347,6 +373,7 @@ ENCODERS = {
         lambda linear: nn.Sequential(linear, nn.BatchNorm1d(8, momentum=None))
     ),
     "fading": Fading,
+    "late": Late,
     "tied": Tied,
     "a method": Tied,
     "lstm": Recurrent,
@@ -509,6 +536,15 @@ def test_misuse_is_named():
         CachedLoss(nn.Flatten(0), NTXentLoss(), 4)(x, x)
     with pytest.raises(RuntimeError, match="encoder must not change its parameters"):
         CachedLoss(Prototypes(6, 5).double(), NTXentLoss(), 4)(x, x + 1)
+    for grow in (
+        lambda model: model.register_buffer("late", torch.ones(1)),
+        lambda model: model.register_parameter("late", nn.Parameter(torch.ones(1))),
+        lambda model: model.add_module("late", nn.Linear(1, 1)),
+    ):
+        with pytest.raises(RuntimeError, match="encoder must not make parameters"):
+            CachedLoss(Growing(grow).double(), NTXentLoss(), 4)(x, x + 1)
+    with pytest.raises(ValueError, match="encoder must know the shapes"):
+        CachedLoss(nn.Sequential(nn.LazyLinear(5)), NTXentLoss(), 4)(x, x + 1)
     loss = CachedLoss(model, NTXentLoss(), 4)(x, x + 1)
     with torch.no_grad():
         model[0].weight.mul_(math.pi)

@@ -138,6 +138,11 @@ def test_cross_batch_memory_knows_the_labels(backend):
     assert all(torch.equal(a, b) for a, b in zip(memory.contents(), other.contents(), strict=True))
     with pytest.raises(ValueError, match="labels must"):
         memory.push(keys[:2], labels[:3])
+    for wild in (-1, 12) if backend == "cuda-emulated" else (-1, 12, 2**63 - 1, -(2**63)):
+        memory.queue_ptr.fill_(wild)
+        memory.push(keys[:5], labels[:5])
+        kept, of = memory.contents()
+        assert torch.allclose(kept, keys[of]) and set(of.tolist()) >= set(range(5))
 
 
 def test_a_memory_may_be_pushed_rows_of_its_own(backend):

@@ -25,9 +25,9 @@ EPS = 1e-12  # rows shorter than this are divided by it
 
 def check_features(name: str, x: Tensor) -> None:
     """x: [N, D] with N > 0, floating point."""
+    check_dense(name, x)
     if not isinstance(x, Tensor) or x.ndim != 2:
         raise ValueError(f"{name} must be a tensor [N, D], not {describe(x)}")
-    check_dense(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, not {x.dtype}; convert it with .float()")
     if x.shape[0] == 0:
@@ -53,6 +53,7 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str
 
     `shape` names the sizes: a number from x would tie compiled code to it.
     """
+    check_dense(name, x)
     fits = isinstance(x, Tensor) and (x.shape == other.shape if shape is None else x.shape[-1:] == other.shape[-1:])
     if not fits:
         wanted = list(other.shape) if shape is None else shape
@@ -60,7 +61,6 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str
             f"{name} must be a tensor {wanted} to go with {other_name} {list(other.shape)}, not {describe(x)}"
             + _hint(x, other)
         )
-    check_dense(name, x)
     if x.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, not {x.dtype}; convert one")
     if x.device != other.device:
@@ -68,9 +68,9 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str
 
 
 def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    check_dense(name, ids)
     if not isinstance(ids, Tensor) or ids.shape != shape:
         raise ValueError(f"{name} must be an int64 tensor {list(shape)}, not {describe(ids)}")
-    check_dense(name, ids)
     if ids.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, not {ids.dtype}; convert it with .long()")
     if ids.device != like.device:
@@ -80,9 +80,9 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], like: Tensor) -> N
 def check_weights(weights: Tensor | None, N: int, like: Tensor) -> None:
     if weights is None:
         return
+    check_dense("weights", weights)
     if not isinstance(weights, Tensor) or weights.shape != (N,):
         raise ValueError(f"weights must be a tensor [{N}], one for each sample, not {describe(weights)}")
-    check_dense("weights", weights)
     if weights.dtype not in FLOATS:
         raise TypeError(f"weights must be floating point, not {weights.dtype}; convert it with .float()")
     if weights.device != like.device:

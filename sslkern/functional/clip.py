@@ -85,9 +85,9 @@ def clamp_logit_scale_(log_scale: Tensor, max: float | None = math.log(100), min
         >>> round(sslkern.functional.clamp_logit_scale_(log_scale, min=0.0).exp().item(), 3)
         100.0
     """
+    check_dense("log_scale", log_scale)
     if not isinstance(log_scale, Tensor) or log_scale.dtype not in FLOATS:
         raise TypeError("log_scale must be a floating-point tensor, the logarithm of the logit scale")
-    check_dense("log_scale", log_scale)
     check_own_memory("log_scale", log_scale)
     max = None if max is None else check_number("max", max, -math.inf)
     min = None if min is None else check_number("min", min, -math.inf)

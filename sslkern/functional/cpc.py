@@ -117,9 +117,9 @@ def _by_step(x: Tensor, counts: list[int]) -> Tensor:
 
 def _check(context: Tensor, targets: Tensor, predictors: Tensor, negatives: str) -> None:
     for name, x in (("context", context), ("targets", targets)):
+        check_dense(name, x)
         if not isinstance(x, Tensor) or x.ndim != 3:
             raise ValueError(f"{name} must be a tensor [N, T, D], not {describe(x)}")
-        check_dense(name, x)
         check_features(name, x.flatten(0, 1))
     if targets.shape[:2] != context.shape[:2]:
         wanted = [*context.shape[:2], "Dz"]
@@ -127,9 +127,9 @@ def _check(context: Tensor, targets: Tensor, predictors: Tensor, negatives: str)
     if targets.dtype != context.dtype:
         raise TypeError(f"targets must have the dtype of context, {context.dtype}, not {targets.dtype}; convert one")
     T, Dc, Dz = *context.shape[1:], targets.shape[2]
+    check_dense("predictors", predictors)
     if not isinstance(predictors, Tensor) or predictors.ndim != 3 or predictors.shape[1:] != (Dz, Dc):
         raise ValueError(f"predictors must be a tensor [K, {Dz}, {Dc}], not {describe(predictors)}")
-    check_dense("predictors", predictors)
     if not 0 < predictors.shape[0] < T:
         raise ValueError(f"predictors must be for 1 to {T - 1} steps, as T is {T}, not for {predictors.shape[0]}")
     if predictors.dtype not in FLOATS:

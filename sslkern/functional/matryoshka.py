@@ -78,7 +78,8 @@ def loss_of_prefixes(loss_fn, dims, weights, normalize, /, *features, **options)
 
 
 def _is_features(x) -> bool:
-    return isinstance(x, Tensor) and x.ndim >= 2 and x.dtype in FLOATS
+    # nested ones have no width: the loss refuses them
+    return isinstance(x, Tensor) and x.ndim >= 2 and x.dtype in FLOATS and not x.is_nested
 
 
 def _width(x: Any) -> int | None:
@@ -105,5 +106,5 @@ def _prefix(x: Any, d: int, D: int | None, normalize: bool) -> Any:
     if isinstance(x, Mapping):
         return {name: one if name == "guide" else _prefix(one, d, D, normalize) for name, one in x.items()}
     if isinstance(x, (tuple, list)):
-        return [_prefix(one, d, D, normalize) for one in x]
+        return getattr(x, "_make", list)(_prefix(one, d, D, normalize) for one in x)  # of a named tuple
     return x

@@ -119,9 +119,9 @@ def mil_nce(
 
 def _check_valid(valid: Tensor, positives: Tensor) -> None:
     shape = list(positives.shape[:2])
+    check_dense("valid", valid)
     if not isinstance(valid, Tensor) or list(valid.shape) != shape:
         raise ValueError(f"valid must be a bool tensor {shape}, one for each candidate, not {describe(valid)}")
-    check_dense("valid", valid)
     if valid.dtype != torch.bool:
         raise TypeError(f"valid must be bool, not {valid.dtype}; convert it with .bool()")
     if valid.device != positives.device:

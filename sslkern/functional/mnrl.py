@@ -237,11 +237,12 @@ def _stacked(name: str, x: Tensor | Sequence[Tensor]) -> Tensor:
     """[N, H, D] of H tensors [N, D]."""
     if isinstance(x, Tensor):
         return x
+    for i, y in enumerate(x if isinstance(x, Sequence) else ()):
+        check_dense(f"{name}[{i}]", y)
     if not isinstance(x, Sequence) or not x or any(not isinstance(y, Tensor) or y.shape != x[0].shape for y in x):
         raise ValueError(f"{name} must be a tensor [N, H, D] or tensors [N, D], one for each hard negative of a row")
     x = promoted(*x)
     for i, y in enumerate(x):
-        check_dense(f"{name}[{i}]", y)
         check_alike(f"{name}[{i}]", y, f"{name}[0]", x[0])
     return stack(x, 1)
 
@@ -278,9 +279,9 @@ def _checked_guide(guide, anchor: Tensor, negatives: Tensor | None) -> list[Tens
     guide = [_stacked("the guide's features of negatives", x) if i == 2 else x for i, x in enumerate(guide)]
     for name, x in zip(names, guide, strict=True):
         rows = negatives.shape[:2] if name == "negatives" else anchor.shape[:1]
+        check_dense("guide", x)
         if not isinstance(x, Tensor) or x.shape[:-1] != rows or x.shape[-1] != guide[0].shape[-1]:
             raise ValueError(f"guide must have features {[*rows, 'Dg']} for the {name}, not {describe(x)}")
-        check_dense("guide", x)
         if x.dtype not in FLOATS or x.device != anchor.device:
             raise ValueError(f"guide must be floating point and on {anchor.device}, not {x.dtype} on {x.device}")
     wide = torch.float64 if anchor.dtype == torch.float64 else torch.float32

@@ -114,10 +114,10 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
     check_features("query", query)
     check_features("bank", bank)
     check_alike("bank", bank, "query", query, "[M, D]")
+    check_dense("index", index)
     if not isinstance(index, Tensor) or index.ndim != 2 or index.shape[0] != query.shape[0] or index.shape[1] == 0:
         wanted = f"[{query.shape[0]}, 1 + K], the positive first"
         raise ValueError(f"index must be an int64 tensor {wanted}, not {describe(index)}")
-    check_dense("index", index)
     check_devices("query", query, index=index, temperature=scale)
     check_choice("form", form, *FORMS)
     if form == "softmax" and log_z is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends.reference.join import stack
 from ..backends.reference.sums import times
 from ..ops import similarity_lse
-from ..ops._arguments import check_choice
+from ..ops._arguments import check_choice, check_dense
 from ..ops._numbers import check_number
 from ..ops.product import product
 from ._common import (
@@ -163,6 +163,7 @@ def nt_xent_multi_view(
 
 def _stacked(views: Tensor | Sequence[Tensor]) -> Tensor:
     """[V, N, D]."""
+    check_dense("views", views)
     listed = isinstance(views, (list, tuple)) or isinstance(views, Tensor) and views.ndim == 3
     if not listed or len(views) < 2:
         raise ValueError(f"views must be a tensor [V, N, D] or a list of V tensors [N, D], V >= 2, not {_what(views)}")

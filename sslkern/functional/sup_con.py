@@ -166,6 +166,7 @@ def _twins(labels: Tensor, shared: Tensor, count: Tensor) -> tuple[Tensor, Tenso
 
 def _check_labels(labels: Tensor, N: int, like: Tensor, form: str) -> None:
     check_choice("form", form, *FORMS)
+    check_dense("labels", labels)
     if not isinstance(labels, Tensor) or labels.ndim != 2:
         return check_ids("labels", labels, (N,), like)
     if labels.dtype != torch.bool:
@@ -175,7 +176,6 @@ def _check_labels(labels: Tensor, N: int, like: Tensor, form: str) -> None:
         )
     if labels.shape[0] != N:
         raise ValueError(f"labels must be a bool tensor [{N}, C], one row for each sample, not {describe(labels)}")
-    check_dense("labels", labels)
     if labels.device != like.device:
         raise ValueError(f"labels is on {labels.device} but the features are on {like.device}; move one of them")
     if form != "out":

@@ -1,5 +1,7 @@
 """What is asked of the arguments of every call, besides their numbers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,9 +10,14 @@ from ._numbers import shown
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_dense(name: str, x: Tensor) -> None:
+def check_dense(name: str, x: Any) -> None:
+    """x is no tensor, or a dense one: asked before its shape, which others may not have."""
+    if not isinstance(x, Tensor):
+        return
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, not of layout {x.layout}; convert it with .to_dense()")
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, not nested; convert it with .to_padded_tensor(0.0)")
 
 
 def check_devices(name: str, like: Tensor, **others: Tensor | None) -> None:
@@ -30,8 +37,7 @@ def check_own_memory(name: str, x: Tensor) -> None:
 
 
 def check_written(name: str, x: Tensor) -> None:
-    """x is written to: dense, without a gradient, and each element has a place of its own."""
-    check_dense(name, x)
+    """x, which is dense, is written to: it is without a gradient, and each element has a place of its own."""
     if x.requires_grad:
         raise ValueError(f"{name} gets no gradient; make it a buffer or pass {name}.detach()")
     check_own_memory(name, x)

@@ -33,6 +33,8 @@ def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float = 0.5) 
         >>> bank[0]
         tensor([0., 1., 0.])
     """
+    for name, tensor in (("bank", bank), ("x", x), ("index", index)):
+        check_dense(name, tensor)
     if not isinstance(bank, Tensor) or bank.ndim != 2 or bank.dtype not in FLOATS:
         raise ValueError(f"bank must be a tensor [M, D] of fp32, bf16, fp16 or fp64, not {_describe(bank)}")
     check_written("bank", bank)
@@ -46,8 +48,6 @@ def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float = 0.5) 
         raise ValueError(
             f"index must be an int64 tensor {list(x.shape[:1])}, a row of bank for each of x, not {_describe(index)}"
         )
-    for name, tensor in (("x", x), ("index", index)):
-        check_dense(name, tensor)
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, not {index.dtype}; convert it with .long()")
     momentum = check_number("momentum", momentum, 0, 1, closed=True)

@@ -33,9 +33,9 @@ def logsumexp(x: Tensor, dim: int = -1) -> Tensor:
         >>> torch.allclose(sslkern.ops.logsumexp(torch.stack(rows), 0), rows[1])
         True
     """
+    check_dense("x", x)
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"x must be a tensor of fp32, bf16, fp16 or fp64, not {shown(x)}")
-    check_dense("x", x)
     dim = check_size("dim", dim, -x.ndim)
     if dim >= x.ndim:
         raise ValueError(f"dim must be a dimension of x {list(x.shape)}, not {dim}")

@@ -31,6 +31,8 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = Fals
         >>> ptr
         tensor([3])
     """
+    for name, x in (("queue", queue), ("ptr", ptr), ("keys", keys)):
+        check_dense(name, x)
     if not isinstance(queue, Tensor) or queue.ndim != 2 or queue.shape[0] == 0 or queue.dtype not in FLOATS:
         raise ValueError(
             "queue must be a tensor [size, D] of fp32, bf16, fp16 or fp64 with size > 0; pass a (D, size) one as .t()"
@@ -42,8 +44,6 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = Fals
         raise ValueError(
             f"keys must be a tensor [B, {queue.shape[1]}] to go with queue {list(queue.shape)}, not {_describe(keys)}"
         )
-    for name, x in (("ptr", ptr), ("keys", keys)):
-        check_dense(name, x)
     if keys.dtype not in FLOATS:
         raise TypeError(f"keys must be floating point, not {keys.dtype}; convert it with .float()")
     check_devices("queue", queue, ptr=ptr, keys=keys)

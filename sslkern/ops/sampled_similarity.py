@@ -62,9 +62,9 @@ def sampled_similarity_bwd(
         True
     """
     _check(q, bank, index)
+    check_dense("g", g)
     if not isinstance(g, Tensor) or g.shape != index.shape:
         raise ValueError(f"g must be a tensor {list(index.shape)} like index, not {_describe(g)}")
-    check_dense("g", g)
     if g.dtype not in FLOATS:
         raise TypeError(f"g must be floating point, not {g.dtype}; convert it with .float()")
     check_devices("q", q, g=g)
@@ -78,6 +78,8 @@ def sampled_similarity_bwd(
 
 
 def _check(q, bank, index) -> None:
+    for name, x in (("q", q), ("bank", bank)):
+        check_dense(name, x)
     if not isinstance(q, Tensor) or q.ndim not in (2, 3):
         raise ValueError(f"q must be a tensor [N, D] or [G, N, D], not {_describe(q)}")
     if not isinstance(bank, Tensor) or bank.ndim != q.ndim or bank.shape[-1] != q.shape[-1]:
@@ -86,15 +88,13 @@ def _check(q, bank, index) -> None:
         )
     if bank.shape[:-2] != q.shape[:-2]:
         raise ValueError(f"bank must have the groups of q {list(q.shape)}, not {_describe(bank)}")
-    for name, x in (("q", q), ("bank", bank)):
-        check_dense(name, x)
     if q.dtype not in FLOATS:
         raise TypeError(f"q must be fp32, bf16, fp16 or fp64, not {q.dtype}; convert it with .float()")
     if bank.dtype != q.dtype:
         raise TypeError(f"bank must have the dtype of q, {q.dtype}, not {bank.dtype}; convert one")
+    check_dense("index", index)
     if not isinstance(index, Tensor) or index.ndim != q.ndim or index.shape[:-1] != q.shape[:-1]:
         raise ValueError(f"index must be an int64 tensor {[*q.shape[:-1], 'K']}, not {_describe(index)}")
-    check_dense("index", index)
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, not {index.dtype}; convert it with .long()")
     check_devices("q", q, bank=bank, index=index)

@@ -154,9 +154,9 @@ def similarity_lse_bwd(
     for name, x, shape in (("row", row, rows), ("g", g, rows), ("col", col, cols), ("h", h, cols)):
         if x is None:
             continue
+        check_dense(name, x)
         if not isinstance(x, Tensor) or x.shape != shape:
             raise ValueError(f"{name} must be a tensor {list(shape)}, not {_describe(x)}")
-        check_dense(name, x)
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
     check_devices("q", q, row=row, g=g, col=col, h=h)
@@ -175,9 +175,9 @@ def similarity_lse_bwd(
 
 
 def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
+    check_dense("q", q)
     if not isinstance(q, Tensor) or q.ndim not in (2, 3):
         raise ValueError(f"q must be a tensor [N, D] or [G, N, D], not {_describe(q)}")
-    check_dense("q", q)
     if q.dtype not in FLOATS:
         raise TypeError(f"q must be fp32, bf16, fp16 or fp64, not {q.dtype}; convert it with .float()")
     if k is None:
@@ -186,10 +186,10 @@ def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
             raise ValueError("k_ids must be None for k=None: q_ids serves both sides")
     else:
         keys = k
+        check_dense("k", k)
         if not isinstance(k, Tensor) or k.ndim != q.ndim or k.shape[-1] != q.shape[-1] or k.shape[:-2] != q.shape[:-2]:
             wanted = (*q.shape[:-2], "M", q.shape[-1])
             raise ValueError(f"k must be a tensor {list(wanted)} to go with q {list(q.shape)}, not {_describe(k)}")
-        check_dense("k", k)
         if k.dtype != q.dtype:
             raise TypeError(f"k must have the dtype of q, {q.dtype}, not {k.dtype}; convert one of them")
         if (q_ids is None) != (k_ids is None):
@@ -209,9 +209,9 @@ def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
     for name, x, side in vectors:
         if x is None:
             continue
+        check_dense(name, x)
         if not isinstance(x, Tensor) or (x.shape != side.shape[:-1] and x.shape != side.shape[-2:-1]):
             raise ValueError(f"{name} must be a tensor {list(side.shape[:-1])}, not {_describe(x)}")
-        check_dense(name, x)
         if "ids" in name:
             if x.dtype != torch.int64:
                 raise TypeError(f"{name} must be int64, not {x.dtype}; convert it with .long()")

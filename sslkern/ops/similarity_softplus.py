@@ -98,9 +98,9 @@ def _per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
     """x with the shape of q's rows and the type of the accumulators; None where it is 0."""
     shape = q.shape[:-1]
     if isinstance(x, Tensor):
+        check_dense(name, x)
         if x.shape not in ((), shape, shape[-1:]) or (name == "weights" and x.ndim == 0):
             raise ValueError(f"{name} must be a tensor {list(shape)}, not {_describe(x)}")
-        check_dense(name, x)
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
         check_devices("q", q, **{name: x})

@@ -1,5 +1,6 @@
 """What several losses share: weights of samples, label smoothing, prefixes of the features, digits of tiny losses."""
 
+import collections
 import math
 
 import pytest
@@ -175,6 +176,8 @@ def test_matryoshka_cuts_what_is_nested(backend):
     of_mapping = matryoshka(lambda pair: nt_xent(pair["a"], *pair["rest"]), [4, 16])
     by_hand = sum(nt_xent(*F.normalize(views[:2, :, :d], dim=-1)) for d in (4, 16))
     assert torch.allclose(of_mapping({"a": views[0], "rest": (views[1],)}), by_hand)
+    pair = collections.namedtuple("Pair", "a b")(*views[:2])
+    assert torch.allclose(matryoshka(lambda pair: nt_xent(pair.a, pair.b), [4, 16])(pair), by_hand)
 
     (anchor, positive, *hard), other = views.unbind(), torch.randn(3, 6, 16)
     hard.append(hard[0].flip(0))

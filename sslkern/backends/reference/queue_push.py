@@ -15,6 +15,7 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool) -> No
     if normalize:
         wide = torch.promote_types(torch.promote_types(keys.dtype, queue.dtype), torch.float32)
         kept = F.normalize(kept.to(wide), dim=1, eps=EPS)
+    ptr.remainder_(size)  # first: a sum with a wild pointer could overflow
     place = torch.arange(B - kept.shape[0], B, device=queue.device).add_(ptr).remainder_(size)
     queue.index_copy_(0, place, kept.to(queue.dtype))
     ptr.add_(B).remainder_(size)
