@@ -11,8 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from .functional._common import describe
-from .ops._arguments import check_dense
+from .ops._arguments import check_dense, describe
 from .ops._library import transformed
 from .ops._numbers import check_size
 

@@ -18,7 +18,7 @@ from .functional.nt_xent import POSITIVES
 from .functional.sup_con import FORMS as SUP_CON_FORMS
 from .memory import FeatureQueue, MemoryBank
 from .ops._arguments import check_choice, check_flags
-from .ops._numbers import check_number, check_size
+from .ops._numbers import FLOAT32_MAX, check_number, check_size
 
 _FLAGS = ("normalize", "stats", "two_way", "times_2t")
 _NUMBERS = {  # options that are numbers, with the bounds that the functions ask for at each call
@@ -26,7 +26,7 @@ _NUMBERS = {  # options that are numbers, with the bounds that the functions ask
     "beta": (0,),
     "label_smoothing": (0, 1),
     "sigma": (1e-6,),
-    "t": (1e-6,),
+    "t": (1e-6, FLOAT32_MAX / 2),
     "tau_plus": (0, 1),
     "uniformity_weight": (0,),
 }

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from .functional._common import describe, unit
+from .functional._common import unit
 from .ops import bank_update_, queue_push_
-from .ops._arguments import FLOATS, check_dense, check_devices, check_flags
+from .ops._arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from .ops._numbers import check_number, check_size
 
 

@@ -51,7 +51,7 @@ def counted(calls, backend="aot_eager", **options) -> int:
         # modules are different ones, their code is the same
         run = compiled.setdefault(target, torch.compile(target, fullgraph=True, backend=counter, **options))
         got = value_and_gradients(Example(run, example.args, example.options))
-        for ours, plain in zip(got, value_and_gradients(eager), strict=False):
+        for ours, plain in zip(got, value_and_gradients(eager), strict=True):
             if plain is None:
                 assert ours is None or not ours.any()
             else:

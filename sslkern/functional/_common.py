@@ -12,7 +12,7 @@ from ..backends import resolve
 from ..backends.reference.join import autocast_active, cat, stack
 from ..backends.reference.sums import mean, softplus, times, total
 from ..ops import similarity_lse
-from ..ops._arguments import FLOATS, check_choice, check_dense, check_flags
+from ..ops._arguments import FLOATS, check_choice, check_dense, check_flags, describe
 from ..ops._library import transformed
 from ..ops._numbers import FLOAT32_MAX, check_finite
 from ..ops._tensors import plain
@@ -59,7 +59,7 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str
         wanted = list(other.shape) if shape is None else shape
         raise ValueError(
             f"{name} must be a tensor {wanted} to go with {other_name} {list(other.shape)}, not {describe(x)}"
-            + _hint(x, other)
+            + _hint(x, shape is not None and other.shape[-1])
         )
     if x.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, not {x.dtype}; convert one")
@@ -133,21 +133,13 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None = None) -> floa
     return value.double() if like.dtype == torch.float64 else wide(value)
 
 
-def describe(x) -> str:
-    if isinstance(x, Tensor):
-        return f"a tensor {list(x.shape)}"
-    inside = [f".{name}{'.t()' if name == 'queue' else ''}" for name in ("queue", "bank") if hasattr(x, name)]
-    return f"a {type(x).__name__}" + "".join(f"; pass its {what}" for what in inside)
-
-
-def _hint(x, other: Tensor | None = None) -> str:
-    """What x, which does not fit, may have been meant as."""
+def _hint(x, D: int | bool = False) -> str:
+    """What x, which does not fit, may have been meant as. D: features of each row of a queue, if it could be one."""
     if not isinstance(x, Tensor):
         return ""
     if x.ndim == 1 and not x.dtype.is_floating_point:
         return "; if these are labels, pass them as ids=, or to sup_con"
-    transposed = other is not None and x.ndim == 2 and other.ndim > 0 and x.shape[0] == other.shape[-1]
-    return "; a queue (D, K) is passed as .queue.t()" if transposed else ""
+    return "; a queue (D, K) is passed as .queue.t()" if D and x.ndim == 2 and x.shape[0] == D else ""
 
 
 def unit(x: Tensor) -> Tensor:

@@ -10,6 +10,14 @@ from ._numbers import shown
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def describe(x) -> str:
+    """What x is, and which part of it may have been meant, for an error message."""
+    if isinstance(x, Tensor):
+        return f"a tensor {list(x.shape)}"
+    inside = [f".{name}{'.t()' if name == 'queue' else ''}" for name in ("queue", "bank") if hasattr(x, name)]
+    return f"a {type(x).__name__}" + "".join(f"; pass its {what}" for what in inside)
+
+
 def check_dense(name: str, x: Any) -> None:
     """x is no tensor, or a dense one: asked before its shape, which others may not have."""
     if not isinstance(x, Tensor):

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ._arguments import FLOATS, check_dense, check_devices, check_written
+from ._arguments import FLOATS, check_dense, check_devices, check_written, describe
 from ._library import define
 from ._numbers import check_number
 from ._tensors import apart
-from .similarity_lse import _describe
 
 
 def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float = 0.5) -> None:
@@ -36,17 +35,17 @@ def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float = 0.5) 
     for name, tensor in (("bank", bank), ("x", x), ("index", index)):
         check_dense(name, tensor)
     if not isinstance(bank, Tensor) or bank.ndim != 2 or bank.dtype not in FLOATS:
-        raise ValueError(f"bank must be a tensor [M, D] of fp32, bf16, fp16 or fp64, not {_describe(bank)}")
+        raise ValueError(f"bank must be a tensor [M, D] of fp32, bf16, fp16 or fp64, not {describe(bank)}")
     check_written("bank", bank)
     if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != bank.shape[1]:
         raise ValueError(
-            f"x must be a tensor [B, {bank.shape[1]}] to go with bank {list(bank.shape)}, not {_describe(x)}"
+            f"x must be a tensor [B, {bank.shape[1]}] to go with bank {list(bank.shape)}, not {describe(x)}"
         )
     if x.dtype not in FLOATS:
         raise TypeError(f"x must be floating point, not {x.dtype}; convert it with .float()")
     if not isinstance(index, Tensor) or index.shape != x.shape[:1]:
         raise ValueError(
-            f"index must be an int64 tensor {list(x.shape[:1])}, a row of bank for each of x, not {_describe(index)}"
+            f"index must be an int64 tensor {list(x.shape[:1])}, a row of bank for each of x, not {describe(index)}"
         )
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, not {index.dtype}; convert it with .long()")

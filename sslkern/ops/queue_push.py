@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ._arguments import FLOATS, check_dense, check_devices, check_flags, check_written
+from ._arguments import FLOATS, check_dense, check_devices, check_flags, check_written, describe
 from ._library import define
 from ._tensors import apart
-from .similarity_lse import _describe
 
 
 def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = False) -> None:
@@ -42,7 +41,7 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = Fals
         raise ValueError("ptr must be an int64 tensor [1]")
     if not isinstance(keys, Tensor) or keys.ndim != 2 or keys.shape[1] != queue.shape[1]:
         raise ValueError(
-            f"keys must be a tensor [B, {queue.shape[1]}] to go with queue {list(queue.shape)}, not {_describe(keys)}"
+            f"keys must be a tensor [B, {queue.shape[1]}] to go with queue {list(queue.shape)}, not {describe(keys)}"
         )
     if keys.dtype not in FLOATS:
         raise TypeError(f"keys must be floating point, not {keys.dtype}; convert it with .float()")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ._arguments import FLOATS, check_dense, check_devices, check_flags
+from ._arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from ._library import define, differentiable, library, no_second_derivative
-from .similarity_lse import _accumulator, _describe
+from .similarity_lse import _accumulator
 
 
 def sampled_similarity(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def sampled_similarity_bwd(
     _check(q, bank, index)
     check_dense("g", g)
     if not isinstance(g, Tensor) or g.shape != index.shape:
-        raise ValueError(f"g must be a tensor {list(index.shape)} like index, not {_describe(g)}")
+        raise ValueError(f"g must be a tensor {list(index.shape)} like index, not {describe(g)}")
     if g.dtype not in FLOATS:
         raise TypeError(f"g must be floating point, not {g.dtype}; convert it with .float()")
     check_devices("q", q, g=g)
@@ -81,20 +81,20 @@ def _check(q, bank, index) -> None:
     for name, x in (("q", q), ("bank", bank)):
         check_dense(name, x)
     if not isinstance(q, Tensor) or q.ndim not in (2, 3):
-        raise ValueError(f"q must be a tensor [N, D] or [G, N, D], not {_describe(q)}")
+        raise ValueError(f"q must be a tensor [N, D] or [G, N, D], not {describe(q)}")
     if not isinstance(bank, Tensor) or bank.ndim != q.ndim or bank.shape[-1] != q.shape[-1]:
         raise ValueError(
-            f"bank must be a tensor [.., M, {q.shape[-1]}] to go with q {list(q.shape)}, not {_describe(bank)}"
+            f"bank must be a tensor [.., M, {q.shape[-1]}] to go with q {list(q.shape)}, not {describe(bank)}"
         )
     if bank.shape[:-2] != q.shape[:-2]:
-        raise ValueError(f"bank must have the groups of q {list(q.shape)}, not {_describe(bank)}")
+        raise ValueError(f"bank must have the groups of q {list(q.shape)}, not {describe(bank)}")
     if q.dtype not in FLOATS:
         raise TypeError(f"q must be fp32, bf16, fp16 or fp64, not {q.dtype}; convert it with .float()")
     if bank.dtype != q.dtype:
         raise TypeError(f"bank must have the dtype of q, {q.dtype}, not {bank.dtype}; convert one")
     check_dense("index", index)
     if not isinstance(index, Tensor) or index.ndim != q.ndim or index.shape[:-1] != q.shape[:-1]:
-        raise ValueError(f"index must be an int64 tensor {[*q.shape[:-1], 'K']}, not {_describe(index)}")
+        raise ValueError(f"index must be an int64 tensor {[*q.shape[:-1], 'K']}, not {describe(index)}")
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, not {index.dtype}; convert it with .long()")
     check_devices("q", q, bank=bank, index=index)

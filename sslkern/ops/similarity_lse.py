@@ -23,7 +23,7 @@ from torch import Tensor
 from ..backends import kept_rows, load, resolve
 from ..backends.reference.join import autocast_active, cat
 from ..backends.reference.sums import total
-from ._arguments import FLOATS, check_choice, check_dense, check_devices, check_flags
+from ._arguments import FLOATS, check_choice, check_dense, check_devices, check_flags, describe
 from ._library import Once, define, differentiable, library, no_second_derivative, transformed
 from ._numbers import check_finite, constant
 from .logsumexp import logsumexp
@@ -156,7 +156,7 @@ def similarity_lse_bwd(
             continue
         check_dense(name, x)
         if not isinstance(x, Tensor) or x.shape != shape:
-            raise ValueError(f"{name} must be a tensor {list(shape)}, not {_describe(x)}")
+            raise ValueError(f"{name} must be a tensor {list(shape)}, not {describe(x)}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
     check_devices("q", q, row=row, g=g, col=col, h=h)
@@ -177,7 +177,7 @@ def similarity_lse_bwd(
 def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
     check_dense("q", q)
     if not isinstance(q, Tensor) or q.ndim not in (2, 3):
-        raise ValueError(f"q must be a tensor [N, D] or [G, N, D], not {_describe(q)}")
+        raise ValueError(f"q must be a tensor [N, D] or [G, N, D], not {describe(q)}")
     if q.dtype not in FLOATS:
         raise TypeError(f"q must be fp32, bf16, fp16 or fp64, not {q.dtype}; convert it with .float()")
     if k is None:
@@ -189,14 +189,14 @@ def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
         check_dense("k", k)
         if not isinstance(k, Tensor) or k.ndim != q.ndim or k.shape[-1] != q.shape[-1] or k.shape[:-2] != q.shape[:-2]:
             wanted = (*q.shape[:-2], "M", q.shape[-1])
-            raise ValueError(f"k must be a tensor {list(wanted)} to go with q {list(q.shape)}, not {_describe(k)}")
+            raise ValueError(f"k must be a tensor {list(wanted)} to go with q {list(q.shape)}, not {describe(k)}")
         if k.dtype != q.dtype:
             raise TypeError(f"k must have the dtype of q, {q.dtype}, not {k.dtype}; convert one of them")
         if (q_ids is None) != (k_ids is None):
             raise ValueError("q_ids and k_ids go together: give both or neither")
     if isinstance(scale, Tensor):
         if scale.ndim != 0:
-            raise ValueError(f"scale must be a number or a 0-d tensor, not {_describe(scale)}")
+            raise ValueError(f"scale must be a number or a 0-d tensor, not {describe(scale)}")
         check_dense("scale", scale)
         if scale.dtype not in FLOATS:
             raise TypeError(f"scale must be floating point, not {scale.dtype}; convert it with .float()")
@@ -211,7 +211,7 @@ def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
             continue
         check_dense(name, x)
         if not isinstance(x, Tensor) or (x.shape != side.shape[:-1] and x.shape != side.shape[-2:-1]):
-            raise ValueError(f"{name} must be a tensor {list(side.shape[:-1])}, not {_describe(x)}")
+            raise ValueError(f"{name} must be a tensor {list(side.shape[:-1])}, not {describe(x)}")
         if "ids" in name:
             if x.dtype != torch.int64:
                 raise TypeError(f"{name} must be int64, not {x.dtype}; convert it with .long()")
@@ -220,10 +220,6 @@ def _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit) -> None:
     check_devices("q", q, k=k, scale=scale, q_ids=q_ids, k_ids=k_ids, k_bias=k_bias, q_limit=q_limit)
     if q_limit is not None and q_limit.requires_grad:
         raise ValueError("q_limit gets no gradient; pass q_limit.detach()")
-
-
-def _describe(x) -> str:
-    return f"a tensor {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 
 def _accumulator(q: Tensor) -> torch.dtype:

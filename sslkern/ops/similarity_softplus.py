@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..backends import load, resolve
 from ..backends.reference.sums import total as sum_of_all
-from ._arguments import FLOATS, check_dense, check_devices, check_flags
+from ._arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from ._library import define, differentiable, transformed
 from ._numbers import check_finite, constant, number, shown
-from .similarity_lse import _PROBLEM, Once, _accumulator, _check, _describe, _or_empty, _uniform
+from .similarity_lse import _PROBLEM, Once, _accumulator, _check, _or_empty, _uniform
 
 
 def similarity_softplus(
@@ -77,7 +77,7 @@ def similarity_softplus(
     if rows and weights is not None:
         raise ValueError("weights must be None with rows=True: multiply the rows that come back")
     if weights is not None and not isinstance(weights, Tensor):
-        raise ValueError(f"weights must be a tensor {list(q.shape[:-1])}, not {_describe(weights)}")
+        raise ValueError(f"weights must be a tensor {list(q.shape[:-1])}, not {describe(weights)}")
     bias, weights = _per_row("bias", bias, q), _per_row("weights", weights, q)
     scale_tensor, scale, q_ids, k_ids, k_bias, q_limit = _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit)
     problem = (q, k, scale_tensor, scale, q_ids, k_ids, pairs == "same", k_bias, q_limit, bias)
@@ -100,7 +100,7 @@ def _per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
     if isinstance(x, Tensor):
         check_dense(name, x)
         if x.shape not in ((), shape, shape[-1:]) or (name == "weights" and x.ndim == 0):
-            raise ValueError(f"{name} must be a tensor {list(shape)}, not {_describe(x)}")
+            raise ValueError(f"{name} must be a tensor {list(shape)}, not {describe(x)}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
         check_devices("q", q, **{name: x})
