@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .join import cat
+
 SERIAL = 2**15  # at::internal::GRAIN_SIZE
 ROW = 2**10
 _VECTORS = 64  # a multiple of what one step of a vectorized loop takes
@@ -24,7 +26,7 @@ def total(x: Tensor) -> Tensor:
     x = x.reshape(-1)
     while x.numel() >= SERIAL:
         rows = x.numel() // ROW
-        x = torch.cat((x[: rows * ROW].view(rows, ROW).sum(1), x[rows * ROW :]))
+        x = cat((x[: rows * ROW].view(rows, ROW).sum(1), x[rows * ROW :]))
     return x.sum()
 
 
@@ -34,7 +36,7 @@ def mean(x: Tensor) -> Tensor:
 
 
 def log_total(x: Tensor) -> Tensor:
-    """The log-sum-exp of all of x, 0-d. Where nothing is left it has no gradient, as torch's."""
+    """The log-sum-exp of all of x, 0-d. Where nothing is left its gradient is NaN, as of torch's."""
     if not shared(x):
         return x.reshape(-1).logsumexp(0)
     top = x.detach().amax()
@@ -49,10 +51,13 @@ def times(x: Tensor, scale: float | Tensor) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
+    """A 0-d tensor, expanded."""
+
     generate_vmap_rule = True
     forward = staticmethod(lambda scale, shape: scale.expand(shape))
-    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    setup_context = staticmethod(lambda ctx, inputs, output: setattr(ctx, "shape", inputs[1]))
     backward = staticmethod(lambda ctx, g: (total(g), None))
+    jvp = staticmethod(lambda ctx, tangent, _: tangent.expand(ctx.shape))
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x), which is elementwise."""
     if not shared(x):
         return function(x)
-    return torch.cat([function(part) for part in pieces(x)]).view(x.shape)
+    return cat([function(part) for part in pieces(x)]).view(x.shape)
 
 
 def pieces(x: Tensor) -> list[Tensor]:
