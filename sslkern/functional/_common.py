@@ -12,7 +12,7 @@ from ..backends import resolve
 from ..backends.reference.join import autocast_active, cat, stack
 from ..backends.reference.sums import mean, softplus, times, total
 from ..ops import similarity_lse
-from ..ops._arguments import FLOATS, check_choice, check_dense, check_flags, describe
+from ..ops._arguments import FLOATS, check_choice, check_dense, check_device, check_flags, describe
 from ..ops._library import transformed
 from ..ops._numbers import FLOAT32_MAX, check_finite
 from ..ops._tensors import plain
@@ -64,7 +64,7 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str
     if x.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, not {x.dtype}; convert one")
     if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device} but {other_name} is on {other.device}; move one of them")
+        check_device(name, x, other, f"{other_name} is")
 
 
 def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
@@ -73,8 +73,7 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], like: Tensor) -> N
         raise ValueError(f"{name} must be an int64 tensor {list(shape)}, not {describe(ids)}")
     if ids.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, not {ids.dtype}; convert it with .long()")
-    if ids.device != like.device:
-        raise ValueError(f"{name} is on {ids.device} but the features are on {like.device}; move one of them")
+    check_device(name, ids, like)
 
 
 def check_weights(weights: Tensor | None, N: int, like: Tensor) -> None:
@@ -85,8 +84,7 @@ def check_weights(weights: Tensor | None, N: int, like: Tensor) -> None:
         raise ValueError(f"weights must be a tensor [{N}], one for each sample, not {describe(weights)}")
     if weights.dtype not in FLOATS:
         raise TypeError(f"weights must be floating point, not {weights.dtype}; convert it with .float()")
-    if weights.device != like.device:
-        raise ValueError(f"weights is on {weights.device} but the features are on {like.device}; move one of them")
+    check_device("weights", weights, like)
 
 
 def check_options(reduction: str, group=None, strategy: str = "all_gather", **flags: bool) -> None:
@@ -128,8 +126,7 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None = None) -> floa
     value = value.reshape(())
     if not isinstance(like, Tensor):
         return wide(value)
-    if value.device != like.device:
-        raise ValueError(f"{name} is on {value.device} but the features are on {like.device}; move one of them")
+    check_device(name, value, like)
     return value.double() if like.dtype == torch.float64 else wide(value)
 
 

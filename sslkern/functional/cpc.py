@@ -6,7 +6,7 @@ from torch import Tensor
 from ..backends.reference.join import cat, stack
 from ..backends.reference.sums import mean, times
 from ..ops import similarity_lse
-from ..ops._arguments import FLOATS, check_choice, check_dense
+from ..ops._arguments import FLOATS, check_choice, check_dense, check_devices
 from ..ops.product import product
 from ._common import (
     check_features,
@@ -134,7 +134,5 @@ def _check(context: Tensor, targets: Tensor, predictors: Tensor, negatives: str)
         raise ValueError(f"predictors must be for 1 to {T - 1} steps, as T is {T}, not for {predictors.shape[0]}")
     if predictors.dtype not in FLOATS:
         raise TypeError(f"predictors must be floating point, not {predictors.dtype}; convert it with .float()")
-    for name, x in (("targets", targets), ("predictors", predictors)):
-        if x.device != context.device:
-            raise ValueError(f"{name} is on {x.device} but context is on {context.device}; move one of them")
+    check_devices("context", context, targets=targets, predictors=predictors)
     check_choice("negatives", negatives, *NEGATIVES)

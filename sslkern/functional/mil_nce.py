@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends.reference.sums import times
 from ..ops import logsumexp, similarity_lse
-from ..ops._arguments import check_dense
+from ..ops._arguments import check_dense, check_device
 from ._common import (
     check_alike,
     check_features,
@@ -124,5 +124,4 @@ def _check_valid(valid: Tensor, positives: Tensor) -> None:
         raise ValueError(f"valid must be a bool tensor {shape}, one for each candidate, not {describe(valid)}")
     if valid.dtype != torch.bool:
         raise TypeError(f"valid must be bool, not {valid.dtype}; convert it with .bool()")
-    if valid.device != positives.device:
-        raise ValueError(f"valid is on {valid.device} but the features are on {positives.device}; move one of them")
+    check_device("valid", valid, positives)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..backends.reference.join import stack
 from ..ops import similarity_lse
-from ..ops._arguments import check_choice, check_dense
+from ..ops._arguments import check_choice, check_dense, check_device
 from ..ops.product import product
 from ._common import (
     check_features,
@@ -176,7 +176,6 @@ def _check_labels(labels: Tensor, N: int, like: Tensor, form: str) -> None:
         )
     if labels.shape[0] != N:
         raise ValueError(f"labels must be a bool tensor [{N}, C], one row for each sample, not {describe(labels)}")
-    if labels.device != like.device:
-        raise ValueError(f"labels is on {labels.device} but the features are on {like.device}; move one of them")
+    check_device("labels", labels, like)
     if form != "out":
         raise ValueError("form must be 'out' for labels [N, C]: 'in' does not split by label")

@@ -28,12 +28,18 @@ def check_dense(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a dense tensor, not nested; convert it with .to_padded_tensor(0.0)")
 
 
+def check_device(name: str, x: Tensor, like: Tensor, those: str = "the features are") -> None:
+    """x is on the device of `like`; `those`: what these are, for the message."""
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device} but {those} on {like.device}; move one of them")
+
+
 def check_devices(name: str, like: Tensor, **others: Tensor | None) -> None:
     """All tensors among the others are on the device of `like`, which is called `name`."""
     device = like.device
     for other, x in others.items():
         if isinstance(x, Tensor) and x.device != device:
-            raise ValueError(f"{other} is on {x.device} but {name} is on {device}; move one of them")
+            check_device(other, x, like, f"{name} is")
 
 
 def check_own_memory(name: str, x: Tensor) -> None:
