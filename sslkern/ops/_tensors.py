@@ -22,5 +22,10 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 def apart(x: Tensor, written: Tensor) -> Tensor:
-    """x, or a copy of it where it shares its memory with what is written while x is read."""
-    return x.clone() if torch._C._is_alias_of(x, written) else x
+    """x, or a copy of it where it shares its memory with what is written while x is read.
+
+    Asked of the memory: the same may come as two storages, by NumPy or DLPack.
+    """
+    a, b = x.untyped_storage(), written.untyped_storage()
+    start, other = a.data_ptr(), b.data_ptr()
+    return x.clone() if start < other + b.nbytes() and other < start + a.nbytes() else x

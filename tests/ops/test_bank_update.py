@@ -132,3 +132,12 @@ def test_types_that_have_no_kernel():
     for args in ((bank.to(torch.float8_e4m3fn), index, x), (bank, index, x.to(torch.float8_e5m2))):
         with pytest.raises((TypeError, ValueError), match="must be .*(fp64|floating point, not torch.float8)"):
             bank_update_(*args)
+
+
+def test_features_that_are_rows_of_the_bank_by_another_name():
+    """The same memory as another storage, as from NumPy."""
+    bank = torch.randn(5, 8)
+    ours, plain, index = bank.clone(), bank.clone(), torch.tensor([1, 0, 2])
+    bank_update_(ours, index, torch.from_dlpack(ours)[:3])
+    bank_update_(plain, index, bank[:3].clone())
+    assert torch.equal(ours, plain)

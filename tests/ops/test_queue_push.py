@@ -118,6 +118,15 @@ def test_keys_that_are_rows_of_the_queue(backend):
             assert torch.equal(ours, plain)
 
 
+def test_keys_that_are_rows_of_the_queue_by_another_name():
+    """The same memory as another storage, as from NumPy."""
+    queue, ptr = torch.randn(40, 8), torch.tensor([20])
+    ours, plain = queue.clone(), queue.clone()
+    queue_push_(ours, ptr.clone(), torch.from_dlpack(ours)[16:32])
+    queue_push_(plain, ptr.clone(), queue[16:32].clone())
+    assert torch.equal(ours, plain)
+
+
 def test_types_that_have_no_kernel():
     queue, ptr, keys = torch.zeros(4, 2), torch.zeros(1, dtype=torch.long), torch.ones(3, 2)
     for args in ((queue.to(torch.float8_e4m3fn), ptr, keys), (queue, ptr, keys.to(torch.float8_e5m2))):
