@@ -42,7 +42,7 @@ if EVERY == ["triton"]:
 def pytest_generate_tests(metafunc):
     """`backend`: each backend in turn; in the test of a primitive those that have it.
 
-    What is traced does not depend on the instruction set: all but the best are slow tests there.
+    What is traced hardly depends on the backend: all but the fastest are slow tests there.
     """
     if "backend" not in metafunc.fixturenames:
         return
@@ -51,8 +51,11 @@ def pytest_generate_tests(metafunc):
     needed = primitive if known else "similarity_lse"
     names = [name for name in EVERY if needed in BACKENDS[name.partition("-")[0]].PRIMITIVES]
     if any(word in metafunc.function.__name__ for word in ("compile", "opcheck")):
-        slow = [f"cpu-{isa}" for isa in _ISAS if isa != _native.isa()]
-        names = [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+        best = f"cpu-{_native.isa()}" if _native else "reference"
+        names = [
+            name if name == best or EVERY == ["triton"] else pytest.param(name, marks=pytest.mark.slow)
+            for name in names
+        ]
     metafunc.parametrize("backend", names, indirect=True)
 
 

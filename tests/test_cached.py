@@ -270,6 +270,7 @@ def _on_two(one_rank, folder):
     torch.multiprocessing.spawn(one_rank, (str(folder / "store"), x, both_done), nprocs=2)
 
 
+@pytest.mark.slow
 def test_under_distributed_data_parallel(tmp_path):
     """One forward of the wrapper for a batch, one reduction of each parameter with the gradient of all chunks."""
     _on_two(_one_rank, tmp_path)

@@ -3,6 +3,7 @@ sizes and Python numbers change."""
 
 import inspect
 import sys
+from collections.abc import Container, Iterable
 
 import pytest
 import torch
@@ -73,10 +74,17 @@ def kernels(monkeypatch):
 
 STATE = {"CMCLoss", "MoCoLoss", "NCELoss", "NNCLRLoss"}  # modules that are more than their function
 FIRST = [name for name in CALLS if ":" not in name and (name[0].islower() or name in STATE)]
-EVERY = [name if name in FIRST else pytest.param(name, marks=pytest.mark.long) for name in CALLS]
 
 
-@pytest.mark.parametrize("name", FIRST)
+def names(known: Iterable[str], taken: Container[str], others: pytest.MarkDecorator) -> list:
+    """Of the known ones; those that are not taken are marked."""
+    return [name if name in taken else pytest.param(name, marks=others) for name in known]
+
+
+SOME = {"nt_xent", "info_nce", "siglip", "NCELoss"}
+
+
+@pytest.mark.parametrize("name", names(FIRST, SOME, pytest.mark.slow))
 def test_sizes_and_numbers_may_change(name):
     assert counted(changing(name), "eager") <= 2  # the second finds out what changes
 
@@ -87,13 +95,13 @@ def test_sizes_and_numbers_may_change_for_the_kernels(kernels, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", names(CALLS, SOME, pytest.mark.long))
 def test_the_compilers_own_derivatives(name):
     assert counted(changing(name)) <= 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", names(CALLS, FIRST, pytest.mark.long))
 def test_symbolic_from_the_start(kernels, name):
     # Once may count twice: the compiler starts anew where it finds that a number need not be symbolic.
     assert counted(changing(name), dynamic=True) <= 3

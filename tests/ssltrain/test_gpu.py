@@ -28,6 +28,7 @@ METHODS = {
 per_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="needs a newer torch"
 )
