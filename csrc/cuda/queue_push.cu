@@ -13,13 +13,15 @@ namespace {
 constexpr int64_t TICKET = int64_t(1) << 40;
 constexpr int64_t MOST_TICKETS = 1 << 12;
 
-__device__ int64_t tickets(int64_t word) { return (word + TICKET / 2) >> 40; }
+// Of any word, also a wild one: what does not fit wraps around.
+__device__ int64_t tickets(int64_t word) { return int64_t(uint64_t(word) + TICKET / 2) >> 40; }
+__device__ int64_t pointer_of(int64_t word) { return int64_t(uint64_t(word) << 24) >> 24; }
 
 template <class To, class From>
 __global__ void __launch_bounds__(THREADS, 3) push(Teams teams, int64_t size, int64_t dropped, int64_t rows, To* queue,
                                                    int64_t* ptr, const From* keys, bool normalize) {
   constexpr int V = WIDTH<To, From>;
-  const int64_t word = *static_cast<volatile int64_t*>(ptr), pointer = word - tickets(word) * TICKET;
+  const int64_t pointer = pointer_of(*static_cast<volatile int64_t*>(ptr));
   const int64_t start = ((pointer % size + size) % size + dropped) % size;  // a wild pointer stays inside the ring
   each_row(teams, rows, [&](int64_t i, bool here) {
     const From* const key = keys + (dropped + i) * teams.d;

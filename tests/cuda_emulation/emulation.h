@@ -37,7 +37,7 @@ inline float exchange(float x, int by, int width) {
 
 inline int64_t add_to(int64_t* at, int64_t x) {
   const int64_t before = *at;
-  *at = before + x;
+  *at = int64_t(uint64_t(before) + uint64_t(x));  // wraps around, as an atomic does
   return before;
 }
 inline void raise_to(int64_t* at, int64_t x) { *at = x > *at ? x : *at; }
