@@ -6,9 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Asked here for compiled code, which cannot ask it in torch before 2.12.
+_WITH_AUTOCAST = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla")))
+
 
 def autocast_active(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    compiling = torch.compiler.is_compiling()
+    available = device_type in _WITH_AUTOCAST if compiling else torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
