@@ -42,7 +42,7 @@ if EVERY == ["triton"]:
 def pytest_generate_tests(metafunc):
     """`backend`: each backend in turn; in the test of a primitive those that have it.
 
-    What is traced hardly depends on the backend: all but the fastest are slow tests there.
+    What is traced hardly depends on the backend: there all but the fastest of the CPU and those of a GPU are slow tests.
     """
     if "backend" not in metafunc.fixturenames:
         return
@@ -51,11 +51,8 @@ def pytest_generate_tests(metafunc):
     needed = primitive if known else "similarity_lse"
     names = [name for name in EVERY if needed in BACKENDS[name.partition("-")[0]].PRIMITIVES]
     if any(word in metafunc.function.__name__ for word in ("compile", "opcheck")):
-        best = f"cpu-{_native.isa()}" if _native else "reference"
-        names = [
-            name if name == best or EVERY == ["triton"] else pytest.param(name, marks=pytest.mark.slow)
-            for name in names
-        ]
+        quick = f"cpu-{_native.isa()}" if _native else "reference", "cuda", "triton"
+        names = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
     metafunc.parametrize("backend", names, indirect=True)
 
 
