@@ -42,7 +42,7 @@ if EVERY == ["triton"]:
 def pytest_generate_tests(metafunc):
     """`backend`: each backend in turn; in the test of a primitive those that have it.
 
-    What is traced hardly depends on the backend: there all but the fastest of the CPU and those of a GPU are slow tests.
+    What is traced hardly depends on the backend: all but the fastest of the CPU and those of a GPU are slow tests.
     """
     if "backend" not in metafunc.fixturenames:
         return
