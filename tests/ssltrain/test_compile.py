@@ -84,7 +84,7 @@ def test_where_nothing_compiles_one_sentence_says_so(monkeypatch, tmp_path):
         run(tmp_path, options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_compiled_run_from_end_to_end(capsys, tmp_path):
     torch.compiler.reset()
