@@ -97,7 +97,8 @@ def _kernel(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen,
         (row, kept, top), col = primitive.similarity_lse_frozen_fwd(q, k, *problem, best), None
     else:
         row, col, top, kept = primitive.similarity_lse_fwd(q, k, *problem, mode == "two_way", best, keep)
-    losses, positive, gap = _pair_losses(backend).pair_losses_fwd(row, col, cosine, scale_tensor, scale)
+    bounded = normalize and bank is None and scale_tensor is None and abs(scale) < 1e30  # rows of length 1, or NaN
+    losses, positive, gap = _pair_losses(backend).pair_losses_fwd(row, col, cosine, scale_tensor, scale, bounded)
     top = top.view(-1, N) if best else row.new_empty(0)
     col, kept, norm = (row.new_empty(0) if saved is None else saved for saved in (col, kept, norm))
     return losses, positive, top, z, norm, cosine, gap, row, col, kept

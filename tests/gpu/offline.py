@@ -212,7 +212,7 @@ def pairs(f, new):
 def losses(f, new):
     row, cosine, scale = new.floats(8192), new.floats(8192), new.floats()
     for first, second in ((row, row), (row, None), (new.floats(16384), None)):
-        _, _, gap = f.pair_losses_fwd(first, second, cosine, scale, 1.0)
+        _, _, gap = f.pair_losses_fwd(first, second, cosine, scale, 1.0, False)
         f.pair_losses_bwd(gap, scale.expand_as(gap), scale, 1.0)
 
 

@@ -8,16 +8,16 @@ from .sums import each, softplus
 
 
 def pair_losses_fwd(
-    row: Tensor, col: Tensor | None, cosine: Tensor, scale_tensor: Tensor | None, scale: float
+    row: Tensor, col: Tensor | None, cosine: Tensor, scale_tensor: Tensor | None, scale: float, bounded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """losses [S, N] = softplus(gap), positive [N] = scale * cosine and gap [S, N] = negatives - positive. The negatives
-    of S sides: row [S N], or two-way row [N] and col [N]."""
+    of S sides: row [S N], or two-way row [N] and col [N]. `bounded`: no score is +inf."""
     positive = cosine * (scale if scale_tensor is None else scale_tensor)
     # Equal ids leave the positive out of its row: the difference has no cancellation when the loss is tiny.
     negatives = row.view(-1, len(cosine)) if col is None else stack((row, col))
     gap = negatives - positive
-    # NaN where one of them is +inf, as in cross-entropy.
-    gap.add_(torch.maximum(negatives, positive), alpha=0)
+    if not bounded:  # NaN where one of them is +inf, as in cross-entropy
+        gap.add_(torch.maximum(negatives, positive), alpha=0)
     return softplus(gap), positive, gap
 
 

@@ -30,7 +30,7 @@ def _forward(first, second, cosine, scale_tensor, scale, losses, positive, gap, 
 
 @hardware.on_its_device
 def pair_losses_fwd(
-    row: Tensor, col: Tensor | None, cosine: Tensor, scale_tensor: Tensor | None, scale: float
+    row: Tensor, col: Tensor | None, cosine: Tensor, scale_tensor: Tensor | None, scale: float, bounded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     N = len(cosine)
     second = col if len(row) == N else row[N:]
