@@ -55,9 +55,9 @@ def checked_prefixes(loss_fn, dims, weights, normalize) -> tuple[tuple[int, ...]
     given = tuple(check_size("each of dims", d) for d in given)
     if weights is None:
         return given, (1.0,) * len(given)
-    if isinstance(weights, Tensor) and not weights.is_meta:
-        weights = weights.tolist()
     factors = tuple(weights) if isinstance(weights, Iterable) and not isinstance(weights, (str, Tensor)) else ()
+    if isinstance(weights, Tensor) and weights.ndim == 1 and weights.layout == torch.strided and not weights.is_meta:
+        factors = tuple(w.item() for w in weights)  # subclasses have no tolist()
     if len(factors) != len(given):
         raise ValueError(f"weights must have a number for each of the {len(given)} dims, not {shown(weights)}")
     return given, tuple(check_finite("each of weights", w) for w in factors)

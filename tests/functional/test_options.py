@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import sslkern
 from sslkern.functional import clip, info_nce, matryoshka, mnrl, moco_v3, nt_xent, nt_xent_multi_view, sup_con
 
+from ..fuzz import Wrapper
 from .agreement import agrees_exactly, agrees_on_kernels, compiles, none, product, refuses, unit
 
 IDS = torch.arange(10) // 3
@@ -158,6 +159,8 @@ def test_matryoshka(backend):
     by_hand = sum(sup_con(prefix(z0, d), labels, 0.2, normalize=False) for d in (3, 8))
     assert torch.allclose(criterion(z0, labels), by_hand) and "dims=(3, 8)" in repr(criterion)
     queue = torch.randn(9, 8)
+    for weights in (torch.tensor([1.0, 0.5]), Wrapper(torch.tensor([1.0, 0.5]))):
+        assert torch.equal(matryoshka(nt_xent, [3, 8], weights)(z0, z1, temperature=0.2), loss)
     both = matryoshka(info_nce, [3])(z0, z1, negatives=queue, weights=torch.ones(6))
     assert torch.allclose(both, info_nce(prefix(z0, 3), prefix(z1, 3), prefix(queue, 3)))
     plain = matryoshka(nt_xent, [3], normalize=False)(z0, z1, normalize=False)

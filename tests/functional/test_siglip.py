@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,14 @@ def test_small_temperature(backend):
         rtol=1e-5,
         atol=0,
     )
+
+
+def test_an_infinite_bias_has_the_gradient_of_the_formula(backend):
+    """sigmoid(inf) = 1, and only of pairs that are not left out."""
+    image, text = torch.eye(2, 3).requires_grad_(), torch.eye(2, 3).requires_grad_()
+    loss = siglip(image, text, 3.0, torch.tensor(math.inf), normalize=False)
+    for g in torch.autograd.grad(loss, (image, text)):
+        assert torch.equal(g, 1.5 * torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
 
 
 def test_gradcheck():

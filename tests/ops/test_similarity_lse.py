@@ -207,6 +207,43 @@ def test_nan_and_inf_stay_in_their_rows(backend):
     assert torch.equal(similarity_lse(q[:40]).isfinite(), dense.similarity_lse(q[:40]).isfinite())
 
 
+@pytest.mark.parametrize("learns", ["both", "one", "none"])
+@pytest.mark.parametrize("columns", [False, True])
+def test_best_keeps_nan(backend, learns, columns):
+    q, k = features(9, 8).requires_grad_(learns != "none"), features(70, 8).requires_grad_(learns == "both")
+    for j in (0, 66):  # also of a value that other scores would be above
+        k_bias = torch.zeros(70)
+        k_bias[j] = math.nan
+        for limit in (None, torch.full((9,), 5.0)):
+            row, *col, best = similarity_lse(q, k, k_bias=k_bias, q_limit=limit, columns=columns, best=True)
+            assert torch.equal(best.isnan(), torch.cat((row, *col)).isnan()) and best[:9].isnan().all()
+            assert best.isnan().sum() == 9 + columns
+
+
+def test_best_keeps_nan_of_itself(backend):
+    z = features(70, 8)
+    z[66, 3] = math.nan
+    row, best = similarity_lse(z, best=True)
+    assert row.isnan().all() and best.isnan().all()
+
+
+@pytest.mark.parametrize("pairs", ["itself", "different", "same"])
+def test_an_infinite_product_that_is_left_out_has_no_part_in_the_gradient_of_the_scale(backend, pairs):
+    z = torch.eye(6, 8)
+    z[:, 6] = 0.5
+    z[2, 7] = 1e20  # its square is beyond fp32
+    scale = torch.tensor(2.0, requires_grad=True)
+    if pairs == "itself":
+        row = similarity_lse(z.requires_grad_(), scale=scale)
+    else:
+        ids = torch.arange(6)
+        k_ids = ids if pairs == "different" else (ids + 1) % 6
+        k = z.clone().requires_grad_()
+        row = similarity_lse(z.requires_grad_(), k, scale, q_ids=ids, k_ids=k_ids, pairs=pairs)
+    (grad,) = torch.autograd.grad(row.sum(), scale)
+    assert grad.item() == pytest.approx(6 * 0.25)
+
+
 def test_fp16_gradients_do_not_vanish(backend):
     """With a mean over many rows W is far below the smallest fp16 number; row factors must not be rounded with it."""
     q, k = (

@@ -181,6 +181,29 @@ def test_nothing_left_has_exactly_zero_gradient(backend, upstream, sign):
     assert torch.equal((q.grad == 0).all(1), ids == 1)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_left_out_has_no_part_in_a_bias_that_is_not_finite(backend, value, sign):
+    tensors = dict(q=learned(2, 3), k=learned(5, 3), bias=torch.tensor([0.5, value], requires_grad=True))
+    tensors |= dict(q_ids=torch.tensor([1, 0]), k_ids=torch.tensor([0, 0, 0, 0, 0]))
+    result = everything(similarity_softplus, tensors, {"sign": sign})  # of the second row nothing is left
+    alone = {name: x[:1].detach().requires_grad_(x.requires_grad) for name, x in tensors.items() if name[0] != "k"}
+    want = everything(similarity_softplus, alone | {name: tensors[name] for name in ("k", "k_ids")}, {"sign": sign})
+    for name in ("dq", "dbias"):
+        assert torch.equal(result[name][:1], want[name]) and not result[name][1].any(), name
+    assert result["out"] == want["out"] and torch.equal(result["dk"], want["dk"])
+
+
+def test_an_infinite_product_that_is_left_out_has_no_part_in_the_gradient_of_the_scale(backend):
+    z = torch.zeros(6, 8)
+    z[2, 7] = 1e20  # its square is beyond fp32
+    scale, ids = torch.tensor(2.0, requires_grad=True), torch.arange(6)
+    for k in (None, z.clone().requires_grad_()):
+        total = similarity_softplus(z.requires_grad_(), k, scale, q_ids=ids, k_ids=None if k is None else ids)
+        (grad,) = torch.autograd.grad(total, scale)
+        assert grad.item() == 0
+
+
 def test_nan_stays_in_its_row(backend):
     q, k = features(130, 16), features(66, 16)
     q[5, 3], q[41, 0] = math.nan, math.inf

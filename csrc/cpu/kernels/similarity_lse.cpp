@@ -54,9 +54,12 @@ struct Running {
       best[first + i] = tile_best[i] > best[first + i] ? tile_best[i] : best[first + i];
   }
 
-  // shift becomes the log-sum-exp.
+  // shift becomes the log-sum-exp, and best a NaN where that is one: maxima drop a NaN, sums carry it.
   void finish(int64_t first, int64_t count) const {
-    for (int64_t i = first; i < first + count; ++i) shift[i] += logf(sum[i]);
+    for (int64_t i = first; i < first + count; ++i) {
+      shift[i] += logf(sum[i]);
+      if (best != nullptr && shift[i] != shift[i]) best[i] = shift[i];
+    }
   }
 };
 
@@ -338,8 +341,9 @@ void frozen_forward(const Similarity& p, float* row, float* mean, float* best) {
         }
         const float inverse = most == -INF ? 0.f : 1.f / total;
         for (int64_t c = 0; c < p.d; ++c) to[c] *= inverse;
-        row[g * p.n + i] = most + logf(total);
-        if (best != nullptr) best[g * p.n + i] = highest;
+        const float lse = most + logf(total);
+        row[g * p.n + i] = lse;
+        if (best != nullptr) best[g * p.n + i] = lse == lse ? highest : lse;
       }
     });
   });

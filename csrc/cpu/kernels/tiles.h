@@ -225,12 +225,16 @@ void add_transposed_product(const Tile& tile, Scratch& x, const T* from, int64_t
   }
 }
 
-// sum_ij W_ij <q_i, k_j>: what the tile adds to the gradient of the scale.
+// sum_ij W_ij <q_i, k_j>: what the tile adds to the gradient of the scale. A pair that is left out weighs 0, and its
+// product may be infinite.
 inline double weighted_dots(const Tile& tile, const Scratch& x) {
   double total = 0;
   for (int64_t i = 0; i < tile.rows; ++i) {
     Vec row = Vec{};
-    for (int64_t j = 0; j < tile.columns; j += LANES) row += load(x.s + i * S_ROW + j) * load(x.dot + i * S_ROW + j);
+    for (int64_t j = 0; j < tile.columns; j += LANES) {
+      const Vec w = load(x.s + i * S_ROW + j);
+      row += w == Vec{} ? w : w * load(x.dot + i * S_ROW + j);
+    }
     total += sum(row);
   }
   return total;

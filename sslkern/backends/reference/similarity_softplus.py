@@ -30,8 +30,9 @@ def similarity_softplus_fwd(
     for groups, rows, s in _blocks(*problem):
         if sign < 0:  # what is left out stays at -inf
             s.neg_().masked_fill_(s == math.inf, -math.inf)
-        if bias is not None:
-            s.add_(bias[groups, rows, None], alpha=sign)
+        if bias is not None:  # NaN or infinite it would bring back what is left out
+            left_out = s == -math.inf
+            s.add_(bias[groups, rows, None], alpha=sign).masked_fill_(left_out, -math.inf)
         # not torch's own threshold of 20, where in fp64 the rest still counts
         row[groups, rows] = F.softplus(s, threshold=40).sum(2)
         if dq is None and dk is None and not need_bias and not need_k_bias:

@@ -436,6 +436,8 @@ def _backward(
             keep = counts(x_side, y_side, x_start, y_start, i, j, N, M, ITSELF, False, SAME)
             s = tl.where(keep, s, -INF)
             back = tl.where(keep, back, -INF) if ONE_SIDED else s
+            if dscale is not None:  # a product that is left out may be infinite
+                dots = tl.where(keep, dots, 0.0)
 
         if y_side.grad is not None:
             y_lse = load_vector(y_side.lse, y_start, j, M, -INF)

@@ -112,6 +112,8 @@ def _softplus(
             keep = counts(x_side, y_side, x_start, y_start, i, j, N, M, ITSELF, False, SAME)
             s = tl.where(keep, s, -INF)
             back = tl.where(keep, back, -INF) if TWO else s
+            if dscale is not None:  # a product that is left out may be infinite
+                dots = tl.where(keep, dots, 0.0)
 
         if TRANSPOSED:
             value, w = _terms(s, y_shift, y_weight, sign)
