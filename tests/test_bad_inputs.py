@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sslkern
@@ -176,6 +177,46 @@ def test_the_fuzzer_sees_a_wrong_gradient():
 
     with pytest.raises(Failure, match="grads"):
         fuzz.check(a_case(scaled, x=torch.rand(2, 3, requires_grad=True)))
+
+
+def test_the_fuzzer_knows_what_cancels_where_all_rows_are_equal():
+    def off(times):  # by as much as the rounding of cosines is felt, times `times`
+        def loss(z, temperature):
+            exact = sslkern.functional.sup_con(F.normalize(z), torch.tensor([0, 0, 1]), temperature)
+            wrong = 0.0 if z.dtype == torch.float64 else times * 2**-23 / temperature.detach() ** 2
+            return exact + wrong * (temperature - temperature.detach())
+
+        return loss
+
+    z, temperature = torch.randn(1, 8).expand(3, 8), torch.tensor(0.1, requires_grad=True)
+    assert fuzz.check(a_case(off(3), z=z, temperature=temperature)) == "returned"
+    with pytest.raises(Failure, match="grads"):
+        fuzz.check(a_case(off(200), z=z, temperature=temperature))
+
+
+def test_the_fuzzer_takes_a_zero_prefix_for_a_row_of_zeros():
+    z = torch.randn(4, 2)
+    z[1, 0] = 0  # in fp16 its gradient is 0, in float64 beyond fp16
+    call = fuzz.valid_call("matryoshka", 4, 2, torch.float16, 0)
+    call.args["features"] = [z.half().requires_grad_(), torch.randn(4, 2).half().requires_grad_(), torch.tensor(0.3)]
+    assert call.target.args[1] == (1, 2) and fuzz.check(Case(call, torch.float16, "", "auto", [], False)) == "returned"
+
+
+def test_the_fuzzer_lets_overflowing_products_be_nan_or_minus_infinity():
+    q = torch.tensor([[1e20, 1e20], [1e20, -2e20]], requires_grad=True)  # 1e40 - 2e40
+    for backend in ("auto", "reference"):
+        case = a_case(sslkern.ops.similarity_lse, q=q)
+        case.backend = backend
+        assert fuzz.check(case) == "returned"
+
+
+def test_a_wrapper_of_a_sign_bit_or_an_offset_is_the_tensor():
+    x = torch.randn(3, 4)
+    for odd in (torch._neg_view(-x), torch.cat((x[:, :1], x), 1)[:, 1:], x.mT.contiguous().mT):
+        wrapped = fuzz.Wrapper(odd)
+        assert torch.equal((wrapped * 1).inner, x)
+        assert (wrapped.stride(), wrapped.storage_offset()) == (odd.stride(), odd.storage_offset() * (not odd.is_neg()))
+        assert torch.equal(wrapped.as_strided((2,), (odd.stride(1),), wrapped.storage_offset()).inner, x[0, :2])
 
 
 @pytest.mark.slow
