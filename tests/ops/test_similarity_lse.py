@@ -244,6 +244,17 @@ def test_an_infinite_product_that_is_left_out_has_no_part_in_the_gradient_of_the
     assert grad.item() == pytest.approx(6 * 0.25)
 
 
+@pytest.mark.parametrize("k_learns", [False, True])
+def test_an_infinite_key_that_is_left_out_has_no_part_in_the_gradient_of_the_scale(backend, k_learns):
+    if backend == "triton":
+        pytest.skip("leaves out products of equal ids only, not those beyond a limit")
+    q, k = torch.ones(1, 1), torch.tensor([[math.inf], [1.0], [1.0]]).requires_grad_(k_learns)
+    scale = torch.tensor(2.0, requires_grad=True)
+    row = similarity_lse(q.requires_grad_(not k_learns), k, scale, q_limit=torch.full((1,), 9.0), columns=True)[0]
+    (grad,) = torch.autograd.grad(row.sum(), scale)
+    assert grad.item() == pytest.approx(1.0)
+
+
 def test_fp16_gradients_do_not_vanish(backend):
     """With a mean over many rows W is far below the smallest fp16 number; row factors must not be rounded with it."""
     q, k = (

@@ -161,6 +161,7 @@ def similarity_lse_bwd(
     dq = torch.zeros_like(q) if need_q or need_scale and not need_k else None
     dk = (dq if not symmetric else None) if k is None else torch.zeros_like(k) if need_k else None
     dbias = keys.new_zeros(keys.shape[:2]) if need_bias else None
+    q_factor, k_factor = (_finite(q), _finite(keys)) if need_scale else (q, keys)
     spare = None
     for groups, rows, s in _blocks(*problem):
         if h is not None:
@@ -170,20 +171,29 @@ def similarity_lse_bwd(
             s.sub_(row[groups, rows, None]).exp_().mul_(g[groups, rows, None])
         w = spare if g is None else s if h is None else s.add_(spare)
         if dq is not None:
-            dq[groups, rows].baddbmm_(w, keys[groups])
+            dq[groups, rows].baddbmm_(w, k_factor[groups])
         if dk is not None:
-            dk[groups].baddbmm_(w.transpose(1, 2), q[groups, rows])
+            dk[groups].baddbmm_(w.transpose(1, 2), q_factor[groups, rows])
         if dbias is not None:
             dbias[groups] += w.sum(1)
 
     dscale = None
     if need_scale:  # <Q, W K>, of which <Z, (W + W^T) Z> is twice
-        dscale = torch.sum(dq * q) if dq is not None else torch.sum(dk * k)
+        dscale = torch.sum(dq * q_factor) if dq is not None else torch.sum(dk * k_factor)
         dscale = dscale / 2 if k is None else dscale
+        for grad, factor in ((dq, keys), (dk, q)):  # as 0 * inf has it
+            if grad is not None:
+                grad.add_((factor * 0).sum(1, keepdim=True))
     dq = dq.mul_(scale) if need_q else None
     dk = dk.mul_(scale) if need_k and k is not None else None
     dq, dk, dbias = (x[0] if groupless and x is not None else x for x in (dq, dk, dbias))
     return dq, dk, dscale, dbias
+
+
+def _finite(x: Tensor) -> Tensor:
+    """x with 0 for what is not finite, a factor of weights that are then NaN, or 0 of what is left out: that has no
+    part in the gradient of the scale."""
+    return x.nan_to_num(0, 0, 0)
 
 
 def _without_empty(lse: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
