@@ -462,6 +462,8 @@ def _backward(
             w = y_grad[None, :] * exp(back - y_lse[None, :])
         if dscale is not None:
             # Of x with itself the columns of a strip from N on stand for rows that it does not visit, too.
+            if x_side.limit is not None or y_side.limit is not None:
+                dots = tl.where(w == 0, 0.0, dots)
             scale_sum += tl.sum(w * dots, 1) * (tl.where(j0 >= N, 2.0, 1.0) if ITSELF else 1.0)
         if dbias is not None:
             bias_sum += tl.sum(other if ITSELF else w, 1)

@@ -124,6 +124,8 @@ def _softplus(
         if dshift is not None:
             shift_sum += tl.sum(w, 1)
         if dscale is not None:
+            if x_side.limit is not None or y_side.limit is not None:
+                dots = tl.where(w == 0, 0.0, dots)
             scale_sum += tl.sum(w * dots, 1)
         back_w = w
         if ITSELF:
