@@ -142,13 +142,15 @@ def test_opcheck(backend):
 def test_no_row_of_the_bank(backend):
     if torch.get_default_device().type != "cpu":
         pytest.skip("on a GPU an index outside stops the kernel, and with it all that the process has there")
-    q, bank, index = problem(40, 50, 60, 8)
-    for bad in (-1, 50, 2**40, -(2**63)):
-        index[7, 9] = bad
-        with pytest.raises(IndexError, match=f"index must be 0 ... 49, .* but one is {bad}"):
-            sampled_similarity(q, bank, index)
-        with pytest.raises(IndexError, match="index must be"):
-            sampled_similarity_bwd(q, bank, index, torch.zeros(40, 60))
+    for N, K in ((40, 60), (5, 6)):  # the bank is streamed, and gathered
+        q, bank, index = problem(N, 50, K, 8)
+        for bad in (-1, 50, 2**40, -(2**63)):
+            index[3, 4] = bad
+            with pytest.raises(IndexError, match=f"index must be 0 ... 49, .* but one is {bad}"):
+                sampled_similarity(q, bank, index)
+            for need_q, need_bank in ((True, True), (True, False), (False, True)):
+                with pytest.raises(IndexError, match="index must be"):
+                    sampled_similarity_bwd(q, bank, index, torch.zeros(N, K), need_q=need_q, need_bank=need_bank)
 
 
 def test_bad_arguments_are_named():

@@ -39,6 +39,8 @@ def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> 
         if not _cpu.sampled_similarity_bwd(native, *args):
             reference.outside(index, bank)
     if need_bank and not way:
+        if dq is None:  # no kernel has looked at the index
+            reference._check(index, bank)
         dbank = reference.sum_by_key(q, bank, index, g)
     return dq, dbank
 
