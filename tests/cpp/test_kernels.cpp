@@ -556,7 +556,9 @@ void test_unit_pairs(DType dtype, int64_t n, int64_t d, bool normalize) {
   for (int64_t i = 0; i < 2 * n; ++i) {
     double squares = 0;
     for (int64_t f = 0; f < d; ++f) squares += xy[i * d + f] * xy[i * d + f];
-    if (normalize) norm[i] = float(std::max(std::sqrt(squares), 1e-12));
+    // What is too short has a gradient of 0 in fp16, where it would else be infinite.
+    const double shortest = dtype == DType::FP16 ? double(INF) : 1e-12, length = std::sqrt(squares);
+    if (normalize) norm[i] = float(length < 1e-12 ? shortest : length);
     for (int64_t f = 0; f < d; ++f) {
       unit[i * d + f] = rounded(xy[i * d + f] / norm[i], dtype);
       unit_slack[i * d + f] = std::fabs(unit[i * d + f]) + ulp;
