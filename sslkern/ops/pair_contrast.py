@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
-from ..backends.reference.sums import total
+from ..backends.reference.sums import dot
 from ._library import Once, define, library
 from ._tensors import plain
 from .similarity_lse import _accumulator, scale_parts
@@ -174,7 +174,7 @@ def _gradients(
         da = pull.unsqueeze(1) * mean if need_x else None
         db = cosine.new_zeros(N, z.shape[1]) if need_y else None
         if need_scale:
-            dscale = total(toward * ((z[:N] * mean).sum(1) - cosine))
+            dscale = dot(toward, (z[:N] * mean).sum(1) - cosine)
     elif views:
         grads = backward(z, None, row, None, weight.view(-1), None, *problem, True, False, need_scale, False)
         da, db = grads[0][:N], grads[0][N:]
@@ -183,7 +183,7 @@ def _gradients(
         grads = backward(z[:N], z[N:], row, col, weight[0], h, *problem, need_x, need_y, need_scale, False)
         da, db = grads[:2]
     if need_scale:
-        dscale = (dscale if frozen else grads[2] - total(toward * cosine)).to(scale_tensor.dtype)
+        dscale = (dscale if frozen else grads[2] - dot(toward, cosine)).to(scale_tensor.dtype)
     dx, dy = load(pairs_backend, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
     return *(z.new_empty(0) if grad is None else grad for grad in (dx, dy)), dscale
 

@@ -252,6 +252,7 @@ def test_few_launches(backend, monkeypatch, name, most):
             return execute(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", call)
+    monkeypatch.setattr("sslkern.ops._tensors._watchers", lambda: 0)  # who counts does not change the way that is taken
     torch.use_deterministic_algorithms(False)  # it fills fresh memory
     x, y = (features(256, 128, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     scale, bias = (torch.tensor(value, requires_grad=True) for value in (10.0, -10.0))
