@@ -214,7 +214,7 @@ def test_traces(name, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("mode", ["real", "fake", pytest.param("symbolic", marks=pytest.mark.long)])
 def test_traces_of_every_loss(mode):
     for name in LOSSES:
         traced_as_eager(name, mode)

@@ -204,6 +204,19 @@ def test_an_infinite_product_that_is_left_out_has_no_part_in_the_gradient_of_the
         assert grad.item() == 0
 
 
+@pytest.mark.parametrize("k_learns", [False, True])
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_an_infinite_feature_that_is_left_out_has_no_part_in_the_gradient_of_the_scale(backend, side, k_learns):
+    """The limits leave out its scores, or those of its row."""
+    q, k = torch.ones(2, 1), torch.ones(3, 1)
+    (q if side == "q" else k)[0] = math.inf
+    scale = torch.tensor(2.0, requires_grad=True)
+    q, k = q.requires_grad_(not k_learns), k.requires_grad_(k_learns)
+    total = similarity_softplus(q, k, scale, q_limit=torch.full((2,), 9.0))
+    (grad,) = torch.autograd.grad(total, scale)
+    assert grad.item() == pytest.approx((3 if side == "q" else 4) * torch.sigmoid(torch.tensor(2.0)).item())
+
+
 def test_nan_stays_in_its_row(backend):
     q, k = features(130, 16), features(66, 16)
     q[5, 3], q[41, 0] = math.nan, math.inf

@@ -161,7 +161,7 @@ def similarity_lse_bwd(
     dq = torch.zeros_like(q) if need_q or need_scale and not need_k else None
     dk = (dq if not symmetric else None) if k is None else torch.zeros_like(k) if need_k else None
     dbias = keys.new_zeros(keys.shape[:2]) if need_bias else None
-    q_factor, k_factor = (_finite(q), _finite(keys)) if need_scale else (q, keys)
+    q_factor, k_factor = (finite(q), finite(keys)) if need_scale else (q, keys)
     spare = None
     for groups, rows, s in _blocks(*problem):
         if h is not None:
@@ -181,19 +181,24 @@ def similarity_lse_bwd(
     if need_scale:  # <Q, W K>, of which <Z, (W + W^T) Z> is twice
         dscale = torch.sum(dq * q_factor) if dq is not None else torch.sum(dk * k_factor)
         dscale = dscale / 2 if k is None else dscale
-        for grad, factor in ((dq, keys), (dk, q)):  # as 0 * inf has it
-            if grad is not None:
-                grad.add_((factor * 0).sum(1, keepdim=True))
+        spread_nonfinite(dq, keys)
+        spread_nonfinite(dk, q)
     dq = dq.mul_(scale) if need_q else None
     dk = dk.mul_(scale) if need_k and k is not None else None
     dq, dk, dbias = (x[0] if groupless and x is not None else x for x in (dq, dk, dbias))
     return dq, dk, dscale, dbias
 
 
-def _finite(x: Tensor) -> Tensor:
+def finite(x: Tensor) -> Tensor:
     """x with 0 for what is not finite, a factor of weights that are then NaN, or 0 of what is left out: that has no
     part in the gradient of the scale."""
     return x.nan_to_num(0, 0, 0)
+
+
+def spread_nonfinite(grad: Tensor | None, factor: Tensor) -> None:
+    """Makes a gradient of features, summed over finite(factor), NaN where 0 * inf has it."""
+    if grad is not None:
+        grad.add_((factor * 0).sum(1, keepdim=True))
 
 
 def _without_empty(lse: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .similarity_lse import _blocks, _grouped
+from .similarity_lse import _blocks, _grouped, finite, spread_nonfinite
 
 
 def similarity_softplus_fwd(
@@ -27,6 +27,7 @@ def similarity_softplus_fwd(
     dk = dq if k is None else torch.zeros_like(k) if need_k else None
     dbias = torch.zeros_like(row) if need_bias else None
     dk_bias = q.new_zeros(keys.shape[:2]) if need_k_bias else None
+    q_factor, k_factor = (finite(q), finite(keys)) if need_scale else (q, keys)
     for groups, rows, s in _blocks(*problem):
         if sign < 0:  # what is left out stays at -inf
             s.neg_().masked_fill_(s == math.inf, -math.inf)
@@ -44,9 +45,9 @@ def similarity_softplus_fwd(
         if sign < 0:
             w.neg_()
         if dq is not None:
-            dq[groups, rows] += _bmm(w, keys[groups])
+            dq[groups, rows] += _bmm(w, k_factor[groups])
         if dk is not None:
-            dk[groups] += _bmm(w.transpose(1, 2), q[groups, rows])
+            dk[groups] += _bmm(w.transpose(1, 2), q_factor[groups, rows])
         if need_bias:
             dbias[groups, rows] = w.sum(2)
         if need_k_bias:
@@ -55,8 +56,10 @@ def similarity_softplus_fwd(
     total = (row if weights is None else row * weights).sum(1)
     dscale = None
     if need_scale:  # <Q, W K>, of which <Z, (W + W^T) Z> is twice
-        dscale = (dq * q).sum((1, 2)) if dq is not None else (dk * k).sum((1, 2))
+        dscale = (dq * q_factor).sum((1, 2)) if dq is not None else (dk * k_factor).sum((1, 2))
         dscale = dscale / 2 if k is None else dscale
+        spread_nonfinite(dq, keys)
+        spread_nonfinite(dk, q)
     dq = dq.mul_(scale) if need_q else None
     dk = dk.mul_(scale) if need_k and k is not None else None
     out = total, row, dq, dk, dscale, dbias, dk_bias
