@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from .ops._arguments import check_dense, describe
-from .ops._library import transformed
-from .ops._numbers import check_size
+from .common.arguments import check_dense, describe
+from .common.numbers import check_size
+from .common.tensors import transformed
 
 Encoder = nn.Module | MethodType
 

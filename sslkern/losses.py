@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .functional._common import check_features, check_ids, check_options, scale_of, unit
+from .common.arguments import check_choice, check_flags
+from .common.numbers import FLOAT32_MAX, check_number, check_size
+from .common.rows import unit
+from .functional.checks import check_features, check_ids, check_options, scale_of
 from .functional.cpc import NEGATIVES
 from .functional.deep_infomax import check_estimator
 from .functional.matryoshka import checked_prefixes, loss_of_prefixes
@@ -17,8 +20,6 @@ from .functional.nce import FORMS, checked_views, cmc_and_log_z, cmc_pairs, nce_
 from .functional.nt_xent import POSITIVES
 from .functional.sup_con import FORMS as SUP_CON_FORMS
 from .memory import FeatureQueue, MemoryBank
-from .ops._arguments import check_choice, check_flags
-from .ops._numbers import FLOAT32_MAX, check_number, check_size
 
 _FLAGS = ("normalize", "stats", "two_way", "times_2t")
 _NUMBERS = {  # options that are numbers, with the bounds that the functions ask for at each call

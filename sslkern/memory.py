@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from .functional._common import unit
+from .common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
+from .common.numbers import check_number, check_size
+from .common.rows import unit
 from .ops import bank_update_, queue_push_
-from .ops._arguments import FLOATS, check_dense, check_devices, check_flags, describe
-from .ops._numbers import check_number, check_size
 
 
 class FeatureQueue(nn.Module):

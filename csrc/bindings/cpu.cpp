@@ -8,13 +8,14 @@ using namespace sslkern;
 
 namespace {
 
-// dtype, groups, n, m, d, q, k, scale, scale_tensor or None, q_ids, k_ids, same, k_bias, q_limit, kept, kept_rows
+// What native() of sslkern/backends/cpu/_native.py makes of a Problem:
+// dtype, groups, n, m, d, q, k, scale_tensor or None, scale, q_ids, k_ids, same, k_bias, q_limit, kept, kept_rows
 Similarity problem(const py::tuple& of, int threads) {
   const auto size = [&](int i) { return of[i].cast<int64_t>(); };
   const DType dtype = DType(of[0].cast<int>());
   const int64_t groups = size(1), n = size(2), m = size(3), d = size(4), kept_rows = size(15);
   const Tensors tensors;
-  const float* factor = tensors.read_or_null("scale", of[8], 1);
+  const float* factor = tensors.read_or_null("scale", of[7], 1);
   return {dtype,
           groups,
           n,
@@ -22,7 +23,7 @@ Similarity problem(const py::tuple& of, int threads) {
           d,
           tensors.read(dtype, "q", of[5], groups * n * d),
           tensors.read_or_null(dtype, "k", of[6], groups * m * d),
-          of[7].cast<float>() * (factor == nullptr ? 1.f : *factor),
+          of[8].cast<float>() * (factor == nullptr ? 1.f : *factor),
           tensors.read_or_null<int64_t>("q_ids", of[9], groups * n),
           tensors.read_or_null<int64_t>("k_ids", of[10], groups * m),
           of[11].cast<bool>(),

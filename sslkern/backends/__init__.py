@@ -2,7 +2,9 @@
 
 A backend is a folder here with one file per primitive. Its `__init__` names the DEVICES and DTYPES it takes (None:
 any), its PRIMITIVES, in KEEPS how many scores of a small and of a large problem it keeps for a backward, and in
-MISSING why it cannot run here (None: it can).
+MISSING why it cannot run here (None: it can). LACKS has a function for each primitive that it cannot always run: with the
+arguments of `resolve` it says why not, or None. What is empty, or lies in memory in an odd way, a file may hand to the
+reference.
 """
 
 import contextvars
@@ -87,35 +89,61 @@ _from_environment = _known(os.environ.get("SSLKERN_BACKEND") or "auto")
 _latest = _from_environment  # for torch.compile, which guards on a global but cannot read a ContextVar
 
 
-def _lacks(name: str, primitive: str, device: str, dtype: torch.dtype) -> str | None:
+# The backends that have a primitive, the fastest first.
+_OFFERED: dict[str, list[str]] = {}
+for _name, _backend in BACKENDS.items():
+    for _primitive in _backend.PRIMITIVES:
+        _OFFERED.setdefault(_primitive, []).append(_name)
+
+
+def _choice() -> str:
+    return _latest if torch.compiler.is_compiling() else current()
+
+
+def find(primitive: str, x: Tensor, **options) -> str | None:
+    """The backend that runs `primitive` on features x: under "auto" the fastest that can, else the one asked for by
+    name; None if it cannot. options: what else a backend may decide by, see `resolve`."""
+    choice = _choice()
+    for name in _OFFERED.get(primitive, ()):
+        if choice in ("auto", name) and _lacks(name, primitive, x, options) is None:
+            return name
+    return None
+
+
+def resolve(primitive: str, x: Tensor, **options) -> str:
+    """As `find`, where there is no other way. It is asked once, in the forward: a backward, also of compiled code, runs
+    where its forward ran.
+
+    Args:
+        x: features, of which a backend may ask the type, the sizes, and the device, with its compute capability.
+        options: for the similarity family `sizes` (G, N, M, D), whether there are a `bias` and a `limit`, and `n` of
+            similarity_topk; for a whole `pair_contrast` `sizes` and `mode`.
+
+    Raises:
+        RuntimeError: the backend was asked for by name, and lacks the primitive, the device, the type, or something
+            that this problem needs; it never falls back to another.
+    """
+    name = find(primitive, x, **options)
+    if name is None:
+        choice = _choice()
+        reason = _lacks(choice, primitive, x, options)
+        raise RuntimeError(f"backend {choice!r} cannot run {primitive}: {reason}; use_backend('auto') finds one")
+    return name
+
+
+def _lacks(name: str, primitive: str, x: Tensor, options: dict) -> str | None:
+    """What the backend cannot do, or None."""
     backend = BACKENDS[name]
     if backend.MISSING is not None:
         return backend.MISSING
     if primitive not in backend.PRIMITIVES:
         return f"it has no {primitive}"
-    if backend.DEVICES is not None and device not in backend.DEVICES:
-        return f"it has no {device} kernels"
-    if backend.DTYPES is not None and dtype not in backend.DTYPES:
-        return f"it has no {dtype} kernels"
-    return None
-
-
-def resolve(primitive: str, x: Tensor) -> str:
-    """The backend that runs `primitive` on inputs like x.
-
-    Raises:
-        RuntimeError: the backend was asked for by name and lacks the primitive, the device or the dtype.
-    """
-    choice = _latest if torch.compiler.is_compiling() else current()
-    device, dtype = x.device.type, x.dtype
-    if choice == "auto":
-        for name in BACKENDS:
-            if _lacks(name, primitive, device, dtype) is None:
-                return name
-    reason = _lacks(choice, primitive, device, dtype)
-    if reason is not None:
-        raise RuntimeError(f"backend {choice!r} cannot run {primitive}: {reason}; use_backend('auto') finds one")
-    return choice
+    if backend.DEVICES is not None and x.device.type not in backend.DEVICES:
+        return f"it has no {x.device.type} kernels"
+    if backend.DTYPES is not None and x.dtype not in backend.DTYPES:
+        return f"it has no {x.dtype} kernels"
+    lacks = backend.LACKS.get(primitive)
+    return None if lacks is None else lacks(x, **options)
 
 
 def kept_rows(backend: str, N: int, M: int, D: int, groups: int = 1, *, itself: bool = False) -> int:

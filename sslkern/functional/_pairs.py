@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..backends.reference.join import cat
-from ..ops._arguments import check_flags
-from ._common import check_alike, check_features, check_ids, dots, promoted, unit, wide
+from ..common.arguments import check_flags
+from ..common.autocast import cat
+from ..common.rows import dots, unit
+from ..common.tensors import wide
+from .checks import check_alike, check_features, check_ids, promoted
 
 
 def two_views(z0: Tensor, z1: Tensor, ids: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:

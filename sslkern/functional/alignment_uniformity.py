@@ -4,11 +4,13 @@ Uniformity on the Hypersphere", 2020."""
 import torch
 from torch import Tensor
 
-from ..backends.reference.sums import log_total, mean
+from ..common.arguments import check_flags
+from ..common.numbers import FLOAT32_MAX, check_number, constant, log
+from ..common.rows import dots, unit
+from ..common.sums import log_total, mean
+from ..common.tensors import wide
 from ..ops import similarity_lse
-from ..ops._arguments import check_flags
-from ..ops._numbers import FLOAT32_MAX, check_number, constant, log
-from ._common import check_alike, check_features, dots, promoted, unit, wide
+from .checks import check_alike, check_features, promoted
 
 
 def alignment_uniformity(

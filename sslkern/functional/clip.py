@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops._arguments import FLOATS, check_dense, check_own_memory
-from ..ops._numbers import check_number
-from ._common import check_alike, check_features, promoted, scalar
+from ..common.arguments import FLOATS, check_dense, check_own_memory
+from ..common.numbers import check_number
+from .checks import check_alike, check_features, promoted, scalar
 from .info_nce import info_nce
 
 

@@ -3,22 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..backends.reference.join import cat, stack
-from ..backends.reference.sums import mean, times
+from ..common.arguments import FLOATS, check_choice, check_dense, check_devices, describe
+from ..common.autocast import cat, product, stack
+from ..common.rows import dots, unit
+from ..common.sums import mean, pair_loss, times
 from ..ops import similarity_lse
-from ..ops._arguments import FLOATS, check_choice, check_dense, check_devices
-from ..ops.product import product
-from ._common import (
-    check_features,
-    check_options,
-    describe,
-    dots,
-    pair_loss,
-    promoted,
-    reduce,
-    scale_of,
-    unit,
-)
+from .checks import check_features, check_options, promoted, scale_of
+from .formulas import reduce
 
 NEGATIVES = ("all", "sample", "time")
 

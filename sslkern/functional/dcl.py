@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..backends.reference.sums import times
+from ..common.numbers import check_number
+from ..common.sums import times
 from ..ops import similarity_lse
-from ..ops._numbers import check_number
-from ._common import check_options, check_weights, reduce, scale_of
 from ._pairs import two_views
+from .checks import check_options, check_weights, scale_of
+from .formulas import reduce
 
 
 def dcl(

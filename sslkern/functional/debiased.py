@@ -6,11 +6,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..backends.reference.sums import times
+from ..common.numbers import check_finite, check_number, log
+from ..common.sums import pair_loss, times
 from ..ops import similarity_lse
-from ..ops._numbers import check_finite, check_number, log
-from ._common import check_options, check_weights, pair_loss, reduce, scale_of
 from ._pairs import equal_ids, two_views
+from .checks import check_options, check_weights, scale_of
+from .formulas import reduce
 
 
 def debiased(

@@ -3,21 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..backends.reference.sums import log_total, mean, times
+from ..common.arguments import check_choice, check_flags, describe
+from ..common.rows import dots, unit
+from ..common.sums import log_total, mean, pair_loss, softplus, times
 from ..ops import similarity_lse, similarity_softplus
-from ..ops._arguments import check_choice, check_flags
-from ._common import (
-    check_alike,
-    check_features,
-    check_ids,
-    describe,
-    dots,
-    pair_loss,
-    promoted,
-    scale_of,
-    softplus,
-    unit,
-)
+from .checks import check_alike, check_features, check_ids, promoted, scale_of
 
 
 def deep_infomax(

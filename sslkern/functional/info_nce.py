@@ -3,31 +3,17 @@
 import torch
 from torch import Tensor
 
-from ..backends.reference.join import stack
-from ..backends.reference.sums import times
+from ..common.arguments import check_flags, describe
+from ..common.autocast import product, stack
+from ..common.numbers import check_number
+from ..common.rows import dots, unit
+from ..common.sums import pair_loss, times
+from ..common.tensors import wide
 from ..ops import similarity_lse
-from ..ops._arguments import check_flags
-from ..ops._numbers import check_number
-from ..ops.product import product
-from ._common import (
-    beaten,
-    check_alike,
-    check_features,
-    check_ids,
-    check_options,
-    check_weights,
-    contrast,
-    describe,
-    dots,
-    logaddexp,
-    pair_loss,
-    promoted,
-    reduce,
-    scale_of,
-    unit,
-    wide,
-)
+from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different
+from .checks import check_alike, check_features, check_ids, check_options, check_weights, promoted, scale_of
+from .formulas import beaten, logaddexp, reduce
 
 
 def info_nce(
@@ -113,7 +99,9 @@ def info_nce(
         check_ids("negative_ids", negative_ids, tuple(negatives.shape[:-1]), query)
 
     if negatives is None:
-        losses, positive, best = contrast(query, key, scale, ids, "two_way" if two_way else "one_way", normalize, stats)
+        losses, positive, best = pair_contrast(
+            query, key, scale, ids, "two_way" if two_way else "one_way", normalize, stats
+        )
         if label_smoothing > 0:
             query, key = (unit(query), unit(key)) if normalize else (query, key)
             row_ids = torch.arange(N, device=query.device) if ids is None else ids
@@ -153,7 +141,7 @@ def info_nce(
 
 def over_bank(query, key, bank, scale, normalize, best, label_smoothing):
     """Losses, positives and best negatives [N] of queries over rows of a bank that get no gradient."""
-    losses, positive, top = contrast(query, key, scale, None, "one_way", normalize, best, bank)
+    losses, positive, top = pair_contrast(query, key, scale, None, "one_way", normalize, best, bank)
     losses = losses.squeeze(0)
     if label_smoothing > 0:
         query, key = (unit(query), unit(key)) if normalize else (query, key)

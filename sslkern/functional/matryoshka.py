@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._arguments import FLOATS, check_dense, check_flags
-from ..ops._numbers import check_finite, check_size, shown
-from ._common import describe, unit
+from ..common.arguments import FLOATS, check_dense, check_flags, describe
+from ..common.numbers import check_finite, check_size, shown
+from ..common.rows import unit
 
 
 def matryoshka(

@@ -5,24 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..backends.reference.sums import times
+from ..common.arguments import check_dense, check_device, describe
+from ..common.rows import unit
+from ..common.sums import softplus, times
+from ..common.tensors import wide
 from ..ops import logsumexp, similarity_lse
-from ..ops._arguments import check_dense, check_device
-from ._common import (
-    check_alike,
-    check_features,
-    check_ids,
-    check_options,
-    check_weights,
-    describe,
-    logaddexp,
-    promoted,
-    reduce,
-    scale_of,
-    softplus,
-    unit,
-    wide,
-)
+from .checks import check_alike, check_features, check_ids, check_options, check_weights, promoted, scale_of
+from .formulas import logaddexp, reduce
 
 
 def mil_nce(

@@ -8,30 +8,16 @@ from functools import reduce as fold
 import torch
 from torch import Tensor
 
-from ..backends.reference.join import cat, stack
-from ..backends.reference.sums import times
+from ..common.arguments import FLOATS, check_choice, check_dense, describe
+from ..common.autocast import cat, product, stack
+from ..common.numbers import check_finite, shown
+from ..common.rows import dots, unit
+from ..common.sums import pair_loss, times
+from ..common.tensors import transformed, wide
 from ..ops import logsumexp, similarity_lse
-from ..ops._arguments import FLOATS, check_choice, check_dense
-from ..ops._library import transformed
-from ..ops._numbers import check_finite, shown
-from ..ops.product import product
-from ._common import (
-    beaten,
-    check_alike,
-    check_features,
-    check_ids,
-    check_options,
-    contrast,
-    describe,
-    dots,
-    logaddexp,
-    pair_loss,
-    promoted,
-    reduce,
-    scale_of,
-    unit,
-    wide,
-)
+from ..ops.pair_contrast import pair_contrast
+from .checks import check_alike, check_features, check_ids, check_options, promoted, scale_of
+from .formulas import beaten, logaddexp, reduce
 
 BLOCK = 2**20  # scores that a guide decides on at a time
 
@@ -147,7 +133,7 @@ def mnrl(
     two_way = _TWO_WAY <= set(directions)
     if negatives is None and margin is None and (partition == "per_direction" or len(directions) == 1):
         mode = "two_way" if two_way else "one_way"
-        losses, toward, best = contrast(anchor, positive, scale, ids, mode, normalize, stats)
+        losses, toward, best = pair_contrast(anchor, positive, scale, ids, mode, normalize, stats)
         loss = reduce(losses.mean(0), reduction)
         return (loss, beaten(best, toward)) if stats else loss
 

@@ -4,18 +4,10 @@ Training Self-Supervised Vision Transformers", 2021."""
 
 from torch import Tensor
 
-from ..ops._numbers import check_number
-from ._common import (
-    beaten,
-    check_alike,
-    check_features,
-    check_options,
-    check_weights,
-    describe,
-    promoted,
-    reduce,
-    scale_of,
-)
+from ..common.arguments import describe
+from ..common.numbers import check_number
+from .checks import check_alike, check_features, check_options, check_weights, promoted, scale_of
+from .formulas import beaten, reduce
 from .info_nce import info_nce, over_bank
 
 

@@ -13,27 +13,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends.reference.join import stack
-from ..backends.reference.sums import log_total, pieces, times, total
+from ..common.arguments import check_choice, check_dense, check_devices, check_flags, describe
+from ..common.autocast import stack
+from ..common.node import Node, once
+from ..common.numbers import check_size, log
+from ..common.rows import unit
+from ..common.sums import log_total, pair_loss, pieces, softplus, times, total
+from ..common.tensors import transformed
 from ..ops import sampled_similarity, sampled_similarity_bwd
-from ..ops._arguments import check_choice, check_dense, check_devices, check_flags
-from ..ops._library import Once, transformed
-from ..ops._numbers import check_size, log
-from ._common import (
-    beaten,
-    check_alike,
-    check_features,
-    check_options,
-    check_weights,
-    describe,
-    pair_loss,
-    promoted,
-    reduce,
-    scalar,
-    scale_of,
-    softplus,
-    unit,
-)
+from .checks import check_alike, check_features, check_options, check_weights, promoted, scalar, scale_of
+from .formulas import beaten, reduce
 
 FORMS = ("nce", "softmax")
 GRAPHS = ("core", "full")
@@ -149,7 +138,8 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
             dq, _ = sampled_similarity_bwd(query, bank, index, slopes, need_bank=False)
             dscale = (slopes * dots).sum(1) if learned_scale else None
             dq = dq * scale
-        losses = _Known.apply(losses, query, dq, scale if learned_scale else None, dscale)
+        inputs = losses, query, dq, scale if learned_scale else None, dscale
+        losses = _known.call(True, *inputs)(*inputs)
     return reduce(losses, reduction, weights), share, log_z
 
 
@@ -166,23 +156,21 @@ def _slopes(logits: Tensor, losses: Tensor, form: str) -> Tensor:
     return logits
 
 
-class _Known(torch.autograd.Function):
-    """Losses [N] whose gradients came with them: by q [N, D], by the scale [N]."""
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:])
 
-    @staticmethod
-    def forward(ctx, losses, q, dq, scale, dscale):
-        ctx.save_for_backward(q, scale, dq, dscale)
-        return losses.clone()
 
-    @staticmethod
-    def backward(ctx, g):
-        q, scale, dq, dscale = ctx.saved_tensors
-        with torch.no_grad():
-            dq = (g.unsqueeze(1) * dq).to(q.dtype) if ctx.needs_input_grad[1] else None
-            dscale = total(g * dscale) if ctx.needs_input_grad[3] else None
-        if torch.is_grad_enabled():  # create_graph=True
-            dq, dscale = Once.apply(q if q.requires_grad else scale, dq, dscale)
-        return None, dq, None, dscale, None
+def _backward(ctx, g):
+    q, dq, scale, dscale = ctx.saved_tensors
+    with torch.no_grad():
+        dq = (g.unsqueeze(1) * dq).to(q.dtype) if ctx.needs_input_grad[1] else None
+        dscale = total(g * dscale) if ctx.needs_input_grad[3] else None
+    dq, dscale = once((q, scale), dq, dscale)
+    return None, dq, None, dscale, None
+
+
+# Losses [N], whose gradients came with them: by q [N, D], by the scale [N].
+_known = Node(lambda losses, q, dq, scale, dscale: losses.clone(), _save, _backward)
 
 
 def cmc(

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..backends.reference.join import cat
+from ..common.arguments import check_flags
+from ..common.autocast import cat
+from ..common.rows import unit
 from ..ops import similarity_topk
-from ..ops._arguments import check_flags
-from ._common import check_alike, check_features, check_options, promoted, unit
+from .checks import check_alike, check_features, check_options, promoted
 from .info_nce import info_nce
 
 

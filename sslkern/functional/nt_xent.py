@@ -5,29 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends.reference.join import stack
-from ..backends.reference.sums import times
+from ..common.arguments import check_choice, check_dense, describe
+from ..common.autocast import product, stack
+from ..common.numbers import check_number
+from ..common.rows import unit
+from ..common.sums import pair_loss, times
+from ..common.tensors import wide
 from ..ops import similarity_lse
-from ..ops._arguments import check_choice, check_dense
-from ..ops._numbers import check_number
-from ..ops.product import product
-from ._common import (
-    beaten,
-    check_alike,
-    check_features,
-    check_ids,
-    check_options,
-    check_weights,
-    contrast,
-    describe,
-    pair_loss,
-    promoted,
-    reduce,
-    scale_of,
-    unit,
-    wide,
-)
+from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different, two_views
+from .checks import check_alike, check_features, check_ids, check_options, check_weights, promoted, scale_of
+from .formulas import beaten, reduce
 
 POSITIVES = ("separate", "joint")
 
@@ -89,7 +77,7 @@ def nt_xent(
     scale = scale_of(temperature, logit_scale, z0)
     if ids is not None:
         check_ids("ids", ids, z0.shape[:1], z0)
-    losses, positive, best = contrast(z0, z1, scale, ids, "views", normalize, stats)
+    losses, positive, best = pair_contrast(z0, z1, scale, ids, "views", normalize, stats)
     if label_smoothing > 0:
         z, ids, cosine = two_views(z0, z1, ids, normalize)
         losses = losses + label_smoothing * scale * above_mean(cosine, *over_different(z, z, ids, ids)).view_as(losses)

@@ -2,10 +2,12 @@
 
 from torch import Tensor
 
-from ..backends.reference.sums import times, total
+from ..common.rows import dots
+from ..common.sums import softplus, times, total
 from ..ops import similarity_softplus
 from ..ops.pair_contrast import row_numbers
-from ._common import check_alike, check_features, check_ids, check_options, dots, promoted, scalar, softplus, unit_pair
+from ..ops.unit_pairs import unit_pairs
+from .checks import check_alike, check_features, check_ids, check_options, promoted, scalar
 
 
 def siglip(
@@ -62,7 +64,7 @@ def siglip(
         ids = row_numbers(N, 1, image.device)
     else:
         check_ids("ids", ids, (N,), image)
-    image, text, cosine = unit_pair(image, text) if normalize else (image, text, dots(image, text))
+    image, text, cosine = unit_pairs(image, text) if normalize else (image, text, dots(image, text))
     positives = softplus(-(times(cosine, scale) + bias))
     if reduction == "none":
         return positives + similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids, rows=True)

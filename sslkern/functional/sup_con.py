@@ -3,24 +3,15 @@
 import torch
 from torch import Tensor
 
-from ..backends.reference.join import stack
+from ..common.arguments import check_choice, check_dense, check_device, describe
+from ..common.autocast import product, stack
+from ..common.rows import dots, unit
+from ..common.sums import softplus
+from ..common.tensors import wide
 from ..ops import similarity_lse
-from ..ops._arguments import check_choice, check_dense, check_device
-from ..ops.product import product
-from ._common import (
-    check_features,
-    check_ids,
-    check_options,
-    check_weights,
-    describe,
-    dots,
-    reduce,
-    scale_of,
-    softplus,
-    unit,
-    wide,
-)
 from ._pairs import sum_of_equal
+from .checks import check_features, check_ids, check_options, check_weights, scale_of
+from .formulas import reduce
 
 FORMS = ("out", "in")
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ._arguments import FLOATS, check_dense, check_devices, check_written, describe
-from ._library import define
-from ._numbers import check_number
-from ._tensors import apart
+from ..common.arguments import FLOATS, check_dense, check_devices, check_written, describe
+from ..common.node import Operator
+from ..common.numbers import check_number
+from ..common.tensors import apart
 
 
 def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float = 0.5) -> None:
@@ -52,10 +52,10 @@ def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float = 0.5) 
     momentum = check_number("momentum", momentum, 0, 1, closed=True)
     check_devices("bank", bank, index=index, x=x)
     backend = resolve("bank_update", bank)
-    torch.ops.sslkern.bank_update_.default(bank, index, x.detach(), momentum, backend)
+    _write.registered(bank, index, x.detach(), momentum, backend)
 
 
-def _kernel(bank, index, x, momentum, backend):
+def _written(bank, index, x, momentum, backend):
     load(backend, "bank_update").bank_update_(bank, index, apart(x, bank), momentum)
 
 
@@ -63,4 +63,8 @@ def _fake(bank, index, x, momentum, backend):
     return None
 
 
-define("bank_update_(Tensor(a!) bank, Tensor index, Tensor x, float momentum, str backend) -> ()", _kernel, _fake)
+_write = Operator(
+    "bank_update_(Tensor(a!) bank, Tensor index, Tensor x, float momentum, str backend) -> ()",
+    _written,
+    _fake,
+)

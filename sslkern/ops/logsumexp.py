@@ -7,8 +7,8 @@ import math
 
 from torch import Tensor
 
-from ._arguments import FLOATS, check_dense
-from ._numbers import check_size, shown
+from ..common.arguments import FLOATS, check_dense
+from ..common.numbers import check_size, shown
 
 
 def logsumexp(x: Tensor, dim: int = -1) -> Tensor:

@@ -1,20 +1,28 @@
 """`pair_contrast`: the losses of pairs against `similarity_lse` negatives, as one node of the graph.
 
+    positive_i = scale <x_i, y_i>      loss_i = softplus(negatives_i - positive_i)
+
 A loss of 32 rows spends its time between the kernels: normalisation, positives and softplus come to twenty autograd
-nodes. Here they are one: an autograd.Function in eager code, which costs less than an op's own, and an op in compiled
-code.
+nodes, here one. A backend may have all of it as `pair_contrast_fwd` and `pair_contrast_bwd`, with the signatures of
+`_forward` and `_gradients_of` without the last argument; else it is composed of its `unit_pairs`, `similarity_lse` and
+`pair_losses`.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import kept_rows, load, resolve
-from ..backends.reference.sums import dot
-from ._library import Once, define, library
-from ._tensors import plain
-from .similarity_lse import _accumulator, scale_parts
+from ..backends import find, kept_rows, load, resolve
+from ..backends.problem import Problem
+from ..common.node import Node, Operator, once, past_dispatcher
+from ..common.rows import dots
+from ..common.sums import dot
+from ..common.tensors import accumulator, plain, transformed
+from ._dense import dense_contrast, few
+from ._problem import scale_parts
+from .similarity_lse import frozen_gradient
 
 
 def pair_contrast(
@@ -26,8 +34,8 @@ def pair_contrast(
     normalize: bool,
     best: bool,
     bank: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """softplus(negatives_i - positive_i), with positive_i = scale * <x_i, y_i>.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The losses of pairs, by the kernels or, where it does better, by the compiler.
 
     Args:
         x, y: [N, D], normalised first where `normalize` says so.
@@ -42,30 +50,44 @@ def pair_contrast(
         losses [2, N], those of x first ("one_way": [1, N]); positive [N] and best, of the shape of losses, both without
         gradient, or None unless `best`. All in fp32 (fp64).
     """
-    views = mode == "views"
+    N, views = x.shape[0], mode == "views"
+    rows = 2 * N if views else N
+    # Keys that do not learn are not kept: a queue may be overwritten before the backward.
+    frozen = mode == "one_way" and (bank is not None or not (y.requires_grad or transformed()))
+    if torch.compiler.is_compiling() and not frozen and few(x, rows, rows):
+        return dense_contrast(x, y, scale, ids, mode, normalize, best)
+
     if bank is not None:
         if ids is not None:
             raise ValueError("ids must be None with a bank: its rows have none to compare them with")
         bank = bank.detach()
     elif ids is None:
-        ids = row_numbers(x.shape[0], 1 + views, x.device)
+        ids = row_numbers(N, 1 + views, x.device)
     elif views:
         ids = ids.repeat(2)
     scale_tensor, scale = scale_parts(scale, x)
-    backend, pairs_backend = resolve("similarity_lse", x), resolve("unit_pairs", x)
-    N = x.shape[0]
-    scale_learns = scale_tensor is not None and scale_tensor.requires_grad
-    learns = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale_learns)
-    frozen = learns and mode == "one_way" and (bank is not None or not y.requires_grad)
-    frozen = frozen and (x.requires_grad or scale_learns)  # the mean of the negatives serves nothing else
-    rows = 2 * N if views else N
-    keep = kept_rows(backend, rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
-    eager = not torch.compiler.is_compiling() and plain(x, y, bank, scale_tensor, ids)
-    call = _PairContrast.apply if eager else torch.ops.sslkern.pair_contrast.default
+    of_x, of_scale = x.requires_grad, scale_tensor is not None and scale_tensor.requires_grad
+    learns = torch.is_grad_enabled() and (of_x or y.requires_grad or of_scale or transformed())
+    frozen = frozen and learns and (of_x or of_scale or transformed())  # the mean of the negatives is for these
+    sizes = 1, rows, rows if bank is None else bank.shape[0], x.shape[1]
+    backends = _backends(x, sizes, mode)
+    keep = 0
+    if learns and not frozen and "," in backends:
+        keep = kept_rows(backends.partition(",")[0], rows, rows, x.shape[1], itself=views)
+    call = _node.call(learns, x, y, bank, scale_tensor, ids)
     losses, positive, top, *_ = call(
-        x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backend, pairs_backend
+        x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backends
     )
     return losses, positive, top if best else None
+
+
+def _backends(x: Tensor, sizes: tuple[int, ...], mode: str) -> str:
+    """Who has the whole loss, or, with commas, each of its parts."""
+    whole = find("pair_contrast", x, sizes=sizes, mode=mode)
+    if whole is not None:
+        return whole
+    backend = resolve("similarity_lse", x, sizes=sizes, bias=False, limit=False)
+    return f"{backend},{resolve('unit_pairs', x)},{resolve('pair_losses', x)}"
 
 
 def row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
@@ -82,30 +104,37 @@ def _row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
         return torch.arange(n, device=device).repeat(copies)
 
 
-def _pair_losses(backend: str):
-    """Launches count on a GPU only, and torch is as fast elsewhere."""
-    return load("triton" if backend == "triton" else "reference", "pair_losses")
+# ---- the node --------------------------------------------------------------------------------------------------------
 
 
-def _kernel(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backend, pairs_backend):
+def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backends):
+    whole, *parts = backends.split(",")
+    if not parts:
+        forward = load(whole, "pair_contrast").pair_contrast_fwd
+        return forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen)
+    backend, (pairs, losses) = whole, parts
     N = x.shape[0]
-    z, norm, cosine = load(pairs_backend, "unit_pairs").unit_pairs_fwd(x, y, normalize)
-    q, k, k_ids = (z, None, None) if mode == "views" else (z[:N], z[N:] if bank is None else bank, ids)
-    problem = (scale_tensor, scale, ids, k_ids, False, None, None)
+    z, norm, cosine = load(pairs, "unit_pairs").unit_pairs_fwd(x, y, normalize)
+    if mode == "views":
+        problem = Problem(z, None, scale_tensor, scale, ids)
+    else:
+        problem = Problem(z[:N], z[N:] if bank is None else bank, scale_tensor, scale, ids, ids)
     primitive = load(backend, "similarity_lse")
     if frozen:  # what the gradient needs of the negatives comes with the forward
-        (row, kept, top), col = primitive.similarity_lse_frozen_fwd(q, k, *problem, best), None
+        (row, kept, top), col = primitive.similarity_lse_frozen_fwd(problem, best), None
     else:
-        row, col, top, kept = primitive.similarity_lse_fwd(q, k, *problem, mode == "two_way", best, keep)
+        row, col, top, kept = primitive.similarity_lse_fwd(problem, mode == "two_way", best, keep)
     bounded = normalize and bank is None and scale_tensor is None and abs(scale) < 1e30  # rows of length 1, or NaN
-    losses, positive, gap = _pair_losses(backend).pair_losses_fwd(row, col, cosine, scale_tensor, scale, bounded)
-    top = top.view(-1, N) if best else row.new_empty(0)
-    col, kept, norm = (row.new_empty(0) if saved is None else saved for saved in (col, kept, norm))
-    return losses, positive, top, z, norm, cosine, gap, row, col, kept
+    forward = load(losses, "pair_losses").pair_losses_fwd
+    losses, positive, gap = forward(row, col, cosine, scale_tensor, scale, bounded)
+    return losses, positive, top.view(-1, N) if best else None, z, norm, cosine, gap, row, col, kept
 
 
-def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backend, pairs_backend):
-    (N, D), wide = x.shape, _accumulator(x)
+def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backends):
+    if "," not in backends:
+        fake = load(backends, "pair_contrast").pair_contrast_fake
+        return fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen)
+    (N, D), wide = x.shape, accumulator(x)
     views, sides = mode == "views", 1 if mode == "one_way" else 2
 
     def new(*shape):
@@ -117,112 +146,119 @@ def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, k
     return new(sides, N), new(N), new(sides, N) if best else new(0), z, norm, cosine, new(sides, N), row, col, kept
 
 
-def _setup(ctx, inputs, output) -> None:
-    x, y, _, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, ctx.frozen, _, *ctx.backends = inputs
-    _, *rest = output
-    anchor = next((side for side in (x, y, scale_tensor) if side is not None and side.requires_grad), None)
-    ctx.save_for_backward(anchor, scale_tensor, ids, *rest[2:])
-    ctx.mark_non_differentiable(*rest)
-    ctx.set_materialize_grads(False)
+def _save(ctx, inputs, outputs) -> None:
+    x, y, _, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, ctx.frozen, _, ctx.backends = inputs
+    _, _, _, *saved = outputs
+    every = transformed()  # else one that learns is enough to tell that its gradient has none
+    learn = [side for side in (x, y, scale_tensor) if side is not None and (every or side.requires_grad)]
+    ctx.save_for_backward(*(learn if every else learn[:1]), scale_tensor, ids, *saved)
 
 
-def _backward(eager, ctx, g, *_):
+def _backward(ctx, g, *_):
     if g is None:
-        return (None,) * 13
-    anchor, scale_tensor, ids, *saved = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    options = ctx.mode, ctx.normalize, ctx.frozen, *needs, *ctx.backends
-    gradients = _gradients if eager and plain(g) else torch.ops.sslkern.pair_contrast_bwd.default
+        return (None,) * 12
+    if "," not in ctx.backends or not (type(ctx) is _Context or past_dispatcher(g)):
+        return _by_operator(ctx, g)
+    # Not in a function of its own: a small batch feels each call.
+    *learn, scale_tensor, ids, z, norm, cosine, gap, row, col, kept = ctx.saved_tensors
+    need_x, need_y, _, need_scale, *_ = ctx.needs_input_grad
+    backend, pairs, losses = ctx.backends.split(",")
+    N, two_way, dscale = cosine.shape[0], ctx.mode == "two_way", None
     with torch.no_grad():
-        grads = gradients(g, *saved, scale_tensor, ctx.scale, ids, *options)
-    dx, dy, dscale = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    if torch.is_grad_enabled():  # create_graph=True
-        dx, dy, dscale = Once.apply(anchor, dx, dy, dscale)
-    return dx, dy, None, dscale, *(None,) * 9
+        weight, toward, pull = load(losses, "pair_losses").pair_losses_bwd(gap, g, scale_tensor, ctx.scale)
+        if ctx.frozen or ids is None:  # keys that do not learn, or a bank
+            da = frozen_gradient(pull, kept) if need_x else None
+            db = cosine.new_zeros(N, z.shape[1]) if need_y else None
+            if need_scale:
+                dscale = dot(toward, dots(z[:N], kept) - cosine)
+        else:
+            backward, kept = load(backend, "similarity_lse").similarity_lse_bwd, _or_none(kept)
+            if ctx.mode == "views":
+                problem = Problem(z, None, scale_tensor, ctx.scale, ids)
+                dz, _, dscale, _ = backward(
+                    problem, row, None, weight.view(-1), None, kept, True, False, need_scale, False
+                )
+                da, db = dz[:N], dz[N:]
+            else:
+                problem = Problem(z[:N], z[N:], scale_tensor, ctx.scale, ids, ids)
+                col, h = (col, weight[1]) if two_way else (None, None)
+                da, db, dscale, _ = backward(problem, row, col, weight[0], h, kept, need_x, need_y, need_scale, False)
+            if need_scale:
+                dscale = dscale - dot(toward, cosine)
+        dscale = dscale.to(scale_tensor.dtype) if need_scale else None
+        norm = norm if ctx.normalize else None
+        dx, dy = load(pairs, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
+    dx, dy, dscale = once(learn, dx, dy, dscale)
+    return dx, dy, None, dscale, *(None,) * 8
 
 
-def _gradients(
-    g,
-    z,
-    norm,
-    cosine,
-    gap,
-    row,
-    col,
-    kept,
-    scale_tensor,
-    scale,
-    ids,
-    mode,
-    normalize,
-    frozen,
-    need_x,
-    need_y,
-    need_scale,
-    backend,
-    pairs_backend,
-):
-    N, views = cosine.shape[0], mode == "views"
-    col, norm = col if mode == "two_way" else None, norm if normalize else None
-    weight, toward, pull = _pair_losses(backend).pair_losses_bwd(gap, g, scale_tensor, scale)
-    mean, kept = kept, kept if kept.numel() else None
-    problem = (scale_tensor, scale, ids, None if views else ids, False, None, None, kept)
-    backward = load(backend, "similarity_lse").similarity_lse_bwd
-    dscale = row.new_empty(0)
-    if frozen or ids is None:  # keys that do not learn, or a bank
-        # d negatives / dx = scale * mean, the mean of the keys as the softmax weighs them
-        da = pull.unsqueeze(1) * mean if need_x else None
-        db = cosine.new_zeros(N, z.shape[1]) if need_y else None
-        if need_scale:
-            dscale = dot(toward, (z[:N] * mean).sum(1) - cosine)
-    elif views:
-        grads = backward(z, None, row, None, weight.view(-1), None, *problem, True, False, need_scale, False)
-        da, db = grads[0][:N], grads[0][N:]
-    else:
-        h = None if col is None else weight[1]
-        grads = backward(z[:N], z[N:], row, col, weight[0], h, *problem, need_x, need_y, need_scale, False)
-        da, db = grads[:2]
-    if need_scale:
-        dscale = (dscale if frozen else grads[2] - dot(toward, cosine)).to(scale_tensor.dtype)
-    dx, dy = load(pairs_backend, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
-    return *(z.new_empty(0) if grad is None else grad for grad in (dx, dy)), dscale
+def _or_none(x: Tensor | None) -> Tensor | None:
+    """What an operator returned for None is empty."""
+    return x if x is not None and x.numel() else None
 
 
-def _gradients_fake(g, z, *args):
-    *_, scale_tensor, _, _, _, _, _, need_x, need_y, need_scale, _, _ = args
-    cosine, half = args[1], (z.shape[0] // 2, z.shape[1])
-    dscale = torch.empty_like(scale_tensor) if need_scale else cosine.new_empty(0)
-    return z.new_empty(half if need_x else 0), z.new_empty(half if need_y else 0), dscale
-
-
-define(
-    "pair_contrast(Tensor x, Tensor y, Tensor? bank, Tensor? scale_tensor, float scale, Tensor? ids, str mode,"
-    " bool normalize, bool best, bool frozen, int keep, str backend, str pairs_backend) -> (Tensor losses,"
-    " Tensor positive, Tensor best, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col,"
-    " Tensor kept)",
-    _kernel,
-    _fake,
+_node = Node(
+    Operator(
+        "pair_contrast(Tensor x, Tensor y, Tensor? bank, Tensor? scale_tensor, float scale, Tensor? ids, str mode,"
+        " bool normalize, bool best, bool frozen, int keep, str backends) -> (Tensor losses, Tensor positive,"
+        " Tensor best, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept)",
+        _forward,
+        _fake,
+    ),
+    _save,
+    _backward,
+    outputs=1,
 )
-define(
-    "pair_contrast_bwd(Tensor g, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept,"
-    " Tensor? scale_tensor, float scale, Tensor? ids, str mode, bool normalize, bool frozen, bool need_x, bool need_y,"
-    " bool need_scale, str backend, str pairs_backend) -> (Tensor dx, Tensor dy, Tensor dscale)",
-    _gradients,
+
+
+# ---- its derivative as an operator: for compiled code, and for a backend that has it whole ---------------------------
+
+
+class _Context(NamedTuple):
+    """What `_backward` reads of a context."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+    scale: float
+    mode: str
+    normalize: bool
+    frozen: bool
+    backends: str
+    needs_input_grad: tuple[bool, ...]
+
+
+def _by_operator(ctx, g):
+    *learn, scale_tensor, ids, z, norm, cosine, gap, row, col, kept = ctx.saved_tensors
+    need_x, need_y, _, need_scale, *_ = ctx.needs_input_grad
+    inputs = g, z, norm, cosine, gap, row, col, kept, scale_tensor, ctx.scale, ids
+    options = ctx.mode, ctx.normalize, ctx.frozen, need_x, need_y, need_scale, ctx.backends
+    with torch.no_grad():
+        dx, dy, dscale = _gradients.call(g)(*inputs, *options)
+    dx, dy, dscale = once(learn, dx if need_x else None, dy if need_y else None, dscale if need_scale else None)
+    return dx, dy, None, dscale, *(None,) * 8
+
+
+def _gradients_of(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, ids, *options):
+    mode, normalize, frozen, need_x, need_y, need_scale, backends = options
+    saved = scale_tensor, ids, z, norm, cosine, gap, row, col, kept
+    needs = need_x, need_y, False, need_scale
+    if "," not in backends:
+        backward = load(backends, "pair_contrast").pair_contrast_bwd
+        return backward(g, *saved, scale, mode, normalize, frozen, need_x, need_y, need_scale)
+    dx, dy, _, dscale, *_ = _backward(_Context(saved, scale, mode, normalize, frozen, backends, needs), g)
+    return dx, dy, dscale
+
+
+def _gradients_fake(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, ids, *options):
+    *_, need_x, need_y, need_scale, _ = options
+    x = z.new_empty(cosine.shape[0], z.shape[1])
+    dscale = torch.empty_like(scale_tensor) if need_scale else cosine.new_empty(0)
+    return x if need_x else z.new_empty(0), torch.empty_like(x) if need_y else z.new_empty(0), dscale
+
+
+_gradients = Operator(
+    "pair_contrast_bwd(Tensor g, Tensor z, Tensor? norm, Tensor cosine, Tensor gap, Tensor row, Tensor? col,"
+    " Tensor? kept, Tensor? scale_tensor, float scale, Tensor? ids, str mode, bool normalize, bool frozen, bool need_x,"
+    " bool need_y, bool need_scale, str backends) -> (Tensor dx, Tensor dy, Tensor dscale)",
+    _gradients_of,
     _gradients_fake,
 )
-torch.library.register_autograd(
-    "sslkern::pair_contrast",
-    functools.partial(_backward, False),
-    setup_context=_setup,
-    lib=library,
-)
-
-
-class _PairContrast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _kernel(*inputs)
-        _setup(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(functools.partial(_backward, True))

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ._arguments import FLOATS, check_dense, check_devices, check_flags, check_written, describe
-from ._library import define
-from ._tensors import apart
+from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, check_written, describe
+from ..common.node import Operator
+from ..common.tensors import apart
 
 
 def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = False) -> None:
@@ -47,10 +47,10 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = Fals
         raise TypeError(f"keys must be floating point, not {keys.dtype}; convert it with .float()")
     check_devices("queue", queue, ptr=ptr, keys=keys)
     check_flags(normalize=normalize)
-    torch.ops.sslkern.queue_push_.default(queue, ptr, keys.detach(), normalize, resolve("queue_push", queue))
+    _write.registered(queue, ptr, keys.detach(), normalize, resolve("queue_push", queue))
 
 
-def _kernel(queue, ptr, keys, normalize, backend):
+def _written(queue, ptr, keys, normalize, backend):
     load(backend, "queue_push").queue_push_(queue, ptr, apart(keys, queue), normalize)
 
 
@@ -58,4 +58,8 @@ def _fake(queue, ptr, keys, normalize, backend):
     return None
 
 
-define("queue_push_(Tensor(a!) queue, Tensor(b!) ptr, Tensor keys, bool normalize, str backend) -> ()", _kernel, _fake)
+_write = Operator(
+    "queue_push_(Tensor(a!) queue, Tensor(b!) ptr, Tensor keys, bool normalize, str backend) -> ()",
+    _written,
+    _fake,
+)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ._arguments import FLOATS, check_dense, check_devices, check_flags, describe
-from ._library import define, differentiable, library, no_second_derivative
-from .similarity_lse import _accumulator
+from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
+from ..common.node import Node, Operator, once
+from ..common.tensors import accumulator
 
 
 def sampled_similarity(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def sampled_similarity(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     """
     _check(q, bank, index)
     learns = torch.is_grad_enabled() and (q.requires_grad or bank.requires_grad)
-    return _call(q, bank, index, resolve("sampled_similarity", q), learns=learns)
+    return _scores.call(learns, q, bank, index)(q, bank, index, resolve("sampled_similarity", q))
 
 
 def sampled_similarity_bwd(
@@ -69,11 +69,9 @@ def sampled_similarity_bwd(
         raise TypeError(f"g must be floating point, not {g.dtype}; convert it with .float()")
     check_devices("q", q, g=g)
     check_flags(need_q=need_q, need_bank=need_bank)
-    g = g.detach().to(_accumulator(q))
-    backend = resolve("sampled_similarity", q)
-    dq, dbank = torch.ops.sslkern.sampled_similarity_bwd.default(
-        q.detach(), bank.detach(), index, g, need_q, need_bank, backend
-    )
+    q, bank, g = q.detach(), bank.detach(), g.detach().to(accumulator(q))
+    inputs = q, bank, index, g
+    dq, dbank = _gradients.call(*inputs)(*inputs, need_q, need_bank, resolve("sampled_similarity", q))
     return dq if need_q else None, dbank if need_bank else None
 
 
@@ -100,43 +98,46 @@ def _check(q, bank, index) -> None:
     check_devices("q", q, bank=bank, index=index)
 
 
-def _kernel(q, bank, index, backend):
+def _forward(q, bank, index, backend):
     return load(backend, "sampled_similarity").sampled_similarity_fwd(q, bank, index)
 
 
 def _fake(q, bank, index, backend):
-    return q.new_empty(index.shape, dtype=_accumulator(q))
+    return q.new_empty(index.shape, dtype=accumulator(q))
 
 
-def _setup(ctx, inputs, output) -> None:
+def _save(ctx, inputs, output) -> None:
     q, bank, index, ctx.backend = inputs
     ctx.save_for_backward(q, bank, index)
 
 
 def _backward(ctx, g):
     q, bank, index = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:2]
-    dq, dbank = torch.ops.sslkern.sampled_similarity_bwd.default(q, bank, index, g, *needs, ctx.backend)
-    return dq.to(q.dtype) if needs[0] else None, dbank.to(q.dtype) if needs[1] else None, None, None
+    need_q, need_bank, *_ = ctx.needs_input_grad
+    with torch.no_grad():
+        dq, dbank = _gradients.call(g)(q, bank, index, g, need_q, need_bank, ctx.backend)
+        dq, dbank = dq.to(q.dtype) if need_q else None, dbank.to(q.dtype) if need_bank else None
+    return *once((q, bank), dq, dbank), None, None
 
 
-def _bwd_kernel(*args):
-    *args, backend = args
-    grads = load(backend, "sampled_similarity").sampled_similarity_bwd(*args)
-    return tuple(x if x is not None else args[0].new_empty(0, dtype=_accumulator(args[0])) for x in grads)
+def _gradients_of(*inputs):
+    *inputs, backend = inputs
+    return load(backend, "sampled_similarity").sampled_similarity_bwd(*inputs)
 
 
-def _bwd_fake(q, bank, index, g, need_q, need_bank, backend):
+def _gradients_fake(q, bank, index, g, need_q, need_bank, backend):
     shapes = q.shape if need_q else (0,), bank.shape if need_bank else (0,)
-    return tuple(q.new_empty(shape, dtype=_accumulator(q)) for shape in shapes)
+    return tuple(q.new_empty(shape, dtype=accumulator(q)) for shape in shapes)
 
 
-define("sampled_similarity(Tensor q, Tensor bank, Tensor index, str backend) -> Tensor", _kernel, _fake)
-define(
+_scores = Node(
+    Operator("sampled_similarity(Tensor q, Tensor bank, Tensor index, str backend) -> Tensor", _forward, _fake),
+    _save,
+    _backward,
+)
+_gradients = Operator(
     "sampled_similarity_bwd(Tensor q, Tensor bank, Tensor index, Tensor g, bool need_q, bool need_bank, str backend)"
     " -> (Tensor dq, Tensor dbank)",
-    _bwd_kernel,
-    _bwd_fake,
+    _gradients_of,
+    _gradients_fake,
 )
-torch.library.register_autograd("sslkern::sampled_similarity_bwd", no_second_derivative, lib=library)
-_call = differentiable("sampled_similarity", _setup, _backward)

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ..backends.reference.sums import total as sum_of_all
-from ._arguments import FLOATS, check_dense, check_devices, check_flags, describe
-from ._library import define, differentiable, transformed
-from ._numbers import check_finite, constant, number, shown
-from .similarity_lse import _PROBLEM, Once, _accumulator, _check, _or_empty, _uniform
+from ..backends.problem import Problem
+from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
+from ..common.node import Node, Operator, once
+from ..common.numbers import check_finite, constant, number, shown
+from ..common.sums import total as sum_of_all
+from ..common.tensors import accumulator, transformed
+from ._problem import FIELDS, SCHEMA, checked_problem, options
 
 
 def similarity_softplus(
@@ -70,7 +72,7 @@ def similarity_softplus(
         >>> torch.allclose(total, torch.nn.functional.softplus(2 * q @ k.T - 1).sum())
         True
     """
-    _check(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit)
+    problem = checked_problem(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit)
     check_flags(rows=rows)
     if number(sign) not in (1, -1):
         raise ValueError(f"sign must be 1 or -1, not {shown(sign)}")
@@ -79,10 +81,8 @@ def similarity_softplus(
     if weights is not None and not isinstance(weights, Tensor):
         raise ValueError(f"weights must be a tensor {list(q.shape[:-1])}, not {describe(weights)}")
     bias, weights = _per_row("bias", bias, q), _per_row("weights", weights, q)
-    scale_tensor, scale, q_ids, k_ids, k_bias, q_limit = _uniform(q, k, scale, q_ids, k_ids, k_bias, q_limit)
-    problem = (q, k, scale_tensor, scale, q_ids, k_ids, pairs == "same", k_bias, q_limit, bias)
-    backend = resolve("similarity_softplus", q)
-    inputs = (q, k, scale_tensor, bias, k_bias)
+    backend = resolve("similarity_softplus", q, **options(problem))
+    inputs = (q, k, problem.scale_tensor, bias, problem.k_bias)
     if transformed():
         needs, learns = tuple(x is not None for x in inputs), True
     else:
@@ -90,8 +90,9 @@ def similarity_softplus(
         needs = tuple(learning and x is not None and x.requires_grad for x in inputs)
         learns = any(needs) or (learning and weights is not None and weights.requires_grad)
     if rows:
-        return _rows(*problem, float(sign), backend, learns=learns)
-    return _total(*problem, weights, float(sign), *needs, backend, learns=learns)[0]
+        return _rows.call(learns, *problem.tensors, bias)(*problem, bias, float(sign), backend)
+    call = _total.call(learns, *problem.tensors, bias, weights)
+    return call(*problem, bias, weights, float(sign), *needs, backend)[0]
 
 
 def _per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
@@ -104,43 +105,37 @@ def _per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
         check_devices("q", q, **{name: x})
-        return x.to(_accumulator(q)).expand(shape)
+        return x.to(accumulator(q)).expand(shape)
     if x is None:
         return None
     x = check_finite(name, x, " or a tensor [N]")
     if torch.compiler.is_compiling():
-        return constant(x, q, _accumulator(q)).expand(shape)
-    return None if x == 0 else torch.full(shape, x, dtype=_accumulator(q), device=q.device)
-
-
-def _learning(*inputs: Tensor | None) -> Tensor | None:
-    """The first of them that requires a gradient."""
-    return next((x for x in inputs if x is not None and x.requires_grad), None)
+        return constant(x, q, accumulator(q)).expand(shape)
+    return None if x == 0 else torch.full(shape, x, dtype=accumulator(q), device=q.device)
 
 
 # ---- the total, with its gradients -----------------------------------------------------------------------------------
 
 
-def _kernel(*args):
-    *args, backend = args
-    total, *rest = load(backend, "similarity_softplus").similarity_softplus_fwd(*args)
-    return total, *(_or_empty(x, total) for x in rest)
+def _forward(*inputs):
+    problem, rest, backend = Problem(*inputs[:FIELDS]), inputs[FIELDS:-1], inputs[-1]
+    return load(backend, "similarity_softplus").similarity_softplus_fwd(problem, *rest)
 
 
-def _fake(q, k, *args):
-    *_, need_q, need_k, need_scale, need_bias, need_k_bias, _ = args
-    keys = q if k is None else k
+def _fake(*inputs):
+    *_, need_q, need_k, need_scale, need_bias, need_k_bias, _ = inputs
+    problem = Problem(*inputs[:FIELDS])
+    q, keys = problem.q, problem.keys
     groups, rows, columns = q.shape[:-2], q.shape[:-1], keys.shape[:-1]
     shapes = (need_q, q.shape), (need_k, keys.shape), (need_scale, groups), (need_bias, rows), (need_k_bias, columns)
-    new = [q.new_empty(shape, dtype=_accumulator(q)) for shape in (groups, rows)]
-    return *new, *(q.new_empty(shape if need else 0, dtype=_accumulator(q)) for need, shape in shapes)
+    new = [q.new_empty(shape, dtype=accumulator(q)) for shape in (groups, rows)]
+    return *new, *(q.new_empty(shape if need else 0, dtype=accumulator(q)) for need, shape in shapes)
 
 
-def _setup(ctx, inputs, output) -> None:
-    q, _, _, ctx.scale, _, _, _, _, _, _, weights, *_ = inputs
-    total, row, *grads = output
-    ctx.mark_non_differentiable(row, *grads)
-    ctx.set_materialize_grads(False)
+def _save(ctx, inputs, outputs) -> None:
+    q, _, _, ctx.scale, *_ = inputs
+    weights = inputs[FIELDS + 1]
+    total, row, *grads = outputs
     ctx.save_for_backward(total, None if weights is None else row, *grads)
     ctx.dtype = q.dtype
 
@@ -159,60 +154,61 @@ def _backward(ctx, g, *_):
         dk_bias = of_rows * dk_bias if need_k_bias else None
         dbias = of_rows * dbias if need_bias else None
         dweights = of_rows * row if need_weights else None
-    if torch.is_grad_enabled():  # create_graph=True
-        dq, dk, dscale, dk_bias, dbias, dweights = Once.apply(total, dq, dk, dscale, dk_bias, dbias, dweights)
+    dq, dk, dscale, dk_bias, dbias, dweights = once((total,), dq, dk, dscale, dk_bias, dbias, dweights)
     return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, dweights, *(None,) * 7
 
 
-define(
-    f"similarity_softplus(Tensor q, Tensor? k, {_PROBLEM}, Tensor? bias, Tensor? weights, float sign, bool need_q,"
-    " bool need_k, bool need_scale, bool need_bias, bool need_k_bias, str backend) -> (Tensor total, Tensor row,"
-    " Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor dk_bias)",
-    _kernel,
+_sums = Operator(
+    f"similarity_softplus({SCHEMA}, Tensor? bias, Tensor? weights, float sign, bool need_q, bool need_k,"
+    " bool need_scale, bool need_bias, bool need_k_bias, str backend) -> (Tensor total, Tensor row, Tensor dq,"
+    " Tensor dk, Tensor dscale, Tensor dbias, Tensor dk_bias)",
+    _forward,
     _fake,
 )
-_total = differentiable("similarity_softplus", _setup, _backward)
+_total = Node(_sums, _save, _backward, outputs=1)
 
 
 # ---- the rows: what their gradients weigh is known in the backward only ----------------------------------------------
 
 
-def _rows_kernel(*args):
-    *problem, sign, backend = args
+def _rows_forward(*inputs):
+    *problem, bias, sign, backend = inputs
     forward = load(backend, "similarity_softplus").similarity_softplus_fwd
-    return forward(*problem, None, sign, *(False,) * 5)[1]
+    return forward(Problem(*problem), bias, None, sign, *(False,) * 5)[1]
 
 
 def _rows_fake(q, *_):
-    return q.new_empty(q.shape[:-1], dtype=_accumulator(q))
+    return q.new_empty(q.shape[:-1], dtype=accumulator(q))
 
 
-def _rows_setup(ctx, inputs, output) -> None:
-    q, k, scale_tensor, ctx.scale, q_ids, k_ids, ctx.same, k_bias, q_limit, bias, ctx.sign, ctx.backend = inputs
-    ctx.save_for_backward(q, k, scale_tensor, q_ids, k_ids, k_bias, q_limit, bias)
+def _rows_save(ctx, inputs, output) -> None:
+    *problem, bias, ctx.sign, ctx.backend = inputs
+    problem = Problem(*problem)
+    ctx.scale, ctx.same = problem.scale, problem.same
+    ctx.save_for_backward(*problem.tensors, bias)
 
 
 def _rows_backward(ctx, g):
-    q, k, scale_tensor, q_ids, k_ids, k_bias, q_limit, bias = ctx.saved_tensors
+    *tensors, bias = ctx.saved_tensors
+    problem = Problem.of(tensors, ctx.scale, ctx.same)
     needs = need_q, need_k, need_scale, need_bias, need_k_bias = [ctx.needs_input_grad[i] for i in (0, 1, 2, 9, 7)]
     with torch.no_grad():
-        _, _, dq, dk, dscale, dbias, dk_bias = torch.ops.sslkern.similarity_softplus.default(
-            q, k, scale_tensor, ctx.scale, q_ids, k_ids, ctx.same, k_bias, q_limit, bias, g, ctx.sign, *needs,
-            ctx.backend,
-        )  # fmt: skip
-        dq = dq.to(q.dtype) if need_q else None
-        dk = dk.to(q.dtype) if need_k else None
+        inputs = *problem, bias, g, ctx.sign, *needs, ctx.backend
+        _, _, dq, dk, dscale, dbias, dk_bias = _sums.call(g)(*inputs)
+        dq = dq.to(problem.q.dtype) if need_q else None
+        dk = dk.to(problem.q.dtype) if need_k else None
         dscale = sum_of_all(dscale) * ctx.scale if need_scale else None
         dk_bias, dbias = dk_bias if need_k_bias else None, dbias if need_bias else None
-    if torch.is_grad_enabled():  # create_graph=True
-        anchor = _learning(q, k, scale_tensor, k_bias, bias)
-        dq, dk, dscale, dk_bias, dbias = Once.apply(anchor, dq, dk, dscale, dk_bias, dbias)
+    dq, dk, dscale, dk_bias, dbias = once((*tensors, bias), dq, dk, dscale, dk_bias, dbias)
     return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, None, None
 
 
-define(
-    f"similarity_softplus_rows(Tensor q, Tensor? k, {_PROBLEM}, Tensor? bias, float sign, str backend) -> Tensor",
-    _rows_kernel,
-    _rows_fake,
+_rows = Node(
+    Operator(
+        f"similarity_softplus_rows({SCHEMA}, Tensor? bias, float sign, str backend) -> Tensor",
+        _rows_forward,
+        _rows_fake,
+    ),
+    _rows_save,
+    _rows_backward,
 )
-_rows = differentiable("similarity_softplus_rows", _rows_setup, _rows_backward)

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import load, resolve
-from ..backends.reference.sums import total
-from ._library import define, differentiable
-from ._numbers import check_size
-from .similarity_lse import _accumulator, _check, _uniform
+from ..backends.problem import Problem
+from ..common.node import Node, Operator
+from ..common.numbers import check_size
+from ..common.sums import total
+from ..common.tensors import accumulator
+from ._problem import SCHEMA, checked_problem, options
 
 
 def similarity_topk(
@@ -61,42 +63,39 @@ def similarity_topk(
         >>> value, index = sslkern.ops.similarity_topk(z, None, 16, q_ids=labels, q_limit=0.95 * positive.abs())
         >>> negatives = z[index]  # [512, 16, 64], for info_nce(query, key, negatives)
     """
-    _check(q, k, scale, q_ids, k_ids, pairs, None, q_limit)
+    problem = checked_problem(q, k, scale, q_ids, k_ids, pairs, None, q_limit)
     n = check_size("n", n)
     if n >= 2**31:
         raise ValueError(f"n must be below 2**31, as that many are returned for each row, not {n}")
-    scale_tensor, scale, q_ids, k_ids, _, q_limit = _uniform(q, k, scale, q_ids, k_ids, None, q_limit)
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, scale_tensor))
-    problem = (q, k, n, scale_tensor, scale, q_ids, k_ids, pairs == "same", q_limit)
-    return _call(*problem, resolve("similarity_topk", q), learns=learns)
+    backend = resolve("similarity_topk", q, n=n, **options(problem))
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, problem.scale_tensor))
+    return _topk.call(learns, *problem.tensors)(*problem, n, backend)
 
 
-def _kernel(*args):
-    *args, backend = args
-    return load(backend, "similarity_topk").similarity_topk_fwd(*args)
+def _forward(*inputs):
+    *problem, n, backend = inputs
+    return load(backend, "similarity_topk").similarity_topk_fwd(Problem(*problem), n)
 
 
-def _fake(q, k, n, *_):
-    values = q.new_empty((*q.shape[:-1], n), dtype=_accumulator(q))
+def _fake(*inputs):
+    q, n = inputs[0], inputs[-2]
+    values = q.new_empty((*q.shape[:-1], n), dtype=accumulator(q))
     return values, torch.empty_like(values, dtype=torch.int64)
 
 
-def _setup(ctx, inputs, output) -> None:
-    q, k, _, scale_tensor, ctx.scale, *_ = inputs
-    index = output[1]
-    ctx.save_for_backward(q, k, scale_tensor, index)
-    ctx.mark_non_differentiable(index)
-    ctx.set_materialize_grads(False)
+def _save(ctx, inputs, outputs) -> None:
+    q, k, scale_tensor, ctx.scale, *_ = inputs
+    ctx.save_for_backward(q, k, scale_tensor, outputs[1])
 
 
 def _backward(ctx, g, _):
     if g is None:
-        return (None,) * 10
+        return (None,) * 11
     q, k, scale_tensor, index = ctx.saved_tensors
-    need_q, need_k, _, need_scale, *_ = ctx.needs_input_grad
+    need_q, need_k, need_scale, *_ = ctx.needs_input_grad
     keys = q if k is None else k
     # All groups as one problem: keys are numbered through.
-    rows, columns = (x.flatten(0, -2).to(_accumulator(q)) for x in (q, keys))
+    rows, columns = (x.flatten(0, -2).to(accumulator(q)) for x in (q, keys))
     first = torch.arange(0, columns.shape[0], keys.shape[-2], device=q.device) if keys.shape[-2] else index.new_zeros(1)
     left_out = index < 0
     index = (index + first.view(-1, 1, 1) if q.ndim == 3 else index).masked_fill(left_out, -1).view(-1, index.shape[-1])
@@ -109,7 +108,7 @@ def _backward(ctx, g, _):
     dq = by_row if k is not None or not need_q else by_row + by_key
     dq = (dq * scale).view(q.shape).to(q.dtype) if need_q else None
     dk = (by_key * scale).view(keys.shape).to(q.dtype) if need_k else None
-    return dq, dk, None, dscale, *(None,) * 6
+    return dq, dk, dscale, *(None,) * 8
 
 
 def _sum_by_row(g, index, left_out, keys):
@@ -131,10 +130,13 @@ def _sum_by_key(g, index, left_out, rows, keys):
     return F.embedding_bag(order // n, rows, starts, per_sample_weights=g.view(-1)[order], mode="sum")[:M]
 
 
-define(
-    "similarity_topk(Tensor q, Tensor? k, SymInt n, Tensor? scale_tensor, float scale, Tensor? q_ids, Tensor? k_ids,"
-    " bool same, Tensor? q_limit, str backend) -> (Tensor values, Tensor indices)",
-    _kernel,
-    _fake,
+_topk = Node(
+    Operator(
+        f"similarity_topk({SCHEMA}, SymInt n, str backend) -> (Tensor values, Tensor indices)",
+        _forward,
+        _fake,
+    ),
+    _save,
+    _backward,
+    outputs=1,
 )
-_call = differentiable("similarity_topk", _setup, _backward, twice=True)

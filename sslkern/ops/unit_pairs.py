@@ -1,37 +1,47 @@
-"""`unit_pairs`: two sides of a loss divided by their norms, and the cosines of their pairs, as one autograd node."""
+"""`unit_pairs`: two sides of a loss divided by their norms, and the cosines of their pairs."""
 
 import torch
 from torch import Tensor
 
-from ..backends import load
-from ._library import Once
-from ._tensors import plain
+from ..backends import load, resolve
+from ..common.node import Node, once
+from ..common.rows import dots, unit
+from ..common.tensors import plain, transformed
 
 
-class UnitPairs(torch.autograd.Function):
-    """`UnitPairs.apply(x, y, backend)`: x and y [N, D] divided by their norms, and their cosine [N] in fp32.
+def unit_pairs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of x and y [N, D] divided by their norms, and their cosine [N], in fp32 (fp64)."""
+    # The compiler fuses the formula with its surroundings.
+    if torch.compiler.is_compiling() or transformed() or not plain(x, y):
+        x, y = unit(x), unit(y)
+        return x, y, dots(x, y)
+    learns = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    a, b, cosine, *_ = _node.call(learns)(x, y, resolve("unit_pairs", x))
+    return a, b, cosine
 
-    Of `plain` tensors."""
 
-    @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, backend: str):
-        z, norm, cosine = load(backend, "unit_pairs").unit_pairs_fwd(x, y, True)
-        ctx.backend = backend
-        ctx.save_for_backward(x if x.requires_grad else y, z, norm)
-        ctx.set_materialize_grads(False)
-        return *z.split(x.shape[0]), cosine
+def _forward(x, y, backend):
+    z, norm, cosine = load(backend, "unit_pairs").unit_pairs_fwd(x, y, True)
+    return *z.split(x.shape[0]), cosine, z, norm
 
-    @staticmethod
-    def backward(ctx, da, db, dcosine):
-        anchor, z, norm = ctx.saved_tensors
-        need_x, need_y, _ = ctx.needs_input_grad
-        N, D = anchor.shape
-        with torch.no_grad():
-            backend = ctx.backend if plain(da, db, dcosine) else "reference"  # which goes through the dispatcher
-            pull = norm.new_zeros(N) if dcosine is None else -dcosine
-            # In fp32, as the kernels of all backends take them.
-            da, db = (norm.new_zeros(N, D) if du is None else du.to(norm.dtype) for du in (da, db))
-            dx, dy = load(backend, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
-        if torch.is_grad_enabled():  # create_graph=True
-            dx, dy = Once.apply(anchor, dx, dy)
-        return dx, dy, None
+
+def _save(ctx, inputs, outputs) -> None:
+    x, y, ctx.backend = inputs
+    *_, z, norm = outputs
+    ctx.save_for_backward(x if x.requires_grad else y, z, norm)
+
+
+def _backward(ctx, da, db, dcosine, *_):
+    anchor, z, norm = ctx.saved_tensors
+    need_x, need_y, _ = ctx.needs_input_grad
+    N, D = anchor.shape
+    with torch.no_grad():
+        backend = ctx.backend if plain(da, db, dcosine) else "reference"  # which goes through the dispatcher
+        pull = norm.new_zeros(N) if dcosine is None else -dcosine
+        # In fp32, as the kernels of all backends take them.
+        da, db = (norm.new_zeros(N, D) if du is None else du.to(norm.dtype) for du in (da, db))
+        dx, dy = load(backend, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
+    return *once((anchor,), dx, dy), None
+
+
+_node = Node(_forward, _save, _backward, outputs=3)

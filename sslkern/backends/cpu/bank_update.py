@@ -7,7 +7,7 @@ from sslkern import _cpu
 
 from ..reference.bank_update import bank_update_ as reference
 from ..reference.sampled_similarity import outside
-from .similarity_lse import CODES
+from ._native import CODES
 
 
 def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from sslkern import _cpu
 
 from ..reference.queue_push import queue_push_ as reference
-from .similarity_lse import CODES
+from ._native import CODES
 
 
 def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool) -> None:

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from sslkern import _cpu
 
+from ..problem import Problem
 from ..reference import sampled_similarity as reference
-from .similarity_lse import _native, _new
+from ._native import native, new
 
 
 def streams(N: int, M: int, K: int) -> bool:
@@ -19,31 +20,29 @@ def streams(N: int, M: int, K: int) -> bool:
 
 
 def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    (native, sizes), K = _problem(q, bank), index.shape[-1]
+    problem, K = Problem(q, bank), index.shape[-1]
+    sizes = problem.sizes
     if 0 in sizes or K == 0:
         return reference.sampled_similarity_fwd(q, bank, index)
-    out = _new(q, *index.shape)
+    out = new(q, *index.shape)
     way = streams(*sizes[1:3], K)
-    within = _cpu.sampled_similarity_fwd(native, K, index.contiguous(), way, out, torch.get_num_threads())
+    within = _cpu.sampled_similarity_fwd(native(problem, sizes), K, index.contiguous(), way, out, torch.get_num_threads())
     return out if within else reference.outside(index, bank)
 
 
 def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> tuple[Tensor | None, Tensor | None]:
-    (native, sizes), K = _problem(q, bank), index.shape[-1]
+    problem, K = Problem(q, bank), index.shape[-1]
+    sizes = problem.sizes
     if 0 in sizes or K == 0:
         return reference.sampled_similarity_bwd(q, bank, index, g, need_q, need_bank)
     way = streams(*sizes[1:3], K)
-    dq, dbank = _new(q, *q.shape) if need_q else None, _new(q, *bank.shape) if need_bank and way else None
+    dq, dbank = new(q, *q.shape) if need_q else None, new(q, *bank.shape) if need_bank and way else None
     if dq is not None or dbank is not None:
         args = K, index.contiguous(), way, g.contiguous(), dq, dbank, torch.get_num_threads()
-        if not _cpu.sampled_similarity_bwd(native, *args):
+        if not _cpu.sampled_similarity_bwd(native(problem, sizes), *args):
             reference.outside(index, bank)
     if need_bank and not way:
         if dq is None:  # no kernel has looked at the index
-            reference._check(index, bank)
+            reference.check_index(index, bank)
         dbank = reference.sum_by_key(q, bank, index, g)
     return dq, dbank
-
-
-def _problem(q, bank):
-    return _native(q, bank, None, 1.0, None, None, False, None, None)

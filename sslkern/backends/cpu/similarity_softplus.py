@@ -1,22 +1,27 @@
 """`similarity_softplus` on the native kernels."""
 
 import torch
+from torch import Tensor
 
 from sslkern import _cpu
 
+from ..problem import Problem
 from ..reference.similarity_softplus import similarity_softplus_fwd as reference
-from .similarity_lse import _native, _new
+from ._native import native, new
 
 
-def similarity_softplus_fwd(*args):
-    *problem, bias, weights, sign, need_q, need_k, need_scale, need_bias, need_k_bias = args
-    native, sizes = _native(*problem)
+def similarity_softplus_fwd(
+    problem: Problem, bias, weights, sign: float,
+    need_q: bool, need_k: bool, need_scale: bool, need_bias: bool, need_k_bias: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    sizes = problem.sizes
     if 0 in sizes:
-        return reference(*args)
-    q, keys = problem[0], problem[0] if problem[1] is None else problem[1]
+        return reference(problem, bias, weights, sign, need_q, need_k, need_scale, need_bias, need_k_bias)
+    q, keys = problem.q, problem.keys
     groups, rows, columns = q.shape[:-2], q.shape[:-1], keys.shape[:-1]
     shapes = (need_q, q.shape), (need_k, keys.shape), (need_scale, groups), (need_bias, rows), (need_k_bias, columns)
-    total, row, *grads = _new(q, *groups), _new(q, *rows), *(_new(q, *s) if need else None for need, s in shapes)
+    total, row, *grads = new(q, *groups), new(q, *rows), *(new(q, *s) if need else None for need, s in shapes)
     bias, weights = (None if x is None else x.contiguous() for x in (bias, weights))
-    _cpu.similarity_softplus(native, bias, weights, sign, total, row, *grads, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _cpu.similarity_softplus(native(problem, sizes), bias, weights, sign, total, row, *grads, threads)
     return total, row, *grads

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sslkern import _cpu
 
-from .similarity_lse import CODES
+from ._native import CODES
 
 
 def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -16,6 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/dtype.h
 PRIMITIVES = ("sampled_similarity", "queue_push", "bank_update", "unit_pairs")
 KEEPS = 0, 0
+LACKS = {}
 
 _cuda = None
 

@@ -10,6 +10,8 @@ PRIMITIVES = (
     "queue_push",
     "bank_update",
     "unit_pairs",
+    "pair_losses",
 )
 KEEPS = 0, 0  # scores of similarity_lse kept for the backward: it recomputes all
+LACKS = {}
 MISSING = None

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .join import stack
-from .sums import each, softplus
+from ...common.autocast import stack
+from ...common.sums import each, softplus
 
 
 def pair_losses_fwd(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .unit_pairs import EPS
+from ...common.rows import EPS
 
 
 def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool) -> None:

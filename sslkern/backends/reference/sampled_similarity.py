@@ -12,7 +12,7 @@ _GATHERED = 2**22  # numbers of the bank gathered at a time
 
 def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     """Returns [G, N, K] in fp32 (fp64)."""
-    _check(index, bank)
+    check_index(index, bank)
     rows, keys, flat = _one_group(q, bank, index)
     out = rows.new_empty(flat.shape)
     for part in _parts(flat, keys):
@@ -22,7 +22,7 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
 
 def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> tuple[Tensor | None, Tensor | None]:
     """Returns dq [G, N, D] and dbank [G, M, D] in fp32 (fp64), None where not needed."""
-    _check(index, bank)
+    check_index(index, bank)
     rows, keys, flat = _one_group(q, bank, index)
     dq = torch.zeros_like(rows) if need_q else None
     for part in _parts(flat, keys) if need_q else ():
@@ -56,7 +56,7 @@ def _parts(index, keys):
     return [slice(i, i + step) for i in range(0, index.shape[0], step)]
 
 
-def _check(index, bank) -> None:
+def check_index(index, bank) -> None:
     if index.device.type == "cpu" and index.numel() and not 0 <= index.amin() <= index.amax() < bank.shape[-2]:
         outside(index, bank)  # elsewhere torch's own indexing stops, without making the host wait
 

@@ -1,6 +1,6 @@
 """`similarity_lse` in plain torch, one block of rows of S = scale * q k^T + k_bias at a time.
 
-S lives in one reused buffer that fits the cache. Forward and backward obtain it from the same `_blocks`, so they
+S lives in one reused buffer that fits the cache. Forward and backward obtain it from the same `blocks`, so they
 agree to the bit on which pairs a limit leaves out. Products write into tensors that exist (out=, in place): those
 autocast leaves alone.
 """
@@ -11,18 +11,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .join import cat
+from ...common.autocast import cat
+from ...common.tensors import wide
+from ..problem import Problem
 
 BLOCK = 2**20  # elements of S held at a time
 
 
-def _blocks(q, k, scale, q_ids, k_ids, same, k_bias, q_limit) -> Iterator[tuple[slice, slice, Tensor]]:
+def blocks(problem: Problem) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields (groups, rows, s): s [groups, rows, M] holds scaled similarities, -inf where a pair is left out.
 
-    The caller may overwrite s, which is reused. Several groups share a block while all of their rows fit.
+    The caller may overwrite s, which is reused. Several groups share a block while all of their rows fit. problem: of
+    `grouped`.
     """
-    itself, k = k is None, q if k is None else k
-    (G, N, _), M = q.shape, k.shape[1]
+    q, _, _, _, q_ids, k_ids, same, k_bias, q_limit = problem
+    itself, k, scale = problem.k is None, problem.keys, problem.full_scale
+    G, N, M, _ = problem.sizes
     if 0 in (G, N, M):
         return
     many, few = (max(1, BLOCK // (N * M)), N) if N * M <= BLOCK else (1, max(1, BLOCK // M))
@@ -84,17 +88,15 @@ class _EqualPairs:
         return self.position[begin:end] - start * M
 
 
-def _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit):
-    """The arguments of `_blocks`: a group dimension everywhere, features in the type of the accumulators."""
-    if scale_tensor is not None:
-        scale = scale * scale_tensor
-    if q.dtype in (torch.float16, torch.bfloat16):
-        q, k = q.float(), None if k is None else k.float()
+def grouped(problem: Problem) -> Problem:
+    """With a group dimension everywhere, and features in the type of the sums."""
+    q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
+    q, k = wide(q), None if k is None else wide(k)
+    vectors = q, k, q_ids, k_ids, k_bias, q_limit
     if q.ndim == 2:
-        q, k, q_ids, k_ids, k_bias, q_limit = (
-            None if x is None else x.unsqueeze(0) for x in (q, k, q_ids, k_ids, k_bias, q_limit)
-        )
-    return q, k, scale, q_ids, k_ids, same, k_bias, q_limit
+        vectors = (None if x is None else x.unsqueeze(0) for x in vectors)
+    q, k, q_ids, k_ids, k_bias, q_limit = vectors
+    return Problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
 
 
 def _shift(top: Tensor) -> Tensor:
@@ -102,14 +104,13 @@ def _shift(top: Tensor) -> Tensor:
     return top.masked_fill(top.isinf(), 0)
 
 
-def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best, kept_rows):
+def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: int) -> tuple[Tensor | None, ...]:
     """Returns row [G, N], col [G, M] or None, best [G, N + M or N] or None, and no scores: it does not keep them."""
-    groupless, problem = q.ndim == 2, _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
-    q, k = problem[:2]
-    G, N, M = q.shape[0], q.shape[1], (q if k is None else k).shape[1]
+    groupless, problem = problem.q.ndim == 2, grouped(problem)
+    q, (G, N, M, _) = problem.q, problem.sizes
     row, row_top = q.new_full((G, N), -math.inf), q.new_full((G, N), -math.inf)
     col_top, col_sum = q.new_full((G, M), -math.inf), q.new_zeros(G, M)
-    for groups, rows, s in _blocks(*problem):
+    for groups, rows, s in blocks(problem):
         top = s.amax(2)
         row_top[groups, rows] = top
         if columns:  # merged online: what is summed so far moves to the new maximum
@@ -125,13 +126,13 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
     return tuple(x[0] if groupless and x is not None else x for x in (row, col, best, None))
 
 
-def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, best):
+def similarity_lse_frozen_fwd(problem: Problem, best: bool) -> tuple[Tensor | None, ...]:
     """Returns row [G, N], mean [G, N, D] = sum_j softmax_ij k_j (0 for an empty row), best [G, N] or None."""
-    groupless, problem = q.ndim == 2, _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
-    q, k = problem[:2]
+    groupless, problem = problem.q.ndim == 2, grouped(problem)
+    q, k = problem.q, problem.k
     row, top = q.new_full(q.shape[:2], -math.inf), q.new_full(q.shape[:2], -math.inf)
     mean = torch.zeros_like(q)
-    for groups, rows, s in _blocks(*problem):
+    for groups, rows, s in blocks(problem):
         top[groups, rows] = s.amax(2)
         shift = _shift(top[groups, rows])
         total = s.sub_(shift[..., None]).exp_().sum(2)
@@ -142,19 +143,17 @@ def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_b
 
 
 def similarity_lse_bwd(
-    q, k, row, col, g, h, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, kept,
-    need_q, need_k, need_scale, need_bias,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    problem: Problem, row, col, g, h, kept, need_q: bool, need_k: bool, need_scale: bool, need_bias: bool
+) -> tuple[Tensor | None, ...]:
     """Returns dq [G, N, D], dk [G, M, D], dscale [], dbias [G, M], None where not needed; k=None: all of dZ in dq."""
-    groupless, problem = q.ndim == 2, _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
-    q, k, scale = problem[:3]
-    keys = q if k is None else k
+    groupless, problem = problem.q.ndim == 2, grouped(problem)
+    q, k, keys, scale = problem.q, problem.k, problem.keys, problem.full_scale
     if groupless:
         row, col, g, h = (None if x is None else x.unsqueeze(0) for x in (row, col, g, h))
     row, g = _without_empty(row, g)
     col, h = _without_empty(col, h)
     # Without bias and limits S of q with itself is symmetric: (W + W^T) needs the values of row i and of row j only.
-    symmetric = k is None and k_bias is None and q_limit is None
+    symmetric = k is None and problem.k_bias is None and problem.q_limit is None
     if symmetric:
         col, h = row, g
 
@@ -163,7 +162,7 @@ def similarity_lse_bwd(
     dbias = keys.new_zeros(keys.shape[:2]) if need_bias else None
     q_factor, k_factor = (finite(q), finite(keys)) if need_scale else (q, keys)
     spare = None
-    for groups, rows, s in _blocks(*problem):
+    for groups, rows, s in blocks(problem):
         if h is not None:
             spare = torch.empty_like(s) if spare is None or spare.shape != s.shape else spare
             torch.sub(s, col[groups, None], out=spare).exp_().mul_(h[groups, None])

@@ -6,19 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .similarity_lse import _blocks, _grouped, finite, spread_nonfinite
+from ..problem import Problem
+from .similarity_lse import blocks, finite, grouped, spread_nonfinite
 
 
 def similarity_softplus_fwd(
-    q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, bias, weights, sign,
-    need_q, need_k, need_scale, need_bias, need_k_bias,
+    problem: Problem, bias, weights, sign: float,
+    need_q: bool, need_k: bool, need_scale: bool, need_bias: bool, need_k_bias: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns total [G], row [G, N], and the gradients of total, None where not needed: dq [G, N, D], dk [G, M, D],
     dscale [G], dbias [G, N], dk_bias [G, M]; k=None: all of the gradient in dq."""
-    groupless = q.ndim == 2
-    problem = _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
-    q, k, scale = problem[:3]
-    keys = q if k is None else k
+    groupless, problem = problem.q.ndim == 2, grouped(problem)
+    q, k, keys, scale = problem.q, problem.k, problem.keys, problem.full_scale
     if groupless:
         bias, weights = (None if x is None else x.unsqueeze(0) for x in (bias, weights))
 
@@ -28,7 +27,7 @@ def similarity_softplus_fwd(
     dbias = torch.zeros_like(row) if need_bias else None
     dk_bias = q.new_zeros(keys.shape[:2]) if need_k_bias else None
     q_factor, k_factor = (finite(q), finite(keys)) if need_scale else (q, keys)
-    for groups, rows, s in _blocks(*problem):
+    for groups, rows, s in blocks(problem):
         if sign < 0:  # what is left out stays at -inf
             s.neg_().masked_fill_(s == math.inf, -math.inf)
         if bias is not None:  # NaN or infinite it would bring back what is left out

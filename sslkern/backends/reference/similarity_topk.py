@@ -5,17 +5,17 @@ import math
 import torch
 from torch import Tensor
 
-from .similarity_lse import _blocks, _grouped
+from ..problem import Problem
+from .similarity_lse import blocks, grouped
 
 
-def similarity_topk_fwd(q, k, n, scale_tensor, scale, q_ids, k_ids, same, q_limit) -> tuple[Tensor, Tensor]:
+def similarity_topk_fwd(problem: Problem, n: int) -> tuple[Tensor, Tensor]:
     """Returns values [G, N, n] and indices [G, N, n], -inf and -1 where a row has fewer."""
-    groupless, problem = q.ndim == 2, _grouped(q, k, scale_tensor, scale, q_ids, k_ids, same, None, q_limit)
-    q, k = problem[:2]
-    M = (q if k is None else k).shape[1]
+    groupless, problem = problem.q.ndim == 2, grouped(problem)
+    q, M = problem.q, problem.sizes[2]
     values = q.new_full((*q.shape[:2], n), -math.inf)
     indices = torch.full_like(values, -1, dtype=torch.int64)
-    for groups, rows, s in _blocks(*problem):
+    for groups, rows, s in blocks(problem):
         s.masked_fill_(s.isnan(), -math.inf)
         best = _topk(s, min(n, M))
         value = s.gather(2, best)

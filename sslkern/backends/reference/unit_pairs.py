@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .join import cat
-
-EPS = 1e-12  # rows shorter than this are divided by it
+from ...common.autocast import cat
+from ...common.rows import EPS, dots
+from ...common.tensors import wide
 
 
 def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -13,12 +13,12 @@ def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tenso
     or None; cosine [N] = <z_i, z_(N + i)>."""
     N, norm, z = x.shape[0], None, cat((x, y))
     if normalize:
-        wide = _wide(z)
-        norm = torch.linalg.vector_norm(wide, dim=1)
+        long = wide(z)
+        norm = torch.linalg.vector_norm(long, dim=1)
         # A row of zeros gets a gradient divided by EPS, which in fp16 would be infinite and is 0.
         norm.masked_fill_(norm < EPS, torch.inf if z.dtype == torch.float16 else EPS)
-        z = (wide / norm.unsqueeze(1)).to(z.dtype)
-    return z, norm, _dots(z[:N], z[N:])
+        z = (long / norm.unsqueeze(1)).to(z.dtype)
+    return z, norm, dots(z[:N], z[N:])
 
 
 def unit_pairs_bwd(
@@ -32,14 +32,6 @@ def unit_pairs_bwd(
         if need:
             du = du - pull.unsqueeze(1) * other
             if norm is not None:  # through u = x / |x|: dx = (du - u <u, du>) / |x|
-                du = (du - own * _dots(du, own).unsqueeze(1)) / norm[rows].unsqueeze(1)
+                du = (du - own * dots(du, own).unsqueeze(1)) / norm[rows].unsqueeze(1)
         grads.append(du.to(z.dtype) if need else None)
     return tuple(grads)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    return (_wide(a) * _wide(b)).sum(1)

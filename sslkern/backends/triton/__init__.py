@@ -21,6 +21,7 @@ PRIMITIVES = (
     "queue_push",
     "bank_update",
     "unit_pairs",
+    "pair_losses",
 )
 OLDEST = 3, 4  # of triton: tensor descriptors, named tuples as arguments
 KEEPS = 0, 0  # scores of similarity_lse kept for the backward: the chip recomputes them faster than it reads them

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .join import cat
+from .autocast import cat
+from .node import Node
 
 SERIAL = 2**15  # at::internal::GRAIN_SIZE
 ROW = 2**10
@@ -52,17 +53,15 @@ def log_total(x: Tensor) -> Tensor:
 def times(x: Tensor, scale: float | Tensor) -> Tensor:
     """x * scale, where the gradient of a 0-d tensor is a `total`."""
     learns = isinstance(scale, Tensor) and scale.requires_grad and shared(x)
-    return x * (_Spread.apply(scale, x.shape) if learns else scale)
+    return x * (_spread.call(True, scale)(scale, x.shape) if learns else scale)
 
 
-class _Spread(torch.autograd.Function):
-    """A 0-d tensor, expanded."""
-
-    generate_vmap_rule = True
-    forward = staticmethod(lambda scale, shape: scale.expand(shape))
-    setup_context = staticmethod(lambda ctx, inputs, output: setattr(ctx, "shape", inputs[1]))
-    backward = staticmethod(lambda ctx, g: (total(g), None))
-    jvp = staticmethod(lambda ctx, tangent, _: tangent.expand(ctx.shape))
+_spread = Node(
+    lambda scale, shape: scale.expand(shape),
+    lambda ctx, inputs, output: setattr(ctx, "shape", inputs[1]),
+    lambda ctx, g: (total(g), None),
+    jvp=lambda ctx, tangent, _: tangent.expand(ctx.shape),
+)
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -74,6 +73,15 @@ def softplus(x: Tensor) -> Tensor:
 
 
 _softplus = functools.partial(F.softplus, threshold=40)
+
+
+def pair_loss(negative: Tensor, positive: Tensor) -> Tensor:
+    """softplus(negative - positive), the loss of a row from the log-sum-exp of its negatives and its positive.
+
+    NaN where one of them is +inf, as in cross-entropy: an overflow must not pass for a loss of 0.
+    """
+    gap = torch.add(negative - positive, torch.maximum(negative.detach(), positive.detach()), alpha=0)
+    return softplus(gap)
 
 
 def each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

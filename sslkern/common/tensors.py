@@ -1,7 +1,8 @@
-"""Whether a kernel may have a tensor's memory: where it has plain memory of its own, which nobody writes meanwhile."""
+"""What a tensor is: whether a kernel may have its memory, and in which type its sums run."""
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _watchers = torch._C._len_torch_dispatch_stack
 _PLAIN = Tensor, torch.nn.Parameter
@@ -29,3 +30,20 @@ def apart(x: Tensor, written: Tensor) -> Tensor:
     a, b = x.untyped_storage(), written.untyped_storage()
     start, other = a.data_ptr(), b.data_ptr()
     return x.clone() if start < other + b.nbytes() and other < start + a.nbytes() else x
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward mode is at work; then requires_grad does not tell what gets a derivative."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The type that sums of x run in: fp64 of fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in that type."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._numbers import shown
+from .numbers import shown
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -1,0 +1,54 @@
+"""What the primitives of the similarity family are asked about, as `Similarity` in csrc/cpu/similarity.h."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """The scores s_ij = scale * scale_tensor * <q_i, k_j> + k_bias_j, and which of them count.
+
+    G groups are problems of their own; without them the first dimension of everything is missing. Scales, biases and
+    limits are in the type of the sums, fp32 (fp64).
+    """
+
+    q: Tensor  # [G, N, D]
+    k: Tensor | None = None  # [G, M, D]; None: q with itself, without the pairs (i, i)
+    scale_tensor: Tensor | None = None  # 0-d; None: 1
+    scale: float = 1.0
+    q_ids: Tensor | None = None  # int64 [G, N]; pairs with equal ids are left out
+    k_ids: Tensor | None = None  # int64 [G, M]; None where there is no k: q_ids
+    same: bool = False  # those with different ids are left out instead
+    k_bias: Tensor | None = None  # [G, M]; -inf takes a column out
+    q_limit: Tensor | None = None  # [G, N]; pairs with s_ij > q_limit_i are left out
+
+    @property
+    def keys(self) -> Tensor:
+        return self.q if self.k is None else self.k
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """G (1 without groups), N, M, D."""
+        q = self.q
+        G, N, D = q.shape if q.ndim == 3 else (1, *q.shape)
+        return G, N, N if self.k is None else self.k.shape[-2], D
+
+    @property
+    def full_scale(self) -> float | Tensor:
+        return self.scale if self.scale_tensor is None else self.scale * self.scale_tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What autograd saves: all but `scale` and `same`."""
+        return (self.q, self.k, self.scale_tensor, self.q_ids, self.k_ids, self.k_bias, self.q_limit)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None], scale: float, same: bool) -> "Problem":
+        q, k, scale_tensor, q_ids, k_ids, k_bias, q_limit = tensors
+        return cls(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
+
+    def contiguous(self) -> "Problem":
+        """With every tensor dense and row-major."""
+        tensors = [None if x is None else x.contiguous() for x in self.tensors]
+        return Problem.of(tensors, self.scale, self.same)

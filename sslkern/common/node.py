@@ -1,0 +1,134 @@
+"""A function with its derivative, as one node of the graph of autograd: the one way in which this package makes them.
+
+Three kinds of code call it. Eager code with plain tensors runs the function itself, past the dispatcher and the Python
+of `Function.apply`, which cost as much as a small kernel. Compiled code, and tensors that say themselves what they are,
+take the registered operator. `torch.func` takes the same formulas around that operator.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .tensors import plain, transformed
+
+library = torch.library.Library("sslkern", "DEF")
+
+
+def past_dispatcher(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may be called as it is."""
+    return not (torch.compiler.is_compiling() or transformed()) and plain(*tensors)
+
+
+class Operator:
+    """`function(*inputs)`, registered under the schema for every device.
+
+    Args:
+        schema: as torch.library takes it.
+        function: returns a tensor or a tuple; None for what is not asked for, of which the operator makes an empty one.
+        fake: the empty outputs of the same shapes, for the compiler.
+    """
+
+    def __init__(self, schema: str, function: Callable, fake: Callable):
+        self.name = schema.partition("(")[0]
+        self.function = function
+        library.define(schema)
+        library.impl(self.name, _without_none(function), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sslkern::{self.name}", fake, lib=library)
+        self.registered = getattr(torch.ops.sslkern, self.name).default
+
+    def call(self, *tensors: Tensor | None) -> Callable:
+        """What to call with inputs of which these are the tensors, or those that could be anything but plain."""
+        return self.function if past_dispatcher(*tensors) else self.registered
+
+
+class Node:
+    """A function with its derivative.
+
+    Args:
+        function: an Operator, or a function of torch's own operators, into which the compiler looks.
+        save: `save(ctx, inputs, outputs)`.
+        backward: `backward(ctx, *grads)`, a gradient None where it is 0; returns one, or None, for each input, by `once`
+            where they cannot be differentiated again.
+        outputs: how many of the first outputs of a tuple have a gradient; None: there is one output.
+        jvp: the derivative in forward mode. Without it that is refused, where torch would drop a tangent in silence.
+    """
+
+    def __init__(
+        self,
+        function: Operator | Callable,
+        save: Callable,
+        backward: Callable,
+        *,
+        outputs: int | None = None,
+        jvp: Callable | None = None,
+    ):
+        def setup(ctx, inputs, output):
+            if outputs is not None:
+                ctx.mark_non_differentiable(*(x for x in output[outputs:] if x is not None))
+                ctx.set_materialize_grads(False)
+            save(ctx, inputs, output)
+
+        self.function = function
+        if isinstance(function, Operator):
+            torch.library.register_autograd(f"sslkern::{function.name}", backward, setup_context=setup, lib=library)
+            self.function, function = function.function, function.registered
+            self.traced = function
+        else:
+            self.traced = _autograd_function(function, setup, backward).apply
+        self.transformed = _autograd_function(function, setup, backward, jvp or no_forward_mode).apply
+        # Not `Function.apply`, whose Python looks for torch.func, as `call` does, and for the names of arguments.
+        self.eager = super(torch.autograd.Function, _autograd_function(self.function, setup, backward)).apply
+
+    def call(self, learns: bool, *tensors: Tensor | None) -> Callable:
+        """What to call with inputs of which these are the tensors. learns: whether one of them gets a gradient."""
+        if torch.compiler.is_compiling():
+            return self.traced
+        if transformed():
+            return self.transformed
+        if not plain(*tensors):
+            return self.traced
+        return self.eager if learns else self.function
+
+
+def _autograd_function(function, setup, backward, jvp=None) -> type[torch.autograd.Function]:
+    parts = dict(forward=function, setup_context=setup, backward=backward, jvp=jvp)
+    parts = {name: staticmethod(part) for name, part in parts.items() if part is not None}  # no compiler takes a jvp
+    return type("Function", (torch.autograd.Function,), parts | {"generate_vmap_rule": True})
+
+
+def _without_none(function: Callable) -> Callable:
+    """The outputs of an operator, which are tensors."""
+
+    def call(*inputs):
+        output = function(*inputs)
+        if not isinstance(output, tuple):
+            return output
+        like = next(x for x in output if x is not None)
+        return tuple(like.new_empty(0) if x is None else x for x in output)
+
+    return call
+
+
+def once(depend_on: Sequence[Tensor | None], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients, as functions of what they depend on that cannot be differentiated again."""
+    return _Once.apply(len(depend_on), *depend_on, *grads) if torch.is_grad_enabled() else grads
+
+
+def no_forward_mode(ctx, *tangents):
+    raise NotImplementedError(
+        "sslkern has no forward-mode derivatives; use a backward (torch.func.grad, vjp or jacrev), or compute the loss"
+        " densely"
+    )
+
+
+def no_second_derivative(ctx, *grads):
+    raise NotImplementedError("sslkern has no second derivatives; compute the loss densely where one is needed")
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward = staticmethod(lambda count, *tensors: tensors[count:])
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(no_second_derivative)
+    jvp = staticmethod(no_second_derivative)

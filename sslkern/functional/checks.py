@@ -1,0 +1,127 @@
+"""The checks of the arguments that losses share."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..common.arguments import FLOATS, check_choice, check_dense, check_device, check_flags, describe
+from ..common.autocast import autocast_active
+from ..common.numbers import FLOAT32_MAX, check_finite
+from ..common.tensors import wide
+
+
+def check_features(name: str, x: Tensor) -> None:
+    """x: [N, D] with N > 0, floating point."""
+    check_dense(name, x)
+    if not isinstance(x, Tensor) or x.ndim != 2:
+        raise ValueError(f"{name} must be a tensor [N, D], not {describe(x)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, not {x.dtype}; convert it with .float()")
+    if x.shape[0] == 0:
+        raise ValueError(f"{name} is empty; the loss needs at least one row, so skip empty batches")
+
+
+def promoted(*features):
+    """Inside autocast, features of several types in the widest of them, as torch does with what it does not round: an
+    encoder's output in bf16 meets a queue in fp32. Elsewhere, and what is no such tensor, as it is: the checks say so.
+    """
+    dtypes = {x.dtype for x in features if isinstance(x, Tensor)}
+    if len(dtypes) < 2 or not dtypes.issubset(FLOATS):
+        return features
+    devices = {x.device.type for x in features if isinstance(x, Tensor)}
+    if not any(map(autocast_active, devices)):
+        return features
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return tuple(x.to(widest) if isinstance(x, Tensor) else x for x in features)
+
+
+def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str | None = None) -> None:
+    """x has the type and device of other, and its shape, or its D where `shape` describes another layout.
+
+    `shape` names the sizes: a number from x would tie compiled code to it.
+    """
+    check_dense(name, x)
+    fits = isinstance(x, Tensor) and (x.shape == other.shape if shape is None else x.shape[-1:] == other.shape[-1:])
+    if not fits:
+        wanted = list(other.shape) if shape is None else shape
+        raise ValueError(
+            f"{name} must be a tensor {wanted} to go with {other_name} {list(other.shape)}, not {describe(x)}"
+            + _hint(x, shape is not None and other.shape[-1])
+        )
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, not {x.dtype}; convert one")
+    if x.device != other.device:
+        check_device(name, x, other, f"{other_name} is")
+
+
+def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    check_dense(name, ids)
+    if not isinstance(ids, Tensor) or ids.shape != shape:
+        raise ValueError(f"{name} must be an int64 tensor {list(shape)}, not {describe(ids)}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, not {ids.dtype}; convert it with .long()")
+    check_device(name, ids, like)
+
+
+def check_weights(weights: Tensor | None, N: int, like: Tensor) -> None:
+    if weights is None:
+        return
+    check_dense("weights", weights)
+    if not isinstance(weights, Tensor) or weights.shape != (N,):
+        raise ValueError(f"weights must be a tensor [{N}], one for each sample, not {describe(weights)}")
+    if weights.dtype not in FLOATS:
+        raise TypeError(f"weights must be floating point, not {weights.dtype}; convert it with .float()")
+    check_device("weights", weights, like)
+
+
+def check_options(reduction: str, group=None, strategy: str = "all_gather", **flags: bool) -> None:
+    """flags: the options that are True or False."""
+    check_flags(**flags)
+    check_choice("reduction", reduction, "mean", "sum", "none")
+    check_choice("strategy", strategy, "all_gather", "ring")
+    if group is not None:
+        raise NotImplementedError("group must be None: losses across processes are not available yet")
+
+
+def scale_of(
+    temperature: float | Tensor, logit_scale: float | Tensor | None, like: Tensor | None = None
+) -> float | Tensor:
+    """What the dot products are multiplied by: logit_scale, or else 1 / temperature. Tensors are never read."""
+    if logit_scale is not None:
+        return scalar("logit_scale", logit_scale, like)
+    value = scalar("temperature", temperature, like)
+    if isinstance(value, Tensor):
+        return value.reciprocal()
+    if value == 0:
+        raise ValueError("temperature must not be 0: similarities are divided by it")
+    if not -FLOAT32_MAX <= 1.0 / value <= FLOAT32_MAX:
+        raise ValueError(f"temperature must not be so near to 0 that fp32 cannot hold its inverse, not {value!r}")
+    return 1.0 / value
+
+
+def scalar(name: str, value: float | Tensor, like: Tensor | None = None) -> float | Tensor:
+    """A float that fp32 can hold, or a 0-d tensor on the device of the features `like`, of at least 32 bits, and of 64
+    beside features of 64: in fewer, what is computed from it would lose digits."""
+    if not isinstance(value, Tensor):
+        return check_finite(name, value, " or a tensor with one element")
+    if value.numel() != 1:
+        wanted = "a number or a tensor with one element"
+        raise ValueError(f"{name} must be {wanted}, not {describe(value)}" + _hint(value))
+    check_dense(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be floating point, not {value.dtype}; convert it with .float()")
+    value = value.reshape(())
+    if not isinstance(like, Tensor):
+        return wide(value)
+    check_device(name, value, like)
+    return value.double() if like.dtype == torch.float64 else wide(value)
+
+
+def _hint(x, D: int | bool = False) -> str:
+    """What x, which does not fit, may have been meant as. D: features of each row of a queue, if it could be one."""
+    if not isinstance(x, Tensor):
+        return ""
+    if x.ndim == 1 and not x.dtype.is_floating_point:
+        return "; if these are labels, pass them as ids=, or to sup_con"
+    return "; a queue (D, K) is passed as .queue.t()" if D and x.ndim == 2 and x.shape[0] == D else ""
