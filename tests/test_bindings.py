@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import sslkern
 from sslkern.backends import BACKENDS
-from sslkern.ops.unit_pairs import UnitPairs
+from sslkern.ops.unit_pairs import unit_pairs
 
 from .conftest import GPU, emulated_cuda
 from .examples import OPS, PUSHES, value_and_gradients
@@ -74,8 +74,8 @@ def test_wrong_buffers_are_refused(monkeypatch, name):
     with sslkern.use_backend(name):
         for make in [OPS[op] for op in OPS if name == "cpu" or "sampled" in op] + list(PUSHES.values()):
             value_and_gradients(make())
-    x, y = torch.randn(2, 8, 4, requires_grad=True)
-    sum(out.sum() for out in UnitPairs.apply(x, y, name)).backward()
+        x, y = torch.randn(2, 8, 4, requires_grad=True)
+        sum(out.sum() for out in unit_pairs(x, y)).backward()
     assert calls.keys() == known
     for function, (real, args) in calls.items():
         assert refused(real, args) >= 3, function

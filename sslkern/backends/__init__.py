@@ -2,9 +2,9 @@
 
 A backend is a folder here with one file per primitive. Its `__init__` names the DEVICES and DTYPES it takes (None:
 any), its PRIMITIVES, in KEEPS how many scores of a small and of a large problem it keeps for a backward, and in
-MISSING why it cannot run here (None: it can). LACKS has a function for each primitive that it cannot always run: with the
-arguments of `resolve` it says why not, or None. What is empty, or lies in memory in an odd way, a file may hand to the
-reference.
+MISSING why it cannot run here (None: it can). LACKS has a function for each primitive that it cannot always run: with
+the arguments of `resolve` it says why not, or None. What is empty, or lies in memory in an odd way, a file may hand to
+the reference.
 """
 
 import contextvars

@@ -37,7 +37,7 @@ def _join(function, tensors, dim):
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of a [.., N, K] and b [.., K, M], in their type, and so are its gradients, wherever `backward` is called."""
+    """a @ b of a [.., N, K] and b [.., K, M], in their type, and so the gradients, wherever `backward` is called."""
     return _product.call(True, a, b)(a, b)
 
 
@@ -67,4 +67,4 @@ def _jvp(ctx, da, db):
     return sum(parts) if parts else None
 
 
-_product = Node(_multiply, _save, _backward, jvp=_jvp)
+_product = Node(_multiply, _save, _backward, name="product", jvp=_jvp)

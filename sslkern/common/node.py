@@ -17,7 +17,14 @@ library = torch.library.Library("sslkern", "DEF")
 
 def past_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called as it is."""
-    return not (torch.compiler.is_compiling() or transformed()) and plain(*tensors)
+    if torch.compiler.is_compiling() or transformed() or not plain(*tensors):
+        return False
+    return not any(x is not None and x._is_zerotensor() for x in tensors)  # a gradient may be one
+
+
+def from_eager(ctx, *grads: Tensor | None) -> bool:
+    """Whether a backward may call a kernel as it is: what the context saved is plain if the forward was called so."""
+    return getattr(ctx, "eager", False) and past_dispatcher(*grads)
 
 
 class Operator:
@@ -38,8 +45,12 @@ class Operator:
         self.registered = getattr(torch.ops.sslkern, self.name).default
 
     def call(self, *tensors: Tensor | None) -> Callable:
-        """What to call with inputs of which these are the tensors, or those that could be anything but plain."""
+        """What to call with inputs of which these are the tensors."""
         return self.function if past_dispatcher(*tensors) else self.registered
+
+    def call_in(self, ctx, *grads: Tensor | None) -> Callable:
+        """What to call in a backward, with what its context saved and these gradients."""
+        return self.function if from_eager(ctx, *grads) else self.registered
 
 
 class Node:
@@ -48,8 +59,9 @@ class Node:
     Args:
         function: an Operator, or a function of torch's own operators, into which the compiler looks.
         save: `save(ctx, inputs, outputs)`.
-        backward: `backward(ctx, *grads)`, a gradient None where it is 0; returns one, or None, for each input, by `once`
-            where they cannot be differentiated again.
+        name: of a function that is no Operator, for the profiler.
+        backward: `backward(ctx, *grads)`, a gradient None where it is 0; returns one, or None, for each input, by
+            `once` where they cannot be differentiated again.
         outputs: how many of the first outputs of a tuple have a gradient; None: there is one output.
         jvp: the derivative in forward mode. Without it that is refused, where torch would drop a tangent in silence.
     """
@@ -60,6 +72,7 @@ class Node:
         save: Callable,
         backward: Callable,
         *,
+        name: str = "",
         outputs: int | None = None,
         jvp: Callable | None = None,
     ):
@@ -69,16 +82,23 @@ class Node:
                 ctx.set_materialize_grads(False)
             save(ctx, inputs, output)
 
+        def setup_eager(ctx, inputs, output):
+            ctx.eager = True
+            setup(ctx, inputs, output)
+
         self.function = function
         if isinstance(function, Operator):
-            torch.library.register_autograd(f"sslkern::{function.name}", backward, setup_context=setup, lib=library)
+            name = function.name
+            torch.library.register_autograd(f"sslkern::{name}", backward, setup_context=setup, lib=library)
             self.function, function = function.function, function.registered
             self.traced = function
         else:
-            self.traced = _autograd_function(function, setup, backward).apply
-        self.transformed = _autograd_function(function, setup, backward, jvp or no_forward_mode).apply
+            self.traced = _autograd_function(name, function, setup, backward).apply
+        self.transformed = _autograd_function(name, function, setup, backward, jvp or no_forward_mode).apply
         # Not `Function.apply`, whose Python looks for torch.func, as `call` does, and for the names of arguments.
-        self.eager = super(torch.autograd.Function, _autograd_function(self.function, setup, backward)).apply
+        self.eager = super(
+            torch.autograd.Function, _autograd_function(name, self.function, setup_eager, backward)
+        ).apply
 
     def call(self, learns: bool, *tensors: Tensor | None) -> Callable:
         """What to call with inputs of which these are the tensors. learns: whether one of them gets a gradient."""
@@ -91,10 +111,10 @@ class Node:
         return self.eager if learns else self.function
 
 
-def _autograd_function(function, setup, backward, jvp=None) -> type[torch.autograd.Function]:
+def _autograd_function(name, function, setup, backward, jvp=None) -> type[torch.autograd.Function]:
     parts = dict(forward=function, setup_context=setup, backward=backward, jvp=jvp)
-    parts = {name: staticmethod(part) for name, part in parts.items() if part is not None}  # no compiler takes a jvp
-    return type("Function", (torch.autograd.Function,), parts | {"generate_vmap_rule": True})
+    parts = {part: staticmethod(of) for part, of in parts.items() if of is not None}  # the compiler takes no jvp
+    return type(f"sslkern::{name}", (torch.autograd.Function,), parts | {"generate_vmap_rule": True})
 
 
 def _without_none(function: Callable) -> Callable:

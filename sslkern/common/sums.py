@@ -60,6 +60,7 @@ _spread = Node(
     lambda scale, shape: scale.expand(shape),
     lambda ctx, inputs, output: setattr(ctx, "shape", inputs[1]),
     lambda ctx, g: (total(g), None),
+    name="spread",
     jvp=lambda ctx, tangent, _: tangent.expand(ctx.shape),
 )
 

@@ -170,7 +170,7 @@ def _backward(ctx, g):
 
 
 # Losses [N], whose gradients came with them: by q [N, D], by the scale [N].
-_known = Node(lambda losses, q, dq, scale, dscale: losses.clone(), _save, _backward)
+_known = Node(lambda losses, q, dq, scale, dscale: losses.clone(), _save, _backward, name="nce")
 
 
 def cmc(

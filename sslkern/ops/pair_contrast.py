@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends import find, kept_rows, load, resolve
 from ..backends.problem import Problem
-from ..common.node import Node, Operator, once, past_dispatcher
+from ..common.node import Node, Operator, from_eager, once
 from ..common.rows import dots
 from ..common.sums import dot
 from ..common.tensors import accumulator, plain, transformed
@@ -157,10 +157,11 @@ def _save(ctx, inputs, outputs) -> None:
 def _backward(ctx, g, *_):
     if g is None:
         return (None,) * 12
-    if "," not in ctx.backends or not (type(ctx) is _Context or past_dispatcher(g)):
-        return _by_operator(ctx, g)
+    saved = ctx.saved_tensors
+    if "," not in ctx.backends or not (type(ctx) is _Context or from_eager(ctx, g)):
+        return _by_operator(ctx, g, saved)
     # Not in a function of its own: a small batch feels each call.
-    *learn, scale_tensor, ids, z, norm, cosine, gap, row, col, kept = ctx.saved_tensors
+    *learn, scale_tensor, ids, z, norm, cosine, gap, row, col, kept = saved
     need_x, need_y, _, need_scale, *_ = ctx.needs_input_grad
     backend, pairs, losses = ctx.backends.split(",")
     N, two_way, dscale = cosine.shape[0], ctx.mode == "two_way", None
@@ -226,13 +227,13 @@ class _Context(NamedTuple):
     needs_input_grad: tuple[bool, ...]
 
 
-def _by_operator(ctx, g):
-    *learn, scale_tensor, ids, z, norm, cosine, gap, row, col, kept = ctx.saved_tensors
+def _by_operator(ctx, g, saved):
+    *learn, scale_tensor, ids, z, norm, cosine, gap, row, col, kept = saved
     need_x, need_y, _, need_scale, *_ = ctx.needs_input_grad
     inputs = g, z, norm, cosine, gap, row, col, kept, scale_tensor, ctx.scale, ids
     options = ctx.mode, ctx.normalize, ctx.frozen, need_x, need_y, need_scale, ctx.backends
     with torch.no_grad():
-        dx, dy, dscale = _gradients.call(g)(*inputs, *options)
+        dx, dy, dscale = _gradients.call_in(ctx, g)(*inputs, *options)
     dx, dy, dscale = once(learn, dx if need_x else None, dy if need_y else None, dscale if need_scale else None)
     return dx, dy, None, dscale, *(None,) * 8
 

@@ -115,7 +115,7 @@ def _backward(ctx, g):
     q, bank, index = ctx.saved_tensors
     need_q, need_bank, *_ = ctx.needs_input_grad
     with torch.no_grad():
-        dq, dbank = _gradients.call(g)(q, bank, index, g, need_q, need_bank, ctx.backend)
+        dq, dbank = _gradients.call_in(ctx, g)(q, bank, index, g, need_q, need_bank, ctx.backend)
         dq, dbank = dq.to(q.dtype) if need_q else None, dbank.to(q.dtype) if need_bank else None
     return *once((q, bank), dq, dbank), None, None
 

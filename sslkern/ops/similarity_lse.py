@@ -189,6 +189,7 @@ def _save(ctx, inputs, outputs) -> None:
 
 
 def _backward(ctx, g, h, *_):
+    h = h if ctx.columns else None
     if g is None and h is None:
         return (None,) * 13
     *tensors, row, col, kept = ctx.saved_tensors
@@ -197,7 +198,7 @@ def _backward(ctx, g, h, *_):
     row, col = None if g is None else row, None if h is None else col
     with torch.no_grad():
         inputs = *problem, row, col, g, h, kept, need_q, need_k, need_scale, need_bias, ctx.backend
-        dq, dk, dscale, dbias = _gradients.call(g, h)(*inputs)
+        dq, dk, dscale, dbias = _gradients.call_in(ctx, g, h)(*inputs)
         dq = dq.to(problem.q.dtype) if need_q else None
         dk = dk.to(problem.q.dtype) if need_k else None
         dscale = dscale * problem.scale if need_scale else None

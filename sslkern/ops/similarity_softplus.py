@@ -194,7 +194,7 @@ def _rows_backward(ctx, g):
     needs = need_q, need_k, need_scale, need_bias, need_k_bias = [ctx.needs_input_grad[i] for i in (0, 1, 2, 9, 7)]
     with torch.no_grad():
         inputs = *problem, bias, g, ctx.sign, *needs, ctx.backend
-        _, _, dq, dk, dscale, dbias, dk_bias = _sums.call(g)(*inputs)
+        _, _, dq, dk, dscale, dbias, dk_bias = _sums.call_in(ctx, g)(*inputs)
         dq = dq.to(problem.q.dtype) if need_q else None
         dk = dk.to(problem.q.dtype) if need_k else None
         dscale = sum_of_all(dscale) * ctx.scale if need_scale else None

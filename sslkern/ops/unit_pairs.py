@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ..common.node import Node, once
+from ..common.node import Node, once, past_dispatcher
 from ..common.rows import dots, unit
 from ..common.tensors import plain, transformed
 
@@ -36,7 +36,7 @@ def _backward(ctx, da, db, dcosine, *_):
     need_x, need_y, _ = ctx.needs_input_grad
     N, D = anchor.shape
     with torch.no_grad():
-        backend = ctx.backend if plain(da, db, dcosine) else "reference"  # which goes through the dispatcher
+        backend = ctx.backend if past_dispatcher(da, db, dcosine) else "reference"  # which goes through the dispatcher
         pull = norm.new_zeros(N) if dcosine is None else -dcosine
         # In fp32, as the kernels of all backends take them.
         da, db = (norm.new_zeros(N, D) if du is None else du.to(norm.dtype) for du in (da, db))
@@ -44,4 +44,4 @@ def _backward(ctx, da, db, dcosine, *_):
     return *once((anchor,), dx, dy), None
 
 
-_node = Node(_forward, _save, _backward, outputs=3)
+_node = Node(_forward, _save, _backward, name="unit_pairs", outputs=3)

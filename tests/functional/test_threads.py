@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sslkern import functional, ops
-from sslkern.backends.reference.sums import log_total, mean, total
+from sslkern.common.sums import log_total, mean, total
 
 from ..examples import LOSSES, OPS, value_and_gradients
 

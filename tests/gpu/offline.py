@@ -67,7 +67,7 @@ def case(primitive: str):
 
 
 class Inputs(NamedTuple):
-    """Makes tensors without memory."""
+    """Makes tensors without memory, and problems of them."""
 
     dtype: object
     D: int
@@ -89,41 +89,45 @@ class Inputs(NamedTuple):
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
+    @staticmethod
+    def problem(*tensors, **options):
+        from sslkern.backends.problem import Problem
+
+        return Problem(*tensors, **options)
+
 
 @case("similarity_lse")
 def nt_xent(f, new):
-    z, ids, vector = new.features(65536), new.integers(65536), new.floats(65536)
-    f.similarity_lse_fwd(z, None, None, 2.0, ids, None, False, None, None, False, False, 0)
-    f.similarity_lse_bwd(
-        z, None, vector, None, vector, None, None, 2.0, ids, None, False, None, None, None, True, False, False, False
-    )
+    of_itself(f, new, 65536)
 
 
 @case("similarity_lse")
 def two_way(f, new):
     """CLIP, whose scale learns."""
-    q, k, ids, vector, scale = new.features(32768), new.features(32768), new.integers(32768), new.floats(32768), 1.0
-    problem = (new.floats(), scale, ids, ids, False, None, None)
-    f.similarity_lse_fwd(q, k, *problem, True, False, 0)
-    f.similarity_lse_bwd(q, k, vector, vector, vector, vector, *problem, None, True, True, True, False)
+    q, k, ids, vector = new.features(32768), new.features(32768), new.integers(32768), new.floats(32768)
+    problem = new.problem(q, k, new.floats(), q_ids=ids, k_ids=ids)
+    f.similarity_lse_fwd(problem, True, False, 0)
+    f.similarity_lse_bwd(problem, vector, vector, vector, vector, None, True, True, True, False)
 
 
 @case("similarity_lse")
 def one_way(f, new):
     """Some rows against many keys, with accuracy."""
     q, k, row = new.features(4096), new.features(16384), new.floats(4096)
-    problem = (None, 2.0, new.integers(4096), new.integers(16384), False, None, None)
-    f.similarity_lse_fwd(q, k, *problem, False, True, 0)
-    f.similarity_lse_bwd(q, k, row, None, row, None, *problem, None, True, True, False, False)
+    problem = new.problem(q, k, scale=2.0, q_ids=new.integers(4096), k_ids=new.integers(16384))
+    f.similarity_lse_fwd(problem, False, True, 0)
+    f.similarity_lse_bwd(problem, row, None, row, None, None, True, True, False, False)
 
 
 @case("similarity_lse")
 def small(f, new):
-    z, ids, vector = new.features(256), new.integers(256), new.floats(256)
-    f.similarity_lse_fwd(z, None, None, 2.0, ids, None, False, None, None, False, False, 0)
-    f.similarity_lse_bwd(
-        z, None, vector, None, vector, None, None, 2.0, ids, None, False, None, None, None, True, False, False, False
-    )
+    of_itself(f, new, 256)
+
+
+def of_itself(f, new, N):
+    problem, vector = new.problem(new.features(N), scale=2.0, q_ids=new.integers(N)), new.floats(N)
+    f.similarity_lse_fwd(problem, False, False, 0)
+    f.similarity_lse_bwd(problem, vector, None, vector, None, None, True, False, False, False)
 
 
 @case("similarity_lse")
@@ -131,48 +135,48 @@ def biased(f, new):
     """Everything at once: groups, positives by id, a bias that learns, limits."""
     q, k = new.features(4, 1000), new.features(4, 3000)
     row, col = new.floats(4, 1000), new.floats(4, 3000)
-    problem = (new.floats(), 1.0, new.integers(4, 1000), new.integers(4, 3000), True, col, row)
-    f.similarity_lse_fwd(q, k, *problem, True, True, 0)
-    f.similarity_lse_bwd(q, k, row, col, row, col, *problem, None, True, True, True, True)
+    ids = dict(q_ids=new.integers(4, 1000), k_ids=new.integers(4, 3000), same=True)
+    problem = new.problem(q, k, new.floats(), **ids, k_bias=col, q_limit=row)
+    f.similarity_lse_fwd(problem, True, True, 0)
+    f.similarity_lse_bwd(problem, row, col, row, col, None, True, True, True, True)
 
 
 @case("similarity_lse")
 def frozen(f, new):
     """MoCo."""
-    q, queue = new.features(256), new.features(65536)
-    f.similarity_lse_frozen_fwd(q, queue, None, 5.0, None, None, False, None, None, True)
+    f.similarity_lse_frozen_fwd(new.problem(new.features(256), new.features(65536), scale=5.0), True)
 
 
 @case("similarity_softplus")
 def siglip(f, new):
     q, k, ids, row = new.features(32768), new.features(32768), new.integers(32768), new.floats(32768)
-    problem = (new.floats(), 1.0, ids, ids, False, None, None, row, row, 1.0)
-    f.similarity_softplus_fwd(q, k, *problem, True, True, True, True, False)
+    problem = new.problem(q, k, new.floats(), q_ids=ids, k_ids=ids)
+    f.similarity_softplus_fwd(problem, row, row, 1.0, True, True, True, True, False)
 
 
 @case("similarity_softplus")
 def softplus_of_itself(f, new):
-    z, ids = new.features(32768), new.integers(32768)
-    f.similarity_softplus_fwd(z, None, None, 2.0, ids, None, False, None, None, None, None, 1.0, True, *(False,) * 4)
+    problem = new.problem(new.features(32768), scale=2.0, q_ids=new.integers(32768))
+    f.similarity_softplus_fwd(problem, None, None, 1.0, True, *(False,) * 4)
 
 
 @case("similarity_softplus")
 def softplus_rows(f, new):
     q, k, ids = new.features(4096), new.features(16384), new.integers(4096)
-    problem = (None, 2.0, ids, new.integers(16384), True, None, None, None, None, -1.0)
-    f.similarity_softplus_fwd(q, k, *problem, *(False,) * 5)
+    problem = new.problem(q, k, scale=2.0, q_ids=ids, k_ids=new.integers(16384), same=True)
+    f.similarity_softplus_fwd(problem, None, None, -1.0, *(False,) * 5)
 
 
 @case("similarity_topk")
 def neighbours(f, new):
     """kNN evaluation."""
-    f.similarity_topk_fwd(new.features(10000), new.features(50000), 20, None, 1.0, None, None, False, None)
+    f.similarity_topk_fwd(new.problem(new.features(10000), new.features(50000)), 20)
 
 
 @case("similarity_topk")
 def hard_negatives(f, new):
     ids, limit = new.integers(8192), new.floats(8192)
-    f.similarity_topk_fwd(new.features(8192), None, 16, None, 1.0, ids, None, False, limit)
+    f.similarity_topk_fwd(new.problem(new.features(8192), q_ids=ids, q_limit=limit), 16)
 
 
 @case("sampled_similarity")

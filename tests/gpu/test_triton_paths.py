@@ -15,7 +15,7 @@ from ..ops.test_similarity_lse import compare, features
 if "triton" not in EVERY:
     pytest.skip("needs Triton with its interpreter or a GPU", allow_module_level=True)
 
-from sslkern.backends.triton import configs, hardware, library, strategies, tiles, tuning
+from sslkern.backends.triton import configs, hardware, launch, library, strategies, tuning
 from sslkern.backends.triton import similarity_lse as kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,13 +24,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture
 def large(monkeypatch):
     """Every problem counts as large: triangles, id ranges of blocks, one exponential for both directions."""
-    monkeypatch.setattr(kernels, "LARGE", 0)
+    monkeypatch.setattr(launch, "LARGE", 0)
     monkeypatch.setattr(kernels, "TRIANGLE_FROM", 0)
 
 
 @pytest.fixture
 def descriptors(monkeypatch):
-    monkeypatch.setattr(tiles, "TMA_FROM", 0)
+    monkeypatch.setattr(launch, "TMA_FROM", 0)
     if triton_backend.INTERPRETED:
         monkeypatch.setattr(hardware, "of", lambda device: hardware.Hardware(90, 3))
     elif hardware.of(torch.device("cuda")).architecture < 90:
@@ -252,7 +252,9 @@ def test_few_launches(backend, monkeypatch, name, most):
             return execute(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", call)
-    monkeypatch.setattr("sslkern.ops._tensors._watchers", lambda: 0)  # who counts does not change the way that is taken
+    monkeypatch.setattr(
+        "sslkern.common.tensors._watchers", lambda: 0
+    )  # who counts does not change the way that is taken
     torch.use_deterministic_algorithms(False)  # it fills fresh memory
     x, y = (features(256, 128, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     scale, bias = (torch.tensor(value, requires_grad=True) for value in (10.0, -10.0))

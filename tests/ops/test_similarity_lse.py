@@ -391,7 +391,8 @@ def test_opcheck(backend):
     args = (q, k.detach(), scale, 1.0, none, none, False, none, none, True, name)
     torch.library.opcheck(ops.similarity_lse_frozen.default, args)
     q, k, row, col = q.detach(), k.detach(), torch.randn(6), torch.randn(5)
-    args = (q, k, row, col, row, col, none, 1.0, none, none, False, none, none, none, True, True, True, False, name)
+    problem = q, k, none, 1.0, none, none, False, none, none
+    args = (*problem, row, col, row, col, none, True, True, True, False, name)
     torch.library.opcheck(ops.similarity_lse_bwd.default, args)
 
 

@@ -178,9 +178,9 @@ def test_opcheck(backend):
     q, k = torch.randn(6, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     scale, ids = torch.tensor(2.0, requires_grad=True), torch.arange(6)
     op = torch.ops.sslkern.similarity_topk.default
-    torch.library.opcheck(op, (q, k, 3, scale, 1.0, ids, ids[:5], False, torch.full((6,), 3.0), name))
+    torch.library.opcheck(op, (q, k, scale, 1.0, ids, ids[:5], False, None, torch.full((6,), 3.0), 3, name))
     torch.library.opcheck(
-        op, (torch.randn(2, 6, 8, requires_grad=True), None, 3, None, -1.0, None, None, False, None, name)
+        op, (torch.randn(2, 6, 8, requires_grad=True), None, None, -1.0, None, None, False, None, None, 3, name)
     )
 
 

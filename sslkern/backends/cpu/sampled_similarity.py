@@ -26,7 +26,9 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
         return reference.sampled_similarity_fwd(q, bank, index)
     out = new(q, *index.shape)
     way = streams(*sizes[1:3], K)
-    within = _cpu.sampled_similarity_fwd(native(problem, sizes), K, index.contiguous(), way, out, torch.get_num_threads())
+    within = _cpu.sampled_similarity_fwd(
+        native(problem, sizes), K, index.contiguous(), way, out, torch.get_num_threads()
+    )
     return out if within else reference.outside(index, bank)
 
 

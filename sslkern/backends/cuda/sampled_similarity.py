@@ -12,7 +12,7 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     sizes = _sizes(q, bank, index)
     if 0 in sizes:
         return reference.sampled_similarity_fwd(q, bank, index)
-    reference._check(index, bank)
+    reference.check_index(index, bank)
     out = q.new_empty(index.shape, dtype=torch.float32)
     tensors = q.contiguous(), bank.contiguous(), index.contiguous(), out
     cuda._cuda.sampled_similarity_fwd(cuda.CODES[q.dtype], *sizes, *tensors, *cuda.place(q))
@@ -23,7 +23,7 @@ def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> 
     G, N, _, D, K = sizes = _sizes(q, bank, index)
     if 0 in sizes:
         return reference.sampled_similarity_bwd(q, bank, index, g, need_q, need_bank)
-    reference._check(index, bank)
+    reference.check_index(index, bank)
     dq = None
     if need_q:
         dq, parts = q.new_empty(q.shape, dtype=torch.float32), cuda._cuda.sampled_similarity_parts(G * N, D, K)

@@ -24,6 +24,8 @@ PRIMITIVES = (
     "pair_losses",
 )
 OLDEST = 3, 4  # of triton: tensor descriptors, named tuples as arguments
+MOST = 128  # that similarity_topk keeps of a row: more do not fit in the registers
+COLUMNS = 2**31  # that it counts
 KEEPS = 0, 0  # scores of similarity_lse kept for the backward: the chip recomputes them faster than it reads them
 
 
@@ -42,3 +44,12 @@ def _missing() -> str | None:
 
 
 MISSING = _missing()
+
+
+def _lacks_topk(x: torch.Tensor, sizes: tuple[int, ...], n: int, **_) -> str | None:
+    if n > MOST:
+        return f"it finds at most {MOST} for each row"
+    return f"it counts fewer than {COLUMNS} columns" if sizes[2] >= COLUMNS else None
+
+
+LACKS = {"similarity_topk": _lacks_topk}

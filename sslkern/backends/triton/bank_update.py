@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.bank_update import bank_update_ as reference
-from ..reference.sampled_similarity import _check
+from ..reference.sampled_similarity import check_index
 from . import DTYPES, INTERPRETED, hardware
 from .rows import aligned, length, load, row_of, store, tile
 
@@ -63,19 +63,19 @@ def _update(
         store(bank, j, d0, inside, tl.div_rn(moved, norm), D, BD)
 
 
-@hardware.on_its_device
 def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float) -> None:
     if not bank.is_contiguous() or x.dtype not in DTYPES:
         return reference(bank, index, x, momentum)
-    _check(index, bank)
+    check_index(index, bank)
     (M, D), B = bank.shape, x.shape[0]
     index, last, sizes = index.contiguous(), None, tile(D)
-    if B > FEW:
-        last = torch.empty(M, dtype=torch.int64, device=bank.device)
-        for kernel in (_forget, _claim):
-            kernel[(triton.cdiv(B, BLOCK),)](index, last, M, B, BLOCK=BLOCK, sanitize_overflow=False)
-    _update[(triton.cdiv(B, sizes["R"]),)](
-        bank, index, aligned(x), momentum, last, M, B, BLOCK=BLOCK, sanitize_overflow=False, **sizes
-    )
+    with hardware.on(bank.device):
+        if B > FEW:
+            last = torch.empty(M, dtype=torch.int64, device=bank.device)
+            for kernel in (_forget, _claim):
+                kernel[(triton.cdiv(B, BLOCK),)](index, last, M, B, BLOCK=BLOCK, sanitize_overflow=False)
+        _update[(triton.cdiv(B, sizes["R"]),)](
+            bank, index, aligned(x), momentum, last, M, B, BLOCK=BLOCK, sanitize_overflow=False, **sizes
+        )
     if not bank.is_inference():  # autograd does not see what kernels write
         torch.autograd.graph.increment_version(bank)

@@ -1,7 +1,7 @@
 """What a launcher must know of the chip to cut a problem into programs."""
 
+import contextlib
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,14 +41,11 @@ def tf32(dtype: torch.dtype) -> bool:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def on_its_device(launcher: Callable) -> Callable:
-    """Triton launches on the current device: makes that of the first argument, a tensor, the current one."""
+_HERE = contextlib.nullcontext()
 
-    @functools.wraps(launcher)
-    def call(x: torch.Tensor, *args):
-        if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-            return launcher(x, *args)
-        with torch.cuda.device(x.device):
-            return launcher(x, *args)
 
-    return call
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """`with on(x.device):` Triton launches on the current device: makes that of x the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)

@@ -15,7 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .tiles import Side, allocator
+from .launch import allocator
+from .tiles import Side
 
 LEAST = 2**25  # scores of a strip, where there are so many
 TILE = 256  # rows and columns; strips begin at multiples of it, and tiles of kernels divide it
@@ -73,10 +74,9 @@ def gradients_of_products(
     return dq, dk
 
 
-def scaled(dq, dk, scale_tensor, scale: float, fold) -> list[Tensor | None]:
+def scaled(dq, dk, scale: float | Tensor, fold) -> list[Tensor | None]:
     """dq and dk times the scale and over fold, in place."""
-    factor = scale if scale_tensor is None else scale * scale_tensor
-    factor = factor if fold is None else factor / fold
+    factor = scale if fold is None else scale / fold
     return [None if x is None else x.mul_(factor) for x in (dq, dk)]
 
 

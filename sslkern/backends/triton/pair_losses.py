@@ -28,7 +28,6 @@ def _forward(first, second, cosine, scale_tensor, scale, losses, positive, gap, 
         tl.store(losses + side * N + i, value, mask=inside)
 
 
-@hardware.on_its_device
 def pair_losses_fwd(
     row: Tensor, col: Tensor | None, cosine: Tensor, scale_tensor: Tensor | None, scale: float, bounded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,9 +36,10 @@ def pair_losses_fwd(
     losses, gap = (row.new_empty((1 if second is None else 2, N)) for _ in range(2))
     positive = torch.empty_like(cosine)
     if N:
-        _forward[(triton.cdiv(N, BLOCK),)](
-            row, second, cosine, scale_tensor, scale, losses, positive, gap, N, BLOCK=BLOCK, num_warps=4
-        )
+        with hardware.on(row.device):
+            _forward[(triton.cdiv(N, BLOCK),)](
+                row, second, cosine, scale_tensor, scale, losses, positive, gap, N, BLOCK=BLOCK, num_warps=4
+            )
     return losses, positive, gap
 
 
@@ -61,12 +61,12 @@ def _backward(
     tl.store(pull + i, total * full_scale(scale, scale_tensor), mask=inside)
 
 
-@hardware.on_its_device
 def pair_losses_bwd(gap: Tensor, g: Tensor, scale_tensor: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     SIDES, N = gap.shape
     weight, toward, pull = torch.empty_like(gap), gap.new_empty(N), gap.new_empty(N)
     if N:
-        _backward[(triton.cdiv(N, BLOCK),)](
-            gap, g, *g.stride(), scale_tensor, scale, weight, toward, pull, N, SIDES=SIDES, BLOCK=BLOCK, num_warps=4
-        )
+        with hardware.on(gap.device):
+            _backward[(triton.cdiv(N, BLOCK),)](
+                gap, g, *g.stride(), scale_tensor, scale, weight, toward, pull, N, SIDES=SIDES, BLOCK=BLOCK, num_warps=4
+            )
     return weight, toward, pull

@@ -44,12 +44,13 @@ def _push(
     tl.store(ptr, (start + B) % size, mask=taken == tl.num_programs(0) - 1)
 
 
-@hardware.on_its_device
 def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool) -> None:
     if not queue.is_contiguous() or keys.dtype not in DTYPES:
         return reference(queue, ptr, keys, normalize)
     (size, D), B = queue.shape, keys.shape[0]
     sizes = tile(D)
-    _push[(triton.cdiv(min(B, size), sizes["R"]),)](queue, ptr, aligned(keys), size, B, NORMALIZE=normalize, **sizes)
+    programs = triton.cdiv(min(B, size), sizes["R"])
+    with hardware.on(queue.device):
+        _push[(programs,)](queue, ptr, aligned(keys), size, B, NORMALIZE=normalize, **sizes)
     if not queue.is_inference():  # autograd does not see what kernels write
         torch.autograd.graph.increment_version((queue, ptr))

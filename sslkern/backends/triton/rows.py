@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.unit_pairs import EPS as _EPS
+from ...common import rows
 from . import INTERPRETED
 
-EPS = tl.constexpr(_EPS)
+EPS = tl.constexpr(rows.EPS)
 # In a tile: each of 128 threads has two loads of 16 bytes under way. In the interpreter a step costs the same for all.
 NUMBERS = 32768 if INTERPRETED else 2048
 

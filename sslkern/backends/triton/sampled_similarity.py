@@ -41,34 +41,25 @@ def _backward(bank, index, g, dq, N, M, K, names, rows, D: tl.constexpr, R: tl.c
     tl.store(dq + (split.to(tl.int64) * rows + n) * D + d, tl.sum(total, 0), mask=d < D)
 
 
-@hardware.on_its_device
 def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    reference._check(index, bank)
+    reference.check_index(index, bank)
     if q.numel() == 0 or bank.numel() == 0 or index.numel() == 0:
         return reference.sampled_similarity_fwd(q, bank, index)
     *_, N, D = q.shape
     M, K, sizes = bank.shape[-2], index.shape[-1], tile(D)
     out = torch.empty(index.shape, dtype=torch.float32, device=q.device)
     blocks = triton.cdiv(K, sizes["R"])
-    _forward[(q.shape[:-1].numel() * blocks,)](
-        aligned(q),
-        aligned(bank),
-        index.contiguous(),
-        out,
-        N,
-        M,
-        K,
-        blocks,
-        sanitize_overflow=False,
-        **sizes,
-        num_warps=4 if D % sizes["BD"] == 0 else 8,  # masks take registers
-    )
+    with hardware.on(q.device):
+        _forward[(q.shape[:-1].numel() * blocks,)](
+            aligned(q), aligned(bank), index.contiguous(), out, N, M, K, blocks,
+            sanitize_overflow=False, **sizes,
+            num_warps=4 if D % sizes["BD"] == 0 else 8,  # masks take registers
+        )  # fmt: skip
     return out
 
 
-@hardware.on_its_device
 def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> tuple[Tensor | None, Tensor | None]:
-    reference._check(index, bank)
+    reference.check_index(index, bank)
     if q.numel() == 0 or bank.numel() == 0 or index.numel() == 0:
         return reference.sampled_similarity_bwd(q, bank, index, g, need_q, need_bank)
     dq = None
@@ -81,9 +72,10 @@ def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> 
         names = triton.cdiv(blocks, splits) * sizes["R"]
         splits = triton.cdiv(K, names)
         part = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
-        _backward[(rows, splits, chunks)](
-            aligned(bank), index.contiguous(), g.contiguous(), part, N, M, K, names, rows,
-            sanitize_overflow=False, **sizes,
-        )  # fmt: skip
+        with hardware.on(q.device):
+            _backward[(rows, splits, chunks)](
+                aligned(bank), index.contiguous(), g.contiguous(), part, N, M, K, names, rows,
+                sanitize_overflow=False, **sizes,
+            )  # fmt: skip
         dq = part[0] if splits == 1 else part.sum(0)
     return dq, reference.sum_by_key(q, bank, index, g) if need_bank else None

@@ -11,22 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..problem import Problem
 from ..reference import similarity_lse as reference
 from . import hardware, library
-from .configs import choose
+from .configs import Config, choose
+from .launch import Launch, allocator, fold_of, precision
 from .strategies import strategy
 from .tiles import (
     INF,
+    SIZES,
     Side,
-    allocator,
     counts,
-    crowded,
     dot_products,
     exp,
-    extent,
-    features,
     finite_shift,
-    fold_of,
     full_scale,
     load_rows,
     load_vector,
@@ -35,16 +33,13 @@ from .tiles import (
     of_tile,
     online_softmax,
     or_nan,
-    precision,
     scores,
     some_left_out,
 )
 
-LARGE = 2**22  # scores; from so many on it pays to know beforehand which tiles hold equal ids
 TRIANGLE_FROM = 32  # blocks of rows; merging the columns of fewer costs more than half of the tiles
 NEAR = tl.constexpr(32.0)  # exponentials of scores up to that need no maximum taken off, nor do sums of many
 TOGETHER = tl.constexpr(64)  # partial results that are merged at a time
-SIZES = ["G", "N", "M", "size", "programs", "rounds", "blocks", "splits", "split_size"]  # no new kernel for new sizes
 
 # ---- forward: rows, and from the same tiles the columns --------------------------------------------------------------
 
@@ -180,19 +175,17 @@ def _merge(
         tl.store(out_best + x, or_nan(largest, total), mask=x < size)
 
 
-@hardware.on_its_device
-def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, columns, best, kept_rows):
+def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: int) -> tuple[Tensor | None, ...]:
     """Returns row [G, N], col [G, M] or None, best [G, N + M or N] or None, and no scores: it does not keep them."""
-    problem, (G, N, M, D) = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
-    if 0 in (G, N, M, D):
-        return reference.similarity_lse_fwd(q, k, *problem[2:], columns, best, 0)
-    q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
-    itself, keys, groups, chip = k is None, q if k is None else k, q.shape[:-2], hardware.of(q.device)
+    launch = Launch.of(problem)
+    problem, (G, N, M, D), itself, large, chip = launch
+    if 0 in launch.sizes:
+        return reference.similarity_lse_fwd(problem, columns, best, 0)
+    q, _, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
     by_library = strategy(q, N, M, q_limit, itself and k_bias is not None, chip) == "library"
-    crowd = crowded(q, k, k_bias, q_limit, chip)
-    config = choose("given", q.dtype, D, chip) if by_library else choose("forward", q.dtype, D, chip, crowd)
+    config = choose("given", q.dtype, D, chip) if by_library else choose("forward", q.dtype, D, chip, launch.crowded)
     triangle = itself and k_bias is None and q_limit is None and (by_library or N >= TRIANGLE_FROM * config.BM)
-    both, large, new = columns or triangle, N * M >= LARGE, allocator(q)
+    both, new = columns or triangle, allocator(q)
 
     def sums(
         x: Tensor, y: Tensor, x_side: Side, y_side: Side, given: Tensor | None = None
@@ -204,14 +197,14 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
         rounds = min(row_blocks, triton.cdiv(row_blocks * G, 2 * chip.processors)) if both else 1
         programs = triton.cdiv(row_blocks, rounds)
         # Of a triangle in one round programs find little or much to do, so these are many.
-        split_blocks, splits = _split(col_blocks, G * programs, chip, 8 if triangle and rounds == 1 else 2)
+        split_blocks, splits = launch.split(col_blocks, G * programs, 8 if triangle and rounds == 1 else 2)
         row, col = new(splits, G, N), new(programs, G, M) if both else None
         row_best, col_best = (None if x is None or not best else torch.empty_like(x) for x in (row, col))
-        x_side, y_side = _with_extents(x_side, y_side, large, same, False, config)
+        x_side, y_side = launch.with_extents(x_side, y_side, config)
         # In fp32 it is products that take the time, and another rounding of exponentials would show.
         if large and both and not best and k_bias is None and q_limit is None and q.dtype != torch.float32:
             x_side, y_side = x_side._replace(norm=longest(x, config.BM)), y_side._replace(norm=longest(y, config.BN))
-        a, b, tma = features(x, y, config, chip) if given is None else (x, y, False)
+        a, b, tma = launch.features(x, y, config) if given is None else (x, y, False)
         _forward[(G * programs, splits)](
             a, b, given, 0 if given is None else given.stride(0), x_side, y_side, scale_tensor, scale,
             row, row_best, col, col_best, G, N, M, programs, rounds, split_blocks * config.BN,
@@ -225,12 +218,14 @@ def similarity_lse_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_
         return *_merged(row, row_best, config), *_merged(None, None, config, col, col_best)
 
     sides = Side(q_ids, limit=q_limit), Side(q_ids if itself else k_ids, bias=k_bias)
-    if by_library:
-        row, top, col, col_top = library.sums_of_products(sums, q, keys, *sides, itself, both, best)
-    else:
-        row, top, col, col_top = sums(q, keys, *sides)
+    with hardware.on(q.device):
+        if by_library:
+            row, top, col, col_top = library.sums_of_products(sums, q, problem.keys, *sides, itself, both, best)
+        else:
+            row, top, col, col_top = sums(q, problem.keys, *sides)
     if best and columns:
         top = torch.cat((top.view(G, N), col_top.view(G, M)), 1)
+    groups = q.shape[:-2]
     row, col = row.view(*groups, N), col.view(*groups, M) if columns else None
     return row, col, top.view(*groups, -1) if best else None, None
 
@@ -330,44 +325,44 @@ def _merge_means(
     tl.store(mean + place, sums, mask=inside)
 
 
-@hardware.on_its_device
-def similarity_lse_frozen_fwd(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, best):
+def similarity_lse_frozen_fwd(problem: Problem, best: bool) -> tuple[Tensor | None, ...]:
     """Returns row [G, N], mean [G, N, D] = sum_j softmax_ij k_j (0 for an empty row), best [G, N] or None."""
-    problem, sizes = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
-    if 0 in sizes:
-        return reference.similarity_lse_frozen_fwd(q, k, *problem[2:], best)
+    launch = Launch.of(problem)
+    problem, (G, N, M, D), _, _, chip = launch
+    if 0 in launch.sizes:
+        return reference.similarity_lse_frozen_fwd(problem, best)
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
-    (G, N, M, D), chip = sizes, hardware.of(q.device)
+    sides = Side(q_ids, limit=q_limit), Side(k_ids, bias=k_bias)
     chosen = strategy(q, N, M, q_limit, False, chip)
     if chosen != "fused":  # as a forward and a backward, for which S is there once more
-        row, _, top, _ = similarity_lse_fwd(*problem, False, best, 0)
-        sides = Side(q_ids, limit=q_limit, lse=row, grad=torch.ones_like(row)), Side(k_ids, bias=k_bias)
-        fold = fold_of(q, [sides[0].grad])
-        problem = scale_tensor, scale, fold, False, same, N * M >= LARGE, chip
-        mean, *_ = _by_products(q, k, *sides, *problem, chosen, True, False, False)
+        row, _, top, _ = similarity_lse_fwd(problem, False, best, 0)
+        ones = torch.ones_like(row)
+        fold, q_side = fold_of(q, [ones]), sides[0]._replace(lse=row, grad=ones)
+        with hardware.on(q.device):
+            mean, *_ = _by_products(launch, q_side, sides[1], fold, chosen, True, False, False)
         return row, mean if fold is None else mean.div_(fold), top
-    config = choose("frozen", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
+    config = choose("frozen", q.dtype, D, chip, launch.crowded)
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
-    split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks * chunks, chip)
+    split_blocks, splits = launch.split(triton.cdiv(M, config.BN), G * blocks * chunks)
     new = allocator(q)
     part, means, part_best = new(splits, G, N), new(splits, G, N, D), new(splits, G, N) if best else None
-    sides = Side(q_ids, limit=q_limit), Side(k_ids, bias=k_bias)
-    q_side, k_side = _with_extents(*sides, N * M >= LARGE, same, False, config)
-    x, y, tma = features(q, k, config, chip)
-    _frozen[(G * blocks, splits, chunks)](
-        x, y, k, q_side, k_side, scale_tensor, scale, part, means, part_best, G, N, M, blocks, split_blocks * config.BN,
-        D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, SAME=same,
-        LIFT=2.0**14 if q.dtype == torch.float16 else 1.0,  # where weights of long queues would vanish
-        PRECISION=precision(q.dtype), TMA=tma,
-        **config.launch(),
-    )  # fmt: skip
     row, top, mean = (None if x is None else x[0] for x in (part, part_best, means))
-    if splits > 1:
-        row, top, mean = (None if x is None else torch.empty_like(x) for x in (row, top, mean))
-        BLOCK, DV = 4, min(32, triton.next_power_of_2(D))
-        _merge_means[(triton.cdiv(G * N, BLOCK), triton.cdiv(D, DV))](
-            part, part_best, means, row, top, mean, G * N, splits, D=D, BLOCK=BLOCK, DV=DV, num_warps=4
-        )
+    with hardware.on(q.device):
+        q_side, k_side = launch.with_extents(*sides, config)
+        x, y, tma = launch.features(q, k, config)
+        _frozen[(G * blocks, splits, chunks)](
+            x, y, k, q_side, k_side, scale_tensor, scale, part, means, part_best, G, N, M, blocks,
+            split_blocks * config.BN,
+            D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, SAME=same,
+            LIFT=2.0**14 if q.dtype == torch.float16 else 1.0,  # where weights of long queues would vanish
+            PRECISION=precision(q.dtype), TMA=tma, **config.launch(),
+        )  # fmt: skip
+        if splits > 1:
+            row, top, mean = (None if x is None else torch.empty_like(x) for x in (row, top, mean))
+            BLOCK, DV = 4, min(32, triton.next_power_of_2(D))
+            _merge_means[(triton.cdiv(G * N, BLOCK), triton.cdiv(D, DV))](
+                part, part_best, means, row, top, mean, G * N, splits, D=D, BLOCK=BLOCK, DV=DV, num_warps=4
+            )
     rows = q.shape[:-1]
     return row.view(rows), mean.view(q.shape), top.view(rows) if best else None
 
@@ -486,115 +481,87 @@ def _backward(
             tl.store(dbias + place, bias_sum / fold_by, mask=i < N)
 
 
-@hardware.on_its_device
 def similarity_lse_bwd(
-    q, k, row, col, g, h, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, kept,
-    need_q, need_k, need_scale, need_bias,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    problem: Problem, row, col, g, h, kept, need_q: bool, need_k: bool, need_scale: bool, need_bias: bool
+) -> tuple[Tensor | None, ...]:
     """Returns dq [G, N, D], dk [G, M, D], dscale [], dbias [G, M], None where not needed; k=None: all of dZ in dq."""
-    problem, (G, N, M, D) = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
-    needs = need_q, need_k, need_scale, need_bias
-    if 0 in (G, N, M, D):
-        return reference.similarity_lse_bwd(q, k, row, col, g, h, *problem[2:], kept, *needs)
-    q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
+    launch = Launch.of(problem)
+    problem, (_, N, M, D), itself, _, chip = launch
+    if 0 in launch.sizes:
+        return reference.similarity_lse_bwd(problem, row, col, g, h, kept, need_q, need_k, need_scale, need_bias)
+    q, k, _, _, q_ids, k_ids, _, k_bias, q_limit = problem
     row, col, g, h = (None if x is None else x.contiguous() for x in (row, col, g, h))
-    itself, keys, chip = k is None, q if k is None else k, hardware.of(q.device)
     if itself:  # a row is a column, too
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, lse=row, grad=g)
     else:
         q_side, k_side = Side(q_ids, limit=q_limit, lse=row, grad=g), Side(k_ids, bias=k_bias, lse=col, grad=h)
     # Of a row with nothing left the gradient is 0, whatever arrived.
     fold = fold_of(q, (g.masked_fill(lse == -torch.inf, 0) for lse, g in ((row, g), (col, h)) if g is not None))
-    problem = scale_tensor, scale, fold, itself, same, N * M >= LARGE, chip
     chosen = strategy(q, N, M, q_limit, itself and k_bias is not None, chip)
-    dk = dbias = None
-    if chosen != "fused" and not need_bias and (need_q or need_k):
-        dq, dk, dscale = _by_products(q, keys, q_side, k_side, *problem, chosen, need_q, need_k, need_scale)
-        dq, dk = library.scaled(dq, dk, scale_tensor, scale, fold)
-    else:
-        config = choose("backward", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
-        if itself:
-            dq, dscale, dbias = _gradient(q, q, q_side, k_side, *problem, config, False, need_q, need_scale, need_bias)
+    dq = dk = dscale = dbias = None
+    with hardware.on(q.device):
+        if chosen != "fused" and not need_bias and (need_q or need_k):
+            dq, dk, dscale = _by_products(launch, q_side, k_side, fold, chosen, need_q, need_k, need_scale)
+            dq, dk = library.scaled(dq, dk, problem.full_scale, fold)
         else:
-            dq = dscale = None
-            if need_q or need_scale:
-                dq, dscale, _ = _gradient(q, k, q_side, k_side, *problem, config, False, need_q, need_scale, False)
-            if need_k or need_bias:
-                dk, _, dbias = _gradient(k, q, k_side, q_side, *problem, config, True, need_k, False, need_bias)
+            config = choose("backward", q.dtype, D, chip, launch.crowded)
+            if itself:
+                needs = need_q, need_scale, need_bias
+                dq, dscale, dbias = _gradient(launch, q, q, q_side, k_side, fold, config, False, *needs)
+            else:
+                if need_q or need_scale:
+                    needs = need_q, need_scale, False
+                    dq, dscale, _ = _gradient(launch, q, k, q_side, k_side, fold, config, False, *needs)
+                if need_k or need_bias:
+                    needs = need_k, False, need_bias
+                    dk, _, dbias = _gradient(launch, k, q, k_side, q_side, fold, config, True, *needs)
     dscale = dscale / 2 if need_scale and itself else dscale  # there w_ij came as such and as w_ji
     dq, dk = None if dq is None else dq.view(q.shape), None if dk is None else dk.view(k.shape)
-    return dq, dk, dscale, dbias.view(keys.shape[:-1]) if need_bias else None
+    return dq, dk, dscale, dbias.view(problem.keys.shape[:-1]) if need_bias else None
 
 
 def _by_products(
-    q, keys, q_side, k_side, scale_tensor, scale, fold, itself, same, large, chip, chosen, need_q, need_k, need_scale
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    launch: Launch, q_side: Side, k_side: Side, fold, chosen: str, need_q: bool, need_k: bool, need_scale: bool
+) -> tuple[Tensor | None, ...]:
     """Returns dq [N, D] and dk [M, D] without the scale and times fold, and dscale [], None where not needed."""
-    crowd = crowded(q, keys, k_side.bias, q_side.limit, chip)
-    config = choose("weights" if chosen == "shared" else "given", q.dtype, q.shape[-1], chip, crowd)
+    q, keys, D = launch.problem.q, launch.problem.keys, launch.sizes[-1]
+    config = choose("weights" if chosen == "shared" else "given", q.dtype, D, launch.chip, launch.crowded)
     if need_scale:  # its sums take registers
         config = config._replace(BN=min(64, config.BN))
     dscales = []
 
     def weigh(x, y, x_side, y_side, given, weights) -> None:
-        problem = scale_tensor, scale, fold, itself, same, large, chip, config
-        _, dscale, _ = _gradient(x, y, x_side, y_side, *problem, False, False, need_scale, False, given, weights)
+        needs = False, need_scale, False
+        _, dscale, _ = _gradient(launch, x, y, x_side, y_side, fold, config, False, *needs, given, weights)
         dscales.append(dscale)
 
     by_library = chosen == "library"
-    dq, dk = library.gradients_of_products(weigh, q, keys, q_side, k_side, itself, need_q, need_k, by_library)
+    dq, dk = library.gradients_of_products(weigh, q, keys, q_side, k_side, launch.itself, need_q, need_k, by_library)
     return dq, dk, sum(dscales) if need_scale else None
 
 
 def _gradient(
-    x, y, x_side, y_side, scale_tensor, scale, fold, itself, same, large, chip, config, transposed,
-    need_x, need_scale, need_bias, given=None, weights=None,
+    launch: Launch, x, y, x_side: Side, y_side: Side, fold, config: Config, transposed: bool,
+    need_x: bool, need_scale: bool, need_bias: bool, given=None, weights=None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns dx [G, N, D], dscale [], and dbias [G, N] of the bias of x, None where not needed; fills `weights`."""
-    (N, D), M, G = x.shape[-2:], y.shape[-2], x.shape[:-2].numel()
+    problem, itself = launch.problem, launch.itself
+    (N, D), M, G = x.shape[-2:], y.shape[-2], launch.sizes[0]
     one_sided = itself and (y_side.bias is not None or y_side.limit is not None)
-    close = large and x_side.grad is not None and y_side.grad is not None and not one_sided
-    x_side, y_side = _with_extents(x_side, y_side, large, same, close, config)
+    close = launch.large and x_side.grad is not None and y_side.grad is not None and not one_sided
+    x_side, y_side = launch.with_extents(x_side, y_side, config, close)
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV) if need_x else 1
-    split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks * chunks, chip)
+    split_blocks, splits = launch.split(triton.cdiv(M, config.BN), G * blocks * chunks)
     new = allocator(x)
     dx = new(splits, G, N, D) if need_x else None
     dscale, dbias = (new(splits, G, N) if need else None for need in (need_scale, need_bias))
     strip = given if weights is None else weights
-    a, b, tma = features(x, y, config, chip) if given is None else (x, y, False)
+    a, b, tma = launch.features(x, y, config) if given is None else (x, y, False)
     _backward[(G * blocks, splits, chunks)](
-        a, b, y, given, weights, 0 if strip is None else strip.stride(0), x_side, y_side, scale_tensor, scale, fold,
-        dx, dscale, dbias, G, N, M, blocks, split_blocks * config.BN,
-        D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, TRANSPOSED=transposed, ITSELF=itself, SAME=same,
-        CLOSE=close, PRECISION=precision(x.dtype), TMA=tma, **config.launch(),
+        a, b, y, given, weights, 0 if strip is None else strip.stride(0), x_side, y_side,
+        problem.scale_tensor, problem.scale, fold, dx, dscale, dbias, G, N, M, blocks, split_blocks * config.BN,
+        D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, TRANSPOSED=transposed, ITSELF=itself,
+        SAME=problem.same, CLOSE=close, PRECISION=precision(x.dtype), TMA=tma, **config.launch(),
     )  # fmt: skip
     dx, dbias = (None if part is None else part[0] if splits == 1 else part.sum(0) for part in (dx, dbias))
     return dx, None if dscale is None else dscale.sum(), dbias
-
-
-# ---- how a launcher cuts a problem -----------------------------------------------------------------------------------
-
-
-def _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit):
-    """The arguments as the kernels read them, and (G, N, M, D)."""
-    tensors = (None if x is None else x.contiguous() for x in (q, k, q_ids, k_ids, k_bias, q_limit))
-    q, k, q_ids, k_ids, k_bias, q_limit = tensors
-    G, N, D = (1, *q.shape) if q.ndim == 2 else q.shape
-    problem = q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit
-    return problem, (G, N, N if k is None else k.shape[-2], D)
-
-
-def _with_extents(x_side: Side, y_side: Side, ids: bool, same: bool, lse: bool, config) -> tuple[Side, Side]:
-    """The sides with what tells a tile at a glance that it holds no equal ids, and that its log-sum-exps are close."""
-    sides = []
-    for side, block in ((x_side, config.BM), (y_side, config.BN)):
-        ids_extent = extent(side.ids, block) if ids and not same else None
-        sides.append(side._replace(ids_extent=ids_extent, lse_extent=extent(side.lse, block) if lse else None))
-    return tuple(sides)
-
-
-def _split(blocks: int, programs: int, chip, waves: int = 2) -> tuple[int, int]:
-    """Blocks for each of how many splits, so that programs fill the chip about so often."""
-    splits = min(blocks, max(1, (waves * chip.processors + programs // 2) // programs))
-    each = triton.cdiv(blocks, splits)
-    return each, triton.cdiv(blocks, each)

@@ -10,25 +10,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..problem import Problem
 from ..reference.similarity_softplus import similarity_softplus_fwd as reference
 from . import hardware, library
-from .configs import choose
-from .similarity_lse import LARGE, SIZES, _problem, _split, _with_extents
+from .configs import Config, choose
+from .launch import Launch, allocator, fold_of, precision
 from .strategies import strategy
 from .tiles import (
     INF,
+    SIZES,
     Side,
-    allocator,
     counts,
-    crowded,
     dot_products,
-    features,
-    fold_of,
     full_scale,
     load_rows,
     load_vector,
     of_tile,
-    precision,
     scores,
     softplus_and_sigmoid,
     some_left_out,
@@ -157,51 +154,52 @@ def _softplus(
             tl.store(dbias + place, bias_sum, mask=i < N)
 
 
-@hardware.on_its_device
 def similarity_softplus_fwd(
-    q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit, bias, weights, sign,
-    need_q, need_k, need_scale, need_bias, need_k_bias,
+    problem: Problem, bias, weights, sign: float,
+    need_q: bool, need_k: bool, need_scale: bool, need_bias: bool, need_k_bias: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns total [G], row [G, N], and the gradients of total, None where not needed: dq [G, N, D], dk [G, M, D],
     dscale [G], dbias [G, N], dk_bias [G, M]; k=None: all of the gradient in dq."""
-    problem, (G, N, M, D) = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
-    needs = need_q, need_k, need_scale, need_bias, need_k_bias
-    if 0 in (G, N, M, D):
-        return reference(q, k, *problem[2:], bias, weights, sign, *needs)
-    q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
+    launch = Launch.of(problem)
+    problem, (G, N, M, D), itself, _, chip = launch
+    if 0 in launch.sizes:
+        return reference(problem, bias, weights, sign, need_q, need_k, need_scale, need_bias, need_k_bias)
+    q, k, _, _, q_ids, k_ids, _, k_bias, q_limit = problem
     bias, weights = (None if x is None else x.contiguous() for x in (bias, weights))
-    itself, keys, groups, chip = k is None, q if k is None else k, q.shape[:-2], hardware.of(q.device)
+    keys, groups, sign = problem.keys, q.shape[:-2], float(sign)
     fold = fold_of(q, (weights, weights))  # of q with itself two weights add up
     if itself:  # a row is a column, too
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, shift=bias, weight=weights)
     else:
         q_side, k_side = Side(q_ids, limit=q_limit, shift=bias, weight=weights), Side(k_ids, bias=k_bias)
-    problem = scale_tensor, scale, float(sign), fold, itself, same, N * M >= LARGE, chip
 
-    dk = None
+    dk = dk_bias = None
     chosen = strategy(q, N, M, q_limit, itself, chip)
-    if chosen != "fused" and (need_q or need_k) and not itself and not need_k_bias:
-        config = choose("weights" if chosen == "shared" else "given", q.dtype, D, chip)
-        # A softplus takes more registers than an exponential.
-        config = config._replace(BN=min(64 if chip.large else 32, config.BN), specialised=False)
-        parts = []
+    with hardware.on(q.device):
+        if chosen != "fused" and (need_q or need_k) and not itself and not need_k_bias:
+            config = choose("weights" if chosen == "shared" else "given", q.dtype, D, chip)
+            # A softplus takes more registers than an exponential.
+            config = config._replace(BN=min(64 if chip.large else 32, config.BN), specialised=False)
+            parts = []
 
-        def weigh(x, y, x_side, y_side, given, of_pairs) -> None:
-            wanted = True, False, need_scale, need_bias, False
-            row, _, dscale, dbias, _ = _sums(x, y, x_side, y_side, *problem, config, False, *wanted, given, of_pairs)
-            parts.append((row, dscale, dbias))
+            def weigh(x, y, x_side, y_side, given, of_pairs) -> None:
+                needs = True, False, need_scale, need_bias, False
+                sums = _sums(launch, x, y, x_side, y_side, sign, fold, config, False, *needs, given, of_pairs)
+                row, _, dscale, dbias, _ = sums
+                parts.append((row, dscale, dbias))
 
-        dq, dk = library.gradients_of_products(weigh, q, k, q_side, k_side, False, need_q, need_k, chosen == "library")
-        dq, dk = library.scaled(dq, dk, scale_tensor, scale, fold)
-        row, dscale, dbias = (None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))
-        dk_bias = None
-    else:
-        config = choose("softplus", q.dtype, D, chip, crowded(q, k, k_bias, q_limit, chip))
-        wanted = True, need_q, need_scale, need_bias, need_k_bias and itself
-        row, dq, dscale, dbias, dk_bias = _sums(q, keys, q_side, k_side, *problem, config, False, *wanted)
-        if not itself and (need_k or need_k_bias):
-            wanted = False, need_k, False, False, need_k_bias
-            _, dk, _, _, dk_bias = _sums(k, q, k_side, q_side, *problem, config, True, *wanted)
+            by_library = chosen == "library"
+            dq, dk = library.gradients_of_products(weigh, q, k, q_side, k_side, False, need_q, need_k, by_library)
+            dq, dk = library.scaled(dq, dk, problem.full_scale, fold)
+            row, dscale, dbias = (None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))
+        else:
+            config = choose("softplus", q.dtype, D, chip, launch.crowded)
+            needs = True, need_q, need_scale, need_bias, need_k_bias and itself
+            sums = _sums(launch, q, keys, q_side, k_side, sign, fold, config, False, *needs)
+            row, dq, dscale, dbias, dk_bias = sums
+            if not itself and (need_k or need_k_bias):
+                needs = False, need_k, False, False, need_k_bias
+                _, dk, _, _, dk_bias = _sums(launch, k, q, k_side, q_side, sign, fold, config, True, *needs)
     total = (row if weights is None else row * weights.view(G, N)).sum(1).view(groups)
     shapes = (dq, q.shape), (dk, keys.shape), (dbias, q.shape[:-1]), (dk_bias, keys.shape[:-1])
     dq, dk, dbias, dk_bias = (None if x is None else x.view(shape) for x, shape in shapes)
@@ -210,25 +208,27 @@ def similarity_softplus_fwd(
 
 
 def _sums(
-    x, y, x_side, y_side, scale_tensor, scale, sign, fold, itself, same, large, chip, config, transposed,
-    need_row, need_x, need_scale, need_shift, need_bias, given=None, weights=None,
+    launch: Launch, x, y, x_side: Side, y_side: Side, sign: float, fold, config: Config, transposed: bool,
+    need_row: bool, need_x: bool, need_scale: bool, need_shift: bool, need_bias: bool, given=None, weights=None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Returns row [G, N], dx [G, N, D], dscale, dshift and dbias for each row, None if not needed; fills `weights`."""
-    (N, D), M, G = x.shape[-2:], y.shape[-2], x.shape[:-2].numel()
-    x_side, y_side = _with_extents(x_side, y_side, large, same, False, config)
+    problem = launch.problem
+    (N, D), M, G = x.shape[-2:], y.shape[-2], launch.sizes[0]
+    x_side, y_side = launch.with_extents(x_side, y_side, config)
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV) if need_x else 1
-    split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks * chunks, chip)
+    split_blocks, splits = launch.split(triton.cdiv(M, config.BN), G * blocks * chunks)
     new = allocator(x)
     dx = new(splits, G, N, D) if need_x else None
     needs = need_row, need_scale, need_shift, need_bias
     row, dscale, dshift, dbias = (new(splits, G, N) if need else None for need in needs)
     strip = given if weights is None else weights
-    a, b, tma = features(x, y, config, chip) if given is None else (x, y, False)
+    a, b, tma = launch.features(x, y, config) if given is None else (x, y, False)
     _softplus[(G * blocks, splits, chunks)](
-        a, b, y, given, weights, 0 if strip is None else strip.stride(0), x_side, y_side, scale_tensor, scale, sign,
-        fold, row, dx, dscale, dshift, dbias, G, N, M, blocks, split_blocks * config.BN,
-        D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, TRANSPOSED=transposed, ITSELF=itself,
-        SAME=same, PRECISION=precision(x.dtype), TMA=tma, **config.launch(),
+        a, b, y, given, weights, 0 if strip is None else strip.stride(0), x_side, y_side,
+        problem.scale_tensor, problem.scale, sign, fold, row, dx, dscale, dshift, dbias,
+        G, N, M, blocks, split_blocks * config.BN,
+        D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, TRANSPOSED=transposed, ITSELF=launch.itself,
+        SAME=problem.same, PRECISION=precision(x.dtype), TMA=tma, **config.launch(),
     )  # fmt: skip
     parts = row, dx, dscale, dshift, dbias
     return [None if part is None else part[0] if splits == 1 else part.sum(0) for part in parts]

@@ -10,24 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..problem import Problem
 from ..reference import similarity_topk as reference
 from . import hardware
 from .configs import choose
-from .similarity_lse import LARGE, SIZES, _problem, _split, _with_extents
-from .tiles import (
-    INF,
-    Side,
-    counts,
-    dot_products,
-    features,
-    full_scale,
-    load_vector,
-    precision,
-    scores,
-    some_left_out,
-)
+from .launch import Launch, precision
+from .tiles import INF, SIZES, Side, counts, dot_products, full_scale, load_vector, scores, some_left_out
 
-MOST = 128  # more do not fit in the registers
 NONE = tl.constexpr(-(2**63))  # below what any score makes
 
 
@@ -71,29 +60,28 @@ def _topk(
     tl.store(best + row[:, None] * n + place[None, :], top, mask=(i < N)[:, None] & (place < n)[None, :])
 
 
-@hardware.on_its_device
-def similarity_topk_fwd(q, k, n, scale_tensor, scale, q_ids, k_ids, same, q_limit) -> tuple[Tensor, Tensor]:
+def similarity_topk_fwd(problem: Problem, n: int) -> tuple[Tensor, Tensor]:
     """Returns values [G, N, n] and indices [G, N, n], -inf and -1 where a row has fewer."""
-    problem, sizes = _problem(q, k, scale_tensor, scale, q_ids, k_ids, same, None, q_limit)
-    if 0 in sizes or n > MOST or sizes[2] >= 2**31:
-        return reference.similarity_topk_fwd(q, k, n, *problem[2:7], q_limit)
-    q, k, scale_tensor, scale, q_ids, k_ids, same, _, q_limit = problem
-    G, N, M, D = sizes
-    chip, P = hardware.of(q.device), max(2, triton.next_power_of_2(n))
-    config = choose("topk", q.dtype, D, chip)
+    launch = Launch.of(problem)
+    problem, (G, N, M, D), itself, _, chip = launch
+    if 0 in launch.sizes:
+        return reference.similarity_topk_fwd(problem, n)
+    q, _, scale_tensor, scale, q_ids, k_ids, same, _, q_limit = problem
+    config, P = choose("topk", q.dtype, D, chip), max(2, triton.next_power_of_2(n))
     blocks = triton.cdiv(N, config.BM)
-    split_blocks, splits = _split(triton.cdiv(M, config.BN), G * blocks, chip)
+    split_blocks, splits = launch.split(triton.cdiv(M, config.BN), G * blocks)
     best = torch.empty((splits, G, N, n), dtype=torch.int64, device=q.device)
-    sides = Side(q_ids, limit=q_limit), Side(q_ids if k is None else k_ids)
-    q_side, k_side = _with_extents(*sides, N * M >= LARGE, same, False, config)
-    x, y, tma = features(q, q if k is None else k, config, chip)
-    _topk[(G * blocks, splits)](
-        x, y, q_side, k_side, scale_tensor, scale, best, n, G, N, M, blocks, split_blocks * config.BN,
-        D=D, P=P, BM=config.BM, BN=config.BN, BD=config.BD, ITSELF=k is None, SAME=same,
-        PRECISION=precision(q.dtype), TMA=tma, **config.launch(),
-    )  # fmt: skip
+    sides = Side(q_ids, limit=q_limit), Side(q_ids if itself else k_ids)
+    with hardware.on(q.device):
+        q_side, k_side = launch.with_extents(*sides, config)
+        x, y, tma = launch.features(q, problem.keys, config)
+        _topk[(G * blocks, splits)](
+            x, y, q_side, k_side, scale_tensor, scale, best, n, G, N, M, blocks, split_blocks * config.BN,
+            D=D, P=P, BM=config.BM, BN=config.BN, BD=config.BD, ITSELF=itself, SAME=same,
+            PRECISION=precision(q.dtype), TMA=tma, **config.launch(),
+        )  # fmt: skip
     best = best.permute(1, 2, 0, 3).reshape(*q.shape[:-1], splits * n).topk(n).values
-    left_out = best < NONE.value + MOST  # nothing came to that place
+    left_out = best < NONE.value + n  # nothing came to that place
     order = (best >> 32).to(torch.int32)
     values = torch.where(order < 0, order ^ 0x7FFFFFFF, order).view(torch.float32)
     indices = 0x7FFFFFFF - (best & 0xFFFFFFFF)

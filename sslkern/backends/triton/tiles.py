@@ -4,17 +4,13 @@ A tile has BM rows i of one side x and BN columns j of the other, y. In the forw
 the side whose gradient a program owns is x.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .hardware import tf32
-
-TMA_FROM = 2**20  # scores; making a descriptor costs the host some microseconds
+SIZES = ["G", "N", "M", "size", "programs", "rounds", "blocks", "splits", "split_size"]  # no new kernel for new sizes
 INF = tl.constexpr(float("inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -252,45 +248,3 @@ def longest(x: torch.Tensor, block: int) -> torch.Tensor:
     BD = min(32, max(16, triton.next_power_of_2(D)))
     _longest[(out.numel(),)](x, out, N, out.shape[1], D=D, BLOCK=block, BD=BD, num_warps=4)
     return out
-
-
-def fold_of(q: torch.Tensor, weights: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
-    """What weights of pairs are multiplied by on their way through fp16, where those of large batches would vanish: it
-    brings the largest that a sum of `weights` (None: 1), one of each, can be to 2^14. None of other types."""
-    if q.dtype != torch.float16:
-        return None
-    one = q.new_ones((), dtype=torch.float32)
-    # What is not finite may be of rows with nothing left.
-    largest = sum(one if w is None else w.abs().nan_to_num(0, 0, 0).amax() for w in weights)
-    return 2.0**14 / largest.clamp(2.0**-100, 2.0**100)
-
-
-def allocator(like: torch.Tensor):
-    """Makes fp32 tensors of a shape on the device of `like`."""
-    return lambda *shape: torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How fp32 features are multiplied: as torch.set_float32_matmul_precision says."""
-    return "tf32" if tf32(dtype) else "ieee"
-
-
-def has_tma(x: torch.Tensor, y: torch.Tensor, chip) -> bool:
-    """Whether tiles come through tensor descriptors, which take the addresses off the registers: on chips that have
-    them, of one group with whole rows of 16 bytes, and in launches that hide the time the host takes to make them."""
-    whole = all(side.data_ptr() % 16 == 0 and side.shape[-1] * side.element_size() % 16 == 0 for side in (x, y))
-    return chip.large and x.shape[:-2].numel() == 1 and whole and x.shape[-2] * y.shape[-2] >= TMA_FROM
-
-
-def features(x: torch.Tensor, y: torch.Tensor, config, chip) -> tuple:
-    """x and y as a kernel loads tiles of them, and whether that is through tensor descriptors (TMA)."""
-    if not has_tma(x, y, chip):
-        return x, y, False
-    sides = (side.view(-1, side.shape[-1]) for side in (x, y))
-    blocks = [config.BM, config.BD], [config.BN, config.BD]
-    return *(TensorDescriptor.from_tensor(side, block) for side, block in zip(sides, blocks, strict=True)), True
-
-
-def crowded(q: torch.Tensor, k: torch.Tensor | None, bias, limit, chip) -> bool:
-    """Whether a tile needs registers for more than products and exponentials."""
-    return bias is not None or limit is not None or not has_tma(q, q if k is None else k, chip)

@@ -42,14 +42,14 @@ def _forward(x, y, z, norm, cosine, N, D: tl.constexpr, R: tl.constexpr, BD: tl.
         tl.store(norm + N + i, b_norm, mask=inside)
 
 
-@hardware.on_its_device
 def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     N, D = x.shape
     z = x.new_empty((2 * N, D))
     norm = x.new_empty(2 * N, dtype=torch.float32) if normalize else None
     cosine = x.new_empty(N, dtype=torch.float32)
     sizes = tile(D)
-    _forward[(triton.cdiv(N, sizes["R"]),)](aligned(x), aligned(y), z, norm, cosine, N, **sizes)
+    with hardware.on(x.device):
+        _forward[(triton.cdiv(N, sizes["R"]),)](aligned(x), aligned(y), z, norm, cosine, N, **sizes)
     return z, norm, cosine
 
 
@@ -85,7 +85,6 @@ def _backward(z, norm, pull, da, db, dx, dy, N, D: tl.constexpr, R: tl.constexpr
             store(dy, i, d0, inside, b_grad, D, BD)
 
 
-@hardware.on_its_device
 def unit_pairs_bwd(
     z: Tensor, norm: Tensor | None, pull: Tensor, da: Tensor | None, db: Tensor | None, need_x: bool, need_y: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -93,5 +92,6 @@ def unit_pairs_bwd(
     dx, dy = (z.new_empty((N, D)) if need else None for need in (need_x, need_y))
     da, db = (aligned(du) if need else None for du, need in ((da, need_x), (db, need_y)))
     sizes = tile(D)
-    _backward[(triton.cdiv(N, sizes["R"]),)](z, norm, pull, da, db, dx, dy, N, **sizes)
+    with hardware.on(z.device):
+        _backward[(triton.cdiv(N, sizes["R"]),)](z, norm, pull, da, db, dx, dy, N, **sizes)
     return dx, dy
