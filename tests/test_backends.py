@@ -65,6 +65,22 @@ def test_by_name_never_falls_back(monkeypatch):
 
 
 @needs_native
+def test_a_backend_is_asked_about_the_whole_problem(monkeypatch):
+    monkeypatch.setattr(backends.cpu, "COLUMNS", 8)
+    small, large = torch.randn(7, 4), torch.randn(8, 4)
+    asked = dict(bias=False, limit=False, n=2)
+    assert backends.resolve("similarity_topk", small, sizes=(1, 7, 7, 4), **asked) == "cpu"
+    assert backends.resolve("similarity_topk", large, sizes=(1, 8, 8, 4), **asked) == "reference"
+    values, _ = sslkern.ops.similarity_topk(large, None, 2)
+    with use_backend("cpu"):
+        sslkern.ops.similarity_topk(small, None, 2)
+        with pytest.raises(RuntimeError, match="^backend 'cpu' cannot run similarity_topk: it counts fewer than 8"):
+            sslkern.ops.similarity_topk(large, None, 2)
+    with use_backend("reference"):
+        assert torch.allclose(values, sslkern.ops.similarity_topk(large, None, 2)[0])
+
+
+@needs_native
 def test_backward_uses_the_backend_of_the_forward(monkeypatch):
     z = torch.randn(5, 3, requires_grad=True)
     with use_backend("cpu"):

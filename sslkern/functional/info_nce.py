@@ -8,7 +8,7 @@ from ..common.autocast import product, stack
 from ..common.numbers import check_number
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
-from ..common.tensors import wide
+from ..common.tensors import transformed, wide
 from ..ops import similarity_lse
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different
@@ -113,7 +113,7 @@ def info_nce(
         return (loss, beaten(best, positive)) if stats else loss
 
     one_bank = negatives.ndim == 2 and negative_ids is None and not in_batch
-    if one_bank and not negatives.requires_grad:
+    if one_bank and not (negatives.requires_grad or transformed()):
         bank = unit(negatives) if normalize else negatives
         losses, positive, best = over_bank(query, key, bank, scale, normalize, stats, label_smoothing)
         loss = reduce(losses, reduction, weights)

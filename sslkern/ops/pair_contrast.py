@@ -3,9 +3,10 @@
     positive_i = scale <x_i, y_i>      loss_i = softplus(negatives_i - positive_i)
 
 A loss of 32 rows spends its time between the kernels: normalisation, positives and softplus come to twenty autograd
-nodes, here one. A backend may have all of it as `pair_contrast_fwd` and `pair_contrast_bwd`, with the signatures of
-`_forward` and `_gradients_of` without the last argument; else it is composed of its `unit_pairs`, `similarity_lse` and
-`pair_losses`.
+nodes, here one. A backend may have all of it: `pair_contrast_fwd` and `pair_contrast_fake` with the arguments of
+`_forward` and `_fake` up to `frozen`, and `pair_contrast_bwd` with those of `_gradients_of` but the last; what stands
+between forward and backward in the outputs after `best` is its own affair. Else the loss is composed of the primitives
+`unit_pairs`, `similarity_lse` and `pair_losses`.
 """
 
 import functools
@@ -239,12 +240,12 @@ def _by_operator(ctx, g, saved):
 
 
 def _gradients_of(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, ids, *options):
-    mode, normalize, frozen, need_x, need_y, need_scale, backends = options
-    saved = scale_tensor, ids, z, norm, cosine, gap, row, col, kept
-    needs = need_x, need_y, False, need_scale
+    *options, backends = options
     if "," not in backends:
         backward = load(backends, "pair_contrast").pair_contrast_bwd
-        return backward(g, *saved, scale, mode, normalize, frozen, need_x, need_y, need_scale)
+        return backward(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, ids, *options)
+    mode, normalize, frozen, need_x, need_y, need_scale = options
+    saved, needs = (scale_tensor, ids, z, norm, cosine, gap, row, col, kept), (need_x, need_y, False, need_scale)
     dx, dy, _, dscale, *_ = _backward(_Context(saved, scale, mode, normalize, frozen, backends, needs), g)
     return dx, dy, dscale
 

@@ -1,14 +1,20 @@
 """`pair_contrast` against the formula that compiled code traces: similarity_lse, dots and softplus under autograd."""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
 
+import sslkern
+from sslkern import backends
 from sslkern.backends import load
 from sslkern.functional import info_nce, nt_xent
 from sslkern.ops import _dense
 from sslkern.ops.pair_contrast import pair_contrast
+
+ops_pair_contrast = sys.modules[pair_contrast.__module__]
 
 MODES = ["views", "one_way", "two_way"]
 
@@ -176,3 +182,132 @@ def test_opcheck(backend, mode):
     x, y = x.requires_grad_(), y.requires_grad_(not frozen)
     args = (x, y, bank, scale, 1.0, ids, mode, True, False, frozen, keep, ",".join([name] * 3))
     torch.library.opcheck(torch.ops.sslkern.pair_contrast.default, args)
+
+
+# ---- how far it is from a loss to its kernel -------------------------------------------------------------------------
+
+# The functions of Python on the stack, and in C++: the binding, the entry of an instruction set, the kernel of a type.
+WAYS = {
+    "cpu": (
+        ["nt_xent", "pair_contrast", "_forward", "similarity_lse_fwd"],
+        ["apply", "_backward", "similarity_lse_bwd"],
+    ),
+    "triton": (
+        ["nt_xent", "pair_contrast", "_forward", "similarity_lse_fwd", "sums"],
+        ["apply", "_backward", "similarity_lse_bwd", "_gradient"],
+    ),
+}
+IN_CPP = {"cpu": 3, "triton": 0}
+MOST = {"cpu": (7, 6), "triton": (7, 5)}
+
+
+def stack_at_the_kernel(call, kernel: str, above: str) -> list[str]:
+    """The names of the functions between that called `above` and the launch of a kernel of similarity_lse."""
+    found = []
+
+    def watch(frame, event, arg):
+        native = event == "c_call" and getattr(arg, "__module__", "") == "sslkern._cpu" and kernel in arg.__name__
+        launched = frame.f_locals.get("self") if event == "call" and frame.f_code.co_name == "__getitem__" else None
+        module = getattr(getattr(launched, "fn", None), "__module__", "")
+        if found or not (native or module == "sslkern.backends.triton.similarity_lse"):
+            return
+        frame = frame if native else frame.f_back
+        while frame is not None and frame.f_code.co_name != above:
+            found.insert(0, frame.f_code.co_name)
+            frame = frame.f_back
+
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_few_functions_between_a_loss_and_its_kernel(backend):
+    name = backend.partition("-")[0]
+    if name not in WAYS:
+        pytest.skip("has no kernels of its own for similarity_lse")
+    x, y = torch.randn(2, 8, 16, requires_grad=True)
+    nt_xent(x, y).backward()
+
+    def user():
+        return nt_xent(x, y)
+
+    ways = (
+        stack_at_the_kernel(user, "similarity_lse_fwd", "user"),
+        stack_at_the_kernel(nt_xent(x, y).backward, "similarity_lse_bwd", "_engine_run_backward"),
+    )
+    assert ways == WAYS[name]
+    for way, most in zip(ways, MOST[name], strict=True):
+        assert len(way) + IN_CPP[name] <= most
+
+
+# ---- a backend that has the whole loss -------------------------------------------------------------------------------
+
+
+class Whole(types.ModuleType):
+    """A backend with a loss of pairs of its own: that of the reference, which it does not compose of three."""
+
+    DEVICES, DTYPES, PRIMITIVES, KEEPS, MISSING = ("cpu",), (torch.float32,), ("pair_contrast",), (0, 0), None
+    PARTS = "reference,reference,reference"
+
+    def __init__(self, largest: int):
+        super().__init__("whole")
+        self.LACKS = {"pair_contrast": lambda x, sizes, mode: f"takes {largest} rows" if sizes[1] > largest else None}
+        self.calls = []
+
+    def pair_contrast_fwd(self, *inputs):
+        self.calls.append("forward")
+        return ops_pair_contrast._forward(*inputs, 0, self.PARTS)
+
+    def pair_contrast_fake(self, *inputs):
+        return ops_pair_contrast._fake(*inputs, 0, self.PARTS)
+
+    def pair_contrast_bwd(self, *inputs):
+        self.calls.append("backward")
+        return ops_pair_contrast._gradients_of(*inputs, self.PARTS)
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """A backend of the highest rank that has the whole loss of up to 40 rows."""
+    backend = Whole(40)
+    monkeypatch.setitem(backends.BACKENDS, "whole", backend)
+    monkeypatch.setitem(backends._OFFERED, "pair_contrast", ["whole"])
+    monkeypatch.setitem(sys.modules, "sslkern.backends.whole", backend)
+    monkeypatch.setitem(sys.modules, "sslkern.backends.whole.pair_contrast", backend)
+    yield backend
+    load.cache_clear()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_backend_may_have_the_whole_loss(whole, monkeypatch, mode):
+    x, y, scale = torch.randn(9, 4), torch.randn(9, 4), torch.tensor(3.0)
+
+    def step(call):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, y, scale)]
+        losses, positive, best = call(*leaves, None, mode, True, True)
+        return [losses.detach(), positive, best, *torch.autograd.grad(losses.square().sum(), leaves)]
+
+    got = step(pair_contrast)
+    assert whole.calls == ["forward", "backward"]
+    with sslkern.use_backend("reference"):  # which has not the whole, and composes it
+        want = step(pair_contrast)
+    assert whole.calls == ["forward", "backward"]
+    for ours, composed in zip(got, want, strict=True):
+        assert torch.allclose(ours, composed, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(ops_pair_contrast, "few", lambda *_: False)
+    torch.compiler.reset()
+    for ours, composed in zip(step(torch.compile(pair_contrast, backend="aot_eager")), want, strict=True):
+        assert torch.allclose(ours, composed, rtol=1e-4, atol=1e-5)
+    assert whole.calls == ["forward", "backward"] * 2
+
+
+def test_it_is_asked_for_the_whole_problem(whole):
+    z = torch.randn(21, 4, requires_grad=True)
+    info_nce(z, z + 1).backward()
+    assert whole.calls == ["forward", "backward"]
+    nt_xent(z, z + 1).backward()  # 42 rows: composed
+    info_nce(z.double(), z.double() + 1).backward()
+    assert whole.calls == ["forward", "backward"]

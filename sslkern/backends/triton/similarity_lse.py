@@ -190,7 +190,7 @@ def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: i
     def sums(
         x: Tensor, y: Tensor, x_side: Side, y_side: Side, given: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        """Log-sum-exps of the rows and the columns, and the largest scores of each."""
+        """Log-sum-exps of the rows and the columns and the largest scores of each, in parts."""
         N, M = x.shape[-2], y.shape[-2]
         row_blocks, col_blocks = triton.cdiv(N, config.BM), triton.cdiv(M, config.BN)
         # Columns cost a vector for each program, so these are no more than run side by side, in rounds.
@@ -211,18 +211,26 @@ def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: i
             D=D, BM=config.BM, BN=config.BN, BD=config.BD, ITSELF=itself, SAME=same, COLUMNS=both, TRIANGLE=triangle,
             PRECISION=precision(q.dtype), TMA=tma, **config.launch(),
         )  # fmt: skip
-        if not triangle:
-            return *_merged(row, row_best, config), *(_merged(col, col_best, config) if columns else (None, None))
-        if given is None:  # each row is a column as well
-            return *_merged(row, row_best, config, col, col_best), None, None
-        return *_merged(row, row_best, config), *_merged(None, None, config, col, col_best)
+        return row, row_best, col, col_best
+
+    def sums_of_strip(*strip) -> tuple[Tensor | None, ...]:
+        row, top, col, col_top = sums(*strip)
+        row, top = _merged(row, top, config)
+        if both:
+            col, col_top = _merged(None, None, config, col, col_top) if triangle else _merged(col, col_top, config)
+        return row, top, col, col_top
 
     sides = Side(q_ids, limit=q_limit), Side(q_ids if itself else k_ids, bias=k_bias)
     with hardware.on(q.device):
         if by_library:
-            row, top, col, col_top = library.sums_of_products(sums, q, problem.keys, *sides, itself, both, best)
-        else:
+            strips = q, problem.keys, *sides, itself, both, best
+            row, top, col, col_top = library.sums_of_products(sums_of_strip, *strips)
+        else:  # not merged by `sums`, as a small batch feels each call
             row, top, col, col_top = sums(q, problem.keys, *sides)
+            # Of a triangle each row is a column as well.
+            row, top = _merged(row, top, config, col, col_top) if triangle else _merged(row, top, config)
+            if columns:
+                col, col_top = _merged(col, col_top, config)
     if best and columns:
         top = torch.cat((top.view(G, N), col_top.view(G, M)), 1)
     groups = q.shape[:-2]

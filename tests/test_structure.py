@@ -1,0 +1,85 @@
+"""Who may import whom: packages in layers, and private names within their package."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sslkern
+
+ROOT = Path(sslkern.__file__).parent
+# The lowest first. The native modules (sslkern._cpu, sslkern._cuda) stand below all.
+LAYERS = [
+    "sslkern.common",
+    "sslkern.backends.problem",
+    "sslkern.backends.reference",
+    "sslkern.backends",
+    "sslkern.ops",
+    "sslkern.functional",
+    "sslkern",
+]
+NATIVE = {"sslkern._cpu", "sslkern._cuda"}
+FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def module_of(path: Path) -> str:
+    parts = ("sslkern", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def package_of(module: str) -> str:
+    return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+def layer_of(module: str) -> int:
+    within = (layer for layer in LAYERS if module == layer or module.startswith(layer + "."))
+    return LAYERS.index(max(within, key=len))
+
+
+def imports(module: str) -> list[tuple[str, str]]:
+    """(module, name) of what of sslkern the module imports, wherever it does; name "" for the module itself."""
+    found = []
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom):
+            above = package_of(module).split(".")
+            source = ".".join([*above[: len(above) - node.level + 1], *([node.module] if node.module else [])])
+            source = source if node.level else node.module
+            for name in (alias.name for alias in node.names):
+                inner = f"{source}.{name}"
+                found.append((inner, "") if inner in MODULES or inner in NATIVE else (source, name))
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+    return [(source, name) for source, name in found if source.partition(".")[0] == "sslkern"]
+
+
+def wrong(module: str, source: str, name: str) -> str | None:
+    if source in NATIVE:
+        return None
+    if layer_of(source) > layer_of(module) and not (package_of(module) + ".").startswith(package_of(source) + "."):
+        return f"imports {source}, which is above it"
+    private = [part for part in (*source.split("."), name) if part.startswith("_") and not part.startswith("__")]
+    if private and (name in private or package_of(module) != package_of(source)):
+        return f"imports {'.'.join(private)} of {source}, which is private there"
+    return None
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_down_and_take_no_private_names(module):
+    """A name with an underscore stays in its file, a file with one in its folder."""
+    said = [wrong(module, source, name) for source, name in imports(module)]
+    assert not any(said), "; ".join(filter(None, said))
+
+
+def test_the_checks_above_find_what_they_look_for():
+    assert wrong("sslkern.backends.cpu.similarity_lse", "sslkern.ops", "similarity_lse")
+    assert wrong("sslkern.ops.similarity_lse", "sslkern.functional", "nt_xent")
+    assert wrong("sslkern.common.sums", "sslkern.backends", "resolve")
+    assert wrong("sslkern.functional.nt_xent", "sslkern.ops._problem", "SCHEMA")
+    assert wrong("sslkern.ops.similarity_topk", "sslkern.ops.similarity_lse", "_forward")
+    assert not wrong("sslkern.ops.similarity_topk", "sslkern.ops._problem", "SCHEMA")
+    assert not wrong("sslkern.functional.nt_xent", "sslkern.ops", "similarity_lse")
+    assert ("sslkern.common.sums", "times") in imports("sslkern.functional.nt_xent")
+    assert ("sslkern._cpu", "") in imports("sslkern.backends.cpu.similarity_lse")
