@@ -97,7 +97,7 @@ format: $(VENV)/.dev  ## what lint asks for
 	$(BIN)/ruff format .
 	git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
-sanitize: setup  ## the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer
+sanitize: $(VENV)/constraints.txt  ## the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer
 	$(BIN)/python csrc/native_build.py address,undefined
 	$(BIN)/python csrc/native_build.py thread
 

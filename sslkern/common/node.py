@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .tensors import plain, transformed
+from .tensors import accumulator, plain, transformed
 
 library = torch.library.Library("sslkern", "DEF")
 
@@ -124,7 +124,7 @@ def _without_none(function: Callable) -> Callable:
         output = function(*inputs)
         if not isinstance(output, tuple):
             return output
-        like = next(x for x in output if x is not None)
+        like = next((x for x in output if x is not None), inputs[0].new_empty(0, dtype=accumulator(inputs[0])))
         return tuple(like.new_empty(0) if x is None else x for x in output)
 
     return call

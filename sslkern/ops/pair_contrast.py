@@ -253,7 +253,7 @@ def _gradients_of(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, 
 def _gradients_fake(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, ids, *options):
     *_, need_x, need_y, need_scale, _ = options
     x = z.new_empty(cosine.shape[0], z.shape[1])
-    dscale = torch.empty_like(scale_tensor) if need_scale else cosine.new_empty(0)
+    dscale = torch.empty_like(scale_tensor) if need_scale else z.new_empty(0)
     return x if need_x else z.new_empty(0), torch.empty_like(x) if need_y else z.new_empty(0), dscale
 
 

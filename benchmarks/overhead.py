@@ -1,0 +1,103 @@
+"""What every loss costs at small batches, in this checkout and in another, both asked in turn.
+
+    python benchmarks/overhead.py ../before --rows 32 64 128 256 > overhead.md
+
+Each checkout runs in a process of its own, with one thread unless --threads says otherwise, and times forward +
+backward of the calls in tests/examples.py of this checkout (features of 128 numbers, fp32). In each round both time
+the same loss, in changing order; the table has the medians over the rounds, in microseconds, and the median of the
+ratios, this checkout over the other.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def serve(root: str, threads: int) -> None:
+    """Answers lines "name rows" with the median time of a step."""
+    sys.path[:0] = [root, str(ROOT)]  # sslkern of the checkout that is asked, the examples of this one
+    import torch
+
+    import sslkern
+    from tests.examples import LOSSES, value
+
+    if not sslkern.__file__.startswith(root):
+        raise SystemExit(f"{sslkern.__file__} is not of {root}")
+    torch.set_num_threads(threads)
+    steps = {}
+    for line in sys.stdin:
+        name, rows = line.rsplit(maxsplit=1)
+        if (name, rows) not in steps:
+            example = LOSSES[name](N=int(rows), D=128)
+            leaves = example.leaves()
+
+            def step(example=example, leaves=leaves):
+                torch.autograd.grad(value(example)[0].sum(), leaves, allow_unused=True)
+
+            for _ in range(20):
+                step()
+            steps[name, rows] = step
+        times, end = [], time.perf_counter() + 0.04
+        while len(times) < 5 or time.perf_counter() < end:
+            start = time.perf_counter()
+            steps[name, rows]()
+            times.append(time.perf_counter() - start)
+        print(statistics.median(times), flush=True)
+
+
+class Checkout:
+    def __init__(self, root: Path, threads: int):
+        command = [sys.executable, __file__, "--serve", str(root), "--threads", str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+
+    def seconds(self, name: str, rows: int) -> float:
+        print(name, rows, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("other", type=Path, nargs="?", help="a checkout with its native module built, sslkern/_cpu*.so")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", help="names of losses in tests/examples.py")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return serve(options.serve, options.threads)
+    if options.other is None or not list((options.other / "sslkern").glob("_cpu*.so")):
+        parser.error("name another checkout, with its native module built by `make setup` or `make build`")
+
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+    from harness import machine
+
+    from tests.examples import LOSSES
+
+    ours, other = (Checkout(root.resolve(), options.threads) for root in (ROOT, options.other))
+    facts = machine() | {"threads": options.threads}
+    print(", ".join(f"{key} {value}" for key, value in facts.items()) + "; us, forward + backward, before -> now\n")
+    print("| loss |" + "".join(f" {rows} rows | ratio |" for rows in options.rows))
+    print("| --- |" + " --- | --- |" * len(options.rows))
+    ratios = []
+    for name in options.only or LOSSES:
+        cells = []
+        for rows in options.rows:
+            before, now = [], []
+            for number in range(options.rounds):
+                for checkout, times in ((other, before), (ours, now))[:: 1 if number % 2 else -1]:
+                    times.append(checkout.seconds(name, rows))
+            ratio = statistics.median(b / a for a, b in zip(before, now, strict=True))
+            ratios.append(ratio)
+            cells += [f"{1e6 * statistics.median(before):.0f} -> {1e6 * statistics.median(now):.0f}", f"{ratio:.2f}"]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    print(f"\nMedian of the ratios {statistics.median(ratios):.3f}, highest {max(ratios):.3f}.")
+
+
+if __name__ == "__main__":
+    main()
