@@ -208,7 +208,7 @@ def stack_at_the_kernel(call, kernel: str, above: str) -> list[str]:
     def watch(frame, event, arg):
         native = event == "c_call" and getattr(arg, "__module__", "") == "sslkern._cpu" and kernel in arg.__name__
         launched = frame.f_locals.get("self") if event == "call" and frame.f_code.co_name == "__getitem__" else None
-        module = getattr(getattr(launched, "fn", None), "__module__", "")
+        module = getattr(getattr(launched, "__dict__", {}).get("fn"), "__module__", "")
         if found or not (native or module == "sslkern.backends.triton.similarity_lse"):
             return
         frame = frame if native else frame.f_back
