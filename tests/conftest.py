@@ -148,7 +148,7 @@ def _device(backend: str, test: str):
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """Tensors that were there before the test, those of its module and its parameters, move to its default device."""
-    device = torch.get_default_device()
+    device = torch.empty(0).device  # torch.get_default_device of 2.6 sees no mode
     if device.type == "cpu":
         return (yield)
     with pytest.MonkeyPatch.context() as patch:

@@ -551,6 +551,8 @@ def surroundings(name: str):
         finally:
             torch.use_deterministic_algorithms(False)
     elif what == "meta":
+        import torch._dynamo  # checkpoints do; that of torch 2.6 cannot be imported where this is the default
+
         torch.set_default_device("meta")
         try:
             yield

@@ -59,7 +59,7 @@ def agrees(name: str, got: list, want: list) -> None:
 def default(request):
     """Sets the process's default type or device, and takes it back."""
     set_default = torch.set_default_device if isinstance(request.param, str) else torch.set_default_dtype
-    before = torch.get_default_device() if isinstance(request.param, str) else torch.get_default_dtype()
+    before = None if isinstance(request.param, str) else torch.get_default_dtype()
     yield lambda on: set_default(request.param if on else before)
     set_default(before)
 

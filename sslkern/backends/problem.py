@@ -6,6 +6,31 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+# Functions, as the compiler of torch 2.6 knows no properties of a named tuple.
+
+
+def keys_of(problem: "Problem") -> Tensor:
+    """k, or q itself."""
+    return problem.q if problem.k is None else problem.k
+
+
+def sizes_of(problem: "Problem") -> tuple[int, int, int, int]:
+    """G (1 without groups), N, M, D."""
+    q, k = problem.q, problem.k
+    G, N, D = q.shape if q.ndim == 3 else (1, *q.shape)
+    return G, N, N if k is None else k.shape[-2], D
+
+
+def full_scale_of(problem: "Problem") -> float | Tensor:
+    return problem.scale if problem.scale_tensor is None else problem.scale * problem.scale_tensor
+
+
+def tensors_of(problem: "Problem") -> tuple[Tensor | None, ...]:
+    """What autograd saves: all but `scale` and `same`."""
+    q, k, scale_tensor, _, q_ids, k_ids, _, k_bias, q_limit = problem
+    return q, k, scale_tensor, q_ids, k_ids, k_bias, q_limit
+
+
 class Problem(NamedTuple):
     """The scores s_ij = scale * scale_tensor * <q_i, k_j> + k_bias_j, and which of them count.
 
@@ -23,25 +48,10 @@ class Problem(NamedTuple):
     k_bias: Tensor | None = None  # [G, M]; -inf takes a column out
     q_limit: Tensor | None = None  # [G, N]; pairs with s_ij > q_limit_i are left out
 
-    @property
-    def keys(self) -> Tensor:
-        return self.q if self.k is None else self.k
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """G (1 without groups), N, M, D."""
-        q = self.q
-        G, N, D = q.shape if q.ndim == 3 else (1, *q.shape)
-        return G, N, N if self.k is None else self.k.shape[-2], D
-
-    @property
-    def full_scale(self) -> float | Tensor:
-        return self.scale if self.scale_tensor is None else self.scale * self.scale_tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What autograd saves: all but `scale` and `same`."""
-        return (self.q, self.k, self.scale_tensor, self.q_ids, self.k_ids, self.k_bias, self.q_limit)
+    keys = property(keys_of)
+    sizes = property(sizes_of)
+    tensors = property(tensors_of)
+    full_scale = property(full_scale_of)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], scale: float, same: bool) -> "Problem":

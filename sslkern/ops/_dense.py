@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..backends.problem import Problem
+from ..backends.problem import Problem, full_scale_of, sizes_of
 from ..common.autocast import autocast_active, cat, stack
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
@@ -15,7 +15,8 @@ from .logsumexp import logsumexp
 
 def is_small(problem: Problem) -> bool:
     """Whether so few scores are better left to the compiler, on the device of q."""
-    return few(problem.q, problem.q.shape[:-1].numel(), problem.keys.shape[-2])
+    G, N, M, _ = sizes_of(problem)
+    return few(problem.q, G * N, M)
 
 
 def few(x: Tensor, rows: int, columns: int) -> bool:
@@ -28,7 +29,7 @@ def dense(problem: Problem, columns: bool, best: bool) -> Tensor | tuple[Tensor,
     """What `similarity_lse` returns."""
     q, k, _, _, q_ids, k_ids, same, k_bias, q_limit = problem
     keys, k_ids = (q, q_ids) if k is None else (k, k_ids)
-    s = wide(q @ keys.mT) * problem.full_scale
+    s = wide(q @ keys.mT) * full_scale_of(problem)
     if k_bias is not None:
         s = s + k_bias.unsqueeze(-2)
     left_out = None

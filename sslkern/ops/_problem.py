@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends.problem import Problem
+from ..backends.problem import Problem, sizes_of
 from ..common.arguments import FLOATS, check_choice, check_dense, check_devices, describe
 from ..common.numbers import check_finite, constant
 from ..common.tensors import accumulator
@@ -77,7 +77,7 @@ def checked_problem(
 
 def options(problem: Problem) -> dict:
     """What a backend is asked about it by `resolve`."""
-    return dict(sizes=problem.sizes, bias=problem.k_bias is not None, limit=problem.q_limit is not None)
+    return dict(sizes=sizes_of(problem), bias=problem.k_bias is not None, limit=problem.q_limit is not None)
 
 
 def scale_parts(scale: float | Tensor, q: Tensor) -> tuple[Tensor | None, float]:

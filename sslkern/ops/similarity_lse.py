@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
-from ..backends.problem import Problem
+from ..backends.problem import Problem, sizes_of, tensors_of
 from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from ..common.node import Node, Operator, once
 from ..common.sums import total
@@ -89,11 +89,11 @@ def similarity_lse(
     if torch.compiler.is_compiling() and not frozen and is_small(problem):
         return dense(problem, columns, best)
     if frozen:
-        row, _, top = _frozen.call(True, *problem.tensors)(*problem, best, backend)
+        row, _, top = _frozen.call(True, *tensors_of(problem))(*problem, best, backend)
         return (row, top) if best else row
-    G, N, M, D = problem.sizes
+    G, N, M, D = sizes_of(problem)
     keep = kept_rows(backend, N, M, D, G, itself=k is None) if learns else 0
-    row, col, top, _ = _lse.call(learns, *problem.tensors)(*problem, columns, best, keep, backend)
+    row, col, top, _ = _lse.call(learns, *tensors_of(problem))(*problem, columns, best, keep, backend)
     if columns:
         return (row, col, top) if best else (row, col)
     return (row, top) if best else row
@@ -158,7 +158,7 @@ def similarity_lse_bwd(
     needs = (need_q, need_k and k is not None, need_scale, need_bias and k_bias is not None)
     backend = resolve("similarity_lse", q, **options(problem))
     with torch.no_grad():
-        grads = _gradients.call(*problem.tensors, row, col, g, h)(*problem, row, col, g, h, None, *needs, backend)
+        grads = _gradients.call(*tensors_of(problem), row, col, g, h)(*problem, row, col, g, h, None, *needs, backend)
     return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ..backends.problem import Problem
+from ..backends.problem import Problem, tensors_of
 from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from ..common.node import Node, Operator, once
 from ..common.numbers import check_finite, constant, number, shown
@@ -90,8 +90,8 @@ def similarity_softplus(
         needs = tuple(learning and x is not None and x.requires_grad for x in inputs)
         learns = any(needs) or (learning and weights is not None and weights.requires_grad)
     if rows:
-        return _rows.call(learns, *problem.tensors, bias)(*problem, bias, float(sign), backend)
-    call = _total.call(learns, *problem.tensors, bias, weights)
+        return _rows.call(learns, *tensors_of(problem), bias)(*problem, bias, float(sign), backend)
+    call = _total.call(learns, *tensors_of(problem), bias, weights)
     return call(*problem, bias, weights, float(sign), *needs, backend)[0]
 
 

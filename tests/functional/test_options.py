@@ -171,7 +171,7 @@ def test_matryoshka_cuts_what_is_nested(backend):
     """Features in lists, tuples and mappings; those of a guide stay whole."""
     loss = matryoshka(nt_xent_multi_view, [4, 16])
     views = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(0), device="cpu")
-    views = views.to(torch.get_default_device())
+    views = views.to(torch.empty(0).device)
     by_hand = sum(nt_xent_multi_view(F.normalize(views[..., :d], dim=-1)) for d in (4, 16))
     assert torch.allclose(by_hand, torch.tensor(6.507716), atol=1e-5)
     for nested in (views, list(views), tuple(views)):

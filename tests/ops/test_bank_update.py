@@ -78,7 +78,7 @@ def test_autograd_sees_the_write(backend):
 
 
 def test_no_row_of_the_bank_and_nothing_written(backend):
-    if torch.get_default_device().type != "cpu":
+    if torch.empty(0).device.type != "cpu":
         pytest.skip("on a GPU an index outside stops the kernel, and with it all that the process has there")
     bank = torch.ones(4, 2)
     for bad in (-1, 4, 2**40):
