@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import functools
+import importlib
 import inspect
 import json
 import linecache
@@ -551,8 +552,8 @@ def surroundings(name: str):
         finally:
             torch.use_deterministic_algorithms(False)
     elif what == "meta":
-        import torch._dynamo  # checkpoints do; that of torch 2.6 cannot be imported where this is the default
-
+        # Checkpoints import it; that of torch 2.6 cannot be imported where this is the default.
+        importlib.import_module("torch._dynamo")
         torch.set_default_device("meta")
         try:
             yield

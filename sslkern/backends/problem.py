@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-
 # Functions, as the compiler of torch 2.6 knows no properties of a named tuple.
 
 
