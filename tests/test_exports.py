@@ -7,12 +7,16 @@ import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import sslkern
+from sslkern.common.rows import row_numbers
 from sslkern.functional import info_nce, nt_xent
+from sslkern.ops import similarity_lse
 
 from .conftest import EVERY
-from .examples import LOSSES, OPS, PUSHES, missing, value_and_gradients
+from .examples import LOSSES, OPS, PUSHES, missing, value, value_and_gradients
 from .fuzz import Wrapper
 
 KERNELS = [name for name in dict.fromkeys(name.partition("-")[0] for name in EVERY) if name != "cuda"]
@@ -236,6 +240,48 @@ def traced_as_eager(name, mode):
         got, want = graph(*(x.detach() for x in tensors)), step(*tensors)
         for x, y in zip(got, want, strict=True):
             assert (x is None and y is None) or torch.allclose(x, y, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", [name for name in LOSSES if name[0].islower()])
+def test_jit_traces(name):
+    """A trace computes what it is given, not what it saw."""
+    example, other = (LOSSES[name](N=5, seed=seed).map(lambda x: x.detach()) for seed in (0, 1))
+    if not example.tensors()[0].is_floating_point():
+        return
+
+    def loss(*features):
+        call = example
+        for number, x in zip(floating, features, strict=True):
+            call = call.with_tensor(number, x)
+        return value(call)[0]
+
+    floating = [i for i, x in enumerate(example.tensors()) if x.is_floating_point()]
+    first, second = ([call.tensors()[i] for i in floating] for call in (example, other))
+    traced = torch.jit.trace(loss, first, check_trace=False)
+    for features in (first, second):
+        assert torch.allclose(traced(*features), loss(*features), rtol=1e-4, atol=1e-5)
+
+
+def test_torch_func_leaves_nothing_behind():
+    """What is kept for the next small batch must not belong to a transform that is over."""
+    z = torch.randn(29, 8)
+    torch.func.grad(lambda x: nt_xent(x, x + 1))(z)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(row_numbers(29, 2, z.device))
+
+
+def test_a_zero_without_memory():
+    zero = torch._efficientzerotensor((4, 8))
+    assert torch.equal(similarity_lse(zero, torch.ones(3, 8)), similarity_lse(torch.zeros(4, 8), torch.ones(3, 8)))
+
+
+def test_a_checkpoint_that_is_watched_when_it_computes_again():
+    x, y = torch.randn(2, 8, 4, requires_grad=True)
+    want = torch.autograd.grad(info_nce(x, y), (x, y))
+    loss = checkpoint(lambda a, b: info_nce(a, b), x, y, use_reentrant=False)
+    with FlopCounterMode(display=False):
+        got = torch.autograd.grad(loss, (x, y))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
 
 
 def test_a_trace_that_fails_leaves_nothing_behind():

@@ -18,6 +18,7 @@ LAYERS = [
     "sslkern.functional",
     "sslkern",
 ]
+NOT_FOR = {"sslkern.functional": "sslkern.backends"}  # a loss takes primitives
 NATIVE = {"sslkern._cpu", "sslkern._cuda"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
 
@@ -60,6 +61,9 @@ def wrong(module: str, source: str, name: str) -> str | None:
         return None
     if layer_of(source) > layer_of(module) and not (package_of(module) + ".").startswith(package_of(source) + "."):
         return f"imports {source}, which is above it"
+    for package, kept_from in NOT_FOR.items():
+        if package_of(module) == package and (source + ".").startswith(kept_from + "."):
+            return f"imports {source}, which is not for {package}"
     private = [part for part in (*source.split("."), name) if part.startswith("_") and not part.startswith("__")]
     if private and (name in private or package_of(module) != package_of(source)):
         return f"imports {'.'.join(private)} of {source}, which is private there"
@@ -79,6 +83,7 @@ def test_the_checks_above_find_what_they_look_for():
     assert wrong("sslkern.common.sums", "sslkern.backends", "resolve")
     assert wrong("sslkern.functional.nt_xent", "sslkern.ops._problem", "SCHEMA")
     assert wrong("sslkern.ops.similarity_topk", "sslkern.ops.similarity_lse", "_forward")
+    assert wrong("sslkern.functional.nt_xent", "sslkern.backends", "resolve")
     assert not wrong("sslkern.ops.similarity_topk", "sslkern.ops._problem", "SCHEMA")
     assert not wrong("sslkern.functional.nt_xent", "sslkern.ops", "similarity_lse")
     assert ("sslkern.common.sums", "times") in imports("sslkern.functional.nt_xent")

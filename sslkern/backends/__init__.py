@@ -117,7 +117,9 @@ def resolve(primitive: str, x: Tensor, **options) -> str:
     Args:
         x: features, of which a backend may ask the type, the sizes, and the device, with its compute capability.
         options: for the similarity family `sizes` (G, N, M, D), whether there are a `bias` and a `limit`, and `n` of
-            similarity_topk; for a whole `pair_contrast` `sizes` and `mode`.
+            similarity_topk; for a whole `pair_contrast` the sizes of its similarities, `mode`, `normalize`, `best`,
+            whether it `learns` and whether there is a `bank`; for sampled_similarity the sizes, and `n` rows of the
+            bank for each query. The others are asked for the features alone.
 
     Raises:
         RuntimeError: the backend was asked for by name, and lacks the primitive, the device, the type, or something
@@ -126,6 +128,8 @@ def resolve(primitive: str, x: Tensor, **options) -> str:
     name = find(primitive, x, **options)
     if name is None:
         choice = _choice()
+        if choice == "auto":
+            raise RuntimeError(f"no backend can run {primitive} of {x.dtype} on {x.device}")
         reason = _lacks(choice, primitive, x, options)
         raise RuntimeError(f"backend {choice!r} cannot run {primitive}: {reason}; use_backend('auto') finds one")
     return name

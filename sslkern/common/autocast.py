@@ -38,7 +38,7 @@ def _join(function, tensors, dim):
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of a [.., N, K] and b [.., K, M], in their type, and so the gradients, wherever `backward` is called."""
-    return _product.call(True, a, b)(a, b)
+    return _product.way(True, a, b)(a, b)
 
 
 def _multiply(a, b):

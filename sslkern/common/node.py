@@ -17,23 +17,27 @@ library = torch.library.Library("sslkern", "DEF")
 
 def past_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called as it is."""
-    if torch.compiler.is_compiling() or transformed() or not plain(*tensors):
+    return not (torch.compiler.is_compiling() or transformed()) and plain(*tensors)
+
+
+def past_dispatcher_in(ctx, *grads: Tensor | None) -> bool:
+    """The same in a backward: what its context saved is plain if the forward was called so."""
+    if not getattr(ctx, "eager", False) or not past_dispatcher(*grads):
         return False
-    return not any(x is not None and x._is_zerotensor() for x in tensors)  # a gradient may be one
+    return not any(g is not None and _batched(g) for g in grads)  # by is_grads_batched
 
 
-def from_eager(ctx, *grads: Tensor | None) -> bool:
-    """Whether a backward may call a kernel as it is: what the context saved is plain if the forward was called so."""
-    return getattr(ctx, "eager", False) and past_dispatcher(*grads)
+_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 class Operator:
     """`function(*inputs)`, registered under the schema for every device.
 
     Args:
-        schema: as torch.library takes it.
-        function: returns a tensor or a tuple; None for what is not asked for, of which the operator makes an empty one.
-        fake: the empty outputs of the same shapes, for the compiler.
+        schema: as torch.library takes it; the first input is a tensor.
+        function: returns a tensor or a tuple; None for what is not asked for, where the operator returns an empty one,
+            in the type of the sums.
+        fake: the empty outputs of the same shapes and types, for the compiler.
     """
 
     def __init__(self, schema: str, function: Callable, fake: Callable):
@@ -44,13 +48,13 @@ class Operator:
         torch.library.register_fake(f"sslkern::{self.name}", fake, lib=library)
         self.registered = getattr(torch.ops.sslkern, self.name).default
 
-    def call(self, *tensors: Tensor | None) -> Callable:
+    def way(self, *tensors: Tensor | None) -> Callable:
         """What to call with inputs of which these are the tensors."""
         return self.function if past_dispatcher(*tensors) else self.registered
 
-    def call_in(self, ctx, *grads: Tensor | None) -> Callable:
+    def way_back(self, ctx, *grads: Tensor | None) -> Callable:
         """What to call in a backward, with what its context saved and these gradients."""
-        return self.function if from_eager(ctx, *grads) else self.registered
+        return self.function if past_dispatcher_in(ctx, *grads) else self.registered
 
 
 class Node:
@@ -59,10 +63,11 @@ class Node:
     Args:
         function: an Operator, or a function of torch's own operators, into which the compiler looks.
         save: `save(ctx, inputs, outputs)`.
+        backward: `backward(ctx, *grads)`; returns a gradient or None for each input, by `once` where they cannot be
+            differentiated again.
         name: of a function that is no Operator, for the profiler.
-        backward: `backward(ctx, *grads)`, a gradient None where it is 0; returns one, or None, for each input, by
-            `once` where they cannot be differentiated again.
-        outputs: how many of the first outputs of a tuple have a gradient; None: there is one output.
+        outputs: how many of the first outputs of a tuple have a gradient, which comes as None where it is 0. None:
+            there is one output.
         jvp: the derivative in forward mode. Without it that is refused, where torch would drop a tangent in silence.
     """
 
@@ -86,28 +91,27 @@ class Node:
             ctx.eager = True
             setup(ctx, inputs, output)
 
-        self.function = function
         if isinstance(function, Operator):
-            name = function.name
+            name, kernel, seen = function.name, function.function, function.registered
             torch.library.register_autograd(f"sslkern::{name}", backward, setup_context=setup, lib=library)
-            self.function, function = function.function, function.registered
-            self.traced = function
+            self.registered = seen
         else:
-            self.traced = _autograd_function(name, function, setup, backward).apply
-        self.transformed = _autograd_function(name, function, setup, backward, jvp or no_forward_mode).apply
-        # Not `Function.apply`, whose Python looks for torch.func, as `call` does, and for the names of arguments.
-        self.eager = super(
-            torch.autograd.Function, _autograd_function(name, self.function, setup_eager, backward)
-        ).apply
+            kernel = seen = function
+            self.registered = _autograd_function(name, seen, setup, backward).apply
+        self.function = kernel
+        self.transformed = _autograd_function(name, seen, setup, backward, jvp or no_forward_mode).apply
+        # The apply of C++: that of torch.autograd.Function first looks for torch.func, as `way` does, and for the names
+        # of arguments.
+        self.eager = super(torch.autograd.Function, _autograd_function(name, kernel, setup_eager, backward)).apply
 
-    def call(self, learns: bool, *tensors: Tensor | None) -> Callable:
+    def way(self, learns: bool, *tensors: Tensor | None) -> Callable:
         """What to call with inputs of which these are the tensors. learns: whether one of them gets a gradient."""
         if torch.compiler.is_compiling():
-            return self.traced
+            return self.registered
         if transformed():
             return self.transformed
         if not plain(*tensors):
-            return self.traced
+            return self.registered
         return self.eager if learns else self.function
 
 
@@ -124,14 +128,15 @@ def _without_none(function: Callable) -> Callable:
         output = function(*inputs)
         if not isinstance(output, tuple):
             return output
-        like = next((x for x in output if x is not None), inputs[0].new_empty(0, dtype=accumulator(inputs[0])))
-        return tuple(like.new_empty(0) if x is None else x for x in output)
+        like = inputs[0]
+        return tuple(like.new_empty(0, dtype=accumulator(like)) if x is None else x for x in output)
 
     return call
 
 
 def once(depend_on: Sequence[Tensor | None], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients, as functions of what they depend on that cannot be differentiated again."""
+    """The gradients, as functions of what they depend on, the upstream gradients among it, that cannot be differentiated
+    again."""
     return _Once.apply(len(depend_on), *depend_on, *grads) if torch.is_grad_enabled() else grads
 
 

@@ -1,12 +1,13 @@
-"""Rows of features: their length and their dot products."""
+"""Rows of features: their length, their dot products, their numbers."""
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tensors import wide
+from .tensors import plain, transformed, wide
 
 EPS = 1e-12  # rows shorter than this are divided by it
 
@@ -27,3 +28,17 @@ def unit(x: Tensor) -> Tensor:
 def dots(a: Tensor, b: Tensor) -> Tensor:
     """<a_i, b_i> [N] of rows a, b [N, D], in fp32 (fp64)."""
     return (wide(a) * wide(b)).sum(-1)
+
+
+def row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
+    """`copies` times 0 to n - 1; kept, as for a small batch making them would cost as much as a kernel."""
+    # What a CUDA graph, a trace or torch.func holds on to must be its own, and a fake tensor must not stay.
+    fresh = torch.compiler.is_compiling() or transformed() or not plain()
+    fresh = fresh or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    return (_row_numbers.__wrapped__ if fresh else _row_numbers)(n, copies, device)
+
+
+@functools.lru_cache(maxsize=8)
+def _row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # tensors made in inference mode could not be saved for a later backward
+        return torch.arange(n, device=device).repeat(copies)

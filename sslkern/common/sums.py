@@ -53,7 +53,7 @@ def log_total(x: Tensor) -> Tensor:
 def times(x: Tensor, scale: float | Tensor) -> Tensor:
     """x * scale, where the gradient of a 0-d tensor is a `total`."""
     learns = isinstance(scale, Tensor) and scale.requires_grad and shared(x)
-    return x * (_spread.call(True, scale)(scale, x.shape) if learns else scale)
+    return x * (_spread.way(True, scale)(scale, x.shape) if learns else scale)
 
 
 _spread = Node(

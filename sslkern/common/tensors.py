@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _watchers = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _PLAIN = Tensor, torch.nn.Parameter
 
@@ -13,13 +14,13 @@ def plain(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called with these tensors past the dispatcher, which costs as much as a small kernel.
 
     Not where something else than their memory says what their values are (fake tensors, DTensors and other subclasses,
-    what a torch.func that is over left behind, the sign bit of `torch.imag` of a conjugate), nor where somebody wants
-    to see each operator (`make_fx`).
+    what a torch.func that is over left behind, the sign bit of `torch.imag` of a conjugate, a 0 without memory), nor
+    where somebody wants to see each operator (`make_fx`, `torch.jit.trace`).
     """
-    if _watchers():
+    if _watchers() or _tracing() is not None:
         return False
     for x in tensors:
-        if x is not None and (type(x) not in _PLAIN or x.is_neg() or _wrapped(x)):
+        if x is not None and (type(x) not in _PLAIN or x.is_neg() or x._is_zerotensor() or _wrapped(x)):
             return False
     return True
 

@@ -139,7 +139,7 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
             dscale = (slopes * dots).sum(1) if learned_scale else None
             dq = dq * scale
         inputs = losses, query, dq, scale if learned_scale else None, dscale
-        losses = _known.call(True, *inputs)(*inputs)
+        losses = _known.way(True, *inputs)(*inputs)
     return reduce(losses, reduction, weights), share, log_z
 
 
@@ -151,7 +151,8 @@ def _slopes(logits: Tensor, losses: Tensor, form: str) -> Tensor:
             part.sigmoid_()
     else:
         of_positive = torch.expm1(-losses)
-        logits.sub_((logits[:, 0] + losses).unsqueeze(1)).exp_()
+        # No larger than 1, as rounding of huge scores would have it.
+        logits.sub_((logits[:, 0] + losses).unsqueeze(1)).clamp_(max=0).exp_()
     logits[:, 0] = of_positive
     return logits
 
@@ -165,7 +166,7 @@ def _backward(ctx, g):
     with torch.no_grad():
         dq = (g.unsqueeze(1) * dq).to(q.dtype) if ctx.needs_input_grad[1] else None
         dscale = total(g * dscale) if ctx.needs_input_grad[3] else None
-    dq, dscale = once((q, scale), dq, dscale)
+    dq, dscale = once((g, q, scale), dq, dscale)
     return None, dq, None, dscale, None
 
 

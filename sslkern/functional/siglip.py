@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from ..common.rows import dots
+from ..common.rows import dots, row_numbers
 from ..common.sums import softplus, times, total
 from ..ops import similarity_softplus
-from ..ops.pair_contrast import row_numbers
 from ..ops.unit_pairs import unit_pairs
 from .checks import check_alike, check_features, check_ids, check_options, promoted, scalar
 

@@ -1,15 +1,18 @@
 """`pair_contrast`: the losses of pairs against `similarity_lse` negatives, as one node of the graph.
 
-    positive_i = scale <x_i, y_i>      loss_i = softplus(negatives_i - positive_i)
+    positive_i = scale <x_i, y_i>      loss_i = softplus(gap_i)      gap_i = negatives_i - positive_i
+
+With g = dL/dloss, the gradient of the negatives is weight_i = g_i sigmoid(gap_i); that of the positive is -toward_i, its
+sum over the sides; and that of the cosine is -pull_i, pull = scale toward. The rest is the derivatives of `unit_pairs`
+and `similarity_lse`.
 
 A loss of 32 rows spends its time between the kernels: normalisation, positives and softplus come to twenty autograd
 nodes, here one. A backend may have all of it: `pair_contrast_fwd` and `pair_contrast_fake` with the arguments of
-`_forward` and `_fake` up to `frozen`, and `pair_contrast_bwd` with those of `_gradients_of` but the last; what stands
-between forward and backward in the outputs after `best` is its own affair. Else the loss is composed of the primitives
+`_forward` and `_fake` up to `frozen`, and `pair_contrast_bwd` with those of `_gradients_of` but the last; what the
+outputs after `best` hold is its own affair, but for the shapes of z [2N, D] and cosine [N]. Else the loss is composed of the primitives
 `unit_pairs`, `similarity_lse` and `pair_losses`.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -17,10 +20,10 @@ from torch import Tensor
 
 from ..backends import find, kept_rows, load, resolve
 from ..backends.problem import Problem
-from ..common.node import Node, Operator, from_eager, once
-from ..common.rows import dots
+from ..common.node import Node, Operator, past_dispatcher_in, once
+from ..common.rows import dots, row_numbers
 from ..common.sums import dot
-from ..common.tensors import accumulator, plain, transformed
+from ..common.tensors import accumulator, transformed
 from ._dense import dense_contrast, few
 from ._problem import scale_parts
 from .similarity_lse import frozen_gradient
@@ -71,48 +74,35 @@ def pair_contrast(
     learns = torch.is_grad_enabled() and (of_x or y.requires_grad or of_scale or transformed())
     frozen = frozen and learns and (of_x or of_scale or transformed())  # the mean of the negatives is for these
     sizes = 1, rows, rows if bank is None else bank.shape[0], x.shape[1]
-    backends = _backends(x, sizes, mode)
+    options = dict(mode=mode, normalize=normalize, best=best, learns=learns, bank=bank is not None)
+    backends = _backends(x, sizes, options)
     keep = 0
     if learns and not frozen and "," in backends:
         keep = kept_rows(backends.partition(",")[0], rows, rows, x.shape[1], itself=views)
-    call = _node.call(learns, x, y, bank, scale_tensor, ids)
+    call = _node.way(learns, x, y, bank, scale_tensor, ids)
     losses, positive, top, *_ = call(
-        x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backends
+        x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, frozen, keep, backends
     )
     return losses, positive, top if best else None
 
 
-def _backends(x: Tensor, sizes: tuple[int, ...], mode: str) -> str:
+def _backends(x: Tensor, sizes: tuple[int, ...], options: dict) -> str:
     """Who has the whole loss, or, with commas, each of its parts."""
-    whole = find("pair_contrast", x, sizes=sizes, mode=mode)
+    whole = find("pair_contrast", x, sizes=sizes, **options)
     if whole is not None:
         return whole
     backend = resolve("similarity_lse", x, sizes=sizes, bias=False, limit=False)
     return f"{backend},{resolve('unit_pairs', x)},{resolve('pair_losses', x)}"
 
 
-def row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
-    """`copies` times 0 to n - 1; kept, as for a small batch making them would cost as much as a kernel."""
-    # What a CUDA graph or a trace holds on to must be its own, and a fake tensor must not stay.
-    once = torch.compiler.is_compiling() or not plain()
-    once = once or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-    return (_row_numbers.__wrapped__ if once else _row_numbers)(n, copies, device)
-
-
-@functools.lru_cache(maxsize=8)
-def _row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # tensors made in inference mode could not be saved for a later backward
-        return torch.arange(n, device=device).repeat(copies)
-
-
 # ---- the node --------------------------------------------------------------------------------------------------------
 
 
-def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backends):
+def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, frozen, keep, backends):
     whole, *parts = backends.split(",")
     if not parts:
         forward = load(whole, "pair_contrast").pair_contrast_fwd
-        return forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen)
+        return forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, frozen)
     backend, (pairs, losses) = whole, parts
     N = x.shape[0]
     z, norm, cosine = load(pairs, "unit_pairs").unit_pairs_fwd(x, y, normalize)
@@ -131,15 +121,15 @@ def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen
     return losses, positive, top.view(-1, N) if best else None, z, norm, cosine, gap, row, col, kept
 
 
-def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backends):
+def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, frozen, keep, backends):
     if "," not in backends:
         fake = load(backends, "pair_contrast").pair_contrast_fake
-        return fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen)
-    (N, D), wide = x.shape, accumulator(x)
+        return fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, frozen)
+    (N, D), dtype = x.shape, accumulator(x)
     views, sides = mode == "views", 1 if mode == "one_way" else 2
 
     def new(*shape):
-        return x.new_empty(shape, dtype=wide)
+        return x.new_empty(shape, dtype=dtype)
 
     z, norm, cosine = x.new_empty(2 * N, D), new(2 * N if normalize else 0), new(N)
     row, col = new(N * (1 + views)), new(N if mode == "two_way" else 0)
@@ -148,18 +138,19 @@ def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, k
 
 
 def _save(ctx, inputs, outputs) -> None:
-    x, y, _, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, ctx.frozen, _, ctx.backends = inputs
-    _, _, _, *saved = outputs
-    every = transformed()  # else one that learns is enough to tell that its gradient has none
-    learn = [side for side in (x, y, scale_tensor) if side is not None and (every or side.requires_grad)]
-    ctx.save_for_backward(*(learn if every else learn[:1]), scale_tensor, ids, *saved)
+    x, y, _, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, _, ctx.frozen, _, ctx.backends = inputs
+    _, _, _, z, norm, cosine, gap, row, col, kept = outputs
+    # What learns, to tell that its gradient has none.
+    learn = [side for side in (x, y, scale_tensor) if side is not None and (side.requires_grad or transformed())]
+    saved = z, _or_none(norm), cosine, gap, row, _or_none(col), _or_none(kept)
+    ctx.save_for_backward(*learn, scale_tensor, ids, *saved)
 
 
 def _backward(ctx, g, *_):
     if g is None:
-        return (None,) * 12
+        return (None,) * 13
     saved = ctx.saved_tensors
-    if "," not in ctx.backends or not (type(ctx) is _Context or from_eager(ctx, g)):
+    if "," not in ctx.backends or not (type(ctx) is _Context or past_dispatcher_in(ctx, g)):
         return _by_operator(ctx, g, saved)
     # Not in a function of its own: a small batch feels each call.
     *learn, scale_tensor, ids, z, norm, cosine, gap, row, col, kept = saved
@@ -190,8 +181,8 @@ def _backward(ctx, g, *_):
         dscale = dscale.to(scale_tensor.dtype) if need_scale else None
         norm = norm if ctx.normalize else None
         dx, dy = load(pairs, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
-    dx, dy, dscale = once(learn, dx, dy, dscale)
-    return dx, dy, None, dscale, *(None,) * 8
+    dx, dy, dscale = once((g, *learn), dx, dy, dscale)
+    return dx, dy, None, dscale, *(None,) * 9
 
 
 def _or_none(x: Tensor | None) -> Tensor | None:
@@ -202,7 +193,7 @@ def _or_none(x: Tensor | None) -> Tensor | None:
 _node = Node(
     Operator(
         "pair_contrast(Tensor x, Tensor y, Tensor? bank, Tensor? scale_tensor, float scale, Tensor? ids, str mode,"
-        " bool normalize, bool best, bool frozen, int keep, str backends) -> (Tensor losses, Tensor positive,"
+        " bool normalize, bool best, bool learns, bool frozen, int keep, str backends) -> (Tensor losses, Tensor positive,"
         " Tensor best, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept)",
         _forward,
         _fake,
@@ -234,9 +225,9 @@ def _by_operator(ctx, g, saved):
     inputs = g, z, norm, cosine, gap, row, col, kept, scale_tensor, ctx.scale, ids
     options = ctx.mode, ctx.normalize, ctx.frozen, need_x, need_y, need_scale, ctx.backends
     with torch.no_grad():
-        dx, dy, dscale = _gradients.call_in(ctx, g)(*inputs, *options)
-    dx, dy, dscale = once(learn, dx if need_x else None, dy if need_y else None, dscale if need_scale else None)
-    return dx, dy, None, dscale, *(None,) * 8
+        dx, dy, dscale = _gradients.way_back(ctx, g)(*inputs, *options)
+    dx, dy, dscale = once((g, *learn), dx if need_x else None, dy if need_y else None, dscale if need_scale else None)
+    return dx, dy, None, dscale, *(None,) * 9
 
 
 def _gradients_of(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, ids, *options):
@@ -252,9 +243,8 @@ def _gradients_of(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, 
 
 def _gradients_fake(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, ids, *options):
     *_, need_x, need_y, need_scale, _ = options
-    x = z.new_empty(cosine.shape[0], z.shape[1])
-    dscale = torch.empty_like(scale_tensor) if need_scale else z.new_empty(0)
-    return x if need_x else z.new_empty(0), torch.empty_like(x) if need_y else z.new_empty(0), dscale
+    dx, dy = (z.new_empty(cosine.shape[0], z.shape[1]) if need else g.new_empty(0) for need in (need_x, need_y))
+    return dx, dy, torch.empty_like(scale_tensor) if need_scale else g.new_empty(0)
 
 
 _gradients = Operator(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
+from ..backends.problem import Problem, sizes_of
 from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from ..common.node import Node, Operator, once
 from ..common.tensors import accumulator
@@ -42,7 +43,7 @@ def sampled_similarity(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     """
     _check(q, bank, index)
     learns = torch.is_grad_enabled() and (q.requires_grad or bank.requires_grad)
-    return _scores.call(learns, q, bank, index)(q, bank, index, resolve("sampled_similarity", q))
+    return _scores.way(learns, q, bank, index)(q, bank, index, _backend(q, bank, index))
 
 
 def sampled_similarity_bwd(
@@ -71,8 +72,13 @@ def sampled_similarity_bwd(
     check_flags(need_q=need_q, need_bank=need_bank)
     q, bank, g = q.detach(), bank.detach(), g.detach().to(accumulator(q))
     inputs = q, bank, index, g
-    dq, dbank = _gradients.call(*inputs)(*inputs, need_q, need_bank, resolve("sampled_similarity", q))
+    dq, dbank = _gradients.way(*inputs)(*inputs, need_q, need_bank, _backend(q, bank, index))
     return dq if need_q else None, dbank if need_bank else None
+
+
+def _backend(q, bank, index) -> str:
+    sizes = sizes_of(Problem(q, bank))
+    return resolve("sampled_similarity", q, sizes=sizes, n=index.shape[-1])
 
 
 def _check(q, bank, index) -> None:
@@ -115,9 +121,9 @@ def _backward(ctx, g):
     q, bank, index = ctx.saved_tensors
     need_q, need_bank, *_ = ctx.needs_input_grad
     with torch.no_grad():
-        dq, dbank = _gradients.call_in(ctx, g)(q, bank, index, g, need_q, need_bank, ctx.backend)
+        dq, dbank = _gradients.way_back(ctx, g)(q, bank, index, g, need_q, need_bank, ctx.backend)
         dq, dbank = dq.to(q.dtype) if need_q else None, dbank.to(q.dtype) if need_bank else None
-    return *once((q, bank), dq, dbank), None, None
+    return *once((g, q, bank), dq, dbank), None, None
 
 
 def _gradients_of(*inputs):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends import kept_rows, load, resolve
-from ..backends.problem import Problem, sizes_of, tensors_of
+from ..backends.problem import Problem, keys_of, sizes_of, tensors_of
 from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from ..common.node import Node, Operator, once
 from ..common.sums import total
@@ -89,11 +89,11 @@ def similarity_lse(
     if torch.compiler.is_compiling() and not frozen and is_small(problem):
         return dense(problem, columns, best)
     if frozen:
-        row, _, top = _frozen.call(True, *tensors_of(problem))(*problem, best, backend)
+        row, _, top = _frozen.way(True, *tensors_of(problem))(*problem, best, backend)
         return (row, top) if best else row
     G, N, M, D = sizes_of(problem)
     keep = kept_rows(backend, N, M, D, G, itself=k is None) if learns else 0
-    row, col, top, _ = _lse.call(learns, *tensors_of(problem))(*problem, columns, best, keep, backend)
+    row, col, top, _ = _lse.way(learns, *tensors_of(problem))(*problem, columns, best, keep, backend)
     if columns:
         return (row, col, top) if best else (row, col)
     return (row, top) if best else row
@@ -158,7 +158,7 @@ def similarity_lse_bwd(
     needs = (need_q, need_k and k is not None, need_scale, need_bias and k_bias is not None)
     backend = resolve("similarity_lse", q, **options(problem))
     with torch.no_grad():
-        grads = _gradients.call(*tensors_of(problem), row, col, g, h)(*problem, row, col, g, h, None, *needs, backend)
+        grads = _gradients.way(*tensors_of(problem), row, col, g, h)(*problem, row, col, g, h, None, *needs, backend)
     return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
 
@@ -173,7 +173,7 @@ def _forward(*inputs):
 def _fake(*inputs):
     *problem, columns, best, keep, backend = inputs
     problem = Problem(*problem)
-    q, rows, (_, N, M, _) = problem.q, problem.q.shape[:-1], problem.sizes
+    q, rows, (_, N, M, _) = problem.q, problem.q.shape[:-1], sizes_of(problem)
     row = q.new_empty(rows, dtype=accumulator(q))
     col = row.new_empty((*rows[:-1], M) if columns else 0)
     top = row.new_empty((*rows[:-1], N + M if columns else N) if best else 0)
@@ -185,7 +185,7 @@ def _save(ctx, inputs, outputs) -> None:
     row, col, _, kept = outputs
     problem = Problem(*problem)
     ctx.scale, ctx.same = problem.scale, problem.same
-    ctx.save_for_backward(*problem.tensors, row, col if ctx.columns else None, kept if keep else None)
+    ctx.save_for_backward(*tensors_of(problem), row, col if ctx.columns else None, kept if keep else None)
 
 
 def _backward(ctx, g, h, *_):
@@ -198,11 +198,11 @@ def _backward(ctx, g, h, *_):
     row, col = None if g is None else row, None if h is None else col
     with torch.no_grad():
         inputs = *problem, row, col, g, h, kept, need_q, need_k, need_scale, need_bias, ctx.backend
-        dq, dk, dscale, dbias = _gradients.call_in(ctx, g, h)(*inputs)
+        dq, dk, dscale, dbias = _gradients.way_back(ctx, g, h)(*inputs)
         dq = dq.to(problem.q.dtype) if need_q else None
         dk = dk.to(problem.q.dtype) if need_k else None
         dscale = dscale * problem.scale if need_scale else None
-    dq, dk, dscale, dbias = once(tensors, dq, dk, dscale, dbias if need_bias else None)
+    dq, dk, dscale, dbias = once((g, h, *tensors), dq, dk, dscale, dbias if need_bias else None)
     return dq, dk, dscale, None, None, None, None, dbias, *(None,) * 5
 
 
@@ -214,7 +214,7 @@ def _gradients_of(*inputs):
 
 def _gradients_fake(*inputs):
     *problem, _, _, _, _, _, need_q, need_k, need_scale, need_bias, _ = inputs
-    q, keys = inputs[0], Problem(*problem).keys
+    q, keys = inputs[0], keys_of(Problem(*problem))
     shapes = (need_q, q.shape), (need_k, keys.shape), (need_scale, ()), (need_bias, keys.shape[:-1])
     return tuple(q.new_empty(shape if need else 0, dtype=accumulator(q)) for need, shape in shapes)
 
@@ -273,7 +273,7 @@ def _frozen_backward(ctx, g, *_):
         weighted = frozen_gradient(g.masked_fill(row == -math.inf, 0), mean)
         dq = (weighted * (ctx.scale if scale_tensor is None else ctx.scale * scale_tensor)).to(q.dtype)
         dscale = total(weighted * q) * ctx.scale if ctx.needs_input_grad[2] else None
-    dq, dscale = once((q, scale_tensor), dq, dscale)
+    dq, dscale = once((g, q, scale_tensor), dq, dscale)
     return dq, None, dscale, *(None,) * 8
 
 

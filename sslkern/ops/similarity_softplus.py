@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ..backends.problem import Problem, tensors_of
+from ..backends.problem import Problem, keys_of, tensors_of
 from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from ..common.node import Node, Operator, once
 from ..common.numbers import check_finite, constant, number, shown
@@ -90,8 +90,8 @@ def similarity_softplus(
         needs = tuple(learning and x is not None and x.requires_grad for x in inputs)
         learns = any(needs) or (learning and weights is not None and weights.requires_grad)
     if rows:
-        return _rows.call(learns, *tensors_of(problem), bias)(*problem, bias, float(sign), backend)
-    call = _total.call(learns, *tensors_of(problem), bias, weights)
+        return _rows.way(learns, *tensors_of(problem), bias)(*problem, bias, float(sign), backend)
+    call = _total.way(learns, *tensors_of(problem), bias, weights)
     return call(*problem, bias, weights, float(sign), *needs, backend)[0]
 
 
@@ -125,7 +125,7 @@ def _forward(*inputs):
 def _fake(*inputs):
     *_, need_q, need_k, need_scale, need_bias, need_k_bias, _ = inputs
     problem = Problem(*inputs[:FIELDS])
-    q, keys = problem.q, problem.keys
+    q, keys = problem.q, keys_of(problem)
     groups, rows, columns = q.shape[:-2], q.shape[:-1], keys.shape[:-1]
     shapes = (need_q, q.shape), (need_k, keys.shape), (need_scale, groups), (need_bias, rows), (need_k_bias, columns)
     new = [q.new_empty(shape, dtype=accumulator(q)) for shape in (groups, rows)]
@@ -154,7 +154,7 @@ def _backward(ctx, g, *_):
         dk_bias = of_rows * dk_bias if need_k_bias else None
         dbias = of_rows * dbias if need_bias else None
         dweights = of_rows * row if need_weights else None
-    dq, dk, dscale, dk_bias, dbias, dweights = once((total,), dq, dk, dscale, dk_bias, dbias, dweights)
+    dq, dk, dscale, dk_bias, dbias, dweights = once((g, total), dq, dk, dscale, dk_bias, dbias, dweights)
     return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, dweights, *(None,) * 7
 
 
@@ -185,7 +185,7 @@ def _rows_save(ctx, inputs, output) -> None:
     *problem, bias, ctx.sign, ctx.backend = inputs
     problem = Problem(*problem)
     ctx.scale, ctx.same = problem.scale, problem.same
-    ctx.save_for_backward(*problem.tensors, bias)
+    ctx.save_for_backward(*tensors_of(problem), bias)
 
 
 def _rows_backward(ctx, g):
@@ -194,12 +194,12 @@ def _rows_backward(ctx, g):
     needs = need_q, need_k, need_scale, need_bias, need_k_bias = [ctx.needs_input_grad[i] for i in (0, 1, 2, 9, 7)]
     with torch.no_grad():
         inputs = *problem, bias, g, ctx.sign, *needs, ctx.backend
-        _, _, dq, dk, dscale, dbias, dk_bias = _sums.call_in(ctx, g)(*inputs)
+        _, _, dq, dk, dscale, dbias, dk_bias = _sums.way_back(ctx, g)(*inputs)
         dq = dq.to(problem.q.dtype) if need_q else None
         dk = dk.to(problem.q.dtype) if need_k else None
         dscale = sum_of_all(dscale) * ctx.scale if need_scale else None
         dk_bias, dbias = dk_bias if need_k_bias else None, dbias if need_bias else None
-    dq, dk, dscale, dk_bias, dbias = once((*tensors, bias), dq, dk, dscale, dk_bias, dbias)
+    dq, dk, dscale, dk_bias, dbias = once((g, *tensors, bias), dq, dk, dscale, dk_bias, dbias)
     return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, None, None
 
 

@@ -69,7 +69,7 @@ def similarity_topk(
         raise ValueError(f"n must be below 2**31, as that many are returned for each row, not {n}")
     backend = resolve("similarity_topk", q, n=n, **options(problem))
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, problem.scale_tensor))
-    return _topk.call(learns, *tensors_of(problem))(*problem, n, backend)
+    return _topk.way(learns, *tensors_of(problem))(*problem, n, backend)
 
 
 def _forward(*inputs):

@@ -1,10 +1,15 @@
-"""`unit_pairs`: two sides of a loss divided by their norms, and the cosines of their pairs."""
+"""`unit_pairs`: two sides of a loss divided by their norms, and the cosines of their pairs.
+
+    u = x / |x|      cosine_i = <u_i, v_i>
+
+With du the gradient of u, to which cosine adds dcosine_i v_i:      dx = (du - u <u, du>) / |x|
+"""
 
 import torch
 from torch import Tensor
 
 from ..backends import load, resolve
-from ..common.node import Node, once, past_dispatcher
+from ..common.node import Node, once, past_dispatcher_in
 from ..common.rows import dots, unit
 from ..common.tensors import plain, transformed
 
@@ -16,7 +21,7 @@ def unit_pairs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, y = unit(x), unit(y)
         return x, y, dots(x, y)
     learns = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    a, b, cosine, *_ = _node.call(learns)(x, y, resolve("unit_pairs", x))
+    a, b, cosine, *_ = _node.way(learns)(x, y, resolve("unit_pairs", x))
     return a, b, cosine
 
 
@@ -28,20 +33,21 @@ def _forward(x, y, backend):
 def _save(ctx, inputs, outputs) -> None:
     x, y, ctx.backend = inputs
     *_, z, norm = outputs
-    ctx.save_for_backward(x if x.requires_grad else y, z, norm)
+    ctx.save_for_backward(x, y, z, norm)
 
 
 def _backward(ctx, da, db, dcosine, *_):
-    anchor, z, norm = ctx.saved_tensors
+    x, y, z, norm = ctx.saved_tensors
     need_x, need_y, _ = ctx.needs_input_grad
-    N, D = anchor.shape
+    upstream = da, db, dcosine
     with torch.no_grad():
-        backend = ctx.backend if past_dispatcher(da, db, dcosine) else "reference"  # which goes through the dispatcher
-        pull = norm.new_zeros(N) if dcosine is None else -dcosine
+        # The reference goes through the dispatcher.
+        backend = ctx.backend if past_dispatcher_in(ctx, *upstream) else "reference"
+        pull = norm.new_zeros(len(x)) if dcosine is None else -dcosine
         # In fp32, as the kernels of all backends take them.
-        da, db = (norm.new_zeros(N, D) if du is None else du.to(norm.dtype) for du in (da, db))
+        da, db = (norm.new_zeros(x.shape) if du is None else du.to(norm.dtype) for du in (da, db))
         dx, dy = load(backend, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
-    return *once((anchor,), dx, dy), None
+    return *once((*upstream, x, y), dx, dy), None
 
 
 _node = Node(_forward, _save, _backward, name="unit_pairs", outputs=3)

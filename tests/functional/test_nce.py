@@ -94,6 +94,15 @@ def test_a_tiny_loss_keeps_its_digits(backend):
     assert exact < 2e-7 and abs(got / exact - 1) < 0.01 < abs(dense / exact - 1)
 
 
+def test_huge_scores_have_weights_of_at_most_one(backend):
+    """Their log-sum-exp, rounded, may lie below them by more than an exponential holds."""
+    query, bank = torch.eye(2, 8).requires_grad_(), 1e20 * (1 + torch.rand(6, 8) / 16)
+    index = torch.tensor([[0, 1, 1, 2], [3, 4, 4, 5]])
+    loss = nce(query, bank, index, 0.3, form="softmax", normalize=False, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, query)
+    assert grad.isfinite().all() and (grad.abs() <= 4 * 1.1e20 / 0.3).all()
+
+
 def test_z_is_estimated_from_the_batch(backend):
     query, bank, index = (x.float() if x.is_floating_point() else x for x in problem())
     scores = (unit(query) @ bank.T).gather(1, index) / 0.2

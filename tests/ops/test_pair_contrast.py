@@ -180,8 +180,15 @@ def test_opcheck(backend, mode):
         bank, ids = torch.randn(7, 5), None
     mode = "one_way" if frozen else mode
     x, y = x.requires_grad_(), y.requires_grad_(not frozen)
-    args = (x, y, bank, scale, 1.0, ids, mode, True, False, frozen, keep, ",".join([name] * 3))
+    backends = ",".join([name] * 3)
+    args = (x, y, bank, scale, 1.0, ids, mode, True, False, True, frozen, keep, backends)
     torch.library.opcheck(torch.ops.sslkern.pair_contrast.default, args)
+    losses, _, _, *saved = torch.ops.sslkern.pair_contrast.default(*(a if a is not x else x.detach() for a in args))
+    z, norm, cosine, gap, row, col, kept = (x.detach() for x in saved)
+    saved = z, norm, cosine, gap, row, col if mode == "two_way" else None, kept, scale.detach()
+    for needs in ((True, True), (True, False)):
+        args = (torch.ones_like(losses).detach(), *saved, 1.0, ids, mode, True, frozen, *needs, True, backends)
+        torch.library.opcheck(torch.ops.sslkern.pair_contrast_bwd.default, args)
 
 
 # ---- how far it is from a loss to its kernel -------------------------------------------------------------------------
@@ -254,7 +261,7 @@ class Whole(types.ModuleType):
 
     def __init__(self, largest: int):
         super().__init__("whole")
-        self.LACKS = {"pair_contrast": lambda x, sizes, mode: f"takes {largest} rows" if sizes[1] > largest else None}
+        self.LACKS = {"pair_contrast": lambda x, sizes, **_: f"takes {largest} rows" if sizes[1] > largest else None}
         self.calls = []
 
     def pair_contrast_fwd(self, *inputs):
