@@ -11,6 +11,7 @@ import contextvars
 import functools
 import importlib
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -103,11 +104,7 @@ def _choice() -> str:
 def find(primitive: str, x: Tensor, **options) -> str | None:
     """The backend that runs `primitive` on features x: under "auto" the fastest that can, else the one asked for by
     name; None if it cannot. options: what else a backend may decide by, see `resolve`."""
-    choice = _choice()
-    for name in _OFFERED.get(primitive, ()):
-        if choice in ("auto", name) and _lacks(name, primitive, x, options) is None:
-            return name
-    return None
+    return _find(primitive, _choice(), x.device.type, x.dtype, x, options)
 
 
 def resolve(primitive: str, x: Tensor, **options) -> str:
@@ -125,27 +122,41 @@ def resolve(primitive: str, x: Tensor, **options) -> str:
         RuntimeError: the backend was asked for by name, and lacks the primitive, the device, the type, or something
             that this problem needs; it never falls back to another.
     """
-    name = find(primitive, x, **options)
-    if name is None:
-        choice = _choice()
-        if choice == "auto":
-            raise RuntimeError(f"no backend can run {primitive} of {x.dtype} on {x.device}")
-        reason = _lacks(choice, primitive, x, options)
-        raise RuntimeError(f"backend {choice!r} cannot run {primitive}: {reason}; use_backend('auto') finds one")
-    return name
+    return resolve_each((primitive,), x, options)[0]
 
 
-def _lacks(name: str, primitive: str, x: Tensor, options: dict) -> str | None:
+def resolve_each(primitives: Sequence[str], x: Tensor, options: dict) -> list[str]:
+    """`resolve`, of several primitives."""
+    choice, device, dtype, names = _choice(), x.device.type, x.dtype, []
+    for primitive in primitives:
+        name = _find(primitive, choice, device, dtype, x, options)
+        if name is None:
+            if choice == "auto":
+                raise RuntimeError(f"no backend can run {primitive} of {dtype} on {device}")
+            reason = _lacks(choice, primitive, device, dtype, x, options)
+            raise RuntimeError(f"backend {choice!r} cannot run {primitive}: {reason}; use_backend('auto') finds one")
+        names.append(name)
+    return names
+
+
+def _find(primitive, choice, device, dtype, x, options) -> str | None:
+    for name in _OFFERED.get(primitive, ()):
+        if (choice == "auto" or choice == name) and _lacks(name, primitive, device, dtype, x, options) is None:
+            return name
+    return None
+
+
+def _lacks(name, primitive, device, dtype, x, options) -> str | None:
     """What the backend cannot do, or None."""
     backend = BACKENDS[name]
     if backend.MISSING is not None:
         return backend.MISSING
     if primitive not in backend.PRIMITIVES:
         return f"it has no {primitive}"
-    if backend.DEVICES is not None and x.device.type not in backend.DEVICES:
-        return f"it has no {x.device.type} kernels"
-    if backend.DTYPES is not None and x.dtype not in backend.DTYPES:
-        return f"it has no {x.dtype} kernels"
+    if backend.DEVICES is not None and device not in backend.DEVICES:
+        return f"it has no {device} kernels"
+    if backend.DTYPES is not None and dtype not in backend.DTYPES:
+        return f"it has no {dtype} kernels"
     lacks = backend.LACKS.get(primitive)
     return None if lacks is None else lacks(x, **options)
 

@@ -135,8 +135,8 @@ def _without_none(function: Callable) -> Callable:
 
 
 def once(depend_on: Sequence[Tensor | None], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients, as functions of what they depend on, the upstream gradients among it, that cannot be differentiated
-    again."""
+    """The gradients, as functions of what they depend on, the upstream gradients among it, which cannot be
+    differentiated again."""
     return _Once.apply(len(depend_on), *depend_on, *grads) if torch.is_grad_enabled() else grads
 
 

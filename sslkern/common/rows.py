@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tensors import plain, transformed, wide
+from .tensors import wide
 
 EPS = 1e-12  # rows shorter than this are divided by it
 
@@ -30,12 +30,12 @@ def dots(a: Tensor, b: Tensor) -> Tensor:
     return (wide(a) * wide(b)).sum(-1)
 
 
-def row_numbers(n: int, copies: int, device: torch.device) -> Tensor:
-    """`copies` times 0 to n - 1; kept, as for a small batch making them would cost as much as a kernel."""
-    # What a CUDA graph, a trace or torch.func holds on to must be its own, and a fake tensor must not stay.
-    fresh = torch.compiler.is_compiling() or transformed() or not plain()
-    fresh = fresh or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-    return (_row_numbers.__wrapped__ if fresh else _row_numbers)(n, copies, device)
+def row_numbers(n: int, copies: int, device: torch.device, keep: bool) -> Tensor:
+    """`copies` times 0 to n - 1. keep: for the next call, as making them would cost a small batch as much as a kernel;
+    only in eager code that nobody traces or transforms, who would hold on to them."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        keep = False  # what a CUDA graph holds on to must be its own
+    return (_row_numbers if keep else _row_numbers.__wrapped__)(n, copies, device)
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..common.node import past_dispatcher
 from ..common.rows import dots, row_numbers
 from ..common.sums import softplus, times, total
 from ..ops import similarity_softplus
@@ -60,7 +61,7 @@ def siglip(
     scale, bias = scalar("logit_scale", logit_scale, image), scalar("logit_bias", logit_bias, image)
     N = image.shape[0]
     if ids is None:
-        ids = row_numbers(N, 1, image.device)
+        ids = row_numbers(N, 1, image.device, keep=past_dispatcher())
     else:
         check_ids("ids", ids, (N,), image)
     image, text, cosine = unit_pairs(image, text) if normalize else (image, text, dots(image, text))

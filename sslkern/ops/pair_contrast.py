@@ -2,15 +2,15 @@
 
     positive_i = scale <x_i, y_i>      loss_i = softplus(gap_i)      gap_i = negatives_i - positive_i
 
-With g = dL/dloss, the gradient of the negatives is weight_i = g_i sigmoid(gap_i); that of the positive is -toward_i, its
-sum over the sides; and that of the cosine is -pull_i, pull = scale toward. The rest is the derivatives of `unit_pairs`
-and `similarity_lse`.
+With g = dL/dloss, the gradient of the negatives is weight_i = g_i sigmoid(gap_i); that of the positive is -toward_i,
+its sum over the sides; and that of the cosine is -pull_i, pull = scale toward. The rest is the derivatives of
+`unit_pairs` and `similarity_lse`.
 
 A loss of 32 rows spends its time between the kernels: normalisation, positives and softplus come to twenty autograd
 nodes, here one. A backend may have all of it: `pair_contrast_fwd` and `pair_contrast_fake` with the arguments of
 `_forward` and `_fake` up to `frozen`, and `pair_contrast_bwd` with those of `_gradients_of` but the last; what the
-outputs after `best` hold is its own affair, but for the shapes of z [2N, D] and cosine [N]. Else the loss is composed of the primitives
-`unit_pairs`, `similarity_lse` and `pair_losses`.
+outputs after `best` hold is its own affair, but for the shapes of z [2N, D] and cosine [N]. Else the loss is composed
+of the primitives `unit_pairs`, `similarity_lse` and `pair_losses`.
 """
 
 from typing import NamedTuple
@@ -18,15 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import find, kept_rows, load, resolve
+from ..backends import find, kept_rows, load, resolve_each
 from ..backends.problem import Problem
-from ..common.node import Node, Operator, past_dispatcher_in, once
+from ..common.node import Node, Operator, once, past_dispatcher_in
 from ..common.rows import dots, row_numbers
 from ..common.sums import dot
 from ..common.tensors import accumulator, transformed
 from ._dense import dense_contrast, few
 from ._problem import scale_parts
 from .similarity_lse import frozen_gradient
+
+PARTS = "similarity_lse", "unit_pairs", "pair_losses"
 
 
 def pair_contrast(
@@ -65,34 +67,26 @@ def pair_contrast(
         if ids is not None:
             raise ValueError("ids must be None with a bank: its rows have none to compare them with")
         bank = bank.detach()
-    elif ids is None:
-        ids = row_numbers(N, 1 + views, x.device)
-    elif views:
+    elif ids is not None and views:
         ids = ids.repeat(2)
     scale_tensor, scale = scale_parts(scale, x)
     of_x, of_scale = x.requires_grad, scale_tensor is not None and scale_tensor.requires_grad
     learns = torch.is_grad_enabled() and (of_x or y.requires_grad or of_scale or transformed())
     frozen = frozen and learns and (of_x or of_scale or transformed())  # the mean of the negatives is for these
-    sizes = 1, rows, rows if bank is None else bank.shape[0], x.shape[1]
-    options = dict(mode=mode, normalize=normalize, best=best, learns=learns, bank=bank is not None)
-    backends = _backends(x, sizes, options)
+    way = _node.way(learns, x, y, bank, scale_tensor, ids)
+    if ids is None and bank is None:
+        ids = row_numbers(N, 1 + views, x.device, keep=way in (_node.eager, _node.function))
+    sizes = dict(sizes=(1, rows, rows if bank is None else bank.shape[0], x.shape[1]))
+    backends = find("pair_contrast", x, mode=mode, normalize=normalize, best=best, learns=learns, bank=bank, **sizes)
     keep = 0
-    if learns and not frozen and "," in backends:
-        keep = kept_rows(backends.partition(",")[0], rows, rows, x.shape[1], itself=views)
-    call = _node.way(learns, x, y, bank, scale_tensor, ids)
-    losses, positive, top, *_ = call(
+    if backends is None:  # who has each part of it
+        backend, *parts = resolve_each(PARTS, x, sizes)
+        keep = kept_rows(backend, rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
+        backends = ",".join((backend, *parts))
+    losses, positive, top, *_ = way(
         x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, frozen, keep, backends
     )
     return losses, positive, top if best else None
-
-
-def _backends(x: Tensor, sizes: tuple[int, ...], options: dict) -> str:
-    """Who has the whole loss, or, with commas, each of its parts."""
-    whole = find("pair_contrast", x, sizes=sizes, **options)
-    if whole is not None:
-        return whole
-    backend = resolve("similarity_lse", x, sizes=sizes, bias=False, limit=False)
-    return f"{backend},{resolve('unit_pairs', x)},{resolve('pair_losses', x)}"
 
 
 # ---- the node --------------------------------------------------------------------------------------------------------
@@ -193,8 +187,9 @@ def _or_none(x: Tensor | None) -> Tensor | None:
 _node = Node(
     Operator(
         "pair_contrast(Tensor x, Tensor y, Tensor? bank, Tensor? scale_tensor, float scale, Tensor? ids, str mode,"
-        " bool normalize, bool best, bool learns, bool frozen, int keep, str backends) -> (Tensor losses, Tensor positive,"
-        " Tensor best, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col, Tensor kept)",
+        " bool normalize, bool best, bool learns, bool frozen, int keep, str backends) -> (Tensor losses,"
+        " Tensor positive, Tensor best, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col,"
+        " Tensor kept)",
         _forward,
         _fake,
     ),
