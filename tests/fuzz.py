@@ -68,6 +68,7 @@ CHUNK = 2500  # cases that one process runs
 SECONDS = 60  # for one case; most take milliseconds
 MARGIN = 24  # how many times the effect of a rounding of the arguments a result may be off
 ROUNDINGS = 6  # tried to find that effect
+PICKS = {"nearest_neighbors", "nnclr", "NNCLRLoss"}  # in which it is rarely anything, and then all
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # ---- calls that are right --------------------------------------------------------------------------------------------
@@ -400,7 +401,7 @@ def _shape(rng, x: Tensor) -> Tensor:
             lambda: x[..., :0],
             lambda: x[..., :1],
             lambda: torch.cat((x, x[..., :1]), -1),
-            lambda: x[0],
+            lambda: x[0] if len(x) else x.sum(0),
         ]
     return rng.choice(ways)()
 
@@ -865,7 +866,8 @@ def check(case: Case) -> str:
 
 def _guess(call: Call, case: Case, double: bool):
     try:
-        return _outcome(call, case.dtype, double, case.around if case.around in ("no_grad", "inference") else "")
+        kept = ("no_grad", "inference") if double else ("no_grad", "inference", "autocast bfloat16", "autocast float16")
+        return _outcome(call, case.dtype, double, case.around if case.around in kept else "")
     except Exception as error:
         return error
 
@@ -908,7 +910,7 @@ def _agree(case: Case, call: Call, got: Outcome, exact: Outcome) -> None:
         compare(exact, [])
     except Failure:
         trials = []
-        for n in range(ROUNDINGS):
+        for n in range(20 * ROUNDINGS if case.call.name in PICKS else ROUNDINGS):
             trial = _guess(_in_double(case.call, eps, n), case, double=True)
             same_size = isinstance(trial, Outcome) and all(
                 len(getattr(trial, kind)) == len(getattr(got, kind)) for kind in ("values", "grads", "kept")
