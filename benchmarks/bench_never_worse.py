@@ -6,7 +6,7 @@ python -m pytest benchmarks/bench_never_worse.py -k 'nt_xent and fp32 and eager'
 import functools
 
 import pytest
-from baselines import compiled, nt_xent, two_way
+from baselines import compiled, nt_xent, one_way, two_way
 from harness import DTYPES, OURS, checked_steps, seconds_per_call
 
 DENSE = ["dense cross_entropy", "dense logsumexp"]
@@ -23,7 +23,7 @@ def faster_dense_form(problem, d: int, dtype: str) -> list[str]:
 @pytest.mark.parametrize("d", [32, 128, 512, 1024])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("problem", [nt_xent, two_way], ids=lambda problem: problem.__name__)
+@pytest.mark.parametrize("problem", [nt_xent, two_way, one_way], ids=lambda problem: problem.__name__)
 def bench_never_worse(race, goal, problem, mode, dtype, d, n):
     build = compiled(problem) if mode == "compiled" else problem
     dense = DENSE if n <= LARGE else faster_dense_form(build, d, dtype)

@@ -68,7 +68,7 @@ def changing(name) -> list:
 @pytest.fixture
 def kernels(monkeypatch):
     """The ops also where the formula is left to the compiler, as for larger batches."""
-    monkeypatch.setattr(sys.modules["sslkern.ops.pair_contrast"], "few", lambda *_: False)
+    monkeypatch.setattr(sys.modules["sslkern.ops.pair_contrast"], "few_pairs", lambda *_: False)
     monkeypatch.setattr(sys.modules["sslkern.ops._dense"], "few", lambda *_: False)
 
 

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from ..backends.problem import Problem, full_scale_of, sizes_of
 from ..common.autocast import autocast_active, cat, stack
+from ..common.node import Node, once
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
 from ..common.tensors import wide
+from ._problem import scale_parts
 from .logsumexp import logsumexp
 
 
@@ -23,6 +25,13 @@ def few(x: Tensor, rows: int, columns: int) -> bool:
     if autocast_active(x.device.type):
         return False  # it would round the products to 16 bits, forward and backward
     return rows * columns <= 2**16
+
+
+def few_pairs(x: Tensor, rows: int, ids: Tensor | None) -> bool:
+    """The same of `dense_contrast`, with scores [rows, rows]; our own products of bf16 lag behind for longer."""
+    if autocast_active(x.device.type) or not _suits(x, ids):
+        return few(x, rows, rows)
+    return rows * rows <= (2**20 if x.dtype == torch.bfloat16 else 2**18)
 
 
 def dense(problem: Problem, columns: bool, best: bool) -> Tensor | tuple[Tensor, ...]:
@@ -60,6 +69,10 @@ def dense_contrast(
     """What `pair_contrast` returns."""
     N, views = x.shape[0], mode == "views"
     x, y = (unit(x), unit(y)) if normalize else (x, y)
+    if _suits(x, ids):
+        scale_tensor, _ = scale_parts(scale, x)
+        losses, positive, top, _ = _by_hand.way(True)(x, y, scale_tensor, mode, best)
+        return losses, positive, top
     q, k = (cat((x, y)),) * 2 if views else (x, y)
     positive = times(dots(x, y), scale)
     if ids is None:
@@ -76,3 +89,70 @@ def dense_contrast(
     top = stack([s.amax(side) for side in sides]).view(-1, N).detach() if best else None
     # Stacked before the softplus, the inductor of torch 2.13 computes gradients that are wrong (with a scale tensor).
     return stack([pair_loss(side, positive) for side in negatives]), positive.detach(), top
+
+
+# ---- with a derivative by hand, of at least two rows that all differ -------------------------------------------------
+
+
+def _suits(x: Tensor, ids: Tensor | None) -> bool:
+    """To a GPU this form is no better, and fp16 may not hold its W."""
+    return ids is None and x.shape[0] > 1 and x.device.type == "cpu" and x.dtype != torch.float16
+
+
+# With total_i = loss_i + positive_i = log(exp(positive_i) + exp(negatives_i)), the derivative of a sum of losses with
+# weights g by the scores that count, and by the positives, is
+#
+#     W_ij = g_i exp(s_ij - total_i)      (and the same of the columns)      W_ii = g_i (exp(-loss_i) - 1)
+#
+# so the positives take the place of the diagonal, and W that of S in the products. Left to itself the compiler spends
+# a mask in each pass over S, a division per score, and two passes on the derivative of a diagonal; and of two views,
+# whose S is symmetric, W + W^T takes one product instead of two.
+
+
+def _contrast(x, y, scale, mode, best):
+    N, views = x.shape[0], mode == "views"
+    q, k = (cat((x, y)),) * 2 if views else (x, y)
+    rounds = x.dtype == torch.bfloat16  # then the scale is for the scores
+    s = wide(q @ k.mT) * scale if rounds else (q * scale) @ k.mT
+    positive = dots(x, y) * scale
+    for part in (s, s[:N, N:], s[N:, :N]) if views else (s,):
+        part.diagonal().fill_(-math.inf)
+    sides = (1, 0) if mode == "two_way" else (1,)
+    negatives = [half for side in sides for half in s.logsumexp(side).view(-1, N)]
+    # Stacked before the softplus, the inductor of torch 2.13 computes gradients that are wrong (with a scale tensor).
+    losses = stack([pair_loss(side, positive) for side in negatives])
+    top = stack([s.amax(side) for side in sides]).view(-1, N) if best else None
+    return losses, positive, top, s
+
+
+def _save(ctx, inputs, outputs):
+    x, y, scale, ctx.mode, _ = inputs
+    losses, positive, _, s = outputs
+    ctx.save_for_backward(x, y, scale, losses, positive, s)
+
+
+def _backward(ctx, g, *_):
+    x, y, scale, losses, positive, s = ctx.saved_tensors
+    N, dtype = x.shape[0], x.dtype
+    totals, diagonal = losses + positive, (g * torch.expm1(-losses)).sum(0)
+    if ctx.mode == "views":
+        z, g, totals = cat((x, y)), g.view(-1), totals.view(-1)
+        w = g.unsqueeze(1) * (s - totals.unsqueeze(1)).exp() + g * (s - totals).exp()
+        for part in (w[:N, N:], w[N:, :N]):
+            part.diagonal().copy_(diagonal)
+        dz = wide(w.to(dtype) @ z)
+        dx, dy = (dz * scale).to(dtype).split(N)
+        dscale = (dz * z).sum() / 2
+    else:
+        w = g[0].unsqueeze(1) * (s - totals[0].unsqueeze(1)).exp()
+        if ctx.mode == "two_way":
+            w = w + g[1] * (s - totals[1]).exp()
+        w.diagonal().copy_(diagonal)
+        w = w.to(dtype)
+        dx, dy = wide(w @ y), wide(w.mT @ x)
+        dscale = (dx * x).sum()
+        dx, dy = (dx * scale).to(dtype), (dy * scale).to(dtype)
+    return *once((g, x, y, scale), dx, dy, dscale), None, None
+
+
+_by_hand = Node(_contrast, _save, _backward, name="dense_contrast", outputs=1)

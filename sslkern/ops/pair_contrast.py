@@ -24,7 +24,7 @@ from ..common.node import Node, Operator, once, past_dispatcher_in
 from ..common.rows import dots, row_numbers
 from ..common.sums import dot
 from ..common.tensors import accumulator, transformed
-from ._dense import dense_contrast, few
+from ._dense import dense_contrast, few_pairs
 from ._problem import scale_parts
 from .similarity_lse import frozen_gradient
 
@@ -60,7 +60,7 @@ def pair_contrast(
     rows = 2 * N if views else N
     # Keys that do not learn are not kept: a queue may be overwritten before the backward.
     frozen = mode == "one_way" and (bank is not None or not (y.requires_grad or transformed()))
-    if torch.compiler.is_compiling() and not frozen and few(x, rows, rows):
+    if torch.compiler.is_compiling() and not frozen and few_pairs(x, rows, ids):
         return dense_contrast(x, y, scale, ids, mode, normalize, best)
 
     if bank is not None:
@@ -136,7 +136,7 @@ def _save(ctx, inputs, outputs) -> None:
     _, _, _, z, norm, cosine, gap, row, col, kept = outputs
     # What learns, to tell that its gradient has none.
     learn = [side for side in (x, y, scale_tensor) if side is not None and (side.requires_grad or transformed())]
-    saved = z, _or_none(norm), cosine, gap, row, _or_none(col), _or_none(kept)
+    saved = z, _or_none(norm), cosine, gap, row, _or_none(col), kept if ctx.frozen else _or_none(kept)
     ctx.save_for_backward(*learn, scale_tensor, ids, *saved)
 
 
@@ -159,7 +159,7 @@ def _backward(ctx, g, *_):
             if need_scale:
                 dscale = dot(toward, dots(z[:N], kept) - cosine)
         else:
-            backward, kept = load(backend, "similarity_lse").similarity_lse_bwd, _or_none(kept)
+            backward = load(backend, "similarity_lse").similarity_lse_bwd
             if ctx.mode == "views":
                 problem = Problem(z, None, scale_tensor, ctx.scale, ids)
                 dz, _, dscale, _ = backward(

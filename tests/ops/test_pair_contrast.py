@@ -304,7 +304,7 @@ def test_a_backend_may_have_the_whole_loss(whole, monkeypatch, mode):
     assert whole.calls == ["forward", "backward"]
     for ours, composed in zip(got, want, strict=True):
         assert torch.allclose(ours, composed, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(ops_pair_contrast, "few", lambda *_: False)
+    monkeypatch.setattr(ops_pair_contrast, "few_pairs", lambda *_: False)
     torch.compiler.reset()
     for ours, composed in zip(step(torch.compile(pair_contrast, backend="aot_eager")), want, strict=True):
         assert torch.allclose(ours, composed, rtol=1e-4, atol=1e-5)
