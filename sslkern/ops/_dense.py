@@ -67,12 +67,10 @@ def dense_contrast(
     x: Tensor, y: Tensor, scale: float | Tensor, ids: Tensor | None, mode: str, normalize: bool, best: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `pair_contrast` returns."""
+    if _suits(x, ids):
+        return _of_different_rows(x, y, scale_parts(scale, x)[0], mode, normalize, best)
     N, views = x.shape[0], mode == "views"
     x, y = (unit(x), unit(y)) if normalize else (x, y)
-    if _suits(x, ids):
-        scale_tensor, _ = scale_parts(scale, x)
-        losses, positive, top, _ = _by_hand.way(True)(x, y, scale_tensor, mode, best)
-        return losses, positive, top
     q, k = (cat((x, y)),) * 2 if views else (x, y)
     positive = times(dots(x, y), scale)
     if ids is None:
@@ -107,6 +105,13 @@ def _suits(x: Tensor, ids: Tensor | None) -> bool:
 # so the positives take the place of the diagonal, and W that of S in the products. Left to itself the compiler spends
 # a mask in each pass over S, a division per score, and two passes on the derivative of a diagonal; and of two views,
 # whose S is symmetric, W + W^T takes one product instead of two.
+
+
+@torch.compiler.allow_in_graph  # each function that the compiler looks into costs a guard in each call
+def _of_different_rows(x, y, scale, mode, normalize, best):
+    x, y = (unit(x), unit(y)) if normalize else (x, y)
+    losses, positive, top, _ = _by_hand.way(True, x, y, scale)(x, y, scale, mode, best)
+    return losses, positive, top
 
 
 def _contrast(x, y, scale, mode, best):
