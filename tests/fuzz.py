@@ -891,7 +891,7 @@ def _agree(case: Case, call: Call, got: Outcome, exact: Outcome) -> None:
         worst = torch.float64
     eps = torch.finfo(worst).eps
     tiny = max((64 * torch.finfo(t).tiny * torch.finfo(t).eps for t in types), default=0.0)
-    terms = _terms_of_temperatures(call)
+    terms, scale = _terms_of_temperatures(call), _huge_scale(call)
     parts = [(f"{kind} {i}", kind, i) for kind in ("values", "grads", "kept") for i in range(len(getattr(got, kind)))]
     for kind in ("values", "grads", "kept"):
         if len(getattr(got, kind)) != len(getattr(exact, kind)):
@@ -907,7 +907,7 @@ def _agree(case: Case, call: Call, got: Outcome, exact: Outcome) -> None:
         for what, kind, i in parts:
             a, b = getattr(got, kind)[i], getattr(want, kind)[i]
             b_double = b.double() if isinstance(b, Tensor) and b.dtype in FLOATS else b
-            least = tiny + 16 * eps * (terms.get(i, 1.0) if kind == "grads" else 1.0)
+            least = tiny + 16 * eps * (terms.get(i, 1.0) * scale if kind == "grads" else 1.0)
             own = eps  # a memory may have fewer digits than what comes in
             if kind == "kept" and a.dtype in FLOATS:
                 own = max(eps, torch.finfo(a.dtype).eps)
@@ -937,6 +937,16 @@ def _agree(case: Case, call: Call, got: Outcome, exact: Outcome) -> None:
             if not isinstance(plain, Outcome):
                 raise
             compare(plain, trials, beyond=True)
+
+
+def _huge_scale(call: Call) -> float:
+    """Of which gradients of features are sums that may cancel, if it is large; else 1."""
+    scale = call.args.get("logit_scale", call.args.get("scale"))
+    try:
+        scale = abs(float(scale))
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return 1.0
+    return scale if 1e4 < scale < INF else 1.0
 
 
 def _terms_of_temperatures(call: Call) -> dict[int, float]:

@@ -97,6 +97,11 @@ for _name, _backend in BACKENDS.items():
         _OFFERED.setdefault(_primitive, []).append(_name)
 
 
+def offered(primitive: str) -> bool:
+    """Whether any backend has it."""
+    return primitive in _OFFERED
+
+
 def _choice() -> str:
     return _latest if torch.compiler.is_compiling() else current()
 

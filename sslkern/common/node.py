@@ -20,9 +20,14 @@ def past_dispatcher(*tensors: Tensor | None) -> bool:
     return not (torch.compiler.is_compiling() or transformed()) and plain(*tensors)
 
 
+def from_eager(ctx) -> bool:
+    """Whether the forward of this context was called as it is."""
+    return getattr(ctx, "eager", False)
+
+
 def past_dispatcher_in(ctx, *grads: Tensor | None) -> bool:
     """The same in a backward: what its context saved is plain if the forward was called so."""
-    if not getattr(ctx, "eager", False) or not past_dispatcher(*grads):
+    if not from_eager(ctx) or not past_dispatcher(*grads):
         return False
     return not any(g is not None and _batched(g) for g in grads)  # by is_grads_batched
 
@@ -83,7 +88,7 @@ class Node:
     ):
         def setup(ctx, inputs, output):
             if outputs is not None:
-                ctx.mark_non_differentiable(*(x for x in output[outputs:] if x is not None))
+                ctx.mark_non_differentiable(*[x for x in output[outputs:] if x is not None])
                 ctx.set_materialize_grads(False)
             save(ctx, inputs, output)
 

@@ -26,7 +26,9 @@ def check_number(name: str, x: float, low: float, high: float = math.inf, *, clo
     """x as a float, a number with low <= x < high; with `closed` low <= x <= high."""
     value = number(x)
     if value is None or not (low <= value < high or (closed and value == high)):
-        bound = f"at least {low:g}" + (f" and {'at most' if closed else 'below'} {high:g}" if high < math.inf else "")
+        bound = f"at least {float(low):g}" + (
+            f" and {'at most' if closed else 'below'} {float(high):g}" if high < math.inf else ""
+        )
         raise ValueError(f"{name} must be a number, {bound}, not {shown(x)}")
     return value
 

@@ -151,8 +151,9 @@ def _slopes(logits: Tensor, losses: Tensor, form: str) -> Tensor:
             part.sigmoid_()
     else:
         of_positive = torch.expm1(-losses)
-        # No larger than 1, as rounding of huge scores would have it.
-        logits.sub_((logits[:, 0] + losses).unsqueeze(1)).clamp_(max=0).exp_()
+        # The share of the negatives, and how they share it: exact for scores of any size. Of no share nothing is left.
+        share = -of_positive.unsqueeze(1)
+        logits[:, 1:] = torch.softmax(logits[:, 1:], 1).mul_(share).masked_fill_(share == 0, 0)
     logits[:, 0] = of_positive
     return logits
 

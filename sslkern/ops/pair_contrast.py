@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import find, kept_rows, load, resolve_each
+from ..backends import find, kept_rows, load, offered, resolve_each
 from ..backends.problem import Problem
-from ..common.node import Node, Operator, once, past_dispatcher_in
+from ..common.node import Node, Operator, from_eager, once, past_dispatcher_in
 from ..common.rows import dots, row_numbers
 from ..common.sums import dot
 from ..common.tensors import accumulator, transformed
@@ -76,13 +76,14 @@ def pair_contrast(
     way = _node.way(learns, x, y, bank, scale_tensor, ids)
     if ids is None and bank is None:
         ids = row_numbers(N, 1 + views, x.device, keep=way in (_node.eager, _node.function))
-    sizes = dict(sizes=(1, rows, rows if bank is None else bank.shape[0], x.shape[1]))
-    backends = find("pair_contrast", x, mode=mode, normalize=normalize, best=best, learns=learns, bank=bank, **sizes)
-    keep = 0
+    sizes, backends, keep = dict(sizes=(1, rows, rows if bank is None else bank.shape[0], x.shape[1])), None, 0
+    if offered("pair_contrast"):
+        options = dict(mode=mode, normalize=normalize, best=best, learns=learns, bank=bank is not None)
+        backends = find("pair_contrast", x, **sizes, **options)
     if backends is None:  # who has each part of it
-        backend, *parts = resolve_each(PARTS, x, sizes)
-        keep = kept_rows(backend, rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
-        backends = ",".join((backend, *parts))
+        parts = resolve_each(PARTS, x, sizes)
+        keep = kept_rows(parts[0], rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
+        backends = ",".join(parts)
     losses, positive, top, *_ = way(
         x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, frozen, keep, backends
     )
@@ -136,7 +137,9 @@ def _save(ctx, inputs, outputs) -> None:
     _, _, _, z, norm, cosine, gap, row, col, kept = outputs
     # What learns, to tell that its gradient has none.
     learn = [side for side in (x, y, scale_tensor) if side is not None and (side.requires_grad or transformed())]
-    saved = z, _or_none(norm), cosine, gap, row, _or_none(col), kept if ctx.frozen else _or_none(kept)
+    if not from_eager(ctx):
+        norm, col, kept = _or_none(norm), _or_none(col), kept if ctx.frozen else _or_none(kept)
+    saved = z, norm, cosine, gap, row, col, kept
     ctx.save_for_backward(*learn, scale_tensor, ids, *saved)
 
 

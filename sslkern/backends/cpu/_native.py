@@ -10,8 +10,22 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc
 
 def native(problem: Problem, sizes: tuple[int, ...], kept: Tensor | None = None) -> tuple:
     """The problem and its sizes as the native functions take them. kept: [G, kept_rows, M], scores for the backward."""
-    rows = 0 if kept is None else kept.shape[-2]
-    return CODES[problem.q.dtype], *sizes, *problem.contiguous(), kept, rows
+    q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
+    return (
+        CODES[q.dtype],
+        *sizes,
+        q.contiguous(),
+        k if k is None else k.contiguous(),
+        scale_tensor if scale_tensor is None else scale_tensor.contiguous(),
+        scale,
+        q_ids if q_ids is None else q_ids.contiguous(),
+        k_ids if k_ids is None else k_ids.contiguous(),
+        same,
+        k_bias if k_bias is None else k_bias.contiguous(),
+        q_limit if q_limit is None else q_limit.contiguous(),
+        kept,
+        0 if kept is None else kept.shape[-2],
+    )
 
 
 def new(like: Tensor, *shape: int) -> Tensor:
