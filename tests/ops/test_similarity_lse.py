@@ -244,6 +244,17 @@ def test_an_infinite_product_that_is_left_out_has_no_part_in_the_gradient_of_the
     assert grad.item() == pytest.approx(6 * 0.25)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_column_taken_out_by_its_bias_may_hold_anything(backend, value):
+    q, k, bias = torch.randn(5, 4), torch.randn(70, 4), torch.zeros(70)
+    k[[3, 40]], bias[[3, 40]] = value, -math.inf
+    row, col = similarity_lse(q, k, 2.0, k_bias=bias, columns=True)
+    kept = bias == 0
+    want = similarity_lse(q, k[kept], 2.0, columns=True)
+    assert torch.allclose(row, want[0], atol=1e-5) and torch.allclose(col[kept], want[1], atol=1e-5)
+    assert (col[~kept] == -math.inf).all()
+
+
 @pytest.mark.parametrize("k_learns", [False, True])
 def test_an_infinite_key_that_is_left_out_has_no_part_in_the_gradient_of_the_scale(backend, k_learns):
     q, k = torch.ones(1, 1), torch.tensor([[math.inf], [1.0], [1.0]]).requires_grad_(k_learns)

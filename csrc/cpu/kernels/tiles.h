@@ -143,7 +143,10 @@ struct Group {
       float* s = x.s + i * S_ROW;
       const float* dot = dots + i * S_ROW;
       if (k_bias != nullptr)
-        for (int64_t j = 0; j < wide; j += LANES) store(s + j, load(dot + j) * scale + load(bias + j));
+        for (int64_t j = 0; j < wide; j += LANES) {
+          const Vec b = load(bias + j);
+          store(s + j, b == all(-INF) ? all(-INF) : load(dot + j) * scale + b);  // whatever the product is
+        }
       else
         for (int64_t j = 0; j < wide; j += LANES) store(s + j, load(dot + j) * scale);
       if (compare) {
