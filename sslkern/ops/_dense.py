@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends.problem import Problem, full_scale_of, sizes_of
 from ..common.autocast import autocast_active, cat, stack
-from ..common.node import Node, once
+from ..common.node import Node, library, once
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
 from ..common.tensors import wide
@@ -68,7 +68,8 @@ def dense_contrast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `pair_contrast` returns."""
     if _suits(x, ids):
-        return _of_different_rows(x, y, scale_parts(scale, x)[0], mode, normalize, best)
+        losses, positive, top = _different_rows(x, y, scale_parts(scale, x)[0], mode, normalize, best)
+        return losses, positive, top if best else None
     N, views = x.shape[0], mode == "views"
     x, y = (unit(x), unit(y)) if normalize else (x, y)
     q, k = (cat((x, y)),) * 2 if views else (x, y)
@@ -105,13 +106,6 @@ def _suits(x: Tensor, ids: Tensor | None) -> bool:
 # so the positives take the place of the diagonal, and W that of S in the products. Left to itself the compiler spends
 # a mask in each pass over S, a division per score, and two passes on the derivative of a diagonal; and of two views,
 # whose S is symmetric, W + W^T takes one product instead of two.
-
-
-@torch.compiler.allow_in_graph  # each function that the compiler looks into costs a guard in each call
-def _of_different_rows(x, y, scale, mode, normalize, best):
-    x, y = (unit(x), unit(y)) if normalize else (x, y)
-    losses, positive, top, _ = _by_hand.way(True, x, y, scale)(x, y, scale, mode, best)
-    return losses, positive, top
 
 
 def _contrast(x, y, scale, mode, best):
@@ -161,3 +155,19 @@ def _backward(ctx, g, *_):
 
 
 _by_hand = Node(_contrast, _save, _backward, name="dense_contrast", outputs=1)
+
+
+def _of_different_rows(x, y, scale, mode, normalize, best):
+    x, y = (unit(x), unit(y)) if normalize else (x, y)
+    losses, positive, top, _ = _by_hand.way(True, x, y, scale)(x, y, scale, mode, best)
+    return losses, positive, top if best else losses.new_empty(0)
+
+
+# An operator that the compiler takes as one and then takes apart: each function that it looked into would cost a guard
+# in every call.
+library.define(
+    "different_rows(Tensor x, Tensor y, Tensor scale, str mode, bool normalize, bool best)"
+    " -> (Tensor losses, Tensor positive, Tensor best)"
+)
+library.impl("different_rows", _of_different_rows, "CompositeImplicitAutograd")
+_different_rows = torch.ops.sslkern.different_rows.default
