@@ -1,20 +1,19 @@
 """Compile csrc/ with ninja, incrementally and in parallel.
 
-setup.py calls it for the modules `sslkern._cpu` and `sslkern._cuda`; run as a script it builds the stand-alone C++
-tests under sanitizers and runs them:
+setup.py calls it for the module `sslkern._cpu`; run as a script it builds the stand-alone C++ tests under sanitizers
+and runs them:
 
     python csrc/native_build.py address,undefined
     python csrc/native_build.py thread
 
 `csrc/cpu/kernels/*.cpp` are compiled once per instruction set with -DSSLKERN_ISA=<name>, all other sources once with
-the compiler's baseline flags and one -DSSLKERN_HAS_<NAME> for each instruction set that was built. `csrc/cuda/*.cu` are
-compiled by nvcc for several architectures, or for tests by the C++ compiler, on top of tests/cuda_emulation.
+the compiler's baseline flags and one -DSSLKERN_HAS_<NAME> for each instruction set that was built. For tests the C++
+compiler also compiles the CUDA kernels, on top of tests/cuda_emulation.
 """
 
 import fcntl
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -37,10 +36,6 @@ AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", 
 AVX512_BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
 X86_ISAS = {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "avx512_bf16": AVX512_BF16_FLAGS}
 X86_ISAS["amx"] = [*AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16"]
-
-# Asserts stay: an index outside stops the kernel. The last architecture that nvcc knows also goes in as PTX.
-NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
-CUDA_ARCHITECTURES = ("80", "90a", "100")
 
 
 def find_compiler() -> list[str]:
@@ -66,41 +61,21 @@ def supported_isas(compiler: list[str]) -> dict[str, list[str]]:
     return isas
 
 
-def find_nvcc() -> str | None:
-    """nvcc of $CUDA_HOME or $CUDA_PATH, of the PATH, or where it is installed by default."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    for path in [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]:
-        if shutil.which(path):
-            return shutil.which(path)
-    return None
-
-
-def supported_architectures(nvcc: str) -> list[str]:
-    """Of CUDA_ARCHITECTURES those that this nvcc knows."""
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    known = set(re.findall(r"compute_(\d+)", listed))
-    for name in CUDA_ARCHITECTURES:
-        if name.rstrip("a") not in known:
-            print(f"sslkern: left out the CUDA kernels for sm_{name}, unknown to {nvcc}", file=sys.stderr)
-    return [name for name in CUDA_ARCHITECTURES if name.rstrip("a") in known]
-
-
-def make(output: Path, commands: dict[str, str], edges: list, link: str, link_flags=()) -> None:
-    """Compile the edges (name of a command, source, variant, flags), and link them into `output`."""
+def make(output: Path, command: str, edges: list, link_flags=()) -> None:
+    """Compile the edges (source, variant, flags) with a command, and link them into `output`."""
     objects_dir = output.parent / f"{output.stem}.objects"
     objects_dir.mkdir(parents=True, exist_ok=True)
     with (objects_dir / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same
         with (objects_dir / "build.ninja").open("w") as file:
             ninja = ninja_syntax.Writer(file)
-            for name, command in commands.items():
-                compile_one = f"{command} $flags -MMD -MF $out.d -c $in -o $out"
-                ninja.rule(name, compile_one, "compile $out", "$out.d", deps="gcc")
-            ninja.rule("link", f"{link} $in -o $out $flags", "link $out")
+            compile_one = f"{command} $flags -MMD -MF $out.d -c $in -o $out"
+            ninja.rule("compile", compile_one, "compile $out", "$out.d", deps="gcc")
+            ninja.rule("link", f"{command} $in -o $out $flags", "link $out")
             objects = []
-            for command, source, variant, flags in edges:
+            for source, variant, flags in edges:
                 objects.append(f"{variant}/{source.relative_to(ROOT).with_suffix('.o')}")
-                ninja.build(objects[-1], command, str(source), variables={"flags": shlex.join(flags)})
+                ninja.build(objects[-1], "compile", str(source), variables={"flags": shlex.join(flags)})
             # The linker keeps the first copy of an inline function: those compiled for the baseline run everywhere.
             ninja.build(str(output), "link", objects, variables={"flags": shlex.join(link_flags)})
         if subprocess.run([sys.executable, "-m", "ninja", "-C", str(objects_dir)]).returncode != 0:
@@ -110,12 +85,12 @@ def make(output: Path, commands: dict[str, str], edges: list, link: str, link_fl
 def build(output: Path, sources: list[Path], flags: list[str], isas: dict, *, source_flags=(), link_flags=()) -> None:
     """Compile `sources` (with `source_flags`) and csrc/cpu for `isas`, all with `flags`, and link `output`."""
     has_isas = [f"-DSSLKERN_HAS_{isa.upper()}" for isa in isas]
-    edges = [("compile", source, "once", [*has_isas, *source_flags]) for source in sources]
-    edges += [("compile", source, "once", has_isas) for source in sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    edges = [(source, "once", [*has_isas, *source_flags]) for source in sources]
+    edges += [(source, "once", has_isas) for source in sorted(ROOT.glob("csrc/cpu/*.cpp"))]
     kernels = sorted(ROOT.glob("csrc/cpu/kernels/*.cpp"))
-    edges += [("compile", k, isa, [f"-DSSLKERN_ISA={isa}", *isas[isa]]) for isa in isas for k in kernels]
+    edges += [(k, isa, [f"-DSSLKERN_ISA={isa}", *isas[isa]]) for isa in isas for k in kernels]
     command = f"{shlex.join(find_compiler())} {shlex.join([*FLAGS, *flags])}"
-    make(output, {"compile": command}, edges, command, link_flags)
+    make(output, command, edges, link_flags)
 
 
 def python_includes() -> list[str]:
@@ -133,33 +108,28 @@ def build_module(output: Path) -> None:
     build(output, bindings, RELEASE_FLAGS + openmp, isas, source_flags=python_includes(), link_flags=link_flags)
 
 
-def build_cuda_module(output: Path, nvcc: str) -> None:
-    """Compile the Python module `sslkern._cuda` into `output`. It brings its own CUDA runtime and needs no torch."""
-    names = supported_architectures(nvcc)
-    if not names:
-        raise RuntimeError(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHITECTURES)}")
-    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    targets[-1] = f"-gencode=arch=compute_{names[-1]},code=[sm_{names[-1]},compute_{names[-1]}]"
-    compiler = shlex.join([*find_compiler(), *FLAGS, *RELEASE_FLAGS])
-    commands = {"compile": compiler, "compile_cuda": shlex.join([nvcc, *NVCC_FLAGS, *targets])}
-    shown = f'-DSSLKERN_CUDA_ARCHITECTURES="{" ".join(f"sm_{name}" for name in names)}"'
-    edges = [("compile_cuda", source, "once", []) for source in sorted(ROOT.glob("csrc/cuda/*.cu"))]
-    edges.append(("compile", ROOT / "csrc/bindings/cuda.cpp", "once", [shown, *python_includes()]))
-    make(output, commands, edges, shlex.join([nvcc, "-shared", "-cudart=static", *targets]))
+def build_emulated_cuda(output: Path, kernels: dict[str, list[str]]) -> None:
+    """Compile a library that stands in for NVIDIA's driver in tests. Its kernels run on the CPU, slowly, and stop at a
+    load that is not aligned, as they would on a GPU, at a shift or an integer that overflows.
 
-
-def build_emulated_cuda_module(output: Path) -> None:
-    """Compile `sslkern._cuda` for tests, without CUDA: its kernels run on the CPU, slowly, and stop at a load that is
-    not aligned, as they would on a GPU, at a shift or an integer that overflows."""
+    kernels: for each file of sslkern/backends/cuda/kernels what it is to be compiled for, as `push<bf16, float>`.
+    """
     sanitizer = ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
-    flags = [*FLAGS, "-O1", "-DSSLKERN_EMULATED", f"-I{ROOT / 'tests/cuda_emulation'}", *sanitizer]
-    command = shlex.join([*find_compiler(), *flags])
-    kernels = [source for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if source.stem != "runtime"]
-    edges = [("compile", source, "once", ["-x", "c++"]) for source in kernels]
-    edges.append(("compile", ROOT / "tests/cuda_emulation/emulation.cpp", "once", []))
-    shown = '-DSSLKERN_CUDA_ARCHITECTURES="emulated"'
-    edges.append(("compile", ROOT / "csrc/bindings/cuda.cpp", "once", [shown, *python_includes()]))
-    make(output, {"compile": command}, edges, command, ["-shared"])
+    includes = [f"-I{ROOT / folder}" for folder in ("sslkern/backends/cuda/kernels", "tests/cuda_emulation")]
+    command = shlex.join([*find_compiler(), *FLAGS, "-O1", "-DSSLKERN_EMULATED", *includes, *sanitizer])
+    sources = [ROOT / "tests/cuda_emulation/emulation.cpp"]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for name, instances in kernels.items():
+        sources.append(output.parent / f"{name}.cpp")
+        lines = [f'#include "{name}.cu"', "namespace sslkern::cuda {"]
+        for number, instance in enumerate(instances):
+            lines.append(f'static const emulation::Register<{instance}> instance_{number}("{instance}");')
+        text = "\n".join([*lines, "}", ""])
+        if not sources[-1].exists() or sources[-1].read_text() != text:  # ninja goes by the time
+            temporary = sources[-1].with_suffix(f".{os.getpid()}")
+            temporary.write_text(text)
+            temporary.replace(sources[-1])
+    make(output, command, [(source, "once", []) for source in sources], ["-shared"])
 
 
 def run_sanitized_tests(sanitizers: str) -> None:

@@ -1,4 +1,5 @@
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import shutil
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sslkern
 from sslkern.backends import BACKENDS
+from sslkern.backends.cuda import compile, driver, launch
 
 from .elsewhere import Elsewhere
 
@@ -89,11 +91,10 @@ def seeded():
 
 
 @functools.cache
-def emulated_cuda():
-    """The module `sslkern._cuda` on the CPU: tests/cuda_emulation takes the place of the GPU."""
-    for needed in ("ninja", "pybind11"):
-        if importlib.util.find_spec(needed) is None:
-            pytest.skip(f"{needed} is not installed; it is needed to build the emulated CUDA kernels")
+def emulated_cuda() -> ctypes.CDLL:
+    """A driver whose kernels run on the CPU: tests/cuda_emulation takes the place of the GPU."""
+    if importlib.util.find_spec("ninja") is None:
+        pytest.skip("ninja is not installed; it is needed to build the emulated CUDA kernels")
     root = Path(__file__).resolve().parent.parent
     sys.path.insert(0, str(root / "csrc"))
     import native_build
@@ -102,12 +103,30 @@ def emulated_cuda():
         native_build.find_compiler()
     except RuntimeError as error:
         pytest.skip(str(error))
-    path = root / "build" / sys.implementation.cache_tag / "emulated" / "_cuda.so"
-    native_build.build_emulated_cuda_module(path)
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    kernels = {}
+    for unit in compile.UNITS:
+        kernels.setdefault(unit.primitive, {}).update(dict.fromkeys(unit.expressions().values()))
+    path = root / "build/emulated/libcuda.so"
+    native_build.build_emulated_cuda(path, {name: list(found) for name, found in kernels.items()})
+    return ctypes.CDLL(str(path))
+
+
+_emulated_kernels: dict = {}
+
+
+def emulate_cuda(monkeypatch) -> ctypes.CDLL:
+    """The backend "cuda" takes tensors of the CPU, and all but its compiler is at work."""
+    library = emulated_cuda()
+    for where, name, value in (
+        (driver, "library", lambda: library),
+        (compile, "target", lambda capability: "emulated"),
+        (compile, "image", lambda unit, target: compile.Image(b"emulated", unit.expressions())),
+        (launch, "_loaded", _emulated_kernels),
+        (BACKENDS["cuda"], "MISSING", None),
+        (BACKENDS["cuda"], "DEVICES", ("cpu",)),
+    ):
+        monkeypatch.setattr(where, name, value)
+    return library
 
 
 @pytest.fixture
@@ -116,8 +135,7 @@ def backend(request, monkeypatch):
     or emulated on the CPU; the reference on a device that is not there, so that nothing stays on the CPU unseen."""
     name, _, variant = request.param.partition("-")
     if variant == "emulated":
-        for attribute, value in (("_cuda", emulated_cuda()), ("MISSING", None), ("DEVICES", ("cpu",))):
-            monkeypatch.setattr(BACKENDS[name], attribute, value)
+        emulate_cuda(monkeypatch)
     before = _native.isa() if name == "cpu" else None
     if name == "cpu":
         _native.set_isa(variant)

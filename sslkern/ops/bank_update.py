@@ -51,7 +51,7 @@ def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float = 0.5) 
         raise TypeError(f"index must be int64, not {index.dtype}; convert it with .long()")
     momentum = check_number("momentum", momentum, 0, 1, closed=True)
     check_devices("bank", bank, index=index, x=x)
-    backend = resolve("bank_update", bank)
+    backend = resolve("bank_update", bank, other=x.dtype)
     _write.registered(bank, index, x.detach(), momentum, backend)
 
 

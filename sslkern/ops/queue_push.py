@@ -47,7 +47,7 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = Fals
         raise TypeError(f"keys must be floating point, not {keys.dtype}; convert it with .float()")
     check_devices("queue", queue, ptr=ptr, keys=keys)
     check_flags(normalize=normalize)
-    _write.registered(queue, ptr, keys.detach(), normalize, resolve("queue_push", queue))
+    _write.registered(queue, ptr, keys.detach(), normalize, resolve("queue_push", queue, other=keys.dtype))
 
 
 def _written(queue, ptr, keys, normalize, backend):

@@ -1,12 +1,12 @@
-// Takes the place of a GPU in csrc/cuda/device.h, so that the values of the kernels can be tested without one. Blocks
+// Takes the place of a GPU in kernels/device.h, so that the values of the kernels can be tested without one. Blocks
 // run one after another; the threads of a block are fibers that change at barriers and exchanges.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 #include <functional>
-
-#include "cuda/kernels.h"
+#include <type_traits>
+#include <utility>
 
 #define __global__
 #define __device__
@@ -19,6 +19,54 @@ namespace emulation {
 void run(int64_t blocks, const std::function<void()>& kernel);
 void wait(int first, int count);  // for all threads from first to first + count, this one among them
 float* exchanged(int thread);     // what a thread shows to the others
+
+// A kernel as the driver knows it: its arguments lie in a row of bytes, each on a multiple of its alignment.
+struct Kernel {
+  const char* name;
+  int64_t bytes;  // of the arguments
+  void (*run)(int64_t blocks, const char* arguments);
+};
+void add(const Kernel&);
+
+template <class... P>
+struct Layout {
+  int64_t end = 0, at[sizeof...(P)];  // in this order
+  Layout() : at{place<P>()...} {}
+
+ private:
+  template <class T>
+  int64_t place() {
+    const int64_t start = (end + int64_t(alignof(T)) - 1) / int64_t(alignof(T)) * int64_t(alignof(T));
+    end = start + int64_t(sizeof(T));
+    return start;
+  }
+};
+
+template <class T>
+T taken(const char* from) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  std::aligned_storage_t<sizeof(T), alignof(T)> to;
+  memcpy(&to, from, sizeof(T));
+  return *reinterpret_cast<T*>(&to);
+}
+
+template <auto kernel, class... P, size_t... i>
+Kernel described(const char* name, void (*)(P...), std::index_sequence<i...>) {
+  return {name, Layout<P...>().end, [](int64_t blocks, const char* arguments) {
+            const Layout<P...> layout;
+            emulation::run(blocks, [&] { kernel(taken<P>(arguments + layout.at[i])...); });
+          }};
+}
+template <auto kernel, class... P>
+Kernel described(const char* name, void (*function)(P...)) {
+  return described<kernel>(name, function, std::index_sequence_for<P...>());
+}
+
+// `static const Register<push<bf16, float>> one("push<bf16, float>");`
+template <auto kernel>
+struct Register {
+  explicit Register(const char* name) { add(described<kernel>(name, kernel)); }
+};
 }  // namespace emulation
 
 int thread_id();
@@ -83,11 +131,6 @@ inline fp16 from_float<fp16>(float x) {
   if (size < 0x1p-14f) return {uint16_t(sign | uint16_t(nearbyintf(size * 0x1p24f)))};  // to even, as by default
   const uint32_t shifted = (bits & 0x7fffffff) - (112u << 23);
   return {uint16_t(sign | (shifted + 0xfff + (shifted >> 13 & 1)) >> 13)};
-}
-
-template <class... Parameters, class... Arguments>
-void launch(const char*, void (*kernel)(Parameters...), int64_t blocks, Stream, Arguments... arguments) {
-  emulation::run(blocks, [&] { kernel(arguments...); });
 }
 
 }  // namespace sslkern::cuda

@@ -1,14 +1,30 @@
-// What kernels ask of the machine: intrinsics, PTX and the launch syntax stand here and nowhere else. With
-// SSLKERN_EMULATED tests/cuda_emulation takes the machine's place, and a C++ compiler compiles the same sources.
+// What kernels ask of the machine: intrinsics and PTX stand here and nowhere else. With SSLKERN_EMULATED
+// tests/cuda_emulation takes the machine's place, and a C++ compiler compiles the same sources.
 #pragma once
 
+#ifdef __CUDACC_RTC__  // NVRTC has no header of the standard library, and needs none
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+using uintptr_t = unsigned long long;
+using int64_t = long long;
+#define INFINITY __int_as_float(0x7f800000)
+#else
 #include <cassert>
+#include <cmath>
 #include <cstdint>
+#endif
 
 namespace sslkern::cuda {
 
 constexpr int THREADS = 256;  // of every block
 constexpr int WARP = 32;
+
+template <class A, class B>
+constexpr bool SAME = false;
+template <class A>
+constexpr bool SAME<A, A> = true;
 
 struct bf16 {
   uint16_t bits;
@@ -22,10 +38,6 @@ struct fp16 {
 #ifdef SSLKERN_EMULATED
 #include "emulation.h"
 #else
-#include <cuda_runtime.h>
-
-#include "kernels.h"
-
 namespace sslkern::cuda {
 
 __device__ inline int thread_id() { return threadIdx.x; }
@@ -80,14 +92,6 @@ __device__ inline void require(bool is_row) {
   assert(false && "index must be a row of the bank");
   __trap();
   __builtin_unreachable();  // so that nothing is saved around the call
-}
-
-void check(cudaError_t, const char* what);
-
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, Stream stream, Arguments... arguments) {
-  kernel<<<unsigned(blocks), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  check(cudaGetLastError(), name);
 }
 
 }  // namespace sslkern::cuda

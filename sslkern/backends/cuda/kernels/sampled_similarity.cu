@@ -5,12 +5,9 @@
 #include "rows.h"
 
 namespace sslkern::cuda {
-namespace {
 
-constexpr int ROWS = 4;       // of the bank that a team reads at once
-constexpr int SHARE = 64;     // names of a query that a team takes in the forward
-constexpr int PART = 256;     // and at least those that a block takes in the backward
-constexpr int BLOCKS = 1024;  // that keep a large chip busy
+constexpr int ROWS = 4;    // of the bank that a team reads at once
+constexpr int SHARE = 64;  // names of a query that a team takes in the forward
 
 __device__ int64_t row_of(const int64_t* index, int64_t at, int64_t m) {
   const int64_t j = index[at];
@@ -108,47 +105,6 @@ __global__ void __launch_bounds__(THREADS, 2)
     for (int64_t part = 0; part < parts; ++part) total += of_query[part * d];
     dq[at] = total;
   }
-}
-
-int64_t at_most(int64_t blocks) { return blocks < MOST_BLOCKS ? blocks : MOST_BLOCKS; }
-
-}  // namespace
-
-void sampled_similarity_fwd(DType dtype, int64_t groups, int64_t n, int64_t m, int64_t d, int64_t count, const void* q,
-                            const void* bank, const int64_t* index, float* out, Stream stream) {
-  if (groups * n * count == 0) return;
-  with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Teams teams(d, WIDTH<T>, WARP, {q, bank});
-    launch("sampled_similarity", teams.whole ? sampled_forward<T, true> : sampled_forward<T, false>,
-           teams.blocks(groups * n * ((count + SHARE - 1) / SHARE)), stream, teams, groups * n, n, m, count,
-           static_cast<const T*>(q), static_cast<const T*>(bank), index, out);
-  });
-}
-
-// Depends on the problem alone, not on the chip: everywhere the same bits.
-int64_t sampled_similarity_parts(int64_t queries, int64_t d, int64_t count) {
-  const int64_t strips = (d + 511) / 512, wanted = (BLOCKS + queries * strips - 1) / (queries * strips);
-  const int64_t most = (count + PART - 1) / PART;
-  return wanted < most ? wanted : most;
-}
-
-void sampled_similarity_bwd(DType dtype, int64_t groups, int64_t n, int64_t m, int64_t d, int64_t count,
-                            const void* bank, const int64_t* index, const float* g, float* dq, float* sums,
-                            Stream stream) {
-  if (groups * n * count == 0) return;
-  const int64_t queries = groups * n, parts = sampled_similarity_parts(queries, d, count);
-  with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Teams teams(d, WIDTH<T>, WARP, {bank});
-    const int64_t width = PIECES * WIDTH<T> * teams.size, strips = (d + width - 1) / width;
-    launch("sampled_similarity", teams.whole ? sampled_backward<T, true> : sampled_backward<T, false>,
-           at_most(queries * parts * strips), stream, teams, queries, n, m, count, parts, static_cast<const T*>(bank),
-           index, g, parts > 1 ? sums : dq);
-  });
-  if (parts > 1)
-    launch("sampled_similarity", add_parts, at_most((queries * d + THREADS - 1) / THREADS), stream, queries, d, parts,
-           sums, dq);
 }
 
 }  // namespace sslkern::cuda

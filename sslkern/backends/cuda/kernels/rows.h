@@ -7,40 +7,23 @@
 // numbers one by one: the sums are the same bits.
 #pragma once
 
-#include <cmath>
-#include <initializer_list>
-
 #include "device.h"
-#include "kernels.h"
 
 namespace sslkern::cuda {
 
 constexpr int PIECES = 2;
-constexpr float EPS = 1e-12f;             // rows shorter than this are divided by it
-constexpr int64_t MOST_BLOCKS = 1 << 16;  // which take further rows in turn
+constexpr float EPS = 1e-12f;  // rows shorter than this are divided by it
 
 // Numbers of a piece of rows of these types.
 template <class A, class B = A>
 constexpr int WIDTH = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
 
+// `teams` in launch.py makes one.
 struct Teams {
   int64_t d;   // numbers of a row
   int pieces;  // of a row, fewer than 2^31 as are the numbers
   int size;    // threads of a team, a power of two
   bool whole;  // all pieces are whole and lie on multiples of their size
-
-  // For rows in these arrays; a team has up to `most` threads.
-  Teams(int64_t d, int width, int most, std::initializer_list<const void*> arrays)
-      : d(d), pieces(int((d + width - 1) / width)), size(1), whole(d % width == 0) {
-    constexpr int LINE = 8;  // pieces of 16 bytes in a cache line
-    while (size < most && (size * PIECES < pieces || size < (pieces < LINE ? pieces : LINE))) size *= 2;
-    for (const void* array : arrays) whole = whole && reinterpret_cast<uintptr_t>(array) % 16 == 0;
-  }
-
-  int64_t blocks(int64_t rows) const {
-    const int64_t wanted = (rows + THREADS / size - 1) / (THREADS / size);
-    return wanted < 1 ? 1 : wanted < MOST_BLOCKS ? wanted : MOST_BLOCKS;
-  }
 
   __device__ int rounds() const { return (pieces + PIECES * size - 1) / (PIECES * size); }
   __device__ int count() const { return THREADS / size; }
@@ -142,14 +125,6 @@ __device__ void each_row(const Teams& teams, int64_t rows, const Body& body) {
     const int64_t i = first + teams.id();
     body(i < rows ? i : rows - 1, i < rows);
   }
-}
-
-// Calls body(T()) with the type that `dtype` names.
-template <class Body>
-void with_type(DType dtype, const Body& body) {
-  if (dtype == DType::F32) body(float());
-  if (dtype == DType::BF16) body(bf16());
-  if (dtype == DType::FP16) body(fp16());
 }
 
 }  // namespace sslkern::cuda

@@ -1,17 +1,13 @@
 // Writing a batch of keys into a ring, divided by their norms and cast to its type, in one kernel.
 // Floor: the keys read once, their rows of the ring written once.
-#include <type_traits>
-
 #include "rows.h"
 
 namespace sslkern::cuda {
-namespace {
 
 // The pointer stays on the device, and is read by all blocks before the last of them moves it. Which one is the last
 // they find out by taking tickets, that are counted above bit 40 of the pointer itself: nothing else is to be kept or
-// cleared.
+// cleared. So at most 2^12 blocks are launched.
 constexpr int64_t TICKET = int64_t(1) << 40;
-constexpr int64_t MOST_TICKETS = 1 << 12;
 
 // Of any word, also a wild one: what does not fit wraps around.
 __device__ int64_t tickets(int64_t word) { return int64_t(uint64_t(word) + TICKET / 2) >> 40; }
@@ -40,7 +36,7 @@ __global__ void __launch_bounds__(THREADS, 3) push(Teams teams, int64_t size, in
     if (!here) return;
     for (int round = 0; round < rounds; ++round) {
       if (!normalize || rounds > 1) from.load(teams, key, round);
-      if constexpr (std::is_same_v<To, From>) {
+      if constexpr (SAME<To, From>) {
         if (normalize) from.divide(norm);
         from.store(teams, to, round);
       } else {
@@ -53,22 +49,6 @@ __global__ void __launch_bounds__(THREADS, 3) push(Teams teams, int64_t size, in
   });
   sync_block();
   if (thread_id() == 0 && tickets(add_to(ptr, TICKET)) == block_count() - 1) *ptr = (start + rows) % size;
-}
-
-}  // namespace
-
-void queue_push(DType queue_type, DType keys_type, int64_t size, int64_t dim, int64_t batch, void* queue, int64_t* ptr,
-                const void* keys, bool normalize, Stream stream) {
-  with_type(queue_type, [&](auto to) {
-    with_type(keys_type, [&](auto from) {
-      using To = decltype(to);
-      using From = decltype(from);
-      const Teams teams(dim, WIDTH<To, From>, THREADS, {queue, keys});
-      const int64_t rows = batch < size ? batch : size, blocks = teams.blocks(rows);
-      launch("queue_push", push<To, From>, blocks < MOST_TICKETS ? blocks : MOST_TICKETS, stream, teams, size,
-             batch - rows, rows, static_cast<To*>(queue), ptr, static_cast<const From*>(keys), normalize);
-    });
-  });
 }
 
 }  // namespace sslkern::cuda

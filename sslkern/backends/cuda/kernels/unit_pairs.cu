@@ -4,7 +4,6 @@
 #include "rows.h"
 
 namespace sslkern::cuda {
-namespace {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS, 3)
@@ -26,7 +25,7 @@ __global__ void __launch_bounds__(THREADS, 3)
       }
       norm_a = length(teams.sum(norm_a));
       norm_b = length(teams.sum(norm_b));
-      if constexpr (std::is_same_v<T, fp16>) {  // rows of zeros: divided by EPS, their gradients would be infinite
+      if constexpr (SAME<T, fp16>) {  // rows of zeros: divided by EPS, their gradients would be infinite
         if (norm_a <= EPS) norm_a = INFINITY;
         if (norm_b <= EPS) norm_b = INFINITY;
       }
@@ -104,30 +103,6 @@ __global__ void __launch_bounds__(THREADS, 3)
       if (dx != nullptr) store(to_a, a, along_a, inverse_a, dx, round);
       if (dy != nullptr) store(to_b, b, along_b, inverse_b, dy, round);
     }
-  });
-}
-
-}  // namespace
-
-void unit_pairs_fwd(DType dtype, int64_t n, int64_t d, const void* x, const void* y, void* z, float* norm,
-                    float* cosine, Stream stream) {
-  if (n == 0) return;
-  with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Teams teams(d, WIDTH<T>, THREADS, {x, y, z});
-    launch("unit_pairs", pair_forward<T>, teams.blocks(n), stream, teams, n, static_cast<const T*>(x),
-           static_cast<const T*>(y), static_cast<T*>(z), norm, cosine);
-  });
-}
-
-void unit_pairs_bwd(DType dtype, int64_t n, int64_t d, const void* z, const float* norm, const float* pull,
-                    const float* da, const float* db, void* dx, void* dy, Stream stream) {
-  if (n == 0 || (dx == nullptr && dy == nullptr)) return;
-  with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Teams teams(d, WIDTH<float>, THREADS, {z, da, db, dx, dy});
-    launch("unit_pairs", pair_backward<T>, teams.blocks(n), stream, teams, n, static_cast<const T*>(z), norm, pull, da,
-           db, static_cast<T*>(dx), static_cast<T*>(dy));
   });
 }
 

@@ -7,7 +7,6 @@
 #include "rows.h"
 
 namespace sslkern::cuda {
-namespace {
 
 __global__ void __launch_bounds__(THREADS, 3) forget(int64_t size, int64_t batch, const int64_t* index, int64_t* last) {
   for (int64_t i = block_id() * THREADS + thread_id(); i < batch; i += block_count() * THREADS) {
@@ -63,27 +62,6 @@ __global__ void __launch_bounds__(THREADS, 3)
       for (int n = 0; n < unit.NUMBERS; ++n) unit.set(n, moved[n] / norm);
       unit.store(teams, row, round);
     }
-  });
-}
-
-}  // namespace
-
-void bank_update(DType bank_type, DType x_type, int64_t size, int64_t dim, int64_t batch, void* bank,
-                 const int64_t* index, const void* x, float momentum, int64_t* last, Stream stream) {
-  if (batch == 0) return;
-  if (last != nullptr) {
-    const int64_t wanted = (batch + THREADS - 1) / THREADS, blocks = wanted < MOST_BLOCKS ? wanted : MOST_BLOCKS;
-    launch("bank_update", forget, blocks, stream, size, batch, index, last);
-    launch("bank_update", claim, blocks, stream, batch, index, last);
-  }
-  with_type(bank_type, [&](auto to) {
-    with_type(x_type, [&](auto from) {
-      using To = decltype(to);
-      using From = decltype(from);
-      const Teams teams(dim, WIDTH<To, From>, THREADS, {bank, x});
-      launch("bank_update", update<To, From>, teams.blocks(batch), stream, teams, size, batch, static_cast<To*>(bank),
-             index, static_cast<const From*>(x), momentum, last);
-    });
   });
 }
 

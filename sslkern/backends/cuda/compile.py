@@ -1,0 +1,236 @@
+"""Compiles the CUDA kernels of sslkern before they are needed, for the GPUs of this machine or those that --arch names.
+
+Nobody has to: what a call needs is compiled when it is first needed, in about a second, and kept in a folder. Where
+that folder is thrown away or cannot be written (a container, a shared cluster), compile once and keep it:
+
+    SSLKERN_CACHE=/opt/sslkern python -m sslkern.backends.cuda.compile --arch 80 90a
+
+and set SSLKERN_CACHE=/opt/sslkern wherever that is used; it may be read-only there. Without it the folder is
+~/.cache/sslkern. What is kept is for one version of sslkern and one of NVRTC: another compiles anew.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from . import driver, nvrtc
+from .nvrtc import CompileError
+
+SOURCES = Path(__file__).resolve().parent / "kernels"
+TYPES = "float", "bf16", "fp16"  # in kernels/device.h
+
+# The kernels of each primitive, {0} and {1} for its types, and what they take, as launch.py packs it.
+KERNELS = {
+    "sampled_similarity": {
+        "sampled_forward<{0}, true>": "teams int64*4 pointer*4",
+        "sampled_forward<{0}, false>": "teams int64*4 pointer*4",
+        "sampled_backward<{0}, true>": "teams int64*5 pointer*4",
+        "sampled_backward<{0}, false>": "teams int64*5 pointer*4",
+        "add_parts": "int64*3 pointer*2",
+    },
+    "queue_push": {"push<{0}, {1}>": "teams int64*3 pointer*3 bool"},
+    "bank_update": {
+        "forget": "int64*2 pointer*2",
+        "claim": "int64 pointer*2",
+        "update<{0}, {1}>": "teams int64*2 pointer*3 float pointer",
+    },
+    "unit_pairs": {
+        "pair_forward<{0}>": "teams int64 pointer*5",
+        "pair_backward<{0}>": "teams int64 pointer*7",
+    },
+}
+PAIRS = "queue_push", "bank_update"  # which have two types, of what is written and of what is read
+
+
+class Unit(NamedTuple):
+    """What is compiled at once: all that a primitive needs for its types."""
+
+    primitive: str
+    types: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.primitive}<{', '.join(self.types)}>"
+
+    def expressions(self) -> dict[str, str]:
+        """The kernels of KERNELS, with their types."""
+        return {kernel: kernel.format(*self.types) for kernel in KERNELS[self.primitive]}
+
+
+UNITS = [
+    Unit(primitive, types)
+    for primitive in KERNELS
+    for types in ([(a, b) for a in TYPES for b in TYPES] if primitive in PAIRS else [(a,) for a in TYPES])
+]
+
+
+class Image(NamedTuple):
+    """A compiled unit: machine code (or PTX), and the names in it of the unit's kernels."""
+
+    code: bytes
+    names: dict[str, str]
+
+
+def target(capability: int) -> str:
+    """What to compile for on a chip of this compute capability, 90 for 9.0: its own machine code, or PTX where it is
+    newer than NVRTC, which the driver translates."""
+    known = nvrtc.load().architectures
+    if capability in known:
+        return f"sm_{capability}a" if capability == 90 else f"sm_{capability}"  # "a": wgmma and what goes with it
+    older = [architecture for architecture in known if architecture < capability]
+    if not older:
+        raise CompileError(f"this NVRTC knows no GPU of compute capability {capability / 10} or older")
+    return f"compute_{max(older)}"
+
+
+def image(unit: Unit, target: str) -> Image:
+    """The unit compiled, or as it was kept. Of processes that need the same at once one compiles it.
+
+    Raises:
+        CompileError: it does not compile.
+    """
+    folder = _folder()
+    if folder is None:
+        return _compiled(unit, target)
+    path = folder / f"{unit.primitive}-{'-'.join(unit.types)}-{target}-{_key(unit, target)}"
+    if kept := _read(path):
+        return kept
+    with _alone(path):
+        kept = _read(path)  # another process may have been faster
+        if kept is None:
+            kept = _compiled(unit, target)
+            _write(path, kept)
+    return kept
+
+
+def _compiled(unit: Unit, target: str) -> Image:
+    sources = _sources()
+    name = f"{unit.primitive}.cu"
+    headers = {header: text for header, text in sources.items() if header.endswith(".h")}
+    expressions = unit.expressions()
+    full = [_qualified(expression) for expression in expressions.values()]
+    code, names = nvrtc.load().compile(name, sources[name], headers, _options(target), full)
+    return Image(code, dict(zip(expressions, names, strict=True)))
+
+
+def _qualified(expression: str) -> str:
+    """`push<bf16, float>` as it is named from outside of its namespace."""
+    for word in ("bf16", "fp16"):
+        expression = expression.replace(word, f"sslkern::cuda::{word}")
+    return f"sslkern::cuda::{expression}"
+
+
+def _options(target: str) -> list[str]:
+    return [f"--gpu-architecture={target}", "--std=c++17"]
+
+
+@functools.cache
+def _sources() -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cu", ".h")}
+
+
+def _key(unit: Unit, target: str) -> str:
+    """Changes with everything that the machine code depends on."""
+    facts = unit, unit.expressions(), _options(target), nvrtc.load().version, _sources()
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+# ---- What is kept: a file for each unit, whose first line says whether the rest is whole ------------------------------
+
+
+def _folder() -> Path | None:
+    try:
+        return Path(os.environ.get("SSLKERN_CACHE") or Path.home() / ".cache/sslkern") / "cuda"
+    except RuntimeError:  # nobody's home
+        return None
+
+
+def _read(path: Path) -> Image | None:
+    try:
+        check, names, code = path.read_bytes().split(b"\n", 2)
+        if check.decode() == _check(names, code):
+            return Image(code, json.loads(names))
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _write(path: Path, image: Image) -> None:
+    """All of it or nothing; a folder that takes nothing is no error."""
+    names, temporary = json.dumps(image.names).encode(), None
+    with contextlib.suppress(OSError):
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                temporary = Path(file.name)
+                file.write(b"\n".join((_check(names, image.code).encode(), names, image.code)))
+            temporary.replace(path)
+            temporary = None
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+
+def _check(names: bytes, code: bytes) -> str:
+    return hashlib.sha256(names + b"\n" + code).hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(path: Path):
+    """One process at a time, where the folder has locks. A lock goes with the process that holds it."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(f"{path}.lock", "w")), fcntl.LOCK_EX)
+        yield
+
+
+# ---- The command ------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sslkern.backends.cuda.compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--arch", nargs="+", metavar="ARCH", help="80 for the A100, 90a for the H100, 100 for the B200; several at once"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write the machine code there, to be looked at")
+    options = parser.parse_args(arguments)
+    try:
+        if options.arch:
+            targets = [f"sm_{name.removeprefix('sm_')}" for name in options.arch]
+        else:
+            targets = sorted({target(driver.capability(index)) for index in range(driver.count())})
+        compiler = nvrtc.load()
+        print(f"NVRTC {'.'.join(map(str, compiler.version))} of {compiler.path}, into {_folder()}")
+        for name in targets:
+            _prepare(name, options.out)
+    except (CompileError, driver.DriverError) as error:
+        sys.exit(f"sslkern: {error}")
+    if not targets:
+        sys.exit("sslkern: there is no GPU here; say with --arch what to compile for")
+
+
+def _prepare(target: str, out: Path | None) -> None:
+    for unit in UNITS:
+        begun = time.perf_counter()
+        code = image(unit, target).code
+        seconds = time.perf_counter() - begun
+        print(f"{str(unit):32} {target:8} {len(code) / 1024:6.1f} KB {seconds:6.2f} s", flush=True)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"{unit.primitive}-{'-'.join(unit.types)}.{target}.cubin").write_bytes(code)
+
+
+if __name__ == "__main__":
+    main()
