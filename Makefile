@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 ISOLATED ?=
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := setup.py csrc/native_build.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+NATIVE := setup.py csrc/native_build.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 BENCHMARKS ?= losses similarity_lse similarity_softplus sampled_similarity similarity_topk \
 	nt_xent info_nce sup_con queue never_worse
 RESULTS = benchmarks/results/$(shell $(BIN)/python benchmarks/harness.py)
@@ -14,7 +14,7 @@ export SSLKERN_REQUIRE_NATIVE = 1
 # pip compiles no Python (half of its time): what is imported is compiled then, once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup build demo test test-all triton-test triton-offline cuda-offline lint format sanitize bench-setup bench gpu clean
+.PHONY: help setup build demo test test-all triton-test triton-offline cuda-test cuda-offline lint format sanitize bench-setup bench gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,14 +78,23 @@ triton-interpret-%: $(VENV)/triton-%
 
 triton-test:  ## the Triton kernels without a GPU: their values in the interpreter, their code for three architectures
 	$(MAKE) -j2 -O triton-interpret-3.6.0 triton-interpret-newest
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0 $(BIN)/python -m pytest -m '' tests/gpu/test_triton_offline.py tests/gpu/test_cuda_resources.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0 $(BIN)/python -m pytest -m '' tests/gpu/test_triton_offline.py
+
+# CUDA's compiler as a library, 60 MB, as every CUDA build of torch has it.
+$(VENV)/nvrtc: | $(VENV)/.setup
+	$(INSTALL) --no-deps --target $@.tmp nvidia-cuda-nvrtc && mv $@.tmp $@
+
+# cuobjdump comes with Triton.
+OFFLINE = PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0:$(CURDIR)/$(VENV)/nvrtc $(BIN)/python
+
+cuda-test: $(VENV)/triton-3.6.0 $(VENV)/nvrtc  ## the CUDA kernels without a GPU or nvcc: how they compile, their code for three architectures
+	$(OFFLINE) -m pytest -m '' tests/test_cuda_kernels.py tests/gpu/test_cuda_resources.py
 
 triton-offline: $(VENV)/triton-3.6.0  ## compile all Triton kernels, into benchmarks/results/offline
 	PYTHONPATH=$(CURDIR)/$< $(BIN)/python tests/gpu/offline.py --all
 
-# cuobjdump comes with Triton.
-cuda-offline: $(VENV)/triton-3.6.0  ## compile all CUDA kernels by nvcc, into benchmarks/results/offline
-	PYTHONPATH=$(CURDIR)/$< $(BIN)/python tests/gpu/test_cuda_resources.py
+cuda-offline: $(VENV)/triton-3.6.0 $(VENV)/nvrtc  ## compile all CUDA kernels, into benchmarks/results/offline
+	$(OFFLINE) tests/gpu/test_cuda_resources.py
 
 lint: $(VENV)/.dev  ## ruff and clang-format, nothing is changed
 	$(BIN)/ruff check .
@@ -114,4 +123,4 @@ gpu:  ## on a machine with a GPU: build, tests, sanitizer, timings and a trainin
 	PYTHON=$(PYTHON) benchmarks/gpu.sh $(or $(OUT),benchmarks/results/gpu) $(WHEELS)
 
 clean:  ## remove what was built, keep .venv
-	rm -rf build *.egg-info sslkern/_cpu*.so sslkern/_cuda*.so
+	rm -rf build *.egg-info sslkern/_cpu*.so

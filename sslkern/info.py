@@ -21,7 +21,7 @@ def collect() -> dict:
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in backend.DTYPES] if backend.DTYPES else "any",
             "primitives": list(backend.PRIMITIVES),
         }
-    native, cuda = BACKENDS["cpu"]._cpu, BACKENDS["cuda"]._cuda
+    native, nvrtc = BACKENDS["cpu"]._cpu, BACKENDS["cuda"].nvrtc.find()
     return {
         "sslkern": __version__,
         "torch": torch.__version__,
@@ -33,7 +33,7 @@ def collect() -> dict:
         "cpu_isas": list(native.isas()) if native else [],
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
-        "cuda_built": cuda.ARCHITECTURES.split() if cuda else [],
+        "nvrtc": str(nvrtc) if nvrtc else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

@@ -101,10 +101,11 @@ print("make setup" in collect()["backends"]["cpu"]["missing"])"""
     assert run(code) == "True"
 
 
-def test_cuda_module_is_switched_by_the_environment(monkeypatch):
+def test_cuda_kernels_are_switched_by_the_environment(monkeypatch):
     def missing(wanted):
         monkeypatch.setenv("SSLKERN_CUDA", wanted)
-        spec = importlib.util.spec_from_file_location("imported_again", backends.cuda.__file__)
+        name, file = backends.cuda.__name__, backends.cuda.__file__
+        spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=backends.cuda.__path__)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.MISSING

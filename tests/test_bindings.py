@@ -1,4 +1,4 @@
-"""The native modules refuse each tensor that is not as their kernels read or write it."""
+"""Native code refuses each tensor that is not as its kernels read or write it."""
 
 import pytest
 import torch
@@ -6,9 +6,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import sslkern
 from sslkern.backends import BACKENDS
+from sslkern.backends.cuda import launch
 from sslkern.ops.unit_pairs import unit_pairs
 
-from .conftest import GPU, emulated_cuda
+from .conftest import GPU, emulate_cuda
 from .examples import OPS, PUSHES, value_and_gradients
 
 FUNCTIONS = {
@@ -51,13 +52,23 @@ def refused(call, args) -> int:
     return len(places)
 
 
-@pytest.mark.skipif(GPU or BACKENDS["triton"].INTERPRETED, reason="for native kernels on the CPU, emulated ones too")
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_wrong_buffers_are_refused(monkeypatch, name):
-    native = BACKENDS["cpu"]._cpu if name == "cpu" else emulated_cuda()
-    if name == "cuda":
-        for attribute, value in (("_cuda", native), ("MISSING", None), ("DEVICES", ("cpu",))):
-            monkeypatch.setattr(BACKENDS[name], attribute, value)
+def run(name: str) -> None:
+    """Calls all functions of a backend that take tensors."""
+    with sslkern.use_backend(name):
+        for make in [OPS[op] for op in OPS if name == "cpu" or "sampled" in op] + list(PUSHES.values()):
+            value_and_gradients(make())
+        x, y = torch.randn(2, 8, 4, requires_grad=True)
+        sum(out.sum() for out in unit_pairs(x, y)).backward()
+
+
+on_the_cpu = pytest.mark.skipif(
+    GPU or BACKENDS["triton"].INTERPRETED, reason="for native kernels on the CPU, emulated ones too"
+)
+
+
+@on_the_cpu
+def test_wrong_buffers_are_refused(monkeypatch):
+    native = BACKENDS["cpu"]._cpu
     known, calls = {f for f in FUNCTIONS if hasattr(native, f)}, {}
 
     def recorded(function):
@@ -71,11 +82,36 @@ def test_wrong_buffers_are_refused(monkeypatch, name):
 
     for function in known:
         monkeypatch.setattr(native, function, recorded(function))
-    with sslkern.use_backend(name):
-        for make in [OPS[op] for op in OPS if name == "cpu" or "sampled" in op] + list(PUSHES.values()):
-            value_and_gradients(make())
-        x, y = torch.randn(2, 8, 4, requires_grad=True)
-        sum(out.sum() for out in unit_pairs(x, y)).backward()
+    run("cpu")
     assert calls.keys() == known
     for function, (real, args) in calls.items():
         assert refused(real, args) >= 3, function
+
+
+@on_the_cpu
+def test_wrong_buffers_are_refused_before_a_cuda_launch(monkeypatch):
+    emulate_cuda(monkeypatch)
+    real, calls, launched = launch.Call.address, [], []
+
+    def address(self, *args):
+        calls.append((self, args))
+        return real(self, *args)
+
+    def put(self, kernel, blocks, *arguments):
+        launched.append((kernel, arguments))
+
+    monkeypatch.setattr(launch.Call, "address", address)
+    monkeypatch.setattr(launch.Call, "launch", put)
+    run("cuda")
+    checked = {real(call, *args) for call, args in calls}
+    for _, arguments in launched:  # no number is an address by another way
+        assert all(x in checked or abs(x) < 2**32 for x in arguments)
+    assert {args[0] for _, args in calls} == {
+        *("queue", "ptr", "keys", "bank", "index", "x", "last", "q", "out", "g", "dq", "y", "z", "norm", "cosine"),
+        *("pull", "da", "db", "dx", "dy"),
+    }
+    for call, args in calls:
+        if args[1] is not None:
+            assert refused(lambda *args, call=call: real(call, *args), args) == 1
+            with pytest.raises(ValueError, match="plain memory"):
+                real(call, args[0], torch._neg_view(args[1]), *args[2:])

@@ -8,7 +8,7 @@ import pytest
 import sslkern
 
 ROOT = Path(sslkern.__file__).parent
-# The lowest first. The native modules (sslkern._cpu, sslkern._cuda) stand below all.
+# The lowest first. The native module (sslkern._cpu) stands below all.
 LAYERS = [
     "sslkern.common",
     "sslkern.backends.problem",
@@ -19,7 +19,7 @@ LAYERS = [
     "sslkern",
 ]
 NOT_FOR = {"sslkern.functional": "sslkern.backends"}  # a loss takes primitives
-NATIVE = {"sslkern._cpu", "sslkern._cuda"}
+NATIVE = {"sslkern._cpu"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
 
 

@@ -1,4 +1,5 @@
-"""The machine code of csrc/cuda for each architecture: registers, shared memory, spills, and how wide its loads are.
+"""The machine code of the CUDA kernels for each architecture, by NVRTC, without nvcc and a GPU: how long it takes,
+registers, shared memory, spills, how wide loads are, and where arguments lie.
 
 `make cuda-offline` runs it as a script, which writes the table benchmarks/results/offline/cuda.{json,md}.
 """
@@ -7,22 +8,29 @@ import importlib.util
 import json
 import re
 import shutil
+import struct
 import subprocess
-import sys
+import tempfile
+import time
 from collections import Counter
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from sslkern.backends.cuda import compile, launch, nvrtc
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/offline"
+ARCHITECTURES = "sm_80", "sm_90a", "sm_100"
+pytestmark = pytest.mark.slow
 SMALL = ("forget", "claim", "add_parts")  # kernels that touch little memory
 
 
-def find_cuobjdump(nvcc: str) -> str | None:
-    """Beside nvcc, on the PATH, or in triton's wheel, which has one."""
-    places = [Path(nvcc).resolve().parent / "cuobjdump", Path("cuobjdump"), Path("/usr/local/cuda/bin/cuobjdump")]
+def find_cuobjdump() -> str | None:
+    """On the PATH, where a toolkit is by default, or in triton's wheel, which has one."""
+    places = [Path("cuobjdump"), Path("/usr/local/cuda/bin/cuobjdump")]
     triton = importlib.util.find_spec("triton")
     if triton is not None:
         places.append(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump")
@@ -33,42 +41,32 @@ def output_of(*command) -> str:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
 
-def short(name: str) -> str:
-    """`push<bf16, float>` of a demangled kernel."""
-    name = re.sub(r"sslkern::cuda::|\(anonymous namespace\)::|^void ", "", name)
-    return name.partition("(")[0]
-
-
-def kernels_of(cuobjdump: str, file: Path) -> list[dict]:
-    used = output_of(cuobjdump, "--dump-resource-usage", file)
-    code = output_of(cuobjdump, "--dump-sass", file)
-    instructions, architecture, kernel = {}, None, None
-    for line in code.splitlines():
-        if found := re.match(r"arch = (\w+)", line):
-            architecture = found[1]
-        elif found := re.match(r"\s*Function : (\w+)", line):
-            kernel = architecture, found[1]
-            instructions[kernel] = Counter()
+def kernels_of(cuobjdump: str, unit: compile.Unit, target: str, image: compile.Image, folder: Path) -> list[dict]:
+    file = folder / "code.cubin"
+    file.write_bytes(image.code)
+    expressions = unit.expressions()
+    shown = {name: expressions[kernel] for kernel, name in image.names.items()}
+    instructions, rows, kernel = {}, [], None
+    for line in output_of(cuobjdump, "--dump-sass", file).splitlines():
+        if found := re.match(r"\s*Function : (\w+)", line):
+            kernel = instructions[found[1]] = Counter()
         elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]*)", line):
-            instructions[kernel][found[1]] += 1
-    rows = []
-    for line in used.splitlines():
-        if found := re.match(r"arch = (\w+)", line):
-            architecture = found[1]
-        elif found := re.match(r"\s*Function (\w+):", line):
-            kernel = architecture, found[1]
+            kernel[found[1]] += 1
+    for line in output_of(cuobjdump, "--dump-resource-usage", file).splitlines():
+        if found := re.match(r"\s*Function (\w+):", line):
+            name = found[1]
         elif found := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, shared, local = map(int, found.groups())
-            counts = instructions[kernel]
+            counts = instructions[name]
 
             def wide(kind, counts=counts):
                 return sum(n for name, n in counts.items() if name.startswith(kind) and ".128" in name)
 
             rows.append(
                 {
-                    "architecture": kernel[0],
-                    "primitive": file.stem,
-                    "kernel": short(output_of("c++filt", kernel[1]).strip()),
+                    "architecture": target,
+                    "primitive": unit.primitive,
+                    "kernel": shown[name],
                     "registers": registers,
                     "stack": stack,
                     "shared": shared,
@@ -81,14 +79,33 @@ def kernels_of(cuobjdump: str, file: Path) -> list[dict]:
     return rows
 
 
-def write(compiler: str, rows: list[dict]) -> None:
+def arguments_of(cuobjdump: str, image: compile.Image, folder: Path) -> dict[str, list[tuple[int, int]]]:
+    """Where the arguments of each kernel lie, as (offset, size)."""
+    file = folder / "code.cubin"
+    file.write_bytes(image.code)
+    kernels, found = {name: kernel for kernel, name in image.names.items()}, {}
+    for line in output_of(cuobjdump, "--dump-elf", file).splitlines():
+        if section := re.match(r"\.nv\.info\.(\w+)", line):
+            places = found.setdefault(kernels[section[1]], {})
+        elif place := re.search(r"Ordinal : (\w+)\s+Offset  : (\w+)\s+Size    : (\w+)", line):
+            ordinal, offset, size = (int(number, 16) for number in place.groups())
+            places[ordinal] = offset, size
+    return {kernel: [place for _, place in sorted(places.items())] for kernel, places in found.items()}
+
+
+def write(measured: "Measured") -> None:
+    compiler, rows = measured.compiler, measured.rows
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "cuda.json").write_text(json.dumps({"compiler": compiler, "kernels": rows}, indent=1) + "\n")
+    slowest = max(measured.seconds, key=measured.seconds.get)
+    total, largest = sum(measured.seconds.values()) / len(ARCHITECTURES), max(measured.sizes.values())
     names = list(rows[0])
     lines = [
         "# Machine code of the CUDA kernels",
         "",
-        f"Of csrc/cuda by {compiler}; `make cuda-offline` writes this table. Blocks have 256 threads.",
+        f"By {compiler}; `make cuda-offline` writes this table. Blocks have 256 threads. Kernels of a primitive and its types",
+        f"are compiled together, {len(compile.UNITS)} times in all for an architecture: {total:.0f} s on one core, the slowest",
+        f"{measured.seconds[slowest]:.1f} s ({slowest[0]}, {slowest[1]}), at most {largest >> 10} KB.",
         "",
         "| " + " | ".join(name.replace("_", " ") for name in names) + " |",
         "| " + " | ".join("---" if isinstance(rows[0][name], str) else "---:" for name in names) + " |",
@@ -101,37 +118,72 @@ class Missing(Exception):
     """Something that this machine lacks."""
 
 
-def measure() -> tuple[str, list[dict]]:
-    """The compiler's version, and a row for each kernel and architecture."""
-    for needed in ("ninja", "pybind11"):
-        if importlib.util.find_spec(needed) is None:
-            raise Missing(f"{needed} is not installed")
-    sys.path.insert(0, str(ROOT / "csrc"))
-    import native_build
+class Measured(NamedTuple):
+    compiler: str
+    rows: list[dict]  # one for each kernel and architecture; what several units have, once
+    seconds: dict[tuple[str, str], float]  # by unit and architecture
+    sizes: dict[tuple[str, str], int]  # of the machine code
+    arguments: dict[str, list[tuple[int, int]]]
 
-    nvcc = native_build.find_nvcc()
-    if nvcc is None:
-        raise Missing("there is no nvcc")
-    cuobjdump = find_cuobjdump(nvcc)
-    if cuobjdump is None or shutil.which("c++filt") is None:
-        raise Missing("there is no cuobjdump or no c++filt; the first comes with the CUDA toolkit and with triton")
-    if native_build.supported_architectures(nvcc) != list(native_build.CUDA_ARCHITECTURES):
-        raise Missing(f"{nvcc} does not know all architectures")
-    module = ROOT / "build" / sys.implementation.cache_tag / "_cuda.so"  # as setup.py has it: nothing to do if it ran
-    native_build.build_cuda_module(module, nvcc)
-    files = [path for path in sorted((module.parent / "_cuda.objects").rglob("*.o")) if path.stem != "runtime"]
-    rows = [row for file in files if file.parent.name == "cuda" for row in kernels_of(cuobjdump, file)]
-    rows.sort(key=lambda row: (row["primitive"], row["kernel"], int(re.search(r"\d+", row["architecture"])[0])))
-    release = re.search(r"release (\S+), V(\S+)", output_of(nvcc, "--version"))
-    return f"nvcc {release[2]}", rows
+
+def measure() -> Measured:
+    if nvrtc.find() is None:
+        raise Missing("there is no libnvrtc; `pip install nvidia-cuda-nvrtc` brings it")
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        raise Missing("there is no cuobjdump; the CUDA toolkit and triton have one")
+    version = "NVRTC " + ".".join(map(str, nvrtc.load().version))
+    measured = Measured(version, [], {}, {}, {})
+    seen = set()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSLKERN_CACHE", folder)
+        patch.setenv("PATH", "/nowhere")  # no nvcc
+        for target in ARCHITECTURES:
+            for unit in compile.UNITS:
+                begun = time.process_time()
+                image = compile.image(unit, target)
+                measured.seconds[str(unit), target] = time.process_time() - begun
+                measured.sizes[str(unit), target] = len(image.code)
+                if target == "sm_90a":  # elsewhere the same
+                    measured.arguments.update(arguments_of(cuobjdump, image, Path(folder)))
+                for row in kernels_of(cuobjdump, unit, target, image, Path(folder)):
+                    if (key := (target, unit.primitive, row["kernel"])) not in seen:
+                        seen.add(key)
+                        measured.rows.append(row)
+    measured.rows.sort(key=lambda row: (row["primitive"], row["kernel"], int(re.search(r"\d+", row["architecture"])[0])))
+    return measured
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[dict]:
+def measured() -> Measured:
     try:
-        return measure()[1]
+        return measure()
     except Missing as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def kernels(measured) -> list[dict]:
+    return measured.rows
+
+
+def test_each_compiles_in_less_than_five_seconds(measured):
+    assert len(measured.seconds) == len(ARCHITECTURES) * len(compile.UNITS)
+    assert max(measured.seconds.values()) < 5, measured.seconds
+    assert max(measured.sizes.values()) < 200 << 10, measured.sizes
+
+
+def test_arguments_lie_where_the_kernels_expect_them(measured):
+    """By the machine code, against what launch.py packs."""
+    for primitive, layouts in compile.KERNELS.items():
+        for kernel, arguments in layouts.items():
+            places, before = [], ""
+            for word in arguments.split():
+                name, _, times = word.partition("*")
+                for _ in range(int(times or 1)):
+                    size, before = struct.calcsize(launch.layout_of(name)), f"{before} {name}"
+                    places.append((struct.calcsize(launch.layout_of(before)) - size, size))
+            assert measured.arguments[kernel] == places, (primitive, kernel)
 
 
 def test_all_kernels_for_all_architectures(kernels):
@@ -167,4 +219,4 @@ def test_rows_are_read_or_written_by_16_bytes(kernels):
 
 
 if __name__ == "__main__":
-    write(*measure())
+    write(measure())

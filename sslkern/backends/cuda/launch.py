@@ -21,6 +21,7 @@ LAYOUTS = {"teams": "qii?0q", "int64": "q", "pointer": "P", "float": "f", "bool"
 
 _loaded: dict[tuple, dict[str, driver.Kernel] | str] = {}  # by primitive, types and GPU: its kernels, or why there are none
 _loading = threading.Lock()
+_told: set[str] = set()
 
 
 @torch.compiler.assume_constant_result
@@ -52,7 +53,9 @@ def _load(unit: compile.Unit, index: int) -> dict[str, driver.Kernel] | str:
         return {name: module.kernel(image.names[name], layout_of(layouts[name]), str(unit)) for name in layouts}
     except (compile.CompileError, driver.DriverError) as error:
         reason = f"its kernels cannot be made here: {error}"
-        warnings.warn(f"sslkern: {unit.primitive} goes on without CUDA kernels; {reason}", RuntimeWarning, stacklevel=2)
+        if reason not in _told:
+            _told.add(reason)
+            warnings.warn(f"sslkern: {unit.primitive} goes on without CUDA kernels; {reason}", RuntimeWarning, stacklevel=2)
         return reason
 
 
