@@ -164,6 +164,8 @@ def test_what_a_chip_gets(compiler):
     assert {capability: compile.target(capability) for capability in wanted} == wanted
     with pytest.raises(nvrtc.CompileError, match="compute capability 7.0"):
         compile.target(70)
+    compiler.version = 11, 8
+    assert compile.target(90) == "sm_90"
 
 
 def test_the_command(compiler, monkeypatch, tmp_path, capsys):
@@ -242,18 +244,19 @@ def test_which_compiler_is_found(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "glob", lambda path, what: [] if "/usr/local" in str(path) else real(path, what))
     names = [
         "torch/lib/libnvrtc-builtins-0123.so.12.4",
-        "toolkit/lib64/libnvrtc.so.11.8",
+        "nvidia/cuda_nvrtc/lib/libnvrtc.alt.so.12",
+        "torch/lib/libnvrtc-672ee683.so.11.2",
         "nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
         "nvidia/cu13/lib/libnvrtc.so.13",
     ]
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    for name, expected in zip(names, [None, names[1], names[2], names[2]], strict=True):
+    for name, expected in zip(names, [None, None, names[2], names[3], names[3]], strict=True):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
         assert nvrtc.find() == (expected and tmp_path / expected)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert nvrtc.find() == tmp_path / names[3]
-    (tmp_path / names[3]).write_bytes(b"rubbish")
+    assert nvrtc.find() == tmp_path / names[4]
+    (tmp_path / names[4]).write_bytes(b"rubbish")
     with pytest.raises(nvrtc.CompileError, match="^libnvrtc cannot be loaded"):
         nvrtc.Nvrtc(nvrtc.find())
 

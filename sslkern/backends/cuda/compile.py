@@ -82,9 +82,10 @@ class Image(NamedTuple):
 def target(capability: int) -> str:
     """What to compile for on a chip of this compute capability, 90 for 9.0: its own machine code, or PTX where it is
     newer than NVRTC, which the driver translates."""
-    known = nvrtc.load().architectures
+    known, version = nvrtc.load().architectures, nvrtc.load().version
     if capability in known:
-        return f"sm_{capability}a" if capability == 90 else f"sm_{capability}"  # "a": wgmma and what goes with it
+        special = "a" if capability == 90 and version >= (12, 0) else ""  # wgmma and what goes with it
+        return f"sm_{capability}{special}"
     older = [architecture for architecture in known if architecture < capability]
     if not older:
         raise CompileError(f"this NVRTC knows no GPU of compute capability {capability / 10} or older")

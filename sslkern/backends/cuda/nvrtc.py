@@ -21,7 +21,9 @@ def find() -> Path | None:
     folders += [Path(torch.__file__).parent / "lib", Path(sys.prefix) / "lib"]
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders += [Path(home) / "lib64" for home in [*homes, "/usr/local/cuda"]]
-    found = [path for folder in folders for path in folder.glob("libnvrtc[-.]*so*") if "builtins" not in path.name]
+    # In a torch that has its libraries inside a number follows the name.
+    names = "libnvrtc.so*", "libnvrtc-[0-9a-f]*.so*"
+    found = [path for folder in folders for name in names for path in folder.glob(name) if "builtins" not in path.name]
     wanted = major(torch.version.cuda or "0")
 
     def rank(path: Path) -> tuple[bool, int]:
