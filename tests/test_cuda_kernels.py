@@ -215,7 +215,7 @@ def test_with_the_real_compiler(monkeypatch, tmp_path):
     assert "\n" not in str(error.value) and len(files(tmp_path)) == 2
 
 
-# ---- Where it does not work -------------------------------------------------------------------------------------------
+# ---- Where it does not work -----------------------------------------------------------------------------------------
 
 
 def test_why_it_is_missing(monkeypatch):
@@ -283,7 +283,9 @@ def of_an_odd_driver(unit, target):
     return compile.Image(b"odd", unit.expressions())
 
 
-@pytest.mark.parametrize("image, says", [(cannot_compile, "a sentence of NVRTC"), (of_an_odd_driver, "image is invalid")])
+@pytest.mark.parametrize(
+    "image, says", [(cannot_compile, "a sentence of NVRTC"), (of_an_odd_driver, "image is invalid")]
+)
 def test_where_it_does_not_compile_or_load_the_next_backend_runs(emulated, monkeypatch, image, says):
     monkeypatch.setattr(compile, "image", image)
     for name in ("cpu", "triton"):
@@ -294,7 +296,10 @@ def test_where_it_does_not_compile_or_load_the_next_backend_runs(emulated, monke
         assert push(dtype=torch.bfloat16)[:3].eq(1).all()
     (said,) = (str(one.message) for one in told)  # once for all types
     assert said.startswith("sslkern: queue_push goes on without CUDA kernels") and says in said and "\n" not in said
-    with sslkern.use_backend("cuda"), pytest.raises(RuntimeError, match=f"^backend 'cuda' cannot run queue_push: .*{says}"):
+    with (
+        sslkern.use_backend("cuda"),
+        pytest.raises(RuntimeError, match=f"^backend 'cuda' cannot run queue_push: .*{says}"),
+    ):
         push()
 
 
@@ -303,7 +308,10 @@ def test_an_old_gpu_has_other_backends_in_silence(emulated, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         assert push()[:3].eq(1).all()
-        with sslkern.use_backend("cuda"), pytest.raises(RuntimeError, match="capability 8.0 or newer, and this one has 7.5"):
+        with (
+            sslkern.use_backend("cuda"),
+            pytest.raises(RuntimeError, match="capability 8.0 or newer, and this one has 7.5"),
+        ):
             push()
 
 
@@ -324,7 +332,7 @@ def test_only_what_is_needed_is_compiled_and_when(emulated, monkeypatch):
     assert made == ["queue_push<float, float>", "queue_push<bf16, float>"]
 
 
-# ---- Launches ---------------------------------------------------------------------------------------------------------
+# ---- Launches -------------------------------------------------------------------------------------------------------
 
 
 def last(library) -> dict:
@@ -388,7 +396,9 @@ def test_blocks(emulated):
 
 def test_what_the_driver_refuses_is_a_sentence(emulated):
     call = launch.Call("queue_push", torch.device("cpu"), torch.float32, torch.float32)
-    with pytest.raises(driver.DriverError, match=r"^the CUDA driver refused to launch queue_push<float, float>: .* 1\)$"):
+    with pytest.raises(
+        driver.DriverError, match=r"^the CUDA driver refused to launch queue_push<float, float>: .* 1\)$"
+    ):
         call.launch("push<{0}, {1}>", 0, *launch.teams(4, 4, 32), 1, 0, 1, 0, 0, 0, False)
     with pytest.raises(driver.DriverError, match="to find another"):
         driver.Module(driver.Context(0), b"emulated").kernel("another", "@q", "another")
@@ -397,5 +407,7 @@ def test_what_the_driver_refuses_is_a_sentence(emulated):
 def test_numbers_that_stand_in_two_languages():
     text = "".join(path.read_text() for path in compile.SOURCES.iterdir())
     sampled = load("cuda", "sampled_similarity")
-    for name, value in dict(THREADS=launch.THREADS, WARP=launch.WARP, PIECES=launch.PIECES, SHARE=sampled.SHARE).items():
+    for name, value in dict(
+        THREADS=launch.THREADS, WARP=launch.WARP, PIECES=launch.PIECES, SHARE=sampled.SHARE
+    ).items():
         assert re.findall(rf"constexpr int {name} = (\d+);", text) == [str(value)]

@@ -35,7 +35,10 @@ def test_the_cuda_kernels_of_a_wheel(tmp_path):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    nothing = {"CXX": "/nowhere/c++", "PYTHONPATH": ""}  # so that the install goes on without the native module, in no time
+    nothing = {
+        "CXX": "/nowhere/c++",
+        "PYTHONPATH": "",
+    }  # so that the install goes on without the native module, in no time
     sdist = run(sys.executable, "-c", BUILD, "sdist", str(tmp_path), cwd=source, **nothing).splitlines()[-1]
     shutil.unpack_archive(tmp_path / sdist, tmp_path)
     unpacked = tmp_path / sdist.removesuffix(".tar.gz")

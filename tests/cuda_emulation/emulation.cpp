@@ -1,5 +1,5 @@
-// The threads of a GPU as fibers, and of its driver what sslkern calls. As the real one it knows contexts of threads and
-// of modules, and refuses what does not fit.
+// The threads of a GPU as fibers, and of its driver what sslkern calls. As the real one it knows contexts of threads
+// and of modules, and refuses what does not fit.
 #include <ucontext.h>
 
 #include <csetjmp>

@@ -103,9 +103,9 @@ def write(measured: "Measured") -> None:
     lines = [
         "# Machine code of the CUDA kernels",
         "",
-        f"By {compiler}; `make cuda-offline` writes this table. Blocks have 256 threads. Kernels of a primitive and its types",
-        f"are compiled together, {len(compile.UNITS)} times in all for an architecture: {total:.0f} s on one core, the slowest",
-        f"{measured.seconds[slowest]:.1f} s ({slowest[0]}, {slowest[1]}), at most {largest >> 10} KB.",
+        f"By {compiler}; `make cuda-offline` writes this table. Blocks have 256 threads. Kernels of a primitive and",
+        f"its types are compiled together, {len(compile.UNITS)} times in all for an architecture: {total:.0f} s on one",
+        f"core, the slowest {measured.seconds[slowest]:.1f} s ({slowest[0]}, {slowest[1]}), at most {largest >> 10} KB.",
         "",
         "| " + " | ".join(name.replace("_", " ") for name in names) + " |",
         "| " + " | ".join("---" if isinstance(rows[0][name], str) else "---:" for name in names) + " |",
@@ -150,7 +150,9 @@ def measure() -> Measured:
                     if (key := (target, unit.primitive, row["kernel"])) not in seen:
                         seen.add(key)
                         measured.rows.append(row)
-    measured.rows.sort(key=lambda row: (row["primitive"], row["kernel"], int(re.search(r"\d+", row["architecture"])[0])))
+    measured.rows.sort(
+        key=lambda row: (row["primitive"], row["kernel"], int(re.search(r"\d+", row["architecture"])[0]))
+    )
     return measured
 
 

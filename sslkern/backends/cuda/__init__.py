@@ -49,10 +49,11 @@ def _lacks(primitive: str):
     def lacks(x: Tensor, other: torch.dtype | None = None, **_) -> str | None:
         from . import launch
 
-        types = (NAMES[x.dtype],) if other is None else (NAMES[x.dtype], NAMES.get(other))
-        if None in types:
+        if other is None:
+            return launch.missing(primitive, (x.dtype,), x.device.index or 0)
+        if other not in NAMES:
             return None  # the reference has it
-        return launch.missing(primitive, types, x.device.index or 0)
+        return launch.missing(primitive, (x.dtype, other), x.device.index or 0)
 
     return lacks
 

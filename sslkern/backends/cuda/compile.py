@@ -144,7 +144,7 @@ def _key(unit: Unit, target: str) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-# ---- What is kept: a file for each unit, whose first line says whether the rest is whole ------------------------------
+# ---- What is kept: a file for each unit, whose first line says whether the rest is whole ----------------------------
 
 
 def _folder() -> Path | None:
@@ -193,7 +193,7 @@ def _alone(path: Path):
         yield
 
 
-# ---- The command ------------------------------------------------------------------------------------------------------
+# ---- The command ----------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> None:

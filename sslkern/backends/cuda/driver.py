@@ -76,11 +76,6 @@ class Context:
         call("cuDevicePrimaryCtxRetain", ctypes.byref(handle), _device(index))
         self.handle = handle.value
 
-    def is_current(self) -> bool:
-        current = ctypes.c_void_p()
-        call("cuCtxGetCurrent", ctypes.byref(current))
-        return current.value == self.handle
-
     def __enter__(self) -> None:
         call("cuCtxPushCurrent_v2", ctypes.c_void_p(self.handle))
 
@@ -119,20 +114,19 @@ class Kernel:
         places = _POINTER, ctypes.addressof(self._arguments), _SIZE, ctypes.addressof(self._size), _END
         self._extra = (ctypes.c_void_p * 5)(*places)
         self._lock = threading.Lock()  # the arguments are read before a launch returns
+        self._current, self._current_of_thread = ctypes.c_void_p(), library().cuCtxGetCurrent
         self._launch = library().cuLaunchKernel
 
     def __call__(self, blocks: int, threads: int, stream: int, *arguments) -> None:
         """Puts the kernel on a stream, the address that torch.cuda.Stream.cuda_stream gives."""
-        if not self._context.is_current():  # a thread in which torch has not been at work, or another GPU
-            with self._context:
-                return self._put(blocks, threads, stream, arguments)
-        self._put(blocks, threads, stream, arguments)
-
-    def _put(self, blocks: int, threads: int, stream: int, arguments: tuple) -> None:
         with self._lock:
             self._layout.pack_into(self._arguments, 0, *arguments)
-            status = self._launch(
-                self._function, blocks, 1, 1, threads, 1, 1, 0, ctypes.c_void_p(stream), None, self._extra
-            )
+            launch = self._function, blocks, 1, 1, threads, 1, 1, 0, ctypes.c_void_p(stream), None, self._extra
+            status = self._current_of_thread(ctypes.byref(self._current))
+            if status == 0 and self._current.value == self._context.handle:
+                status = self._launch(*launch)
+            else:  # a thread in which torch has not been at work, or another GPU
+                with self._context:
+                    status = self._launch(*launch)
         if status != 0:
             raise DriverError(_sentence(status, f"to launch {self._shown}"))

@@ -1,7 +1,6 @@
 """What the primitives' files share: is there a kernel for this, may it have this tensor, how many blocks, and go."""
 
 import functools
-import struct
 import threading
 import warnings
 from typing import NamedTuple
@@ -19,26 +18,28 @@ OLDEST = 80  # of compute capabilities
 # What compile.KERNELS calls its arguments, as `struct` does; a struct of C ends on a multiple of 8 bytes.
 LAYOUTS = {"teams": "qii?0q", "int64": "q", "pointer": "P", "float": "f", "bool": "?"}
 
-_loaded: dict[tuple, dict[str, driver.Kernel] | str] = {}  # by primitive, types and GPU: its kernels, or why there are none
+_loaded: dict[
+    tuple, dict[str, driver.Kernel] | str
+] = {}  # by primitive, types and GPU: its kernels, or why there are none
 _loading = threading.Lock()
 _told: set[str] = set()
 
 
 @torch.compiler.assume_constant_result
-def missing(primitive: str, types: tuple[str, ...], index: int) -> str | None:
+def missing(primitive: str, types: tuple[torch.dtype, ...], index: int) -> str | None:
     """Why the primitive cannot run for these types on the GPU of this number, or None. The first to ask compiles."""
     found = _kernels(primitive, types, index)
     return found if isinstance(found, str) else None
 
 
-def _kernels(primitive: str, types: tuple[str, ...], index: int) -> dict[str, driver.Kernel] | str:
+def _kernels(primitive: str, types: tuple[torch.dtype, ...], index: int) -> dict[str, driver.Kernel] | str:
     key = primitive, types, index
     found = _loaded.get(key)
     if found is None:
         with _loading:
             found = _loaded.get(key)
             if found is None:
-                found = _loaded[key] = _load(compile.Unit(primitive, types), index)
+                found = _loaded[key] = _load(compile.Unit(primitive, tuple(NAMES[dtype] for dtype in types)), index)
     return found
 
 
@@ -55,7 +56,9 @@ def _load(unit: compile.Unit, index: int) -> dict[str, driver.Kernel] | str:
         reason = f"its kernels cannot be made here: {error}"
         if reason not in _told:
             _told.add(reason)
-            warnings.warn(f"sslkern: {unit.primitive} goes on without CUDA kernels; {reason}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"sslkern: {unit.primitive} goes on without CUDA kernels; {reason}", RuntimeWarning, stacklevel=2
+            )
         return reason
 
 
@@ -103,12 +106,12 @@ def at_most(blocks: int) -> int:
 
 
 class Call:
-    """The launches of one call of a primitive, for features of these types, on their device and torch's stream there."""
+    """The launches of one call of a primitive, for these types, on a device and torch's stream there."""
 
     def __init__(self, primitive: str, device: torch.device, *types: torch.dtype):
         index, self._stream = place(device)
         self._device = device
-        self._kernels = _kernels(primitive, tuple(NAMES[dtype] for dtype in types), index)
+        self._kernels = _kernels(primitive, types, index)
         if isinstance(self._kernels, str):
             raise RuntimeError(f"backend 'cuda' cannot run {primitive}: {self._kernels}")
 
@@ -126,21 +129,23 @@ class Call:
         if x is None:
             return 0
         try:
-            found = x.dtype, x.numel() if x.is_contiguous() else None, x.device
-            plain = not x.is_neg()
-            if plain and found == (dtype, size, self._device):
+            if x.dtype is dtype and x.numel() == size and x.is_contiguous() and x.device == self._device:
                 start = x.data_ptr()
-                if start or size == 0:
+                if not x.is_neg() and (start or size == 0):
                     return start
-                plain = False
         except (RuntimeError, AttributeError, TypeError):
-            plain = False
-        if not plain:
-            raise ValueError(
-                f"{name} must have plain memory of its own, which this {type(x).__name__} has not; call .clone() or "
-                "unwrap it"
-            )
-        raise ValueError(f"{name} must be {_words(dtype, size, self._device)}, not {_words(*found)}")
+            pass
+        raise ValueError(f"{name} must {_must(x, dtype, size, self._device)}")
+
+
+def _must(x: Tensor, dtype: torch.dtype, size: int, device: torch.device) -> str:
+    try:
+        found, plain = (x.dtype, x.numel() if x.is_contiguous() else None, x.device), not x.is_neg()
+    except (RuntimeError, AttributeError, TypeError):
+        found, plain = None, False
+    if not plain or found == (dtype, size, device):
+        return f"have plain memory of its own, which this {type(x).__name__} has not; call .clone() or unwrap it"
+    return f"be {_words(dtype, size, device)}, not {_words(*found)}"
 
 
 def _words(dtype: torch.dtype, size: int | None, device: torch.device) -> str:
