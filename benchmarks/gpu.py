@@ -29,7 +29,8 @@ from pathlib import Path
 
 PATIENCE = 100  # seconds without a word from the worker: it hangs
 FATAL = re.compile(r"CUDA error|illegal memory access|misaligned address|device-side assert|launch failure", re.I)
-PACKAGES = "torch triton memeff inf-cl cut-cross-entropy siglip-kernel pytorch-metric-learning kornia".split()
+PACKAGES = "torch nvidia-cuda-nvrtc nvidia-cuda-nvrtc-cu12 triton memeff inf-cl cut-cross-entropy siglip-kernel".split()
+PACKAGES += "pytorch-metric-learning kornia".split()
 
 
 # ---- the worker: the only part that imports torch -------------------------------------------------------------------
@@ -496,9 +497,6 @@ def machine() -> dict:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
         facts["gpu"], facts["driver"] = (part.strip() for part in lines[0].split(","))
-    with contextlib.suppress(OSError, subprocess.CalledProcessError, TypeError):
-        text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True, timeout=20).stdout
-        facts["nvcc"] = re.search(r"release ([\d.]+)", text)[1]
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             facts[package] = importlib.metadata.version(package)

@@ -30,7 +30,7 @@ note() {  # NAME STATE REMARK
   printf '%s\t%s\t%s\n' "$1" "$2" "${3//$'\t'/ }" | tee -a "$stages"
 }
 
-wanted() { [[ " wheels info $steps " == *" $1 "* ]]; }
+wanted() { [[ " wheels info kernels $steps " == *" $1 "* ]]; }
 
 has() { "$python" -c "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))" "$@"; }
 
@@ -95,6 +95,7 @@ else
   note build "not run" "setuptools, pybind11 or ninja is missing"
 fi
 stage info 30 "$python" -m sslkern.info
+[[ -n $dry ]] || stage kernels 60 "$python" -m sslkern.backends.cuda.compile
 
 # ---- b: tests, and beside them the compiling ahead of what the timings need -----------------------------------------
 processes=$(($(nproc) / 2))

@@ -179,6 +179,9 @@ def test_the_command(compiler, monkeypatch, tmp_path, capsys):
     assert len(files(tmp_path / "out")) == 2 * len(compile.UNITS)
     code = (tmp_path / "out/queue_push-bf16-float.sm_80.cubin").read_bytes()
     assert code == compile.image(UNIT, "sm_80").code
+    with pytest.raises(SystemExit):
+        compile.main(["--arch", "90a", "12"])
+    assert "knows no sm_12, but 75, 80, 90, 100" in capsys.readouterr().err
     compile.main(["--arch", "90a"])
     assert compiler.times() == 2 * len(compile.UNITS)
     monkeypatch.setattr(driver, "library", lambda: None)
@@ -186,14 +189,17 @@ def test_the_command(compiler, monkeypatch, tmp_path, capsys):
         compile.main([])
 
 
-def test_the_command_for_the_gpus_here(compiler, monkeypatch, capsys):
+def test_the_command_for_the_gpus_here(compiler, monkeypatch, tmp_path, capsys):
     library = emulate_cuda(monkeypatch)
     monkeypatch.undo()
     monkeypatch.setattr(nvrtc, "load", lambda: compiler)
     monkeypatch.setattr(driver, "library", lambda: library)
-    monkeypatch.setenv("SSLKERN_CACHE", "/proc/sslkern")
+    monkeypatch.setenv("SSLKERN_CACHE", str(tmp_path / "cache"))
     compile.main([])
     assert "sm_90a" in capsys.readouterr().out and compiler.times() == len(compile.UNITS)  # two GPUs of one kind
+    monkeypatch.setenv("SSLKERN_CACHE", "/proc/sslkern")
+    with pytest.raises(SystemExit, match="nothing can be kept in /proc/sslkern/cuda; name a folder with SSLKERN_CACHE"):
+        compile.main([])
 
 
 @pytest.mark.skipif(nvrtc.find() is None, reason="libnvrtc is not installed; `pip install nvidia-cuda-nvrtc` brings it")

@@ -121,7 +121,8 @@ def resolve(primitive: str, x: Tensor, **options) -> str:
         options: for the similarity family `sizes` (G, N, M, D), whether there are a `bias` and a `limit`, and `n` of
             similarity_topk; for a whole `pair_contrast` the sizes of its similarities, `mode`, `normalize`, `best`,
             whether it `learns` and whether there is a `bank`; for sampled_similarity the sizes, and `n` rows of the
-            bank for each query. The others are asked for the features alone.
+            bank for each query; for queue_push and bank_update `other`, the type of what they write there. The others
+            are asked for the features alone.
 
     Raises:
         RuntimeError: the backend was asked for by name, and lacks the primitive, the device, the type, or something

@@ -1,7 +1,9 @@
-"""What of the CUDA kernels only a GPU shows: CUDA graphs, streams, the same bits every run, an index outside."""
+"""What of the CUDA kernels only a GPU shows: the driver, CUDA graphs, streams, the same bits every run, an index
+outside."""
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -9,11 +11,12 @@ from torch.nn.functional import normalize
 
 import sslkern
 from sslkern.backends import BACKENDS, load
+from sslkern.backends.cuda import launch
 from sslkern.ops import bank_update_, queue_push_, sampled_similarity, sampled_similarity_bwd
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or BACKENDS["cuda"].MISSING is not None,
-    reason="needs a GPU and the CUDA module of sslkern",
+    reason="needs a GPU, and what the CUDA backend needs",
 )
 
 
@@ -66,6 +69,49 @@ def test_in_a_graph_and_again(B, dtype):
         work.reset()
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(expected, out, strict=True))
+
+
+def test_first_used_while_a_graph_is_captured(monkeypatch):
+    work = Work(256, torch.bfloat16)
+    with sslkern.use_backend("cuda"):
+        expected = work.results()
+        monkeypatch.setattr(launch, "_loaded", {})  # modules are loaded anew
+        work.reset()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = work.run()
+    work.reset()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(expected, out, strict=True))
+
+
+def test_in_a_thread_where_torch_was_not_at_work():
+    work, results = Work(256, torch.float32), []
+    queue = torch.zeros_like(work.queue)
+
+    def push():
+        load("cuda", "queue_push").queue_push_(queue, work.ptr, work.x, True)
+        load("cuda", "queue_push").queue_push_(queue, work.ptr, work.x, True)
+        results.append(True)
+
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=push)
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert results and torch.allclose(queue[:512], normalize(work.x, dim=1).repeat(2, 1)) and work.ptr.item() == 512
+
+
+def test_on_the_stream_that_is_current():
+    work, queue = Work(256, torch.float32), torch.zeros(700, 128, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), sslkern.use_backend("cuda"):
+        torch.cuda._sleep(10**8)  # what is on another stream runs before
+        keys = work.x * 2
+        queue_push_(queue, work.ptr, keys)
+    torch.cuda.synchronize()
+    assert torch.equal(queue[:256], work.x * 2)
 
 
 def test_an_index_outside_stops():

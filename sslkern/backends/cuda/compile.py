@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -98,12 +99,11 @@ def image(unit: Unit, target: str) -> Image:
     Raises:
         CompileError: it does not compile.
     """
-    folder = _folder()
-    if folder is None:
-        return _compiled(unit, target)
-    path = folder / f"{unit.primitive}-{'-'.join(unit.types)}-{target}-{_key(unit, target)}"
+    path = _path(unit, target)
     if kept := _read(path):
         return kept
+    if path is None:
+        return _compiled(unit, target)
     with _alone(path):
         kept = _read(path)  # another process may have been faster
         if kept is None:
@@ -147,6 +147,11 @@ def _key(unit: Unit, target: str) -> str:
 # ---- What is kept: a file for each unit, whose first line says whether the rest is whole ----------------------------
 
 
+def _path(unit: Unit, target: str) -> Path | None:
+    folder = _folder()
+    return folder and folder / f"{unit.primitive}-{'-'.join(unit.types)}-{target}-{_key(unit, target)}"
+
+
 def _folder() -> Path | None:
     try:
         return Path(os.environ.get("SSLKERN_CACHE") or Path.home() / ".cache/sslkern") / "cuda"
@@ -154,7 +159,9 @@ def _folder() -> Path | None:
         return None
 
 
-def _read(path: Path) -> Image | None:
+def _read(path: Path | None) -> Image | None:
+    if path is None:
+        return None
     try:
         check, names, code = path.read_bytes().split(b"\n", 2)
         if check.decode() == _check(names, code):
@@ -208,18 +215,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the machine code there, to be looked at")
     options = parser.parse_args(arguments)
     try:
+        compiler = nvrtc.load()
+        shown = f"NVRTC {'.'.join(map(str, compiler.version))} of {compiler.path}"
         if options.arch:
             targets = [f"sm_{name.removeprefix('sm_')}" for name in options.arch]
         else:
             targets = sorted({target(driver.capability(index)) for index in range(driver.count())})
-        compiler = nvrtc.load()
-        print(f"NVRTC {'.'.join(map(str, compiler.version))} of {compiler.path}, into {_folder()}")
+        for name in targets:
+            if not any(re.fullmatch(rf"(sm|compute)_{known}[af]?", name) for known in compiler.architectures):
+                parser.error(f"{shown} knows no {name}, but {', '.join(map(str, compiler.architectures))}")
+        print(f"{shown}, into {_folder()}")
         for name in targets:
             _prepare(name, options.out)
     except (CompileError, driver.DriverError) as error:
         sys.exit(f"sslkern: {error}")
     if not targets:
         sys.exit("sslkern: there is no GPU here; say with --arch what to compile for")
+    if any(_read(_path(unit, name)) is None for unit in UNITS for name in targets):
+        sys.exit(f"sslkern: nothing can be kept in {_folder()}; name a folder with SSLKERN_CACHE")
 
 
 def _prepare(target: str, out: Path | None) -> None:

@@ -18,9 +18,8 @@ OLDEST = 80  # of compute capabilities
 # What compile.KERNELS calls its arguments, as `struct` does; a struct of C ends on a multiple of 8 bytes.
 LAYOUTS = {"teams": "qii?0q", "int64": "q", "pointer": "P", "float": "f", "bool": "?"}
 
-_loaded: dict[
-    tuple, dict[str, driver.Kernel] | str
-] = {}  # by primitive, types and GPU: its kernels, or why there are none
+# By primitive, types and GPU: the kernels, or why there are none.
+_loaded: dict[tuple, dict[str, driver.Kernel] | str] = {}
 _loading = threading.Lock()
 _told: set[str] = set()
 
@@ -56,9 +55,8 @@ def _load(unit: compile.Unit, index: int) -> dict[str, driver.Kernel] | str:
         reason = f"its kernels cannot be made here: {error}"
         if reason not in _told:
             _told.add(reason)
-            warnings.warn(
-                f"sslkern: {unit.primitive} goes on without CUDA kernels; {reason}", RuntimeWarning, stacklevel=2
-            )
+            said = f"sslkern: {unit.primitive} goes on without CUDA kernels; {reason}"
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
         return reason
 
 
