@@ -166,11 +166,9 @@ inline void* checked(const char* name, const py::object& x, Type type, int64_t s
 
 }  // namespace tensor
 
-// The tensors of one call, on the device where its kernel runs. Sizes are in numbers; `_or_null`: may be None.
+// The tensors of one call, on the CPU. Sizes are in numbers; `_or_null`: may be None.
 class Tensors {
  public:
-  explicit Tensors(tensor::Device device = tensor::ON_CPU) : device_(device) {}
-
   template <class T = float>
   const T* read(const char* name, const py::object& x, int64_t size) const {
     return static_cast<const T*>(checked(name, x, tensor::type_of<T>(), size, tensor::Use::READ));
@@ -202,10 +200,8 @@ class Tensors {
 
  private:
   void* checked(const char* name, const py::object& x, tensor::Type type, int64_t size, tensor::Use use) const {
-    return tensor::checked(name, x, type, size, device_, use);
+    return tensor::checked(name, x, type, size, tensor::ON_CPU, use);
   }
-
-  tensor::Device device_;
 };
 
 }  // namespace sslkern
