@@ -360,6 +360,13 @@ def test_launched_on_the_gpu_and_the_stream_of_torch(emulated, monkeypatch):
             assert context.value is None  # as before the call
 
 
+def test_where_a_kernel_runs(monkeypatch):
+    streams = {0: 0, 1: 0x7F0012345678}
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.get, raising=False)
+    assert launch.place(torch.device("cuda", 0)) == (0, 0)
+    assert launch.place(torch.device("cuda", 1)) == (1, 0x7F0012345678)
+
+
 def test_the_context_of_the_thread_comes_back(emulated):
     ours, other, now = driver.Context(0), driver.Context(1), ctypes.c_void_p()
     with sslkern.use_backend("cuda"):
