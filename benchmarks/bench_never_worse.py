@@ -20,7 +20,7 @@ def faster_dense_form(problem, d: int, dtype: str) -> list[str]:
 
 
 @pytest.mark.parametrize("n", [2**p for p in range(5, 15)])
-@pytest.mark.parametrize("d", [32, 128, 512, 1024])
+@pytest.mark.parametrize("d", [32, 64, 128, 512, 1024])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("problem", [nt_xent, two_way, one_way], ids=lambda problem: problem.__name__)

@@ -31,7 +31,7 @@ def few_pairs(x: Tensor, rows: int, ids: Tensor | None) -> bool:
     """The same of `dense_contrast`, with scores [rows, rows]; our own products of bf16 lag behind for longer."""
     if autocast_active(x.device.type) or not _suits(x, ids):
         return few(x, rows, rows)
-    return rows * rows <= (2**20 if x.dtype == torch.bfloat16 else 2**18)
+    return rows * rows <= (2**20 if x.dtype == torch.bfloat16 and x.shape[1] >= 128 else 2**18)
 
 
 def dense(problem: Problem, columns: bool, best: bool) -> Tensor | tuple[Tensor, ...]:
