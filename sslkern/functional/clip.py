@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.arguments import FLOATS, check_dense, check_own_memory
-from ..common.numbers import check_number
+from ..common.numbers import check_number, constant
 from .checks import check_alike, check_features, promoted, scalar
 from .info_nce import info_nce
 
@@ -95,6 +95,9 @@ def clamp_logit_scale_(log_scale: Tensor, max: float | None = math.log(100), min
         raise ValueError(f"min must not exceed max, the logarithms of the bounds of the scale, but {min} > {max}")
     if max is None and min is None:
         return log_scale
-    most = torch.finfo(log_scale.dtype).max
-    min, max = (None if bound is None else sorted((-most, bound, most))[1] for bound in (min, max))
+    if torch.compiler.is_compiling():  # which would compile anew for each bound that is a number
+        min, max = (None if bound is None else constant(bound, log_scale, log_scale.dtype) for bound in (min, max))
+    else:
+        most = torch.finfo(log_scale.dtype).max
+        min, max = (None if bound is None else sorted((-most, bound, most))[1] for bound in (min, max))
     return log_scale.clamp_(min=min, max=max)
