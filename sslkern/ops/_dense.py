@@ -98,21 +98,23 @@ def _suits(x: Tensor, ids: Tensor | None) -> bool:
     return ids is None and x.shape[0] > 1 and x.device.type == "cpu" and x.dtype != torch.float16
 
 
-# With total_i = loss_i + positive_i = log(exp(positive_i) + exp(negatives_i)), the derivative of a sum of losses with
-# weights g by the scores that count, and by the positives, is
+# With share_i = 1 - exp(-loss_i), that of the negatives, the derivative of a sum of losses with weights g by the scores
+# that count, and by the positives, is
 #
-#     W_ij = g_i exp(s_ij - total_i)      (and the same of the columns)      W_ii = g_i (exp(-loss_i) - 1)
+#     W_ij = g_i share_i exp(s_ij - negatives_i)      (and the same of the columns)      W_ii = - g_i share_i
 #
-# so the positives take the place of the diagonal, and W that of S in the products. Left to itself the compiler spends
-# a mask in each pass over S, a division per score, and two passes on the derivative of a diagonal; and of two views,
-# whose S is symmetric, W + W^T takes one product instead of two.
+# in which no exponential is above 1, however large the scores and their rounding. The positives take the place of the
+# diagonal, and W that of S in the products. Left to itself the compiler spends a mask in each pass over S, a division
+# per score, and two passes on the derivative of a diagonal; and of two views, whose S is symmetric, W + W^T takes one
+# product instead of two.
 
 
 def _contrast(x, y, scale, mode, best):
     N, views = x.shape[0], mode == "views"
     q, k = (cat((x, y)),) * 2 if views else (x, y)
-    rounds = x.dtype == torch.bfloat16  # then the scale is for the scores
-    s = wide(q @ k.mT) * scale if rounds else (q * scale) @ k.mT
+    # A pass over S less, but not where rows would be rounded, nor where S is to be symmetric.
+    scale_first = x.dtype != torch.bfloat16 and not views
+    s = (q * scale) @ k.mT if scale_first else wide(q @ k.mT) * scale
     positive = dots(x, y) * scale
     for part in (s, s[:N, N:], s[N:, :N]) if views else (s,):
         part.diagonal().fill_(-math.inf)
@@ -121,31 +123,33 @@ def _contrast(x, y, scale, mode, best):
     # Stacked before the softplus, the inductor of torch 2.13 computes gradients that are wrong (with a scale tensor).
     losses = stack([pair_loss(side, positive) for side in negatives])
     top = stack([s.amax(side) for side in sides]).view(-1, N) if best else None
-    return losses, positive, top, s
+    # The share from here, as in the backward the compiler would compute it once for each score.
+    return losses, positive, top, s, stack(negatives), -torch.expm1(-losses)
 
 
 def _save(ctx, inputs, outputs):
     x, y, scale, ctx.mode, _ = inputs
-    losses, positive, _, s = outputs
-    ctx.save_for_backward(x, y, scale, losses, positive, s)
+    ctx.save_for_backward(x, y, scale, *outputs[3:])
 
 
 def _backward(ctx, g, *_):
-    x, y, scale, losses, positive, s = ctx.saved_tensors
+    x, y, scale, s, negatives, share = ctx.saved_tensors
     N, dtype = x.shape[0], x.dtype
-    totals, diagonal = losses + positive, (g * torch.expm1(-losses)).sum(0)
+    weight = g * share
+    diagonal = -weight.sum(0)
     if ctx.mode == "views":
-        z, g, totals = cat((x, y)), g.view(-1), totals.view(-1)
-        w = g.unsqueeze(1) * (s - totals.unsqueeze(1)).exp() + g * (s - totals).exp()
+        z, weight, negatives = cat((x, y)), weight.view(-1), negatives.view(-1)
+        # Rounded, s_ij may be above s_ji, whose negatives_j these are.
+        w = weight.unsqueeze(1) * (s - negatives.unsqueeze(1)).exp() + weight * (s - negatives).clamp(max=0).exp()
         for part in (w[:N, N:], w[N:, :N]):
             part.diagonal().copy_(diagonal)
         dz = wide(w.to(dtype) @ z)
         dx, dy = (dz * scale).to(dtype).split(N)
         dscale = (dz * z).sum() / 2
     else:
-        w = g[0].unsqueeze(1) * (s - totals[0].unsqueeze(1)).exp()
+        w = weight[0].unsqueeze(1) * (s - negatives[0].unsqueeze(1)).exp()
         if ctx.mode == "two_way":
-            w = w + g[1] * (s - totals[1]).exp()
+            w = w + weight[1] * (s - negatives[1]).exp()
         w.diagonal().copy_(diagonal)
         w = w.to(dtype)
         dx, dy = wide(w @ y), wide(w.mT @ x)
@@ -159,7 +163,7 @@ _by_hand = Node(_contrast, _save, _backward, name="dense_contrast", outputs=1)
 
 def _of_different_rows(x, y, scale, mode, normalize, best):
     x, y = (unit(x), unit(y)) if normalize else (x, y)
-    losses, positive, top, _ = _by_hand.way(True, x, y, scale)(x, y, scale, mode, best)
+    losses, positive, top, *_ = _by_hand.way(True, x, y, scale)(x, y, scale, mode, best)
     return losses, positive, top if best else losses.new_empty(0)
 
 

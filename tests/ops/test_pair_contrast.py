@@ -56,6 +56,26 @@ def test_equals_the_traced_formula(backend, monkeypatch, mode, N, D, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale", [100.0, 1e6, 1e9])
+def test_scores_of_any_size_in_compiled_code(mode, scale):
+    """The formula for the compiler loses no more to the rounding of scores than the kernels do."""
+    x, y = torch.randn(2, 8, 4)
+    x[3], y[3] = x[2], y[2]  # scores that are equal
+
+    def gradients(call, dtype):
+        leaves = [side.to(dtype).requires_grad_() for side in (x, y)]
+        losses = call(*leaves, torch.tensor(scale, dtype=dtype), None, mode, True, False)[0]
+        return torch.cat(torch.autograd.grad(losses.sum(), leaves)).double()
+
+    exact = gradients(pair_contrast, torch.float64)
+    ours, compiled = (
+        (gradients(call, torch.float32) - exact).norm() / exact.norm()
+        for call in (pair_contrast, _dense.dense_contrast)
+    )
+    assert compiled <= 4 * ours + 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_row_without_negatives_gets_zero_whatever_arrives(backend, mode):
     x, y = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
     losses, _, _ = pair_contrast(x, y, 2.0, torch.zeros(3, dtype=torch.int64), mode, True, False)
