@@ -10,6 +10,8 @@ using uint64_t = unsigned long long;
 using uintptr_t = unsigned long long;
 using int64_t = long long;
 #define INFINITY __int_as_float(0x7f800000)
+#define INT64_MAX 0x7fffffffffffffffll
+#define INT64_MIN (-INT64_MAX - 1)
 #else
 #include <cassert>
 #include <cmath>

@@ -36,6 +36,11 @@ SSLKERN_DEVICE int warp_id() { return __shfl_sync(~0u, threadIdx.x / WARP, 0); }
 SSLKERN_DEVICE void sync_warp() { __syncwarp(); }
 SSLKERN_DEVICE bool any_lane(bool x) { return __any_sync(~0u, x); }
 SSLKERN_DEVICE uint32_t lanes_where(bool x) { return __ballot_sync(~0u, x); }
+// x of the lane whose number differs in the bit `by`, of all 32 together; or of one lane for all.
+SSLKERN_DEVICE int64_t exchange(int64_t x, int by) { return __shfl_xor_sync(~0u, static_cast<long long>(x), by); }
+SSLKERN_DEVICE float exchange(float x, int by) { return __shfl_xor_sync(~0u, x, by); }
+SSLKERN_DEVICE float from_lane(float x, int lane) { return __shfl_sync(~0u, x, lane); }
+SSLKERN_DEVICE int from_lane(int x, int lane) { return __shfl_sync(~0u, x, lane); }
 
 // Registers of each thread of this warpgroup from here on: those that one gives up others may take.
 template <int COUNT>
