@@ -116,8 +116,8 @@ def build_emulated_cuda(output: Path, kernels: dict[str, list[str]]) -> None:
     """
     sanitizer = ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
     includes = [f"-I{ROOT / folder}" for folder in ("sslkern/backends/cuda/kernels", "tests/cuda_emulation")]
-    command = shlex.join([*find_compiler(), *FLAGS, "-O1", "-DSSLKERN_EMULATED", *includes, *sanitizer])
-    sources = [ROOT / "tests/cuda_emulation/emulation.cpp"]
+    command = shlex.join([*find_compiler(), *FLAGS, "-O2", "-DSSLKERN_EMULATED", *includes, *sanitizer])
+    sources = sorted(ROOT.glob("tests/cuda_emulation/*.cpp"))
     output.parent.mkdir(parents=True, exist_ok=True)
     for name, instances in kernels.items():
         sources.append(output.parent / f"{name}.cpp")

@@ -105,7 +105,8 @@ def emulated_cuda() -> ctypes.CDLL:
         pytest.skip(str(error))
     kernels = {}
     for unit in compile.UNITS:
-        kernels.setdefault(unit.primitive, {}).update(dict.fromkeys(unit.expressions().values()))
+        source = compile.PROGRAMS[unit.program].source.removesuffix(".cu")
+        kernels.setdefault(source, {}).update(dict.fromkeys(unit.expressions().values()))
     path = root / "build/emulated/libcuda.so"
     native_build.build_emulated_cuda(path, {name: list(found) for name, found in kernels.items()})
     return ctypes.CDLL(str(path))

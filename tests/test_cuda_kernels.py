@@ -35,7 +35,8 @@ class Compiler:
             log.write(f"{name}\n")
         time.sleep(self.seconds)
         assert "rows.h" in headers and "__global__" in source
-        return b"\n\0 of " + " ".join(options).encode(), [f"_{expression}" for expression in expressions]
+        code = b"\n\0 of " + " ".join(options).encode()
+        return code, [f"_{expression}" for expression in expressions], "a warning"
 
     def times(self) -> int:
         return len(self.log.read_text().splitlines()) if self.log.exists() else 0
@@ -55,8 +56,9 @@ def files(folder: Path) -> list[Path]:
 
 def test_kept(compiler, tmp_path):
     first = compile.image(UNIT, "sm_90a")
-    assert first.code == b"\n\0 of --gpu-architecture=sm_90a --std=c++17"
+    assert first.code == b"\n\0 of --gpu-architecture=sm_90a --std=c++17 --ptxas-options=--warn-on-spills"
     assert first.names == {"push<{0}, {1}>": "_sslkern::cuda::push<sslkern::cuda::bf16, float>"}
+    assert first.log == "a warning"
     assert compile.image(UNIT, "sm_90a") == first and compiler.times() == 1
     assert len(files(tmp_path / "cache")) == 1
 
@@ -175,15 +177,16 @@ def test_the_command(compiler, monkeypatch, tmp_path, capsys):
     assert "--arch" in said and "--out" in said and "SSLKERN_CACHE" in said
     compile.main(["--arch", "90a", "sm_80", "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 * len(compile.UNITS) and compiler.times() == 2 * len(compile.UNITS)
-    assert len(files(tmp_path / "out")) == 2 * len(compile.UNITS)
+    count = len(compile.units("sm_90a")) + len(compile.units("sm_80"))
+    assert len(lines) == 1 + 2 * count and lines.count("a warning") == count == compiler.times()
+    assert len(files(tmp_path / "out")) == count
     code = (tmp_path / "out/queue_push-bf16-float.sm_80.cubin").read_bytes()
     assert code == compile.image(UNIT, "sm_80").code
     with pytest.raises(SystemExit):
         compile.main(["--arch", "90a", "12"])
     assert "knows no sm_12, but 75, 80, 90, 100" in capsys.readouterr().err
     compile.main(["--arch", "90a"])
-    assert compiler.times() == 2 * len(compile.UNITS)
+    assert compiler.times() == count
     monkeypatch.setattr(driver, "library", lambda: None)
     with pytest.raises(SystemExit, match="there is no GPU here; say with --arch"):
         compile.main([])
@@ -196,7 +199,8 @@ def test_the_command_for_the_gpus_here(compiler, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(driver, "library", lambda: library)
     monkeypatch.setenv("SSLKERN_CACHE", str(tmp_path / "cache"))
     compile.main([])
-    assert "sm_90a" in capsys.readouterr().out and compiler.times() == len(compile.UNITS)  # two GPUs of one kind
+    assert "sm_90a" in capsys.readouterr().out
+    assert compiler.times() == len(compile.units("sm_90a"))  # two GPUs of one kind
     monkeypatch.setenv("SSLKERN_CACHE", "/proc/sslkern")
     with pytest.raises(SystemExit, match="nothing can be kept in /proc/sslkern/cuda; name a folder with SSLKERN_CACHE"):
         compile.main([])
@@ -206,9 +210,9 @@ def test_the_command_for_the_gpus_here(compiler, monkeypatch, tmp_path, capsys):
 def test_with_the_real_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("SSLKERN_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", "")  # no nvcc
-    code, names = compile.image(UNIT, "sm_90a")
-    assert code.startswith(b"\x7fELF") and names["push<{0}, {1}>"].encode() in code
-    text, names = compile.image(UNIT, f"compute_{max(nvrtc.load().architectures)}")
+    code, names, log = compile.image(UNIT, "sm_90a")
+    assert code.startswith(b"\x7fELF") and names["push<{0}, {1}>"].encode() in code and log == ""
+    text, names, _ = compile.image(UNIT, f"compute_{max(nvrtc.load().architectures)}")
     assert b".version" in text and names["push<{0}, {1}>"].encode() in text
     assert compile.target(90) == "sm_90a" and compile.target(999) == f"compute_{max(nvrtc.load().architectures)}"
     with pytest.raises(nvrtc.CompileError) as error:
@@ -342,9 +346,9 @@ def test_only_what_is_needed_is_compiled_and_when(emulated, monkeypatch):
 
 
 def last(library) -> dict:
-    numbers = (ctypes.c_int64 * 5)()
+    numbers = (ctypes.c_int64 * 7)()
     library.emulated_last(numbers)
-    return dict(zip(("device", "blocks", "threads", "stream", "count"), numbers, strict=True))
+    return dict(zip(("device", "blocks", "threads", "stream", "count", "shared", "cluster"), numbers, strict=True))
 
 
 def test_launched_on_the_gpu_and_the_stream_of_torch(emulated, monkeypatch):
@@ -355,7 +359,8 @@ def test_launched_on_the_gpu_and_the_stream_of_torch(emulated, monkeypatch):
             before = last(emulated)["count"]
             assert push(9).eq(1).all()
             index, stream = where
-            assert last(emulated) == dict(device=index, blocks=1, threads=256, stream=stream, count=before + 1)
+            where = dict(device=index, stream=stream, count=before + 1)
+            assert last(emulated) == where | dict(blocks=1, threads=256, shared=0, cluster=1)
             emulated.cuCtxGetCurrent(ctypes.byref(context))
             assert context.value is None  # as before the call
 
@@ -415,6 +420,56 @@ def test_what_the_driver_refuses_is_a_sentence(emulated):
         call.launch("push<{0}, {1}>", 0, *launch.teams(4, 4, 32), 1, 0, 1, 0, 0, 0, False)
     with pytest.raises(driver.DriverError, match="to find another"):
         driver.Module(driver.Context(0), b"emulated").kernel("another", "@q", "another")
+
+
+def test_shared_memory_and_clusters(emulated):
+    call = launch.Call("queue_push", torch.device("cpu"), torch.float32, torch.float32)
+    ptr = torch.zeros(1, dtype=torch.long)
+    nothing = *launch.teams(4, 4, 32), 1, 0, 0, 0, ptr.data_ptr(), 0, False
+    for shared, cluster in [(0, 1), (100 << 10, 1), (227 << 10, 2), (1 << 10, 4)]:
+        call.launch("push<{0}, {1}>", 4, *nothing, shared=shared, cluster=cluster)
+        found = last(emulated)
+        assert (found["blocks"], found["shared"], found["cluster"]) == (4, shared, cluster)
+    for refused in (dict(shared=228 << 10), dict(cluster=3), dict(cluster=16), dict(threads=2048)):
+        with pytest.raises(driver.DriverError, match="refused to launch"):
+            call.launch("push<{0}, {1}>", 4, *nothing, **refused)
+    assert call.processors == 3
+
+
+def test_what_is_for_hopper_alone(emulated, monkeypatch):
+    program = compile.PROGRAMS["queue_push"]._replace(hopper=True)
+    monkeypatch.setitem(compile.PROGRAMS, "queue_push", program)
+    assert any(unit.program == "queue_push" for unit in compile.units("sm_90a"))
+    assert all(unit.program != "queue_push" for unit in compile.units("sm_100"))
+    types = torch.float32, torch.float32
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "capability", lambda index: 100)
+        assert (
+            launch.missing("queue_push", types, 0) == "it needs a GPU of compute capability 9.0, and this one has 10.0"
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(compile, "target", lambda capability: "sm_90")
+        assert launch.missing("queue_push", types, 1) == "it needs NVRTC of CUDA 12 or newer"
+    monkeypatch.setattr(launch, "_loaded", {})
+    assert launch.missing("queue_push", types, 0) is None
+
+
+def test_tensor_maps(emulated):
+    call = launch.Call("queue_push", torch.device("cpu"), torch.float32, torch.float32)
+    x = torch.randn(70, 40).bfloat16()
+    assert launch.padded(x) is x and len(call.matrix("x", x, 64)) == driver.MAP_BYTES
+    assert call.matrix("x", x, 64) == call.matrix("x", x, 64) != call.matrix("x", x, 128)
+    for odd in (torch.randn(70, 37).half(), x[:, 1:33], x.t(), torch.randn(5, 1).bfloat16(), x[:, :1].expand(70, 40)):
+        with pytest.raises(ValueError, match="^x must have rows without gaps that begin on 16 bytes"):
+            call.matrix("x", odd, 64)
+        rows = launch.padded(odd)
+        assert torch.equal(rows, odd) and rows.stride(0) % 8 == 0 and call.matrix("x", rows, 64)
+    assert call.vector("x", torch.randn(9), 9, 128)
+    with pytest.raises(ValueError, match="x must be 9 numbers"):
+        call.vector("x", torch.randn(8), 9, 128)
+    for refused in ((x, 0), (x, 257), (x[:0], 64)):
+        with pytest.raises(driver.DriverError, match=r"refused a tensor map of \d+x40 numbers in boxes of \[\d+, 64\]"):
+            call.matrix("x", *refused)
 
 
 def test_numbers_that_stand_in_two_languages():

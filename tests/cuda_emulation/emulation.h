@@ -16,7 +16,13 @@
 namespace sslkern::cuda {
 
 namespace emulation {
-void run(int64_t blocks, const std::function<void()>& kernel);
+struct Launch {
+  int64_t blocks;
+  int threads;         // of a block
+  int64_t shared = 0;  // bytes of dynamic shared memory of a block
+  int cluster = 1;     // blocks that run together
+};
+void run(const Launch&, const std::function<void()>& kernel);
 void wait(int first, int count);  // for all threads from first to first + count, this one among them
 float* exchanged(int thread);     // what a thread shows to the others
 
@@ -24,7 +30,7 @@ float* exchanged(int thread);     // what a thread shows to the others
 struct Kernel {
   const char* name;
   int64_t bytes;  // of the arguments
-  void (*run)(int64_t blocks, const char* arguments);
+  void (*run)(const Launch&, const char* arguments);
 };
 void add(const Kernel&);
 
@@ -52,9 +58,9 @@ T taken(const char* from) {
 
 template <auto kernel, class... P, size_t... i>
 Kernel described(const char* name, void (*)(P...), std::index_sequence<i...>) {
-  return {name, Layout<P...>().end, [](int64_t blocks, const char* arguments) {
+  return {name, Layout<P...>().end, [](const Launch& launch, const char* arguments) {
             const Layout<P...> layout;
-            emulation::run(blocks, [&] { kernel(taken<P>(arguments + layout.at[i])...); });
+            emulation::run(launch, [&] { kernel(taken<P>(arguments + layout.at[i])...); });
           }};
 }
 template <auto kernel, class... P>

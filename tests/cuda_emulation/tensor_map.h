@@ -1,7 +1,7 @@
 // What the words of a TensorMap hold here: the driver's cuTensorMapEncodeTiled writes them, copies of boxes read them.
 #pragma once
 
-#include "hopper.h"
+#include <cstdint>
 
 namespace sslkern::cuda::emulation {
 
@@ -18,6 +18,6 @@ struct EncodedMap {
   int32_t swizzle;       // 128 or 0
   int32_t data_type;     // CUtensorMapDataType, for those who ask
 };
-static_assert(sizeof(EncodedMap) <= sizeof(TensorMap));
+static_assert(sizeof(EncodedMap) <= 128);
 
 }  // namespace sslkern::cuda::emulation

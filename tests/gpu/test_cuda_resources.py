@@ -65,7 +65,7 @@ def kernels_of(cuobjdump: str, unit: compile.Unit, target: str, image: compile.I
             rows.append(
                 {
                     "architecture": target,
-                    "primitive": unit.primitive,
+                    "program": unit.program,
                     "kernel": shown[name],
                     "registers": registers,
                     "stack": stack,
@@ -123,7 +123,7 @@ class Measured(NamedTuple):
     rows: list[dict]  # one for each kernel and architecture; what several units have, once
     seconds: dict[tuple[str, str], float]  # by unit and architecture
     sizes: dict[tuple[str, str], int]  # of the machine code
-    arguments: dict[str, list[tuple[int, int]]]
+    arguments: dict[tuple[str, str], list[tuple[int, int]]]  # by program and kernel
 
 
 def measure() -> Measured:
@@ -139,20 +139,19 @@ def measure() -> Measured:
         patch.setenv("SSLKERN_CACHE", folder)
         patch.setenv("PATH", "/nowhere")  # no nvcc
         for target in ARCHITECTURES:
-            for unit in compile.UNITS:
+            for unit in compile.units(target):
                 begun = time.process_time()
                 image = compile.image(unit, target)
                 measured.seconds[str(unit), target] = time.process_time() - begun
                 measured.sizes[str(unit), target] = len(image.code)
                 if target == "sm_90a":  # elsewhere the same
-                    measured.arguments.update(arguments_of(cuobjdump, image, Path(folder)))
+                    found = arguments_of(cuobjdump, image, Path(folder))
+                    measured.arguments.update({(unit.program, kernel): places for kernel, places in found.items()})
                 for row in kernels_of(cuobjdump, unit, target, image, Path(folder)):
-                    if (key := (target, unit.primitive, row["kernel"])) not in seen:
+                    if (key := (target, unit.program, row["kernel"])) not in seen:
                         seen.add(key)
                         measured.rows.append(row)
-    measured.rows.sort(
-        key=lambda row: (row["primitive"], row["kernel"], int(re.search(r"\d+", row["architecture"])[0]))
-    )
+    measured.rows.sort(key=lambda row: (row["program"], row["kernel"], int(re.search(r"\d+", row["architecture"])[0])))
     return measured
 
 
@@ -170,33 +169,33 @@ def kernels(measured) -> list[dict]:
 
 
 def test_each_compiles_in_less_than_five_seconds(measured):
-    assert len(measured.seconds) == len(ARCHITECTURES) * len(compile.UNITS)
+    assert len(measured.seconds) == sum(len(compile.units(target)) for target in ARCHITECTURES)
     assert max(measured.seconds.values()) < 5, measured.seconds
     assert max(measured.sizes.values()) < 200 << 10, measured.sizes
 
 
 def test_arguments_lie_where_the_kernels_expect_them(measured):
     """By the machine code, against what launch.py packs."""
-    for primitive, layouts in compile.KERNELS.items():
-        for kernel, arguments in layouts.items():
+    for program, (_, kernels, *_) in compile.PROGRAMS.items():
+        for kernel, arguments in kernels.items():
             places, before = [], ""
             for word in arguments.split():
                 name, _, times = word.partition("*")
                 for _ in range(int(times or 1)):
                     size, before = struct.calcsize(launch.layout_of(name)), f"{before} {name}"
                     places.append((struct.calcsize(launch.layout_of(before)) - size, size))
-            assert measured.arguments[kernel] == places, (primitive, kernel)
+            assert measured.arguments[program, kernel] == places, (program, kernel)
 
 
 def test_all_kernels_for_all_architectures(kernels):
     assert {row["architecture"] for row in kernels} == {"sm_80", "sm_90a", "sm_100"}
-    assert {row["primitive"] for row in kernels} == {"bank_update", "queue_push", "sampled_similarity", "unit_pairs"}
-    assert len(kernels) == 3 * len({(row["primitive"], row["kernel"]) for row in kernels})
+    assert {row["program"] for row in kernels} == {"bank_update", "queue_push", "sampled_similarity", "unit_pairs"}
+    assert len(kernels) == 3 * len({(row["program"], row["kernel"]) for row in kernels})
 
 
 def test_the_table_is_of_these_kernels(kernels):
     table = json.loads((RESULTS / "cuda.json").read_text())["kernels"]
-    kernel = itemgetter("architecture", "primitive", "kernel")
+    kernel = itemgetter("architecture", "program", "kernel")
     assert set(map(kernel, kernels)) == set(map(kernel, table)), "`make cuda-offline` renews it"
 
 
@@ -216,7 +215,7 @@ def test_rows_are_read_or_written_by_16_bytes(kernels):
         one_by_one = row["kernel"].endswith(" false>")
         if not one_by_one and row["kernel"] not in SMALL:
             assert row["loads_of_16_bytes"] + row["stores_of_16_bytes"] > 0, row
-        if row["primitive"] in ("sampled_similarity", "unit_pairs") and not one_by_one and row["kernel"] not in SMALL:
+        if row["program"] in ("sampled_similarity", "unit_pairs") and not one_by_one and row["kernel"] not in SMALL:
             assert row["loads_of_16_bytes"] >= 4, row
 
 

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -28,56 +29,83 @@ from .nvrtc import CompileError
 
 SOURCES = Path(__file__).resolve().parent / "kernels"
 TYPES = "float", "bf16", "fp16"  # in kernels/device.h
+HOPPER = "sm_90a"  # with wgmma and what goes with it
 
-# The kernels of each primitive, {0} and {1} for its types, and what they take, as launch.py packs it.
-KERNELS = {
-    "sampled_similarity": {
-        "sampled_forward<{0}, true>": "teams int64*4 pointer*4",
-        "sampled_forward<{0}, false>": "teams int64*4 pointer*4",
-        "sampled_backward<{0}, true>": "teams int64*5 pointer*4",
-        "sampled_backward<{0}, false>": "teams int64*5 pointer*4",
-        "add_parts": "int64*3 pointer*2",
-    },
-    "queue_push": {"push<{0}, {1}>": "teams int64*3 pointer*3 bool"},
-    "bank_update": {
-        "forget": "int64*2 pointer*2",
-        "claim": "int64 pointer*2",
-        "update<{0}, {1}>": "teams int64*2 pointer*3 float pointer",
-    },
-    "unit_pairs": {
-        "pair_forward<{0}>": "teams int64 pointer*5",
-        "pair_backward<{0}>": "teams int64 pointer*7",
-    },
+
+class Program(NamedTuple):
+    """Kernels of one file that are compiled together, anew for each tuple of arguments of their templates, which are
+    {0}, {1}, .. in their names. Beside each stands what it takes, as launch.py packs it."""
+
+    source: str
+    kernels: dict[str, str]
+    arguments: list[tuple[str, ...]]
+    hopper: bool = False  # they run on compute capability 9.0 alone
+
+
+ONE_TYPE = [(name,) for name in TYPES]
+TWO_TYPES = list(itertools.product(TYPES, TYPES))  # of what is written and of what is read
+
+PROGRAMS = {
+    "sampled_similarity": Program(
+        "sampled_similarity.cu",
+        {
+            "sampled_forward<{0}, true>": "teams int64*4 pointer*4",
+            "sampled_forward<{0}, false>": "teams int64*4 pointer*4",
+            "sampled_backward<{0}, true>": "teams int64*5 pointer*4",
+            "sampled_backward<{0}, false>": "teams int64*5 pointer*4",
+            "add_parts": "int64*3 pointer*2",
+        },
+        ONE_TYPE,
+    ),
+    "queue_push": Program("queue_push.cu", {"push<{0}, {1}>": "teams int64*3 pointer*3 bool"}, TWO_TYPES),
+    "bank_update": Program(
+        "bank_update.cu",
+        {
+            "forget": "int64*2 pointer*2",
+            "claim": "int64 pointer*2",
+            "update<{0}, {1}>": "teams int64*2 pointer*3 float pointer",
+        },
+        TWO_TYPES,
+    ),
+    "unit_pairs": Program(
+        "unit_pairs.cu",
+        {"pair_forward<{0}>": "teams int64 pointer*5", "pair_backward<{0}>": "teams int64 pointer*7"},
+        ONE_TYPE,
+    ),
 }
-PAIRS = "queue_push", "bank_update"  # which have two types, of what is written and of what is read
 
 
 class Unit(NamedTuple):
-    """What is compiled at once: all that a primitive needs for its types."""
+    """What is compiled at once: a program for some arguments, types of TYPES and numbers."""
 
-    primitive: str
-    types: tuple[str, ...]
+    program: str
+    arguments: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.primitive}<{', '.join(self.types)}>"
+        return f"{self.program}<{', '.join(self.arguments)}>"
 
     def expressions(self) -> dict[str, str]:
-        """The kernels of KERNELS, with their types."""
-        return {kernel: kernel.format(*self.types) for kernel in KERNELS[self.primitive]}
+        """The kernels of the program, with their arguments."""
+        return {kernel: kernel.format(*self.arguments) for kernel in PROGRAMS[self.program].kernels}
+
+    def file_name(self) -> str:
+        return "-".join((self.program, *self.arguments))
 
 
-UNITS = [
-    Unit(primitive, types)
-    for primitive in KERNELS
-    for types in ([(a, b) for a in TYPES for b in TYPES] if primitive in PAIRS else [(a,) for a in TYPES])
-]
+UNITS = [Unit(name, arguments) for name, program in PROGRAMS.items() for arguments in program.arguments]
+
+
+def units(target: str) -> list[Unit]:
+    """All that runs there."""
+    return [unit for unit in UNITS if target == HOPPER or not PROGRAMS[unit.program].hopper]
 
 
 class Image(NamedTuple):
-    """A compiled unit: machine code (or PTX), and the names in it of the unit's kernels."""
+    """A compiled unit: machine code (or PTX), the names of the kernels in it, and what the compiler warned of."""
 
     code: bytes
     names: dict[str, str]
+    log: str = ""
 
 
 def target(capability: int) -> str:
@@ -85,8 +113,7 @@ def target(capability: int) -> str:
     newer than NVRTC, which the driver translates."""
     known, version = nvrtc.load().architectures, nvrtc.load().version
     if capability in known:
-        special = "a" if capability == 90 and version >= (12, 0) else ""  # wgmma and what goes with it
-        return f"sm_{capability}{special}"
+        return HOPPER if capability == 90 and version >= (12, 0) else f"sm_{capability}"
     older = [architecture for architecture in known if architecture < capability]
     if not older:
         raise CompileError(f"this NVRTC knows no GPU of compute capability {capability / 10} or older")
@@ -114,23 +141,21 @@ def image(unit: Unit, target: str) -> Image:
 
 def _compiled(unit: Unit, target: str) -> Image:
     sources = _sources()
-    name = f"{unit.primitive}.cu"
+    name = PROGRAMS[unit.program].source
     headers = {header: text for header, text in sources.items() if header.endswith(".h")}
     expressions = unit.expressions()
     full = [_qualified(expression) for expression in expressions.values()]
-    code, names = nvrtc.load().compile(name, sources[name], headers, _options(target), full)
-    return Image(code, dict(zip(expressions, names, strict=True)))
+    code, names, log = nvrtc.load().compile(name, sources[name], headers, _options(target), full)
+    return Image(code, dict(zip(expressions, names, strict=True)), log)
 
 
 def _qualified(expression: str) -> str:
     """`push<bf16, float>` as it is named from outside of its namespace."""
-    for word in ("bf16", "fp16"):
-        expression = expression.replace(word, f"sslkern::cuda::{word}")
-    return f"sslkern::cuda::{expression}"
+    return "sslkern::cuda::" + re.sub(r"\b(bf16|fp16)\b", r"sslkern::cuda::\1", expression)
 
 
 def _options(target: str) -> list[str]:
-    return [f"--gpu-architecture={target}", "--std=c++17"]
+    return [f"--gpu-architecture={target}", "--std=c++17", "--ptxas-options=--warn-on-spills"]
 
 
 @functools.cache
@@ -149,7 +174,7 @@ def _key(unit: Unit, target: str) -> str:
 
 def _path(unit: Unit, target: str) -> Path | None:
     folder = _folder()
-    return folder and folder / f"{unit.primitive}-{'-'.join(unit.types)}-{target}-{_key(unit, target)}"
+    return folder and folder / f"{unit.file_name()}-{target}-{_key(unit, target)}"
 
 
 def _folder() -> Path | None:
@@ -163,9 +188,9 @@ def _read(path: Path | None) -> Image | None:
     if path is None:
         return None
     try:
-        check, names, code = path.read_bytes().split(b"\n", 2)
-        if check.decode() == _check(names, code):
-            return Image(code, json.loads(names))
+        check, facts, code = path.read_bytes().split(b"\n", 2)
+        if check.decode() == _check(facts, code):
+            return Image(code, *json.loads(facts))
     except (OSError, ValueError):
         pass
     return None
@@ -173,12 +198,12 @@ def _read(path: Path | None) -> Image | None:
 
 def _write(path: Path, image: Image) -> None:
     """All of it or nothing; a folder that takes nothing is no error."""
-    names, temporary = json.dumps(image.names).encode(), None
+    facts, temporary = json.dumps((image.names, image.log)).encode(), None
     with contextlib.suppress(OSError):
         try:
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 temporary = Path(file.name)
-                file.write(b"\n".join((_check(names, image.code).encode(), names, image.code)))
+                file.write(b"\n".join((_check(facts, image.code).encode(), facts, image.code)))
             temporary.replace(path)
             temporary = None
         finally:
@@ -186,8 +211,8 @@ def _write(path: Path, image: Image) -> None:
                 temporary.unlink(missing_ok=True)
 
 
-def _check(names: bytes, code: bytes) -> str:
-    return hashlib.sha256(names + b"\n" + code).hexdigest()
+def _check(facts: bytes, code: bytes) -> str:
+    return hashlib.sha256(facts + b"\n" + code).hexdigest()
 
 
 @contextlib.contextmanager
@@ -231,19 +256,21 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"sslkern: {error}")
     if not targets:
         sys.exit("sslkern: there is no GPU here; say with --arch what to compile for")
-    if any(_read(_path(unit, name)) is None for unit in UNITS for name in targets):
+    if any(_read(_path(unit, name)) is None for name in targets for unit in units(name)):
         sys.exit(f"sslkern: nothing can be kept in {_folder()}; name a folder with SSLKERN_CACHE")
 
 
 def _prepare(target: str, out: Path | None) -> None:
-    for unit in UNITS:
+    for unit in units(target):
         begun = time.perf_counter()
-        code = image(unit, target).code
+        code, _, log = image(unit, target)
         seconds = time.perf_counter() - begun
-        print(f"{str(unit):32} {target:8} {len(code) / 1024:6.1f} KB {seconds:6.2f} s", flush=True)
+        print(f"{str(unit):44} {target:8} {len(code) / 1024:6.1f} KB {seconds:6.2f} s", flush=True)
+        if log:
+            print(log, flush=True)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            (out / f"{unit.primitive}-{'-'.join(unit.types)}.{target}.cubin").write_bytes(code)
+            (out / f"{unit.file_name()}.{target}.cubin").write_bytes(code)
 
 
 if __name__ == "__main__":

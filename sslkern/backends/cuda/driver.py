@@ -6,6 +6,9 @@ import struct
 import threading
 
 _CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+_PROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+_DYNAMIC_SHARED, _WITHOUT_ASKING = 8, 48 << 10  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _POINTER, _SIZE, _END = 1, 2, 0  # CU_LAUNCH_PARAM_BUFFER_POINTER, ..
 
@@ -53,12 +56,20 @@ def count() -> int:
 
 def capability(index: int) -> int:
     """The compute capability of a GPU by its number, that of torch: 90 for 9.0."""
-    device, numbers = _device(index), []
-    for attribute in _CAPABILITY:
-        number = ctypes.c_int()
-        call("cuDeviceGetAttribute", ctypes.byref(number), attribute, device)
-        numbers.append(number.value)
-    return 10 * numbers[0] + numbers[1]
+    major, minor = (_attribute(index, name) for name in _CAPABILITY)
+    return 10 * major + minor
+
+
+@functools.cache
+def processors(index: int) -> int:
+    """Multiprocessors of a GPU."""
+    return _attribute(index, _PROCESSORS)
+
+
+def _attribute(index: int, name: int) -> int:
+    number = ctypes.c_int()
+    call("cuDeviceGetAttribute", ctypes.byref(number), name, _device(index))
+    return number.value
 
 
 def _device(index: int) -> ctypes.c_int:
@@ -103,6 +114,25 @@ class Module:
         return Kernel(self._context, function, layout, shown)
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of a cluster."""
+
+    _fields_ = [("name", ctypes.c_int), ("value", ctypes.c_uint * 17)]  # the value on a multiple of 8 bytes
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
 class Kernel:
     """A kernel with the bytes of its arguments, in the layout of `struct`, which are written anew for each launch."""
 
@@ -115,18 +145,73 @@ class Kernel:
         self._extra = (ctypes.c_void_p * 5)(*places)
         self._lock = threading.Lock()  # the arguments are read before a launch returns
         self._current, self._current_of_thread = ctypes.c_void_p(), library().cuCtxGetCurrent
-        self._launch = library().cuLaunchKernel
+        self._shared = _WITHOUT_ASKING
 
-    def __call__(self, blocks: int, threads: int, stream: int, *arguments) -> None:
-        """Puts the kernel on a stream, the address that torch.cuda.Stream.cuda_stream gives."""
+    def __call__(self, blocks: int, threads: int, stream: int, *arguments, shared: int = 0, cluster: int = 1) -> None:
+        """Puts the kernel on a stream, the address that torch.cuda.Stream.cuda_stream gives.
+
+        Args:
+            shared: bytes of dynamic shared memory of each block.
+            cluster: blocks that run together.
+        """
         with self._lock:
             self._layout.pack_into(self._arguments, 0, *arguments)
-            launch = self._function, blocks, 1, 1, threads, 1, 1, 0, ctypes.c_void_p(stream), None, self._extra
             status = self._current_of_thread(ctypes.byref(self._current))
             if status == 0 and self._current.value == self._context.handle:
-                status = self._launch(*launch)
+                status = self._launch(blocks, threads, stream, shared, cluster)
             else:  # a thread in which torch has not been at work, or another GPU
                 with self._context:
-                    status = self._launch(*launch)
+                    status = self._launch(blocks, threads, stream, shared, cluster)
         if status != 0:
             raise DriverError(_sentence(status, f"to launch {self._shown}"))
+
+    def _launch(self, blocks: int, threads: int, stream: int, shared: int, cluster: int) -> int:
+        cuda = library()
+        if shared > self._shared:
+            status = cuda.cuFuncSetAttribute(self._function, _DYNAMIC_SHARED, shared)
+            if status != 0:
+                return status
+            self._shared = shared
+        stream = ctypes.c_void_p(stream)
+        if cluster == 1:
+            grid = blocks, 1, 1, threads, 1, 1, shared
+            return cuda.cuLaunchKernel(self._function, *grid, stream, None, self._extra)
+        attribute = _Attribute(_CLUSTER_DIMENSION, (0, cluster, 1, 1))
+        launch = _Launch((blocks, 1, 1), (threads, 1, 1), shared, stream, ctypes.pointer(attribute), 1)
+        return cuda.cuLaunchKernelEx(ctypes.byref(launch), self._function, None, self._extra)
+
+
+# ---- Tensor maps: how a kernel for Hopper finds boxes of a tensor ---------------------------------------------------
+
+MAP_BYTES = 128
+COLUMNS = 64  # of a box of 16-bit numbers, which are a row of 128 bytes for the swizzle
+_FLOAT, _SWIZZLE_NONE, _SWIZZLE_128B, _L2_128B, _L2_256B = 7, 0, 3, 2, 3  # CUtensorMapDataType and others
+TYPES = {"fp16": 6, "bf16": 9}
+_ONES = (ctypes.c_uint32 * 2)(1, 1)
+
+
+def matrix_map(address: int, type: str, rows: int, columns: int, stride: int, box_rows: int) -> bytes:
+    """Of a matrix of "bf16" or "fp16" whose rows lie `stride` numbers apart: boxes [box_rows, COLUMNS] with the swizzle
+    of 128 bytes."""
+    sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * stride)
+    box = (ctypes.c_uint32 * 2)(COLUMNS, box_rows)
+    return _map(TYPES[type], 2, address, sizes, strides, box, _SWIZZLE_128B, _L2_256B)
+
+
+def vector_map(address: int, size: int, box: int) -> bytes:
+    """Of fp32 numbers: boxes of so many, as they lie."""
+    sizes, strides = (ctypes.c_uint64 * 1)(size), (ctypes.c_uint64 * 1)(4 * size)
+    return _map(_FLOAT, 1, address, sizes, strides, (ctypes.c_uint32 * 1)(box), _SWIZZLE_NONE, _L2_128B)
+
+
+def _map(type: int, rank: int, address: int, sizes, strides, box, swizzle: int, promotion: int) -> bytes:
+    room = ctypes.create_string_buffer(MAP_BYTES + 64)
+    start = -ctypes.addressof(room) % 64
+    status = library().cuTensorMapEncodeTiled(
+        ctypes.byref(room, start), type, rank, ctypes.c_void_p(address), sizes, strides, box, _ONES,
+        0, swizzle, promotion, 0,
+    )  # fmt: skip
+    if status != 0:
+        shown = "x".join(map(str, reversed(sizes)))
+        raise DriverError(_sentence(status, f"a tensor map of {shown} numbers in boxes of {list(reversed(box))}"))
+    return room.raw[start : start + MAP_BYTES]

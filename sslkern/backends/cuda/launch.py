@@ -11,53 +11,74 @@ from torch import Tensor
 from . import NAMES, compile, driver
 
 THREADS, WARP, PIECES = 256, 32, 2  # as in kernels/device.h and kernels/rows.h
+PIECE = 8  # numbers of 16 bits in 16 bytes
 LINE = 8  # pieces of 16 bytes in a cache line
 MOST_BLOCKS = 1 << 16  # which take further rows in turn
-OLDEST = 80  # of compute capabilities
+OLDEST, HOPPER = 80, 90  # compute capabilities
 
-# What compile.KERNELS calls its arguments, as `struct` does; a struct of C ends on a multiple of 8 bytes.
-LAYOUTS = {"teams": "qii?0q", "int64": "q", "pointer": "P", "float": "f", "bool": "?"}
+# What compile.PROGRAMS calls its arguments, as `struct` does; a struct of C ends on a multiple of 8 bytes. Maps, which
+# lie on a multiple of 64, come first.
+LAYOUTS = {"int64": "q", "int": "i", "pointer": "P", "float": "f", "bool": "?", "map": "128s"}
+LAYOUTS |= {"teams": "qii?0q", "problem": "6Pfiii??0q"}
 
-# By primitive, types and GPU: the kernels, or why there are none.
+# By program, its arguments and GPU: the kernels, or why there are none.
 _loaded: dict[tuple, dict[str, driver.Kernel] | str] = {}
 _loading = threading.Lock()
 _told: set[str] = set()
 
 
 @torch.compiler.assume_constant_result
-def missing(primitive: str, types: tuple[torch.dtype, ...], index: int) -> str | None:
-    """Why the primitive cannot run for these types on the GPU of this number, or None. The first to ask compiles."""
-    found = _kernels(primitive, types, index)
+def missing(program: str, arguments: tuple, index: int) -> str | None:
+    """Why a program cannot run with these arguments on the GPU of this number, or None. The first to ask compiles.
+
+    arguments: types of torch, numbers and truth values, as compile.PROGRAMS lists them.
+    """
+    found = _kernels(program, arguments, index)
     return found if isinstance(found, str) else None
 
 
-def _kernels(primitive: str, types: tuple[torch.dtype, ...], index: int) -> dict[str, driver.Kernel] | str:
-    key = primitive, types, index
+def _kernels(program: str, arguments: tuple, index: int) -> dict[str, driver.Kernel] | str:
+    key = program, arguments, index
     found = _loaded.get(key)
     if found is None:
         with _loading:
             found = _loaded.get(key)
             if found is None:
-                found = _loaded[key] = _load(compile.Unit(primitive, tuple(NAMES[dtype] for dtype in types)), index)
+                found = _loaded[key] = _load(compile.Unit(program, tuple(map(_word, arguments))), index)
     return found
 
 
+def _word(argument) -> str:
+    return NAMES.get(argument) or str(argument).lower()
+
+
 def _load(unit: compile.Unit, index: int) -> dict[str, driver.Kernel] | str:
+    program = compile.PROGRAMS[unit.program]
     try:
-        capability = driver.capability(index)
-        if capability < OLDEST:
-            return f"it needs a GPU of compute capability {OLDEST / 10} or newer, and this one has {capability / 10}"
-        image = compile.image(unit, compile.target(capability))
+        if wants := _other_chip(program, index):
+            return wants
+        image = compile.image(unit, compile.target(driver.capability(index)))
         module = driver.Module(driver.Context(index), image.code)
-        layouts = compile.KERNELS[unit.primitive]
+        layouts = program.kernels
         return {name: module.kernel(image.names[name], layout_of(layouts[name]), str(unit)) for name in layouts}
     except (compile.CompileError, driver.DriverError) as error:
         reason = f"its kernels cannot be made here: {error}"
         if reason not in _told:
             _told.add(reason)
-            said = f"sslkern: {unit.primitive} goes on without CUDA kernels; {reason}"
+            said = f"sslkern: {unit.program} goes on without CUDA kernels; {reason}"
             warnings.warn(said, RuntimeWarning, stacklevel=2)
         return reason
+
+
+def _other_chip(program: compile.Program, index: int) -> str | None:
+    capability = driver.capability(index)
+    if program.hopper and capability != HOPPER:
+        return f"it needs a GPU of compute capability {HOPPER / 10}, and this one has {capability / 10}"
+    if capability < OLDEST:
+        return f"it needs a GPU of compute capability {OLDEST / 10} or newer, and this one has {capability / 10}"
+    if program.hopper and compile.target(capability) == "sm_90":
+        return "it needs NVRTC of CUDA 12 or newer"
+    return None
 
 
 def layout_of(arguments: str) -> str:
@@ -103,19 +124,52 @@ def at_most(blocks: int) -> int:
     return min(blocks, MOST_BLOCKS)
 
 
+def padded(x: Tensor) -> Tensor:
+    """x [N, D] of 16-bit numbers as `Call.matrix` takes it: itself, or a copy whose rows begin on 16 bytes."""
+    if x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % PIECE == 0 and x.data_ptr() % 16 == 0:
+        return x
+    rows, d = x.shape
+    return x.new_empty((rows, (d + PIECE - 1) // PIECE * PIECE))[:, :d].copy_(x)
+
+
 class Call:
-    """The launches of one call of a primitive, for these types, on a device and torch's stream there."""
+    """The launches of one call of a primitive, by a program with these arguments (see `missing`), on a device and
+    torch's stream there."""
 
-    def __init__(self, primitive: str, device: torch.device, *types: torch.dtype):
-        index, self._stream = place(device)
+    def __init__(self, program: str, device: torch.device, *arguments):
+        self._index, self._stream = place(device)
         self._device = device
-        self._kernels = _kernels(primitive, types, index)
+        self._kernels = _kernels(program, arguments, self._index)
         if isinstance(self._kernels, str):
-            raise RuntimeError(f"backend 'cuda' cannot run {primitive}: {self._kernels}")
+            raise RuntimeError(f"backend 'cuda' cannot run {program}: {self._kernels}")
 
-    def launch(self, kernel: str, blocks: int, *arguments) -> None:
-        """kernel: its name in compile.KERNELS. Arguments are numbers; a tensor is what `address` says of it."""
-        self._kernels[kernel](blocks, THREADS, self._stream, *arguments)
+    @property
+    def processors(self) -> int:
+        return driver.processors(self._index)
+
+    def launch(
+        self, kernel: str, blocks: int, *arguments, threads: int = THREADS, shared: int = 0, cluster: int = 1
+    ) -> None:
+        """kernel: its name in compile.PROGRAMS. Arguments are numbers; a tensor is what `address`, `matrix` or `vector`
+        says of it. shared: bytes of dynamic shared memory; cluster: blocks that run together."""
+        self._kernels[kernel](blocks, threads, self._stream, *arguments, shared=shared, cluster=cluster)
+
+    def matrix(self, name: str, x: Tensor, box_rows: int) -> bytes:
+        """A tensor map of x [N, D], bf16 or fp16, in boxes [box_rows, 64] with the swizzle of 128 bytes. Boxes may
+        reach beyond x: there lie zeros, and nothing is written.
+
+        Raises:
+            ValueError: the rows of x do not begin on 16 bytes; `padded` makes that so.
+        """
+        rows, d = x.shape
+        start = x.data_ptr()
+        if x.stride(1) != 1 or x.stride(0) % PIECE or start % 16 or x.device != self._device or x.is_neg():
+            raise ValueError(f"{name} must have rows without gaps that begin on 16 bytes on {self._device}")
+        return driver.matrix_map(start, NAMES[x.dtype], rows, d, x.stride(0), box_rows)
+
+    def vector(self, name: str, x: Tensor, size: int, box: int) -> bytes:
+        """A tensor map of x, so many numbers of fp32, in boxes of `box`."""
+        return driver.vector_map(self.address(name, x, torch.float32, size), size, box)
 
     def address(self, name: str, x: Tensor | None, dtype: torch.dtype, size: int) -> int:
         """Where x lies in memory, if that is as the kernel reads or writes it: `size` numbers of a type without gaps.

@@ -67,9 +67,9 @@ class Nvrtc:
 
     def compile(
         self, name: str, source: str, headers: dict[str, str], options: list[str], expressions: list[str]
-    ) -> tuple[bytes, list[str]]:
-        """Machine code (PTX for an architecture compute_..), and in it the names of the kernels that the expressions
-        name in C++.
+    ) -> tuple[bytes, list[str], str]:
+        """Machine code (PTX for an architecture compute_..), in it the names of the kernels that the expressions name
+        in C++, and what the compiler warned of.
 
         Args:
             headers: text by the name under which the source includes it.
@@ -82,8 +82,10 @@ class Nvrtc:
             for expression in expressions:
                 self._call("nvrtcAddNameExpression", program, expression.encode())
             arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-            if self._library.nvrtcCompileProgram(program, len(options), arguments) != 0:
-                log = self._text(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").decode(errors="replace")
+            status = self._library.nvrtcCompileProgram(program, len(options), arguments)
+            log = self._text(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").decode(errors="replace")
+            log = log.strip("\0").strip()
+            if status != 0:
                 raise CompileError(_first_error(log))
             lowered = []
             for expression in expressions:
@@ -91,7 +93,7 @@ class Nvrtc:
                 self._call("nvrtcGetLoweredName", program, expression.encode(), ctypes.byref(found))
                 lowered.append(found.value.decode())
             kind = "PTX" if any("=compute_" in option for option in options) else "CUBIN"
-            return self._text(program, f"nvrtcGet{kind}Size", f"nvrtcGet{kind}"), lowered
+            return self._text(program, f"nvrtcGet{kind}Size", f"nvrtcGet{kind}"), lowered, log
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -112,5 +114,5 @@ class Nvrtc:
 
 
 def _first_error(log: str) -> str:
-    lines = [line.strip() for line in log.strip("\0").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line), lines[0] if lines else "it does not compile")
