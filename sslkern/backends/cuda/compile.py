@@ -72,6 +72,7 @@ PROGRAMS = {
         {"pair_forward<{0}>": "teams int64 pointer*5", "pair_backward<{0}>": "teams int64 pointer*7"},
         ONE_TYPE,
     ),
+    "similarity_extents": Program("similarity_extents.cu", {"id_extents": "pointer*4 int64*2"}, [()], hopper=True),
 }
 
 
@@ -82,7 +83,7 @@ class Unit(NamedTuple):
     arguments: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.program}<{', '.join(self.arguments)}>"
+        return f"{self.program}<{', '.join(self.arguments)}>" if self.arguments else self.program
 
     def expressions(self) -> dict[str, str]:
         """The kernels of the program, with their arguments."""

@@ -1,21 +1,30 @@
-// The smallest and the largest of each EXTENT ids, by which tiles know that none of their pairs has equal ids.
-#include "similarity.h"
+// The smallest and the largest id of each EXTENT rows, by which a tile knows whether it must look at its pairs.
+#include "device.h"
 
 namespace sslkern::cuda {
 
-// A warp for each EXTENT of the n ids; extents [ceil(n / EXTENT), 2].
-__global__ void __launch_bounds__(THREADS) id_extents(int n, const int64_t* ids, int64_t* extents) {
-  const int first = (int(block_id()) * (THREADS / WARP) + thread_id() / WARP) * EXTENT, lane = thread_id() % WARP;
-  Extent all{INT64_MAX, INT64_MIN};
-  for (int i = first + lane; i < first + EXTENT && i < n; i += WARP)
-    all = {ids[i] < all.low ? ids[i] : all.low, ids[i] > all.high ? ids[i] : all.high};
-  for (int by = WARP / 2; by > 0; by /= 2) {
-    const int64_t low = exchange(all.low, by), high = exchange(all.high, by);
-    all = {low < all.low ? low : all.low, high > all.high ? high : all.high};
+constexpr int EXTENT = 64;  // as in similarity.h
+
+// q_to [ceil(n / EXTENT), 2] and k_to [ceil(m / EXTENT), 2], by ceil(n / THREADS) + ceil(m / THREADS) blocks.
+__global__ void __launch_bounds__(THREADS)
+    id_extents(const int64_t* q_ids, const int64_t* k_ids, int64_t* q_to, int64_t* k_to, int64_t n, int64_t m) {
+  __shared__ int64_t low[THREADS], high[THREADS];
+  const int64_t q_blocks = (n + THREADS - 1) / THREADS;
+  const bool of_q = block_id() < q_blocks;
+  const int64_t *const ids = of_q ? q_ids : k_ids, count = of_q ? n : m;
+  int64_t* const to = of_q ? q_to : k_to;
+  const int t = thread_id();
+  const int64_t i = (of_q ? block_id() : block_id() - q_blocks) * THREADS + t;
+  low[t] = high[t] = ids[i < count ? i : count - 1];
+  for (int by = EXTENT / 2; by > 0; by /= 2) {
+    sync_block();
+    if (t % EXTENT >= by) continue;
+    if (low[t + by] < low[t]) low[t] = low[t + by];
+    if (high[t + by] > high[t]) high[t] = high[t + by];
   }
-  if (lane == 0 && first < n) {
-    extents[first / EXTENT * 2] = all.low;
-    extents[first / EXTENT * 2 + 1] = all.high;
+  if (t % EXTENT == 0 && i < count) {
+    to[i / EXTENT * 2] = low[t];
+    to[i / EXTENT * 2 + 1] = high[t];
   }
 }
 

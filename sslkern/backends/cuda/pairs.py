@@ -1,0 +1,83 @@
+"""A problem of the similarity family as the kernels for Hopper take it: kernels/similarity.h."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from .launch import THREADS, Call, padded
+
+EXTENT = 64  # as in kernels/similarity.h
+HOPPER_TYPES = torch.bfloat16, torch.float16
+
+
+class Pairs(NamedTuple):
+    """Queries and keys, and which pairs of them count; tensors that kernels may be told the addresses of."""
+
+    q: Tensor  # [N, D], as `padded` makes it
+    k: Tensor  # [M, D]; of q with itself q
+    itself: bool
+    scale_tensor: Tensor | None
+    scale: float
+    q_ids: Tensor | None
+    k_ids: Tensor | None
+    q_extents: Tensor | None  # [ceil(N / EXTENT), 2]
+    k_extents: Tensor | None
+    same: bool
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Pairs":
+        """Of a problem without groups and limits, whose sizes are not 0."""
+        itself, q = problem.k is None, padded(problem.q)
+        k = q if itself else padded(problem.k)
+        q_ids, k_ids, bias = (
+            None if x is None else x.contiguous() for x in (problem.q_ids, problem.k_ids, problem.k_bias)
+        )
+        q_extents, k_extents = _extents(q_ids, k_ids)
+        if itself:
+            k_ids, k_extents = q_ids, q_extents
+        scale = problem.scale_tensor, problem.scale
+        return cls(q, k, itself, *scale, q_ids, k_ids, q_extents, k_extents, problem.same, bias)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, M, D."""
+        return *self.q.shape[:1], *self.k.shape
+
+    def words(self) -> tuple:
+        """What launch.LAYOUTS calls a problem."""
+        tensors = self.q_ids, self.k_ids, self.q_extents, self.k_extents, self.bias, self.scale_tensor
+        addresses = (0 if x is None else x.data_ptr() for x in tensors)
+        return *addresses, self.scale, *self.sizes, self.itself, self.same
+
+    def cut(self, first: int, stop: int, begin: int = 0) -> "Pairs":
+        """The pairs of the queries from `first` to `stop` with the keys from `begin` on, all but the last a multiple of
+        EXTENT. Of q with itself first == begin, so that the pairs (i, i) still stand on the diagonal."""
+        rows, columns = slice(first, stop), slice(begin, None)
+        blocks, others = slice(first // EXTENT, -(-stop // EXTENT)), slice(begin // EXTENT, None)
+
+        def part(x: Tensor | None, where: slice) -> Tensor | None:
+            return None if x is None else x[where]
+
+        return self._replace(
+            q=self.q[rows],
+            k=self.k[columns],
+            q_ids=part(self.q_ids, rows),
+            k_ids=part(self.k_ids, columns),
+            q_extents=part(self.q_extents, blocks),
+            k_extents=part(self.k_extents, others),
+            bias=part(self.bias, columns),
+        )
+
+
+def _extents(q_ids: Tensor | None, k_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if q_ids is None:
+        return None, None
+    sizes = [0 if ids is None else len(ids) for ids in (q_ids, k_ids)]
+    extents = [None if ids is None else ids.new_empty((-(-len(ids) // EXTENT), 2)) for ids in (q_ids, k_ids)]
+    call = Call("similarity_extents", q_ids.device)
+    addresses = (0 if x is None else x.data_ptr() for x in (q_ids, k_ids, *extents))
+    call.launch("id_extents", sum(-(-size // THREADS) for size in sizes), *addresses, *sizes)
+    return tuple(extents)
