@@ -116,20 +116,23 @@ def build_emulated_cuda(output: Path, kernels: dict[str, list[str]]) -> None:
     """
     sanitizer = ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
     includes = [f"-I{ROOT / folder}" for folder in ("sslkern/backends/cuda/kernels", "tests/cuda_emulation")]
-    command = shlex.join([*find_compiler(), *FLAGS, "-O2", "-DSSLKERN_EMULATED", *includes, *sanitizer])
-    sources = sorted(ROOT.glob("tests/cuda_emulation/*.cpp"))
+    command = shlex.join([*find_compiler(), *FLAGS, "-O2", "-Wno-psabi", "-DSSLKERN_EMULATED", *includes, *sanitizer])
+    edges = [
+        (source, "once", ["-O3", "-fno-sanitize=all"]) for source in sorted(ROOT.glob("tests/cuda_emulation/*.cpp"))
+    ]
     output.parent.mkdir(parents=True, exist_ok=True)
     for name, instances in kernels.items():
-        sources.append(output.parent / f"{name}.cpp")
+        source = output.parent / f"{name}.cpp"
+        edges.append((source, "once", []))
         lines = [f'#include "{name}.cu"', "namespace sslkern::cuda {"]
         for number, instance in enumerate(instances):
             lines.append(f'static const emulation::Register<{instance}> instance_{number}("{instance}");')
         text = "\n".join([*lines, "}", ""])
-        if not sources[-1].exists() or sources[-1].read_text() != text:  # ninja goes by the time
-            temporary = sources[-1].with_suffix(f".{os.getpid()}")
+        if not source.exists() or source.read_text() != text:  # ninja goes by the time
+            temporary = source.with_suffix(f".{os.getpid()}")
             temporary.write_text(text)
-            temporary.replace(sources[-1])
-    make(output, command, [(source, "once", []) for source in sources], ["-shared"])
+            temporary.replace(source)
+    make(output, command, edges, ["-shared"])
 
 
 def run_sanitized_tests(sanitizers: str) -> None:

@@ -103,7 +103,7 @@ def emulated_cuda() -> ctypes.CDLL:
         native_build.find_compiler()
     except RuntimeError as error:
         pytest.skip(str(error))
-    kernels = {}
+    kernels = {"trials": []}  # of tests/test_hopper_emulation.py
     for unit in compile.UNITS:
         source = compile.PROGRAMS[unit.program].source.removesuffix(".cu")
         kernels.setdefault(source, {}).update(dict.fromkeys(unit.expressions().values()))

@@ -1,50 +1,126 @@
-// The threads of a GPU as fibers.
+// The threads of a cluster of blocks as fibers.
 #include <ucontext.h>
 
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <mutex>
+#include <string>
 
-#include "device.h"  // brings emulation.h
+#include "threads.h"
 
 namespace sslkern::cuda {
+namespace emulation {
 namespace {
 
-constexpr int STACK = 1 << 16;
+constexpr int STACK = 1 << 18;  // of which few pages are touched
 
 struct Fiber {
   jmp_buf at;
   std::unique_ptr<char[]> stack;
   bool done;
-  float exchanged;
+  const Place* waits;
 };
 
-struct Barrier {
-  int arrived;
-  int64_t passed;  // how often it opened
+struct Lanes : Meeting {
+  Lanes() : Meeting("for the other lanes of its warp") {}
+  uint32_t shown[2][WARP];  // in turn: the next meeting begins before all have looked
 };
 
-Fiber fibers[THREADS];
-Barrier of_some[THREADS], of_all;  // the first by the first of the threads
-jmp_buf home;
+// Of the cluster that runs, threads counted through.
+std::deque<Fiber> fibers;
+std::deque<Lanes> lanes;      // which meet, by the first of them
+std::deque<Meeting> blocks;   // whose threads meet, by rank
+std::vector<uint32_t> ready;  // lanes of each warp
+std::vector<int> warps;       // that may have lanes which are ready
+std::vector<bool> listed;     // of each warp: is it among them
+std::vector<bool> lagging;    // it runs when others cannot, mostly
+int until_redrawn;
+
+std::vector<std::function<void()>> soon, late;
+
+Launch launched;
+int64_t first_block;
 const std::function<void()>* kernel;
-int current;
-int64_t block, blocks, left;
-int64_t idle;  // changes of fiber since one got anywhere
+jmp_buf home;
+int current, left;
+std::vector<int> left_of;  // by rank
+uint64_t seed_of_launches = 1, state;
 
-// The next fiber that is not done goes on; when all are, run() does.
-void change() {
-  if (_setjmp(fibers[current].at) != 0) return;
-  if (left == 0) _longjmp(home, 1);
-  if (++idle > 4 * THREADS) {
-    fprintf(stderr, "emulation: threads wait at a barrier that others do not reach\n");
-    abort();
+void make_ready(int index) {
+  const int warp = index / WARP;
+  ready[warp] |= 1u << index % WARP;
+  if (listed[warp]) return;
+  listed[warp] = true;
+  warps.push_back(warp);
+}
+
+void happen(std::vector<std::function<void()>>& from) {
+  const size_t which = drawn(uint32_t(from.size()));
+  const std::function<void()> happening = std::move(from[which]);
+  from[which] = std::move(from.back());
+  from.pop_back();
+  happening();
+}
+
+[[noreturn]] void deadlock() {
+  fprintf(stderr, "emulation: nobody can go on\n");
+  for (int begin = 0, end; begin < launched.cluster * launched.threads; begin = end) {
+    const auto place = [](int i) { return fibers[i].done ? "" : fibers[i].waits->name(); };
+    const std::string name = place(begin);
+    const int rank = begin / launched.threads;
+    for (end = begin + 1; end < (rank + 1) * launched.threads && place(end) == name;) ++end;
+    const int from = begin % launched.threads, to = (end - 1) % launched.threads;
+    fprintf(stderr, "  block %ld, threads %d to %d: %s%s\n", long(first_block + rank), from, to,
+            name.empty() ? "have ended" : "wait ", name.c_str());
   }
-  do current = (current + 1) % THREADS;
-  while (fibers[current].done);
+  abort();
+}
+
+// A warp that has lanes which are ready, the one that ran mostly; -1 if there is none.
+int next_warp() {
+  if (--until_redrawn < 0) {
+    until_redrawn = 32 + drawn(256);
+    const uint32_t share = drawn(4);
+    for (size_t i = 0; i < lagging.size(); ++i) lagging[i] = drawn(4) < share;
+  }
+  const int same = current / WARP;
+  if (ready[same] != 0 && !lagging[same] && !one_in(16)) return same;
+  for (int tries = 8; !warps.empty();) {
+    const uint32_t which = drawn(uint32_t(warps.size()));
+    const int warp = warps[which];
+    if (ready[warp] == 0) {
+      listed[warp] = false;
+      warps[which] = warps.back();
+      warps.pop_back();
+    } else if (!lagging[warp] || --tries < 0) {
+      return warp;
+    }
+  }
+  return -1;
+}
+
+// A fiber that is ready goes on; when all are done, run() does.
+[[noreturn]] void go_on() {
+  if (left == 0) _longjmp(home, 1);
+  if (!soon.empty() && one_in(8)) happen(soon);
+  int warp;
+  while ((warp = next_warp()) < 0) {
+    if (soon.empty() && late.empty()) deadlock();
+    happen(late.empty() || (!soon.empty() && one_in(2)) ? soon : late);
+  }
+  const uint32_t some = ready[warp] & ~0u << drawn(WARP);
+  const int lane = __builtin_ctz(some != 0 ? some : ready[warp]);
+  ready[warp] &= ~(1u << lane);
+  current = warp * WARP + lane;
   _longjmp(fibers[current].at, 1);
+}
+
+// Until this fiber goes on.
+void change() {
+  if (_setjmp(fibers[current].at) == 0) go_on();
 }
 
 void live() {
@@ -52,21 +128,23 @@ void live() {
     (*kernel)();
     fibers[current].done = true;
     --left;
-    idle = 0;
+    --left_of[rank()];
+    end_thread();
     change();
   }
 }
 
 // Fibers are born into live() and wait for their first block at once.
-void create() {
-  for (current = 0; current < THREADS; ++current) {
+void create(int count) {
+  for (current = int(fibers.size()); current < count; ++current) {
+    fibers.emplace_back();
+    Fiber& fiber = fibers.back();
+    fiber.stack.reset(new char[STACK]);
     if (_setjmp(home) != 0) continue;
-    Fiber& fiber = fibers[current];
-    fiber.stack = std::make_unique<char[]>(STACK);
     ucontext_t context;
     getcontext(&context);
     context.uc_stack.ss_sp = fiber.stack.get();
-    context.uc_stack.ss_size = STACK;
+    context.uc_stack.ss_size = STACK - current % 59 * 64;  // not all in the same sets of the caches
     makecontext(
         &context,
         [] {
@@ -80,41 +158,109 @@ void create() {
 
 }  // namespace
 
-namespace emulation {
+void fail(const char* sentence, ...) {
+  va_list arguments;
+  va_start(arguments, sentence);
+  fprintf(stderr, "emulation: ");
+  vfprintf(stderr, sentence, arguments);
+  va_end(arguments);
+  fprintf(stderr, " (block %ld, thread %d)\n", long(block_id()), thread());
+  abort();
+}
+
+const Launch& launch() { return launched; }
+int rank() { return current / launched.threads; }
+int thread() { return current % launched.threads; }
+bool gone(int rank) { return left_of[rank] == 0; }
+int threads_left() { return left; }
+
+uint32_t drawn(uint32_t below) {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return uint32_t((state >> 32) * below >> 32);
+}
+
+void sleep(Place& place) {
+  place.fibers.push_back(current);
+  fibers[current].waits = &place;
+  change();
+}
+void wake(Place& place) {
+  for (const int index : place.fibers) make_ready(index);
+  place.fibers.clear();
+}
+void pause() {
+  make_ready(current);
+  change();
+}
+void maybe_pause() {
+  if (one_in(8)) pause();
+}
+
+bool Meeting::join(int count) {
+  const int64_t before = passed;
+  if (++arrived == count) {
+    arrived = 0;
+    ++passed;
+    wake(*this);
+    return true;
+  }
+  while (passed == before) sleep(*this);
+  return false;
+}
+
+void beside(std::function<void()> happening) {
+  const uint32_t when = drawn(3);
+  if (when == 0)
+    happening();
+  else
+    (when == 1 ? soon : late).push_back(std::move(happening));
+}
 
 void run(const Launch& launch, const std::function<void()>& body) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  if (fibers[0].stack == nullptr) create();
+  const int count = launch.threads * launch.cluster;
+  launched = launch;
   kernel = &body;
-  blocks = launch.blocks;
-  for (block = 0; block < blocks; ++block) {
-    for (Fiber& fiber : fibers) fiber.done = false;
-    left = THREADS;
-    idle = 0;
+  state = seed_of_launches;
+  if (launch.threads % WARP != 0 || launch.blocks % launch.cluster != 0)
+    fail("blocks are of whole warps, clusters whole");
+  if (int(fibers.size()) < count) create(count);
+  if (int(lanes.size()) < count) lanes.resize(count);
+  while (int(blocks.size()) < launch.cluster) blocks.emplace_back("at sync_block");
+  ready.assign(count / WARP, 0);
+  listed.assign(count / WARP, false);
+  lagging.assign(count / WARP, false);
+  warps.clear();
+  for (first_block = 0; first_block < launch.blocks; first_block += launch.cluster) {
+    left = count;
+    left_of.assign(launch.cluster, launch.threads);
+    until_redrawn = 0;
+    begin_cluster();
+    for (int i = 0; i < count; ++i) {
+      fibers[i].done = false;
+      make_ready(i);
+    }
     current = 0;
-    if (_setjmp(home) == 0) _longjmp(fibers[0].at, 1);
+    if (_setjmp(home) == 0) go_on();
   }
 }
+void seed(uint64_t x) { seed_of_launches = x; }
 
-void wait(int first, int count) {
-  Barrier& barrier = count == THREADS ? of_all : of_some[first];
-  const int64_t passed = barrier.passed;
-  if (++barrier.arrived == count) {
-    barrier.arrived = 0;
-    ++barrier.passed;
-    idle = 0;
-    return;
-  }
-  while (barrier.passed == passed) change();
+void sync_block() { blocks[rank()].join(launched.threads); }
+
+const uint32_t* shown(uint32_t x, int width) {
+  Lanes& meeting = lanes[current & ~(width - 1)];
+  uint32_t* const all = meeting.shown[meeting.passed & 1];
+  all[current & (width - 1)] = x;
+  meeting.join(width);
+  return all;
 }
-
-float* exchanged(int thread) { return &fibers[thread].exchanged; }
 
 }  // namespace emulation
 
-int thread_id() { return current; }
-int64_t block_id() { return block; }
-int64_t block_count() { return blocks; }
+int thread_id() { return emulation::thread(); }
+int64_t block_id() { return emulation::first_block + emulation::rank(); }
+int64_t block_count() { return emulation::launched.blocks; }
 
 }  // namespace sslkern::cuda

@@ -1,5 +1,6 @@
-// Takes the place of a GPU in kernels/device.h, so that the values of the kernels can be tested without one. Blocks
-// run one after another; the threads of a block are fibers that change at barriers and exchanges.
+// Takes the place of a GPU in kernels/device.h, so that the values of the kernels can be tested without one. Clusters
+// of blocks (of one, mostly) run one after another; their threads are fibers that change where they wait for each
+// other.
 #pragma once
 
 #include <cmath>
@@ -10,21 +11,25 @@
 
 #define __global__
 #define __device__
-#define __shared__ static
+#define __shared__ static  // of one block: in a cluster memory is `dynamic_shared`
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 namespace sslkern::cuda {
 
 namespace emulation {
 struct Launch {
   int64_t blocks;
-  int threads;         // of a block
+  int threads;         // of a block, whole warps
   int64_t shared = 0;  // bytes of dynamic shared memory of a block
   int cluster = 1;     // blocks that run together
 };
 void run(const Launch&, const std::function<void()>& kernel);
-void wait(int first, int count);  // for all threads from first to first + count, this one among them
-float* exchanged(int thread);     // what a thread shows to the others
+void seed(uint64_t);  // of the launches to come; what is drawn in one depends on nothing else
+
+void sync_block();
+// What this and its neighbours, `width` lanes from a multiple of it on, show each other: of each lane its x.
+const uint32_t* shown(uint32_t x, int width);
 
 // A kernel as the driver knows it: its arguments lie in a row of bytes, each on a multiple of its alignment.
 struct Kernel {
@@ -78,15 +83,21 @@ struct Register {
 int thread_id();
 int64_t block_id();
 int64_t block_count();
-inline void sync_block() { emulation::wait(0, THREADS); }
+inline void sync_block() { emulation::sync_block(); }
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
 
 inline float exchange(float x, int by, int width) {
-  const int me = thread_id();
-  *emulation::exchanged(me) = x;
-  emulation::wait(me & ~(width - 1), width);
-  const float result = *emulation::exchanged(me ^ by);
-  emulation::wait(me & ~(width - 1), width);
-  return result;
+  return from_bits(emulation::shown(to_bits(x), width)[(thread_id() & (width - 1)) ^ by]);
 }
 
 inline int64_t add_to(int64_t* at, int64_t x) {
@@ -97,12 +108,6 @@ inline int64_t add_to(int64_t* at, int64_t x) {
 inline void raise_to(int64_t* at, int64_t x) { *at = x > *at ? x : *at; }
 
 inline void require(bool is_row) { assert(is_row); }
-
-inline float from_bits(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
@@ -121,15 +126,13 @@ inline float from_float<float>(float x) {
 }
 template <>
 inline bf16 from_float<bf16>(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
+  const uint32_t bits = to_bits(x);
   if (x != x) return {0x7fff};  // as the chip has it
   return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 template <>
 inline fp16 from_float<fp16>(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
+  const uint32_t bits = to_bits(x);
   const uint16_t sign = bits >> 16 & 0x8000;
   const float size = fabsf(x);
   if (x != x) return {0x7fff};
