@@ -419,7 +419,7 @@ def test_what_the_driver_refuses_is_a_sentence(emulated):
     ):
         call.launch("push<{0}, {1}>", 0, *launch.teams(4, 4, 32), 1, 0, 1, 0, 0, 0, False)
     with pytest.raises(driver.DriverError, match="to find another"):
-        driver.Module(driver.Context(0), b"emulated").kernel("another", "@q", "another")
+        driver.Module(driver.Context(0), b"emulated").kernel("another", ["q"], "another")
 
 
 def test_shared_memory_and_clusters(emulated):

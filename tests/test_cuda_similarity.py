@@ -34,7 +34,7 @@ def test_extents_of_ids(N, M):
 def test_words_of_a_problem():
     q, ids, bias = torch.randn(70, 8).half(), torch.arange(70), torch.randn(70)
     pairs = Pairs.of(Problem(q, q.flip(0), None, 3.0, ids, ids, True, bias))
-    packed = struct.pack(launch.layout_of("problem"), *pairs.words())
+    packed = struct.pack(*launch.layout_of("problem"), *pairs.words())
     assert struct.unpack_from("6Qf3i2?", packed) == (
         *(x.data_ptr() for x in (ids, ids, pairs.q_extents, pairs.k_extents, bias)), 0, 3.0, 70, 70, 8, False, True
     )  # fmt: skip

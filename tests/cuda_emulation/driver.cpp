@@ -157,12 +157,10 @@ DRIVER cuLaunchKernelEx(const Config* config, Function* function, void** paramet
     cluster = value[0];
     if (cluster == 0 || cluster > MOST_OF_A_CLUSTER || grid[0] % cluster != 0) return INVALID_VALUE;
   }
-  if (parameters != nullptr || extra[0] != (void*)1 || extra[2] != (void*)2 || extra[4] != nullptr)
-    return INVALID_VALUE;
-  if (*static_cast<size_t*>(extra[3]) != size_t(function->kernel->bytes)) return INVALID_VALUE;
+  if (parameters == nullptr || extra != nullptr) return INVALID_VALUE;
   last = {function->context->device, grid[0], block[0], stream, last.count + 1, shared, cluster};
   const emulation::Launch launch{grid[0], int(block[0]), shared, int(cluster)};
-  function->kernel->run(launch, static_cast<const char*>(extra[1]));
+  function->kernel->run(launch, parameters);
   return SUCCESS;
 }
 DRIVER cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,

@@ -31,30 +31,15 @@ void sync_block();
 // What this and its neighbours, `width` lanes from a multiple of it on, show each other: of each lane its x.
 const uint32_t* shown(uint32_t x, int width);
 
-// A kernel as the driver knows it: its arguments lie in a row of bytes, each on a multiple of its alignment.
+// A kernel as the driver knows it: it is told where each of its arguments lies.
 struct Kernel {
   const char* name;
-  int64_t bytes;  // of the arguments
-  void (*run)(const Launch&, const char* arguments);
+  void (*run)(const Launch&, void** arguments);
 };
 void add(const Kernel&);
 
-template <class... P>
-struct Layout {
-  int64_t end = 0, at[sizeof...(P)];  // in this order
-  Layout() : at{place<P>()...} {}
-
- private:
-  template <class T>
-  int64_t place() {
-    const int64_t start = (end + int64_t(alignof(T)) - 1) / int64_t(alignof(T)) * int64_t(alignof(T));
-    end = start + int64_t(sizeof(T));
-    return start;
-  }
-};
-
 template <class T>
-T taken(const char* from) {
+T taken(const void* from) {
   static_assert(std::is_trivially_copyable_v<T>);
   std::aligned_storage_t<sizeof(T), alignof(T)> to;
   memcpy(&to, from, sizeof(T));
@@ -63,9 +48,8 @@ T taken(const char* from) {
 
 template <auto kernel, class... P, size_t... i>
 Kernel described(const char* name, void (*)(P...), std::index_sequence<i...>) {
-  return {name, Layout<P...>().end, [](const Launch& launch, const char* arguments) {
-            const Layout<P...> layout;
-            emulation::run(launch, [&] { kernel(taken<P>(arguments + layout.at[i])...); });
+  return {name, [](const Launch& launch, void** arguments) {
+            emulation::run(launch, [&] { kernel(taken<P>(arguments[i])...); });
           }};
 }
 template <auto kernel, class... P>

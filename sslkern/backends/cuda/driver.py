@@ -10,7 +10,6 @@ _PROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _DYNAMIC_SHARED, _WITHOUT_ASKING = 8, 48 << 10  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
-_POINTER, _SIZE, _END = 1, 2, 0  # CU_LAUNCH_PARAM_BUFFER_POINTER, ..
 
 
 class DriverError(RuntimeError):
@@ -107,7 +106,7 @@ class Module:
             finally:
                 call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
-    def kernel(self, name: str, layout: str, shown: str) -> "Kernel":
+    def kernel(self, name: str, layout: list[str], shown: str) -> "Kernel":
         function = ctypes.c_void_p()
         with self._context:
             call("cuModuleGetFunction", ctypes.byref(function), self._handle, name.encode(), doing=f"to find {shown}")
@@ -134,15 +133,20 @@ class _Launch(ctypes.Structure):
 
 
 class Kernel:
-    """A kernel with the bytes of its arguments, in the layout of `struct`, which are written anew for each launch."""
+    """A kernel with the bytes of its arguments, which are written anew for each launch.
 
-    def __init__(self, context: Context, function: ctypes.c_void_p, layout: str, shown: str):
+    layout: of each argument, as `struct` has it. Where it lies in the kernel's own memory the driver knows.
+    """
+
+    def __init__(self, context: Context, function: ctypes.c_void_p, layout: list[str], shown: str):
         self._context, self._function, self._shown = context, function, shown
-        self._layout = struct.Struct(layout)
+        starts, whole = [], "@0q"
+        for one in layout:
+            starts.append(struct.calcsize(whole))
+            whole += f"{one}0q"  # the next on a multiple of 8 bytes
+        self._layout = struct.Struct(whole)
         self._arguments = ctypes.create_string_buffer(self._layout.size)
-        self._size = ctypes.c_size_t(self._layout.size)
-        places = _POINTER, ctypes.addressof(self._arguments), _SIZE, ctypes.addressof(self._size), _END
-        self._extra = (ctypes.c_void_p * 5)(*places)
+        self._places = (ctypes.c_void_p * len(layout))(*(ctypes.addressof(self._arguments) + at for at in starts))
         self._lock = threading.Lock()  # the arguments are read before a launch returns
         self._current, self._current_of_thread = ctypes.c_void_p(), library().cuCtxGetCurrent
         self._shared = _WITHOUT_ASKING
@@ -175,10 +179,10 @@ class Kernel:
         stream = ctypes.c_void_p(stream)
         if cluster == 1:
             grid = blocks, 1, 1, threads, 1, 1, shared
-            return cuda.cuLaunchKernel(self._function, *grid, stream, None, self._extra)
+            return cuda.cuLaunchKernel(self._function, *grid, stream, self._places, None)
         attribute = _Attribute(_CLUSTER_DIMENSION, (0, cluster, 1, 1))
         launch = _Launch((blocks, 1, 1), (threads, 1, 1), shared, stream, ctypes.pointer(attribute), 1)
-        return cuda.cuLaunchKernelEx(ctypes.byref(launch), self._function, None, self._extra)
+        return cuda.cuLaunchKernelEx(ctypes.byref(launch), self._function, self._places, None)
 
 
 # ---- Tensor maps: how a kernel for Hopper finds boxes of a tensor ---------------------------------------------------

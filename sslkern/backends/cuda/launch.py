@@ -16,8 +16,7 @@ LINE = 8  # pieces of 16 bytes in a cache line
 MOST_BLOCKS = 1 << 16  # which take further rows in turn
 OLDEST, HOPPER = 80, 90  # compute capabilities
 
-# What compile.PROGRAMS calls its arguments, as `struct` does; a struct of C ends on a multiple of 8 bytes. Maps, which
-# lie on a multiple of 64, come first.
+# What compile.PROGRAMS calls its arguments, as `struct` does; a struct of C ends on a multiple of 8 bytes.
 LAYOUTS = {"int64": "q", "int": "i", "pointer": "P", "float": "f", "bool": "?", "map": "128s"}
 LAYOUTS |= {"teams": "qii?0q", "problem": "6Pfiii??0q"}
 
@@ -81,10 +80,10 @@ def _other_chip(program: compile.Program, index: int) -> str | None:
     return None
 
 
-def layout_of(arguments: str) -> str:
-    """`teams int64*2 pointer` as `struct` has it."""
+def layout_of(arguments: str) -> list[str]:
+    """Each of `teams int64*2 pointer` as `struct` has it."""
     words = (word.partition("*") for word in arguments.split())
-    return "@" + "".join(LAYOUTS[name] * int(times or 1) for name, _, times in words)
+    return [layout for name, _, times in words for layout in [LAYOUTS[name]] * int(times or 1)]
 
 
 class Teams(NamedTuple):
