@@ -6,6 +6,8 @@
 
 #include "emulation.h"
 
+#define SSLKERN_DEVICE inline
+
 namespace sslkern::cuda {
 
 namespace emulation {
@@ -53,6 +55,14 @@ inline uint32_t lanes_where(bool x) {
   return lanes;
 }
 inline bool any_lane(bool x) { return lanes_where(x) != 0; }
+inline float exchange(float x, int by) { return exchange(x, by, WARP); }
+inline int64_t exchange(int64_t x, int by) {
+  const uint32_t low = emulation::shown(uint32_t(x), WARP)[lane_id() ^ by];
+  const uint32_t high = emulation::shown(uint32_t(uint64_t(x) >> 32), WARP)[lane_id() ^ by];
+  return int64_t(uint64_t(high) << 32 | low);
+}
+inline float from_lane(float x, int lane) { return from_bits(emulation::shown(to_bits(x), WARP)[lane]); }
+inline int from_lane(int x, int lane) { return int(emulation::shown(uint32_t(x), WARP)[lane]); }
 
 template <int COUNT>
 void registers_up() {
