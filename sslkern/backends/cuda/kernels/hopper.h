@@ -1,9 +1,10 @@
 // What kernels for Hopper ask of the machine: barriers in shared memory, copies of boxes, products of warpgroups. PTX
 // stands here and in device.h, nowhere else; with SSLKERN_EMULATED tests/cuda_emulation takes the machine's place.
 //
-// What ptxas punishes: a second exit (`require`, a trap, a return in the middle) or any code after the loop of the
-// warpgroups that hold many registers makes it drop their budget (spills, products one after another); descriptors that
-// it can see through are hoisted out of loops and spilled (`opaque`).
+// What ptxas punishes: a second exit (`require`, a return in the middle) or any code after the loop of the warpgroups
+// that hold many registers makes it drop their budget (spills, products one after another); descriptors that it can see
+// through are hoisted out of loops and spilled (`opaque`); a loop without an end that it knows, while products run
+// (`barrier_wait`). And NVRTC before 13.5 compiles no lambda with `auto` parameters.
 #pragma once
 
 #include "device.h"
@@ -109,14 +110,17 @@ SSLKERN_DEVICE void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
 SSLKERN_DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Until the phase of this parity has ended. A fresh barrier is in phase 0, so that parity 1 counts as ended.
+// Until the phase of this parity has ended. A fresh barrier is in phase 0, so that parity 1 counts as ended. Too long a
+// wait traps: a hang becomes an error, and without this way out of the loop ptxas runs no product across it.
 SSLKERN_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t ended;
+  int tries = 0;
   do {
     asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
                  : "=r"(ended)
                  : "r"(barrier), "r"(parity)
                  : "memory");
+    if (++tries == 1 << 30) __trap();
   } while (!ended);
 }
 
