@@ -1,6 +1,7 @@
 """The emulated machine of kernels for Hopper: it runs right what is right, and sees what is not."""
 
 import ctypes
+import re
 
 import pytest
 
@@ -8,12 +9,70 @@ from .conftest import GPU, emulated_cuda
 
 pytestmark = pytest.mark.skipif(GPU, reason="for the CPU")
 
+# What tests/cuda_emulation/trials.cu can do wrong, and what the machine says.
+MISTAKES = {
+    "a barrier at an odd place": "no multiple of 8",
+    "a barrier made twice": "where a barrier is",
+    "a barrier that nobody made": "there is no barrier at",
+    "a barrier overwritten": "overwrites a barrier",
+    "barriers not published": "was made and not published",
+    "a parity of 2": "the parity is 0 or 1",
+    "a phase missed": "the parity stands for another",
+    "a phase that does not come": "nobody can go on; .* for the end of phase 0, which lacks 1 arrivals and 0 bytes",
+    "too many arrivals": "too many arrivals",
+    "too many bytes": "fewer than 2\\^20 bytes",
+    "bytes that do not come": "threads 128 to 383 of block . wait .* which lacks 0 arrivals and 16 bytes",
+    "the wrong parity": "wgmma reads at .* what a copy writes",
+    "sync_block without some": "threads 0 to 127 of block 0 wait at sync_block",
+    "registers not given": "wait at registers_up",
+    "more registers than given": "wait at registers_up",
+    "too little shared memory": "reaches out of shared memory",
+    "memory of the other block": "has its rank in bits 24 on",
+    "a load at an odd place": "no multiple of 8",
+    "a store at an odd place": "multiple of 16",
+    "a map that was not encoded": "was not encoded",
+    "a vector as a box": "rank 1, not 2",
+    "a box at an odd place": "lies on a multiple of 1024",
+    "a box outside of memory": "load_box reaches out of shared memory",
+    "a box of out at an odd place": "lies on a multiple of 1024",
+    "loads that do not wait": "overwrites|too many arrivals",
+    "a tile released too early": "overwrites at .* what a product still reads",
+    "a tile overwritten": "overwrites at .* what a product still reads",
+    "an overwritten store": "overwrites at .* what a copy still reads",
+    "no publish_shared": "has written and not published",
+    "no sync_warp": "has written and not published",
+    "no commit_stores": "stores that are not committed",
+    "an end before stores are read": "stores still read shared memory",
+    "an end with copies under way": "ends while copies into it are under way",
+    "an end with products under way": "ends with products under way",
+    "an end without the other block": "which has ended|ends while copies",
+    "no sync_cluster at the end": "which has ended",
+    "a product that does not wait for its copy": "what a copy writes|what a product still reads",
+    "a product without some threads": "threads of a warpgroup",
+    "no wgmma_commit": "not committed",
+    "accumulators without wgmma_fence": "takes accumulators from registers without wgmma_fence",
+    "accumulators changed": "accumulators have changed",
+    "accumulators read too early": "wrong numbers",
+    "a in registers without wgmma_fence": "takes a from registers without wgmma_fence",
+    "registers of a changed": "registers of a have changed",
+    "a matrix outside of memory": "wgmma reaches out of shared memory",
+    "a matrix that begins within 8 rows": "begins within 8 rows",
+    "the rank left in rows": "the rank must be masked off",
+    "the rank left in columns": "panels lie .* bytes apart",
+}
+
 
 @pytest.fixture(scope="module")
 def trial():
     function = emulated_cuda().trial
-    function.argtypes = [ctypes.c_int] * 5 + [ctypes.c_uint64]
-    return function
+    function.argtypes = [ctypes.c_int] * 5 + [ctypes.c_uint64] + [ctypes.c_char_p] * 2
+
+    def run(half, n, m, d, cluster, seed, mistake=""):
+        sentence = ctypes.create_string_buffer(1 << 14)
+        wrong = function(half, n, m, d, cluster, seed, mistake.encode(), sentence)
+        return sentence.value.decode() or ("wrong numbers" if wrong else "")
+
+    return run
 
 
 @pytest.mark.parametrize("n, m, d", [(150, 300, 100), (64, 128, 128), (1, 1, 1), (300, 131, 65)])
@@ -21,4 +80,13 @@ def trial():
 @pytest.mark.parametrize("half", [False, True])
 def test_right(trial, half, cluster, n, m, d):
     for seed in range(3):
-        assert trial(half, n, m, d, cluster, seed) == 0
+        assert trial(half, n, m, d, cluster, seed) == ""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_seen(trial, mistake):
+    """In any order of events, but for the thread that happens to come in time."""
+    for seed in range(3):
+        said = trial(False, 150, 700, 128, 2, seed, mistake)
+        assert re.search(MISTAKES[mistake], said)
+    assert trial(False, 150, 300, 128, 2, seed) == ""  # nothing of it is left

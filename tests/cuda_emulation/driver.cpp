@@ -1,7 +1,7 @@
 // Of NVIDIA's driver what sslkern calls. As the real one it knows contexts of threads and of modules, and refuses what
 // does not fit.
 #include <deque>
-#include <map>
+#include <exception>
 #include <string>
 
 #include "device.h"
@@ -22,7 +22,7 @@ void add(const Kernel& kernel) { kernels().push_back(kernel); }
 namespace {
 
 enum Status { SUCCESS = 0, INVALID_VALUE = 1, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_IMAGE = 200 };
-enum { INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500 };
+enum { INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_FAILED = 719 };
 
 constexpr int DEVICES = 2, PROCESSORS = 3;
 constexpr int64_t MOST_SHARED = 227 << 10, SHARED_WITHOUT_ASKING = 48 << 10;
@@ -55,6 +55,7 @@ struct Config {
 struct Last {
   int64_t device, blocks, threads, stream, count, shared, cluster;
 } last;
+std::string failure;  // why a kernel was stopped
 
 bool initialized = false;
 std::deque<Module> modules;
@@ -160,7 +161,12 @@ DRIVER cuLaunchKernelEx(const Config* config, Function* function, void** paramet
   if (parameters == nullptr || extra != nullptr) return INVALID_VALUE;
   last = {function->context->device, grid[0], block[0], stream, last.count + 1, shared, cluster};
   const emulation::Launch launch{grid[0], int(block[0]), shared, int(cluster)};
-  function->kernel->run(launch, parameters);
+  try {
+    function->kernel->run(launch, parameters);
+  } catch (const std::exception& error) {
+    failure = error.what();
+    return LAUNCH_FAILED;
+  }
   return SUCCESS;
 }
 DRIVER cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
@@ -197,11 +203,20 @@ DRIVER cuTensorMapEncodeTiled(void* map, int type, unsigned rank, uint8_t* addre
   return SUCCESS;
 }
 DRIVER cuGetErrorName(int status, const char** text) {
-  *text = status == INVALID_IMAGE ? "CUDA_ERROR_INVALID_IMAGE" : "CUDA_ERROR";
+  *text = status == INVALID_IMAGE   ? "CUDA_ERROR_INVALID_IMAGE"
+          : status == LAUNCH_FAILED ? "CUDA_ERROR_LAUNCH_FAILED"
+                                    : "CUDA_ERROR";
   return SUCCESS;
 }
 DRIVER cuGetErrorString(int status, const char** text) {
-  *text = status == INVALID_IMAGE ? "device kernel image is invalid" : "an error";
+  *text = status == INVALID_IMAGE   ? "device kernel image is invalid"
+          : status == LAUNCH_FAILED ? failure.c_str()
+                                    : "an error";
+  return SUCCESS;
+}
+// Draws of the launches to come.
+DRIVER emulated_seed(uint64_t seed) {
+  emulation::seed(seed);
   return SUCCESS;
 }
 

@@ -3,10 +3,10 @@
 
 #include <csetjmp>
 #include <cstdio>
-#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 
 #include "threads.h"
@@ -45,6 +45,8 @@ Launch launched;
 int64_t first_block;
 const std::function<void()>* kernel;
 jmp_buf home;
+enum { BEGUN, ENDED, FAILED };  // how `home` is reached
+std::string failure;
 int current, left;
 std::vector<int> left_of;  // by rank
 uint64_t seed_of_launches = 1, state;
@@ -65,18 +67,23 @@ void happen(std::vector<std::function<void()>>& from) {
   happening();
 }
 
+[[noreturn]] void stop(std::string sentence) {
+  failure = std::move(sentence);
+  _longjmp(home, FAILED);
+}
+
 [[noreturn]] void deadlock() {
-  fprintf(stderr, "emulation: nobody can go on\n");
+  std::string report = "nobody can go on";
   for (int begin = 0, end; begin < launched.cluster * launched.threads; begin = end) {
-    const auto place = [](int i) { return fibers[i].done ? "" : fibers[i].waits->name(); };
+    const auto place = [](int i) { return fibers[i].done ? "have ended" : "wait " + fibers[i].waits->name(); };
     const std::string name = place(begin);
     const int rank = begin / launched.threads;
     for (end = begin + 1; end < (rank + 1) * launched.threads && place(end) == name;) ++end;
-    const int from = begin % launched.threads, to = (end - 1) % launched.threads;
-    fprintf(stderr, "  block %ld, threads %d to %d: %s%s\n", long(first_block + rank), from, to,
-            name.empty() ? "have ended" : "wait ", name.c_str());
+    report += "; threads " + std::to_string(begin % launched.threads) + " to " +
+              std::to_string((end - 1) % launched.threads) + " of block " + std::to_string(first_block + rank) + " " +
+              name;
   }
-  abort();
+  stop(report);
 }
 
 // A warp that has lanes which are ready, the one that ran mostly; -1 if there is none.
@@ -104,7 +111,7 @@ int next_warp() {
 
 // A fiber that is ready goes on; when all are done, run() does.
 [[noreturn]] void go_on() {
-  if (left == 0) _longjmp(home, 1);
+  if (left == 0) _longjmp(home, ENDED);
   if (!soon.empty() && one_in(8)) happen(soon);
   int warp;
   while ((warp = next_warp()) < 0) {
@@ -134,13 +141,20 @@ void live() {
   }
 }
 
+// False where one was stopped.
+bool all_end() {
+  const int how = _setjmp(home);
+  if (how == BEGUN) go_on();
+  return how == ENDED;
+}
+
 // Fibers are born into live() and wait for their first block at once.
 void create(int count) {
   for (current = int(fibers.size()); current < count; ++current) {
     fibers.emplace_back();
     Fiber& fiber = fibers.back();
     fiber.stack.reset(new char[STACK]);
-    if (_setjmp(home) != 0) continue;
+    if (_setjmp(home) != BEGUN) continue;
     ucontext_t context;
     getcontext(&context);
     context.uc_stack.ss_sp = fiber.stack.get();
@@ -148,7 +162,7 @@ void create(int count) {
     makecontext(
         &context,
         [] {
-          if (_setjmp(fibers[current].at) == 0) _longjmp(home, 1);
+          if (_setjmp(fibers[current].at) == 0) _longjmp(home, ENDED);
           live();
         },
         0);
@@ -159,13 +173,12 @@ void create(int count) {
 }  // namespace
 
 void fail(const char* sentence, ...) {
+  char text[512];
   va_list arguments;
   va_start(arguments, sentence);
-  fprintf(stderr, "emulation: ");
-  vfprintf(stderr, sentence, arguments);
+  vsnprintf(text, sizeof text, sentence, arguments);
   va_end(arguments);
-  fprintf(stderr, " (block %ld, thread %d)\n", long(block_id()), thread());
-  abort();
+  stop(std::string(text) + " (block " + std::to_string(block_id()) + ", thread " + std::to_string(thread()) + ")");
 }
 
 const Launch& launch() { return launched; }
@@ -220,11 +233,12 @@ void run(const Launch& launch, const std::function<void()>& body) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const int count = launch.threads * launch.cluster;
+  const int64_t clusters = launch.blocks / launch.cluster;
+  if (launch.threads % WARP != 0 || launch.blocks % launch.cluster != 0)
+    throw std::runtime_error("blocks are of whole warps, and clusters are whole");
   launched = launch;
   kernel = &body;
   state = seed_of_launches;
-  if (launch.threads % WARP != 0 || launch.blocks % launch.cluster != 0)
-    fail("blocks are of whole warps, clusters whole");
   if (int(fibers.size()) < count) create(count);
   if (int(lanes.size()) < count) lanes.resize(count);
   while (int(blocks.size()) < launch.cluster) blocks.emplace_back("at sync_block");
@@ -232,7 +246,9 @@ void run(const Launch& launch, const std::function<void()>& body) {
   listed.assign(count / WARP, false);
   lagging.assign(count / WARP, false);
   warps.clear();
-  for (first_block = 0; first_block < launch.blocks; first_block += launch.cluster) {
+  const int64_t start = drawn(uint32_t(clusters));
+  for (int64_t i = 0; i < clusters; ++i) {
+    first_block = (start + i) % clusters * launch.cluster;
     left = count;
     left_of.assign(launch.cluster, launch.threads);
     until_redrawn = 0;
@@ -242,7 +258,14 @@ void run(const Launch& launch, const std::function<void()>& body) {
       make_ready(i);
     }
     current = 0;
-    if (_setjmp(home) == 0) go_on();
+    if (all_end()) continue;
+    fibers.clear();
+    lanes.clear();
+    blocks.clear();
+    soon.clear();
+    late.clear();
+    forget_blocks();
+    throw std::runtime_error(failure);
   }
 }
 void seed(uint64_t x) { seed_of_launches = x; }

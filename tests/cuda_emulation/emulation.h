@@ -24,6 +24,7 @@ struct Launch {
   int64_t shared = 0;  // bytes of dynamic shared memory of a block
   int cluster = 1;     // blocks that run together
 };
+// Throws a std::runtime_error where the kernel did what it must not.
 void run(const Launch&, const std::function<void()>& kernel);
 void seed(uint64_t);  // of the launches to come; what is drawn in one depends on nothing else
 

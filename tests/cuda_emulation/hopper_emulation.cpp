@@ -15,14 +15,18 @@ namespace sslkern::cuda {
 namespace emulation {
 namespace {
 
-constexpr int CHUNK = 16;         // bytes that the swizzle moves as one; copies and products touch whole ones
-constexpr int START = 1024 + 16;  // of dynamic shared memory: as badly aligned as it may be
-constexpr int MOST_SHARED = 227 * 1024;
+constexpr int CHUNK = 16;                   // bytes that the swizzle moves as one; copies and products touch whole ones
+constexpr int START = 1024 + 16;            // of dynamic shared memory: as badly aligned as it may be
 constexpr int REGISTERS = 65536;            // of a block that has the multiprocessor for itself
 constexpr uint32_t IN_FLIGHT = 0x7fc0dead;  // of accumulators that a product still writes: a NaN
 
-// ---- What a block has
-// ------------------------------------------------------------------------------------------------
+// ---- What a block has ----------------------------------------------------------------------------------------------
+
+struct Copied {
+  uint32_t at;
+  int bytes;
+  int64_t phase;
+};
 
 struct Barrier : Place {
   uint32_t address, count, missing;
@@ -30,7 +34,8 @@ struct Barrier : Place {
   int64_t phase = 0;  // that runs
   int by;             // thread that made it
   bool published = false;
-  std::vector<int64_t> seen;  // by thread: the last phase whose end it waited for
+  std::vector<int64_t> seen;   // by thread: the last phase whose end it waited for
+  std::vector<Copied> copied;  // what nobody has waited for
 
   std::string name() const override {
     return "at the barrier at " + std::to_string(address & 0xffffff) + " for the end of phase " +
@@ -99,14 +104,14 @@ struct Block {
   std::vector<uint8_t> memory;
   std::vector<uint16_t> written;           // by byte: 1 + the thread that wrote it and has not published it
   std::vector<bool> barrier;               // by chunk: holds one
-  std::vector<uint8_t> arriving;           // by chunk: copies that still write it
+  std::vector<uint8_t> arriving;           // by chunk: copies into it that nobody has waited for
   std::vector<uint16_t> products, stores;  // by chunk: which still read it
   std::map<uint32_t, Barrier> barriers;
   std::deque<Warpgroup> groups;
   std::deque<Warp> warps;
   std::deque<Thread> threads;
   Pool pool;
-  int copies = 0;  // on their way to it
+  int copies = 0;  // into it that nobody has waited for
 };
 
 std::deque<Block> blocks;  // by rank
@@ -116,8 +121,7 @@ Block& mine() { return blocks[rank()]; }
 Thread& me() { return mine().threads[thread()]; }
 Warpgroup& my_group() { return mine().groups[thread() / WARPGROUP]; }
 
-// ---- Shared memory
-// ---------------------------------------------------------------------------------------------------
+// ---- Shared memory -------------------------------------------------------------------------------------------------
 
 int shared_end() { return START + int(launch().shared); }
 
@@ -139,7 +143,8 @@ void check_write(const Block& block, uint32_t at, int bytes, const char* what) {
     if (block.barrier[chunk]) fail("%s overwrites a barrier at %u", what, chunk * CHUNK);
     if (block.products[chunk] != 0) fail("%s overwrites at %u what a product still reads", what, chunk * CHUNK);
     if (block.stores[chunk] != 0) fail("%s overwrites at %u what a copy still reads", what, chunk * CHUNK);
-    if (block.arriving[chunk] != 0) fail("%s overwrites at %u what a copy still writes", what, chunk * CHUNK);
+    if (block.arriving[chunk] != 0)
+      fail("%s overwrites at %u what a copy writes, for which nobody has waited", what, chunk * CHUNK);
   }
 }
 // Products and copies see memory past the caches of the threads.
@@ -154,7 +159,8 @@ void check_published(const Block& block, uint32_t at, int bytes, const char* wha
 }
 void check_arrived(const Block& block, uint32_t at, int bytes, const char* what) {
   for (uint32_t chunk = at / CHUNK; chunk <= (at + bytes - 1) / CHUNK; ++chunk)
-    if (block.arriving[chunk] != 0) fail("%s reads at %u what a copy still writes", what, chunk * CHUNK);
+    if (block.arriving[chunk] != 0)
+      fail("%s reads at %u what a copy writes, for which nobody has waited", what, chunk * CHUNK);
 }
 
 void write(int by, uint32_t to, const void* from, int bytes) {
@@ -176,8 +182,7 @@ const void* read_shared(uint32_t from, int bytes) {
 }
 void write_shared(uint32_t to, const void* from, int bytes) { write(thread(), to, from, bytes); }
 
-// ---- Barriers
-// --------------------------------------------------------------------------------------------------------
+// ---- Barriers ------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -259,11 +264,17 @@ void barrier_wait(uint32_t address, uint32_t parity) {
     fail("barrier_wait at %u for the end of phase %lld, but phase %lld has ended: the parity stands for another",
          address & 0xffffff, static_cast<long long>(wanted), static_cast<long long>(barrier.phase - 1));
   seen = wanted;
+  const auto known = [&](const Copied& copied) { return copied.phase <= wanted; };
+  for (const Copied& copied : barrier.copied) {
+    if (!known(copied)) continue;
+    for (uint32_t i = copied.at / CHUNK; i < (copied.at + copied.bytes) / CHUNK; ++i) --mine().arriving[i];
+    --mine().copies;
+  }
+  barrier.copied.erase(std::remove_if(barrier.copied.begin(), barrier.copied.end(), known), barrier.copied.end());
   maybe_pause();
 }
 
-// ---- Copies
-// ----------------------------------------------------------------------------------------------------------
+// ---- Copies --------------------------------------------------------------------------------------------------------
 
 namespace emulation {
 namespace {
@@ -323,6 +334,7 @@ void load(const char* what, int rank, uint16_t to_blocks, uint32_t to, const Ten
     if (gone(to_rank)) fail("%s for block %d of the cluster, which has ended", what, to_rank);
     Block& block = blocks[to_rank];
     Barrier& barrier = barrier_at(block, at_barrier, what);
+    if (!barrier.published) fail("%s: the barrier was made and not published (publish_barriers)", what);
     check_write(block, at, bytes_of(map), what);
     check_published(block, at, bytes_of(map), what);
     for (uint32_t i = at / CHUNK; i < (at + bytes_of(map)) / CHUNK; ++i) ++block.arriving[i];
@@ -331,8 +343,7 @@ void load(const char* what, int rank, uint16_t to_blocks, uint32_t to, const Ten
       each_part(map, at, x, y, [&](uint32_t to, const uint8_t* from, int bytes) {
         from != nullptr ? memcpy(&block.memory[to], from, bytes) : memset(&block.memory[to], 0, bytes);
       });
-      for (uint32_t i = at / CHUNK; i < (at + bytes_of(map)) / CHUNK; ++i) --block.arriving[i];
-      --block.copies;
+      barrier.copied.push_back({at, bytes_of(map), barrier.phase});
       barrier.bytes -= bytes_of(map);
       settle(barrier);
     });
@@ -398,8 +409,7 @@ void commit_stores() {
   me().open.clear();
 }
 
-// ---- Products
-// --------------------------------------------------------------------------------------------------------
+// ---- Products ------------------------------------------------------------------------------------------------------
 
 namespace emulation {
 namespace {
@@ -614,8 +624,7 @@ void wgmma_commit() {
   if (group.ends[number] != group.issued[t]) fail("wgmma_commit: threads of a warpgroup commit different products");
 }
 
-// ---- Threads
-// ---------------------------------------------------------------------------------------------------------
+// ---- Threads -------------------------------------------------------------------------------------------------------
 
 void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   Warp& warp = mine().warps[thread() / WARP];
@@ -657,8 +666,7 @@ void change_registers(int count, bool up) {
   wake(pool);
 }
 
-// ---- The machine begins and ends
-// -------------------------------------------------------------------------------------
+// ---- The machine begins and ends -----------------------------------------------------------------------------------
 
 void begin_cluster() {
   const int threads = launch().threads;
@@ -667,7 +675,6 @@ void begin_cluster() {
     Block& block = blocks[r];
     if (int(block.threads.size()) < threads) block.threads.resize(threads);
     if (launch().shared == 0) continue;
-    if (launch().shared > MOST_SHARED) fail("a block has at most %d bytes of shared memory", MOST_SHARED);
     const size_t end = size_t(shared_end() + CHUNK - 1) / CHUNK * CHUNK;
     block.memory.assign(end, 0xff);
     block.written.assign(end, 0);
@@ -685,6 +692,12 @@ void begin_cluster() {
   }
 }
 
+void forget_blocks() {
+  blocks.clear();
+  all_blocks.arrived = 0;
+  all_blocks.fibers.clear();
+}
+
 void end_thread() {
   Block& block = mine();
   if (launch().shared == 0) return;
@@ -700,7 +713,8 @@ void end_thread() {
   }
   me().stores.clear();
   me().unpublished.clear();
-  if (gone(rank()) && block.copies != 0) fail("the block ends while copies to it are under way");
+  if (gone(rank()) && block.copies != 0)
+    fail("the block ends while copies into it are under way, for which nobody has waited");
 }
 
 }  // namespace emulation

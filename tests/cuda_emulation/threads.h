@@ -13,7 +13,7 @@
 
 namespace sslkern::cuda::emulation {
 
-// A kernel did what it must not: prints a sentence, says who, and aborts.
+// A kernel did what it must not: `run` throws the sentence, with the block and the thread that did it.
 [[noreturn]] void fail(const char* sentence, ...) __attribute__((format(printf, 1, 2)));
 
 // Of the launch that runs, of the thread that runs.
@@ -51,8 +51,9 @@ struct Meeting : Place {
 // Happens beside the threads, at some time before they would wait for it in vain: at once, soon, or as late as it can.
 void beside(std::function<void()> happening);
 
-// The machine's part (hopper_emulation.cpp): a cluster begins, one of its threads has ended.
+// The machine's part (hopper_emulation.cpp): a cluster begins, one of its threads has ended; a launch has failed.
 void begin_cluster();
 void end_thread();
+void forget_blocks();
 
 }  // namespace sslkern::cuda::emulation

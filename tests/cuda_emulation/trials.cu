@@ -1,7 +1,7 @@
 // A small kernel that uses all that hopper.h has, for tests/test_hopper_emulation.py: the emulated machine must run it
 // right, and see each mistake that it is asked to make.
-#include <cstdio>
-#include <cstdlib>
+#include <exception>
+#include <string>
 #include <vector>
 
 #include "hopper.h"
@@ -15,45 +15,66 @@ constexpr int PANEL = ROWS * 128;               // bytes: 64 numbers a row
 constexpr int VECTOR = ROWS * 4;
 constexpr int OUT_WARP = 16 * 128;  // bytes
 
+std::string wanted;  // the mistake
+bool mistake(const char* name) { return wanted == name; }
+
 struct Places {
-  uint32_t x, y, bias, out, barriers, end;
+  uint32_t x, y, out, bias, barriers, end;
   Places(uint32_t from) : x(from) {
     y = x + 2 * PANEL;
     out = y + STAGES * 2 * PANEL;
     bias = out + 8 * OUT_WARP;
     barriers = bias + STAGES * VECTOR;
-    end = barriers + 8 * (1 + 2 * STAGES);
+    end = barriers + 8 * (2 + 2 * STAGES);
   }
 };
 
-// out = round(x y^T + bias) y, in blocks of ROWS rows of x and out, D numbers a row. With a cluster each block loads
-// one panel of y for both. Warpgroup 0 loads, 1 and 2 have 64 rows each.
+// out = round(x y^T + bias) y, in blocks of ROWS rows of x and out, D numbers a row. In a cluster of two each block
+// loads one panel of y for both. Warpgroup 0 loads, 1 and 2 have 64 rows each.
 template <class T>
 __global__ void __launch_bounds__(384, 1)
     twice(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y,
           const __grid_constant__ TensorMap bias, const __grid_constant__ TensorMap out, int tiles, int cluster) {
   const Places at(dynamic_shared());
-  const uint32_t x_full = at.barriers, full = x_full + 8, empty = full + 8 * STAGES;
+  const uint32_t x_full = at.barriers, spare = x_full + 8, full = spare + 8, empty = full + 8 * STAGES;
   const int group = warp_id() / 4;
   const int rank = cluster_rank();
   if (thread_id() == 0) {
-    barrier_init(x_full, 1);
+    barrier_init(x_full + (mistake("a barrier at an odd place") ? 4 : 0), 1);
+    if (mistake("a barrier made twice")) barrier_init(x_full, 1);
+    if (!mistake("a barrier that nobody made")) barrier_init(spare, 1);
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, 2 * cluster);
     }
-    publish_barriers();
+    if (!mistake("barriers not published")) publish_barriers();
+    if (mistake("a phase missed")) {
+      barrier_arrive(spare);
+      barrier_arrive(spare);
+    }
   }
   sync_cluster();
+  if (mistake("a phase missed") || mistake("a phase that does not come") || mistake("a barrier that nobody made"))
+    barrier_wait(spare, 0);
+  if (mistake("a parity of 2")) barrier_wait(spare, 2);
+  if (mistake("sync_block without some") && group == 0) sync_block();
+  if (mistake("an end without the other block") && rank == 1) return;
   if (group == 0) {
-    registers_down<40>();
+    if (!mistake("registers not given")) registers_down<40>();
     if (thread_id() == 0) {
-      prefetch_map(x);
-      barrier_expect(x_full, 2 * PANEL);
-      for (int p = 0; p < 2; ++p) load_box(at.x + p * PANEL, x, x_full, 64 * p, int(block_id()) * ROWS);
+      TensorMap blank{};
+      prefetch_map(mistake("a map that was not encoded") ? blank : x);
+      barrier_expect(x_full, 2 * PANEL + (mistake("bytes that do not come") ? 16 : 0));
+      if (mistake("too many arrivals")) barrier_arrive(x_full);
+      if (mistake("too many bytes")) barrier_expect(spare, 1 << 20);
+      if (mistake("a vector as a box")) load_box(at.bias, bias, x_full, 0, 0);
+      for (int p = 0; p < 2; ++p) {
+        const uint32_t to = at.x + p * PANEL + (mistake("a box at an odd place") ? 128 : 0);
+        load_box(mistake("a box outside of memory") ? to + 7 * PANEL : to, x, x_full, 64 * p, int(block_id()) * ROWS);
+      }
       for (int t = 0; t < tiles; ++t) {
         const int s = t % STAGES;
-        barrier_wait(empty + 8 * s, (t / STAGES & 1) ^ 1);
+        if (!mistake("loads that do not wait")) barrier_wait(empty + 8 * s, (t / STAGES & 1) ^ 1);
         barrier_expect(full + 8 * s, 2 * PANEL + VECTOR);
         load_vector(at.bias + s * VECTOR, bias, full + 8 * s, t * ROWS);
         const uint32_t to = at.y + s * 2 * PANEL;
@@ -65,42 +86,64 @@ __global__ void __launch_bounds__(384, 1)
       }
     }
   } else {
-    registers_up<232>();
+    if (mistake("more registers than given"))
+      registers_up<240>();
+    else
+      registers_up<232>();
+    const bool leave_rank = mistake("the rank left in rows"),
+               leave_rank_of_columns = mistake("the rank left in columns");
+    const auto rows = [=](uint32_t address) { return leave_rank ? address >> 4 | 1u << 16 : rows_at(address); };
+    const auto columns = [=](uint32_t address) {
+      return leave_rank_of_columns ? address >> 4 | PANEL >> 4 << 16 : columns_at(address, PANEL);
+    };
     float sums[64], scores[64];
     uint32_t weights[32];
-    const uint32_t x_rows = opaque(rows_at(at.x + (group - 1) * 64 * 128));
+    uint32_t x_rows = opaque(rows(at.x + (group - 1) * 64 * 128));
+    if (mistake("a matrix outside of memory")) x_rows = rows(at.x + 3 * 0x10000);
+    if (mistake("a matrix that begins within 8 rows")) x_rows += 128 >> 4;
     for (float& sum : sums) sum = 0.f;
-    barrier_wait(x_full, 0);
+    barrier_wait(x_full, mistake("the wrong parity") ? 1 : 0);
     for (int t = 0; t < tiles; ++t) {
       const int s = t % STAGES;
       const uint32_t tile = at.y + s * 2 * PANEL;
-      barrier_wait(full + 8 * s, t / STAGES & 1);
-      const uint32_t y_rows = opaque(rows_at(tile)), y_columns = opaque(columns_at(tile, PANEL));
-      wgmma_fence();
+      const auto release = [&] {
+        if (thread_id() % WARPGROUP == 0)
+          for (int r = 0; r < cluster; ++r) barrier_arrive_at(empty + 8 * s, r);
+      };
+      if (!mistake("a product that does not wait for its copy")) barrier_wait(full + 8 * s, t / STAGES & 1);
+      const uint32_t y_rows = opaque(rows(tile)), y_columns = opaque(columns(tile));
+      if (!mistake("accumulators without wgmma_fence")) wgmma_fence();
       for (int k = 0; k < D / 16; ++k) {
+        if (mistake("a product without some threads") && k == 1 && warp_id() == 5) continue;
         const uint32_t offset = k / 4 * (PANEL >> 4) + k % 4 * 2;
         wgmma<T>(scores, descriptor(x_rows + offset), descriptor(y_rows + offset), k != 0);
       }
-      wgmma_commit();
-      wgmma_wait<0>();
+      if (mistake("accumulators changed")) scores[5] = 1.f;
+      if (mistake("a tile overwritten")) store_matrices(tile + lane_id() * 16, 0, 0, 0, 0);
+      if (!mistake("no wgmma_commit")) wgmma_commit();
+      if (!mistake("accumulators read too early")) wgmma_wait<0>();
       pin(scores);
       for (int j = 0; j < 16; ++j) {
         float b0, b1;
-        load_shared(at.bias + s * VECTOR + (8 * j + 2 * (lane_id() % 4)) * 4, b0, b1);
+        uint32_t from = at.bias + s * VECTOR + (8 * j + 2 * (lane_id() % 4)) * 4;
+        if (mistake("memory of the other block")) from ^= 1 << 24;
+        if (mistake("a load at an odd place")) from += 4;
+        load_shared(from, b0, b1);
         for (int i = 0; i < 2; ++i)
           weights[2 * j + i] = packed<T>(scores[4 * j + 2 * i] + b0, scores[4 * j + 2 * i + 1] + b1);
       }
-      wgmma_fence();
+      if (!mistake("a in registers without wgmma_fence")) wgmma_fence();
       for (int k = 0; k < ROWS / 16; ++k) {
         uint32_t* const a = weights + 4 * k;
         wgmma<T>(sums, a[0], a[1], a[2], a[3], descriptor(y_columns + k * (2048 >> 4)));
       }
       wgmma_commit();
+      if (mistake("registers of a changed")) weights[3] ^= 1;
+      if (mistake("a tile released too early")) release();
       wgmma_wait<0>();
       pin(sums);
       pin(weights);
-      if (thread_id() % WARPGROUP == 0)
-        for (int r = 0; r < cluster; ++r) barrier_arrive_at(empty + 8 * s, r);
+      if (!mistake("a tile released too early")) release();
     }
     const int warp = warp_id() - 4, lane = lane_id();
     const uint32_t mine = at.out + warp * OUT_WARP;
@@ -108,20 +151,33 @@ __global__ void __launch_bounds__(384, 1)
       const int row = lane % 16;
       for (int c = 0; c < 4; ++c) {
         const float* d = sums + 32 * p + 8 * c;
-        const uint32_t to = mine + row * 128 + (((2 * c + lane / 16) ^ (row % 8)) << 4);
+        uint32_t to = mine + row * 128 + (((2 * c + lane / 16) ^ (row % 8)) << 4);
+        if (mistake("a store at an odd place")) to += 8;
+        if (mistake("a barrier overwritten")) to = at.barriers;
         store_matrices(to, packed<T>(d[0], d[1]), packed<T>(d[2], d[3]), packed<T>(d[4], d[5]), packed<T>(d[6], d[7]));
       }
-      publish_shared();
-      sync_warp();
+      if (!mistake("no publish_shared")) publish_shared();
+      if (!mistake("no sync_warp")) sync_warp();
       if (lane == 0) {
-        store_box(out, mine, 64 * p, int(block_id()) * ROWS + warp * 16);
-        commit_stores();
-        wait_stores_read<0>();
+        const bool odd = mistake("a box of out at an odd place");
+        store_box(out, odd ? mine + 128 : mine, 64 * p, int(block_id()) * ROWS + warp * 16);
+        if (p == 0 || !mistake("no commit_stores")) commit_stores();
+        const bool forgets = p == 0 ? mistake("an overwritten store") : mistake("an end before stores are read");
+        if (!forgets) wait_stores_read<0>();
       }
       sync_warp();
     }
+    if (mistake("an end with products under way")) {
+      wgmma_fence();
+      wgmma<T>(sums, descriptor(x_rows), descriptor(x_rows), true);
+      wgmma_commit();
+    }
   }
-  sync_cluster();
+  if (!mistake("no sync_cluster at the end")) sync_cluster();
+  if (mistake("an end with copies under way") && thread_id() == 0) {
+    barrier_expect(spare, VECTOR);
+    load_vector(at.bias, bias, spare, 0);
+  }
 }
 
 template <class T>
@@ -156,7 +212,8 @@ int run(int n, int m, int d, int cluster) {
   const TensorMap maps[] = {map(x, d, stride, n, ROWS), map(y, d, stride, m, ROWS), map(bias, m, 0, 0, ROWS),
                             map(out, d, stride, n, 16)};
   const int blocks = (n + ROWS * cluster - 1) / (ROWS * cluster) * cluster;
-  emulation::run({blocks, 384, int(Places(0).end) + GROUP_BYTES - 16, cluster},
+  const int bytes = int(Places(0).end) + (mistake("too little shared memory") ? 0 : GROUP_BYTES - 16);
+  emulation::run({blocks, 384, bytes, cluster},
                  [&] { twice<T>(maps[0], maps[1], maps[2], maps[3], (m + ROWS - 1) / ROWS, cluster); });
   int wrong = 0;
   for (int i = 0; i < n; ++i) {
@@ -174,8 +231,16 @@ int run(int n, int m, int d, int cluster) {
 }  // namespace
 }  // namespace sslkern::cuda
 
-extern "C" __attribute__((visibility("default"))) int trial(int half, int n, int m, int d, int cluster, uint64_t seed) {
+// How many numbers are wrong; -1 and the sentence where the machine stopped the kernel.
+extern "C" __attribute__((visibility("default"))) int trial(int half, int n, int m, int d, int cluster, uint64_t seed,
+                                                            const char* mistake, char* sentence) {
   using namespace sslkern::cuda;
   emulation::seed(seed);
-  return half ? run<fp16>(n, m, d, cluster) : run<bf16>(n, m, d, cluster);
+  wanted = mistake;
+  try {
+    return half ? run<fp16>(n, m, d, cluster) : run<bf16>(n, m, d, cluster);
+  } catch (const std::exception& error) {
+    strcpy(sentence, error.what());
+    return -1;
+  }
 }

@@ -124,8 +124,7 @@ SSLKERN_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
   } while (!ended);
 }
 
-// ---- copies of boxes (TMA): x is the inner coordinate, both count numbers; outside of the tensor lie zeros
-// -----------
+// ---- copies of boxes (TMA): x is the inner coordinate, both count numbers; outside of the tensor lie zeros ----------
 
 SSLKERN_DEVICE void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
