@@ -15,7 +15,7 @@ import torch
 
 import sslkern
 from sslkern.backends import BACKENDS, cuda, load
-from sslkern.backends.cuda import compile, driver, launch, nvrtc
+from sslkern.backends.cuda import compile, driver, launch, nvrtc, pairs
 
 from .conftest import emulate_cuda
 
@@ -476,6 +476,6 @@ def test_numbers_that_stand_in_two_languages():
     text = "".join(path.read_text() for path in compile.SOURCES.iterdir())
     sampled = load("cuda", "sampled_similarity")
     for name, value in dict(
-        THREADS=launch.THREADS, WARP=launch.WARP, PIECES=launch.PIECES, SHARE=sampled.SHARE
+        THREADS=launch.THREADS, WARP=launch.WARP, PIECES=launch.PIECES, SHARE=sampled.SHARE, EXTENT=pairs.EXTENT
     ).items():
         assert re.findall(rf"constexpr int {name} = (\d+);", text) == [str(value)]

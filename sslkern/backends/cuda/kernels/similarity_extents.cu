@@ -1,9 +1,7 @@
 // The smallest and the largest id of each EXTENT rows, by which a tile knows whether it must look at its pairs.
-#include "device.h"
+#include "similarity.h"
 
 namespace sslkern::cuda {
-
-constexpr int EXTENT = 64;  // as in similarity.h
 
 // q_to [ceil(n / EXTENT), 2] and k_to [ceil(m / EXTENT), 2], by ceil(n / THREADS) + ceil(m / THREADS) blocks.
 __global__ void __launch_bounds__(THREADS)
