@@ -52,8 +52,8 @@ def write(measured: list[Compiled]) -> None:
     slowest = max(measured, key=lambda one: one.seconds)
     words = [
         "Blocks have 256 threads. Kernels of a program and its types are compiled together,",
-        f"{len(measured) // len(ARCHITECTURES)} times in all for an architecture: {sum(seconds) / 3:.0f} s on one core,",
-        f"at most {slowest.seconds:.1f} s ({slowest.unit}, {slowest.target}) and {largest >> 10} KB each.",
+        f"{len(measured) // len(ARCHITECTURES)} times in all for an architecture: {sum(seconds) / 3:.0f} s on one",
+        f"core, at most {slowest.seconds:.1f} s ({slowest.unit}, {slowest.target}) and {largest >> 10} KB each.",
     ]
     machine_code.write("cuda", "Machine code of the CUDA kernels", words, rows_of(measured))
 
