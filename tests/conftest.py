@@ -18,6 +18,7 @@ from sslkern.backends.cuda import compile, driver, launch
 
 from .elsewhere import Elsewhere
 
+ROOT = Path(__file__).resolve().parent.parent
 _native = BACKENDS["cpu"]._cpu
 _ISAS = list(_native.isas()) if _native else []
 GPU = torch.cuda.is_available()
@@ -91,24 +92,29 @@ def seeded():
 
 
 @functools.cache
-def emulated_cuda() -> ctypes.CDLL:
-    """A driver whose kernels run on the CPU: tests/cuda_emulation takes the place of the GPU."""
+def native_build():
+    """csrc/native_build.py, where it has a compiler."""
     if importlib.util.find_spec("ninja") is None:
         pytest.skip("ninja is not installed; it is needed to build the emulated CUDA kernels")
-    root = Path(__file__).resolve().parent.parent
-    sys.path.insert(0, str(root / "csrc"))
+    sys.path.insert(0, str(ROOT / "csrc"))
     import native_build
 
     try:
         native_build.find_compiler()
     except RuntimeError as error:
         pytest.skip(str(error))
+    return native_build
+
+
+@functools.cache
+def emulated_cuda() -> ctypes.CDLL:
+    """A driver whose kernels run on the CPU: tests/cuda_emulation takes the place of the GPU."""
     kernels = {"trials": []}  # of tests/test_hopper_emulation.py
     for unit in compile.UNITS:
         source = compile.PROGRAMS[unit.program].source.removesuffix(".cu")
         kernels.setdefault(source, {}).update(dict.fromkeys(unit.expressions().values()))
-    path = root / "build/emulated/libcuda.so"
-    native_build.build_emulated_cuda(path, {name: list(found) for name, found in kernels.items()})
+    path = ROOT / "build/emulated/libcuda.so"
+    native_build().build_emulated_cuda(path, {name: list(found) for name, found in kernels.items()})
     return ctypes.CDLL(str(path))
 
 

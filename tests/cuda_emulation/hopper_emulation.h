@@ -46,7 +46,7 @@ const uint32_t* kept(T&& x) {
 // ---- threads --------------------------------------------------------------------------------------------------------
 
 inline int lane_id() { return thread_id() % WARP; }
-inline int warp_id() { return thread_id() / WARP; }
+inline int warp_id() { return int(emulation::shown(uint32_t(thread_id() / WARP), WARP)[0]); }  // of all lanes
 inline void sync_warp() { emulation::shown(0, WARP); }
 inline uint32_t lanes_where(bool x) {
   const uint32_t* all = emulation::shown(x, WARP);
