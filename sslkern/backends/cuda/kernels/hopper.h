@@ -3,8 +3,8 @@
 //
 // What ptxas punishes: a second exit (`require`, a return in the middle) or any code after the loop of the warpgroups
 // that hold many registers makes it drop their budget (spills, products one after another); descriptors that it can see
-// through are hoisted out of loops and spilled (`opaque`); a loop without an end that it knows, while products run
-// (`barrier_wait`). And NVRTC before 13.5 compiles no lambda with `auto` parameters.
+// through are hoisted out of loops and spilled (`opaque`); a loop without an end that it knows, or one that ends in
+// a trap, while products run (`barrier_wait`). And NVRTC before 13.5 compiles no lambda with `auto` parameters.
 #pragma once
 
 #include "device.h"
@@ -110,8 +110,9 @@ SSLKERN_DEVICE void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
 SSLKERN_DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Until the phase of this parity has ended. A fresh barrier is in phase 0, so that parity 1 counts as ended. Too long a
-// wait traps: a hang becomes an error, and without this way out of the loop ptxas runs no product across it.
+// Until the phase of this parity has ended. A fresh barrier is in phase 0, so that parity 1 counts as ended. The loop
+// has an end, after days: across one that has none ptxas runs no product, and with a trap as its end kernels that need
+// all registers lose them.
 SSLKERN_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t ended;
   int tries = 0;
@@ -120,8 +121,7 @@ SSLKERN_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
                  : "=r"(ended)
                  : "r"(barrier), "r"(parity)
                  : "memory");
-    if (++tries == 1 << 30) __trap();
-  } while (!ended);
+  } while (!ended && ++tries < 1 << 30);
 }
 
 // ---- copies of boxes (TMA): x is the inner coordinate, both count numbers; outside of the tensor lie zeros ----------
