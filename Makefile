@@ -120,7 +120,7 @@ bench: bench-setup  ## all benchmarks: JSON, tables and plots into benchmarks/re
 	$(BIN)/python benchmarks/plots.py $(RESULTS)
 
 # Not in .venv: a machine with a GPU may have no network, and its own torch is the one to use.
-gpu:  ## on a machine with a GPU: build, tests, sanitizer, timings and a training run, into OUT; WHEELS as in gpu.sh
+gpu:  ## on a machine with a GPU: tests, timings, sanitizers and a training run, into OUT; WHEELS as in gpu.sh
 	PYTHON=$(PYTHON) benchmarks/gpu.sh $(or $(OUT),benchmarks/results/gpu) $(WHEELS)
 
 clean:  ## remove what was built, keep .venv

@@ -341,7 +341,7 @@ def sup_con_one_pass(z, labels):
 def sup_con_published(z, labels):
     """Khosla et al., arXiv:2004.11362, eq. 2 as its authors compute it: masks times N x N logarithms."""
     z = F.normalize(z, dim=1)
-    others = 1 - torch.eye(len(z), dtype=z.dtype)
+    others = 1 - torch.eye(len(z), dtype=z.dtype, device=z.device)
     positives = (labels[:, None] == labels).to(z.dtype) * others
     logits = z @ z.T / TEMPERATURE
     logits = logits - logits.amax(1, keepdim=True).detach()

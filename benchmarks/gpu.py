@@ -1,18 +1,20 @@
-"""Times sslkern on a GPU beside its rivals and writes OUT/results.json; gpu_report.py makes tables and plots of it.
+"""Times sslkern on a GPU beside its rivals, and writes OUT/results.json and OUT/README.md anew after every case.
 
-python benchmarks/gpu.py OUT [--seconds 300] [--select clip-65536] [--dry-run]
+python benchmarks/gpu.py OUT [--part headlines] [--seconds 300] [--select clip-65536] [--dry-run]
 
 The cases, the most important first, run in a process of their own, since a failed kernel takes its process along: what
 crashed or hung is listed with the reason, and a new process goes on without it. Results are checked before they are
 timed: ours against float64 at a small size, and every contender against fp32 at the size itself. Contenders of a case
-are timed in turn, by CUDA events, and the median of the rounds counts.
+are timed in turn, a, b, c, a, b, c, by CUDA events, and beside them what the library's products take at that moment;
+the median of the rounds counts. Rivals (`--part rivals`) are timed once, and `--part profile` tells where the time of
+ours goes. Results are added to those that OUT has.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -27,40 +29,41 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import gpu_report
+import torch
+from baselines import chunked
+from gpu_cases import DTYPES, LIBRARY, OURS, PARTS, PASSES, PROBLEMS, Case, Problem, plan, yardsticks
+
+from sslkern import functional
+from sslkern.backends.reference import similarity_lse as reference
+
 PATIENCE = 100  # seconds without a word from the worker: it hangs
 FATAL = re.compile(r"CUDA error|illegal memory access|misaligned address|device-side assert|launch failure", re.I)
+# torch.compile would start one for each core, which takes longer than our few kernels.
+FEW_COMPILERS = {"TORCHINDUCTOR_COMPILE_THREADS": "4"} | os.environ
 PACKAGES = "torch nvidia-cuda-nvrtc nvidia-cuda-nvrtc-cu12 triton memeff inf-cl cut-cross-entropy siglip-kernel".split()
 PACKAGES += "pytorch-metric-learning kornia".split()
 
+# ---- the worker -----------------------------------------------------------------------------------------------------
 
-# ---- the worker: the only part that imports torch -------------------------------------------------------------------
 
-
-def worker(first: int, skip: set[tuple[str, str]], deadline: float, dry: bool, select: str) -> None:
-    """Measures the selected cases from number `first` on and tells what it does in lines of JSON."""
-    import torch
-    from gpu_cases import plan
-
-    from sslkern.backends.reference import similarity_lse as reference
-
+def worker(part: str, done: set[str], skip: set[tuple[str, str]], deadline: float, dry: bool, select: str) -> None:
+    """Measures the selected cases that are not done, and tells what it does in lines of JSON."""
     device = "cpu" if dry else "cuda"
     if dry:
         torch.set_num_threads(1)
     else:
         reference.BLOCK = 2**28  # rows for a GPU, not for the cache of a CPU
-    if first == 0:
-        tell("rates", **rates(device))
-    cases = [case for case in plan() if re.search(select, case.key)]
-    for number, case in enumerate(cases[first:], first):
-        tell("case", number=number, key=case.key)
+    for case in plan(part):
+        if case.key in done or not re.search(select, case.key):
+            continue
         if time.time() > deadline:
             break
+        tell("case", key=case.key)
         with contextlib.suppress(Exception):
             torch.compiler.reset()  # it gives up on functions that have met too many shapes
         result = measure(shrunk(case) if dry else case, case.key, skip, device, deadline)
-        gc.collect()
-        if not dry:
-            torch.cuda.empty_cache()
+        release(device)
         tell("result", key=case.key, **result)
     tell("end")
 
@@ -69,102 +72,71 @@ def tell(event: str, **facts) -> None:
     print("@" + json.dumps({"event": event} | facts), flush=True)
 
 
-def shrunk(case):
+def shrunk(case: Case) -> Case:
     """The same case at a size that a dry run gets through in no time."""
-    import dataclasses
-
-    return dataclasses.replace(case, n=max(32, case.n >> 12), d=case.d // 8, seconds=0.01)
+    return dataclasses.replace(case, n=max(32, case.n >> 12), d=max(8, case.d // 8), seconds=0.01)
 
 
-def rates(device: str) -> dict:
-    """What this machine reaches: bf16 products of a large matrix and the copy of a large tensor, read and written."""
-    import torch
-
-    size, elements = (8192, 2**30) if device == "cuda" else (128, 2**16)
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    source = torch.empty(elements, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    product = median_seconds(lambda: a @ b, device)
-    copy = median_seconds(lambda: target.copy_(source), device)
-    return {"bf16_flops_per_second": 2 * size**3 / product, "copy_bytes_per_second": 2 * source.nbytes / copy}
+def release(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
-def median_seconds(step: Callable, device: str, rounds: int = 20) -> float:
-    for _ in range(5):
-        step()
-    return statistics.median(seconds_per_call(step, 1, device) for _ in range(rounds))
-
-
-def seconds_per_call(step: Callable, calls: int, device: str) -> float:
-    """By CUDA events around `calls` calls: the GPU's time, or the CPU's where launching takes longer."""
-    if device == "cpu":
-        start = time.perf_counter()
-        for _ in range(calls):
-            step()
-        return (time.perf_counter() - start) / calls
-    import torch
-
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
-
-
-def measure(case, key: str, skip: set, device: str, deadline: float) -> dict:
+def measure(case: Case, key: str, skip: set, device: str, deadline: float) -> dict:
     """The figures of each contender of a case, and why others have none."""
-    import torch
-
     torch.set_float32_matmul_precision("highest" if case.dtype == "fp32" else "high")
-    facts = {"problem": case.problem, "n": case.n, "d": case.d, "dtype": case.dtype, "contenders": {}, "failed": {}}
+    contenders, failed = {}, {}
+    facts = dataclasses.asdict(case) | {"contenders": contenders, "failed": failed}
     try:
         problem = case.build(device)
-        want = truth(problem)
+        want = None if case.part == "profile" else truth(problem, case)
     except Exception as error:
-        return facts | {"failed": {"the case itself": reason(error)}}
-    steps, graphs = {}, {}
-    for name, factory in problem.contenders.items():
-        if not case.wants(name):
+        failed["the case itself"] = reason(error)
+        return facts
+    facts |= {"flops": PASSES[problem.work]["floor"] * problem.pass_flops, "bytes": problem.bytes}
+    steps = {}
+    for name, factory in case.contenders(problem).items():
+        if (key, name) in skip or time.time() > deadline:
+            failed[name] = "took its process along, or hung" if (key, name) in skip else "no time left"
             continue
-        if (key, name) in skip:
-            facts["failed"][name] = "took its process along, or hung"
-            continue
-        if time.time() > deadline:
-            facts["failed"][name] = "not measured: no time left"
-            continue
-        tell("contender", key=key, name=name)
+        tell("contender", name=name)
         try:
-            step = step_of(problem, factory())
-            figures = prepare(case, name, problem, step, want, device)
-            if case.graph and may_be_captured(name):
-                try:
-                    graphs[name] = captured(step, device)
-                except Exception as error:  # such an error ends the capture, not the process
-                    facts["failed"][f"{name}, CUDA graph"] = words(error)
-            steps[name], facts["contenders"][name] = step, figures
+            step = step_of(problem, factory(), case)
+            if case.part == "profile":
+                contenders[name] = {"kernels": profile(step, problem, device)}
+            else:
+                contenders[name], steps[name] = first_calls(case, name, problem, step, want, device), step
         except Exception as error:
-            facts["failed"][name] = reason(error)
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    del want
-    tell("timing", key=key)
-    for name, seconds in run_in_turn(steps, case.seconds, device, facts["failed"]).items():
-        facts["contenders"][name]["seconds"] = seconds
-    failed_graphs: dict[str, str] = {}
-    for name, seconds in run_in_turn(graphs, case.seconds / 2, device, failed_graphs).items():
-        facts["contenders"][name]["graph_seconds"] = seconds
-    facts["failed"] |= {f"{name}, CUDA graph": why for name, why in failed_graphs.items()}
-    facts["contenders"] = {name: figures for name, figures in facts["contenders"].items() if "seconds" in figures}
-    for figures in facts["contenders"].values():
-        best = min(figures["seconds"], figures.get("graph_seconds", figures["seconds"]))
-        if problem.flops:
-            figures["flops_per_second"] = problem.flops / best
-        if problem.bytes:
-            figures["bytes_per_second"] = problem.bytes / best
+            failed[name] = reason(error)
+        release(device)
+    if case.part in ("headlines", "small"):
+        del want
+        tell("timing")
+        race(case, problem, steps, facts, device)
     return facts
+
+
+def race(case: Case, problem: Problem, steps: dict[str, Callable], facts: dict, device: str) -> None:
+    """Times the contenders and the library's products in turn, as they are and then as CUDA graphs."""
+    contenders, failed, graphs = facts["contenders"], facts["failed"], {}
+    forms = sorted((figures["seconds"], name) for name, figures in contenders.items() if name.startswith("compiled"))
+    for _, name in forms[1:]:  # the fastest in its first call is enough, and has the memory
+        del steps[name]
+    steps = steps | yardsticks(problem, DTYPES[case.dtype], device)
+    for name, seconds in run_in_turn(steps, case.seconds, device, failed).items():
+        contenders.setdefault(name, {})["seconds"] = seconds
+    release(device)
+    failed_graphs: dict[str, str] = {}
+    for name, step in steps.items() if case.graph else ():
+        if name not in failed:
+            try:
+                graphs[name] = captured(step, device)
+            except Exception as error:  # such an error ends the capture, not the process
+                failed_graphs[name] = words(error)
+    for name, seconds in run_in_turn(graphs, case.seconds / 2, device, failed_graphs).items():
+        contenders[name]["graph_seconds"] = seconds
+    failed |= {f"{name}, CUDA graph": why for name, why in failed_graphs.items()}
 
 
 def reason(error: Exception) -> str:
@@ -177,60 +149,49 @@ def reason(error: Exception) -> str:
 
 
 def words(error: Exception) -> str:
-    import torch
-
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def step_of(problem, function: Callable, inputs=None) -> Callable:
+def step_of(problem: Problem, function: Callable, case: Case, inputs=None) -> Callable:
     """Forward and backward; returns the loss and a gradient, or None, for each input that wants one."""
-    import torch
-
     if problem.plain:
         return function
     inputs = problem.inputs if inputs is None else inputs
     wanted = [x for x in inputs if x.requires_grad]
-    around = getattr(function, "around", contextlib.nullcontext)
+    # As a gradient scaler does: gradients of a mean over many rows are too small for fp16.
+    slope = torch.tensor(2.0**16, device=inputs[0].device) if case.dtype == "fp16" else None
 
     def step():
-        with around():
-            loss = function(*inputs)
-            return (loss.detach(), *torch.autograd.grad(loss, wanted, allow_unused=True))
+        loss = function(*inputs)
+        return (loss.detach(), *torch.autograd.grad(loss, wanted, slope, allow_unused=True))
 
     return step
 
 
-def truth(problem):
+def truth(problem: Problem, case: Case):
     """The result on the reference backend in fp32, with tf32 products unless the case is fp32; None: takes too long."""
-    from baselines import chunked
-
     if problem.plain:
-        return problem.truth()
-    if problem.truth is None:
+        return chunked(problem.ours)()
+    if not problem.truth:
         return None
-    return step_of(problem, chunked(problem.truth), as_type(problem.inputs, "float32"))()
+    return step_of(problem, chunked(problem.ours), case, as_type(problem.inputs, torch.float32))()
 
 
-def as_type(inputs, dtype: str):
-    import torch
-
-    return [x.detach().to(getattr(torch, dtype)).requires_grad_(x.requires_grad) for x in inputs]
+def as_type(inputs, dtype: torch.dtype):
+    return [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in inputs]
 
 
-def prepare(case, name: str, problem, step: Callable, want, device: str) -> dict:
-    """First calls, the checks and the peak memory."""
-    import torch
-    from gpu_cases import OURS
-
+def first_calls(case: Case, name: str, problem: Problem, step: Callable, want, device: str) -> dict:
+    """The checks, the peak memory, and the time of one call."""
     figures = {}
     if name.startswith(OURS):
         figures["error_of_96_rows"] = check_exact(case, name, device)
     got = step()
     if want is not None:
-        figures["error"] = checked(got, want, RIVAL_TOLERANCE[case.dtype])
-    elif case.problem == "nt_xent":
+        figures["error"] = checked(got, want, RIVAL_TOLERANCE[case.dtype], least=0.1)
+    else:
         figures["error_of_1024_losses"] = check_some_losses(problem)
     assert all(x is None or x.isfinite().all() for x in got), "its result is not finite"
     del got
@@ -238,93 +199,84 @@ def prepare(case, name: str, problem, step: Callable, want, device: str) -> dict
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
+    seconds = [seconds_per_call(step, 1, device)]
+    if device == "cuda":
         figures["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    return figures
+    if seconds[0] < 0.05:  # what is slow is timed once
+        seconds = [seconds_per_call(step, 1, device) for _ in range(5)]
+    return figures | {"seconds": statistics.median(seconds)}
 
 
-OURS_TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 1e-2}  # against float64 of the same inputs, relative to the norm
-RIVAL_TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # of everybody, at the size itself
+# Ours against float64 of the same inputs, relative to the norm; everybody at the size itself.
+OURS_TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 1e-2, "fp16": 2e-3}
+RIVAL_TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
 _exact: dict[tuple, float] = {}
 
 
-def check_exact(case, name: str, device: str) -> float:
+def check_exact(case: Case, name: str, device: str) -> float:
     """Ours against the textbook in float64, 96 rows: once for each width and type."""
-    kind = (case.problem, name, case.d, case.dtype)
+    kind = (case.problem, name, case.d, case.dtype, case.scale)
     if kind not in _exact:
         problem = case.build(device, rows=96)
-        got = step_of(problem, problem.contenders[name]())()
+        got = step_of(problem, case.contenders(problem)[name](), case)()
         if problem.plain:
-            want = problem.truth()
+            want = chunked(problem.ours)()
         else:
-            want = step_of(problem, problem.textbook, as_type(problem.inputs, "float64"))()
+            want = step_of(problem, problem.textbook, case, as_type(problem.inputs, torch.float64))()
         _exact[kind] = checked(got, want, OURS_TOLERANCE[case.dtype])
     return _exact[kind]
 
 
-def checked(got, want, tolerance: float) -> float:
-    """The largest error of the loss and the gradients, relative to their norms.
+def checked(got, want, tolerance: float, least: float = 1e-300) -> float:
+    """The largest error of the loss and the gradients, relative to their norms; of numbers, sums of terms that cancel,
+    to `least` where they are smaller.
 
     Raises:
         AssertionError: it is above the tolerance.
     """
-    errors = [
-        ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300)).item()
-        for a, b in zip(got, want, strict=True)
-        if a is not None
-    ]
-    for i, error in enumerate(errors):
-        assert error <= tolerance, f"wrong: {f'result {i}' if i else 'the loss'} differs by {error:.1e} of its norm"
+    errors = []
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        if a is not None:
+            norm = b.double().norm().clamp_min(1e-300 if b.ndim else least)
+            errors.append(((a.double() - b.double()).norm() / norm).item())
+            what = f"result {i}" if i else "the loss"
+            assert errors[-1] <= tolerance, f"wrong: {what} differs by {errors[-1]:.1e} of its norm"
     return max(errors)
 
 
-def check_some_losses(problem, count: int = 1024) -> float:
+def check_some_losses(problem: Problem, count: int = 1024) -> float:
     """NT-Xent where the truth would take too long: the losses of some views, from their rows of the whole matrix."""
-    import torch
-    import torch.nn.functional as F
-    from baselines import TEMPERATURE
-
-    from sslkern.functional import nt_xent
-
     with torch.no_grad():
-        got = nt_xent(*problem.inputs, TEMPERATURE, reduction="none")
-        z = F.normalize(torch.cat([x.float() for x in problem.inputs]), dim=1)
+        *views, scale = problem.inputs
+        got = functional.nt_xent(*views, logit_scale=scale, reduction="none")
+        z = torch.nn.functional.normalize(torch.cat([x.float() for x in views]), dim=1)
         rows = torch.linspace(0, len(z) - 1, min(count, len(z)), device=z.device).long()
         want = []
         for some in rows.split(64):
-            s = z[some] @ z.T / TEMPERATURE
+            s = z[some] @ z.T * scale
             positive = s.gather(1, ((some + len(z) // 2) % len(z))[:, None]).squeeze(1)
             s.scatter_(1, some[:, None], float("-inf"))
             want.append(s.logsumexp(1) - positive)
         return checked((got[rows],), (torch.cat(want),), OURS_TOLERANCE["bf16"])
 
 
-def may_be_captured(name: str) -> bool:
-    """Others wait for the GPU within their step."""
-    if name.split(",")[0] in ("sslkern", "chunked products"):
-        return True
-    return name.startswith(("dense", "compiled", "backend")) and name != "backend reference"
-
-
 def captured(step: Callable, device: str) -> Callable:
     """The step as a CUDA graph, which must give the same result."""
     if device == "cpu":
         return step
-    import torch
-
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
-            want = step()
+        want = step()
     torch.cuda.current_stream().wait_stream(side)
+    release(device)  # what a graph needs it has for itself
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = step()
     graph.replay()
     torch.cuda.synchronize()
-    checked(got, want, 1e-2)
+    if isinstance(got, tuple):
+        checked(got, want, 1e-2)
 
     def replay():
         graph.replay()
@@ -335,72 +287,115 @@ def captured(step: Callable, device: str) -> Callable:
 
 def run_in_turn(steps: dict[str, Callable], seconds: float, device: str, failed: dict[str, str]) -> dict[str, float]:
     """Median seconds per call over rounds a, b, c, a, b, c, ... that take about `seconds`."""
-    calls, times = {}, {}
+    calls, times = {}, {name: [] for name in steps}
     begun = time.perf_counter()
-    for done in range(101):
-        if done > 3 and time.perf_counter() - begun > seconds:
+    for done in range(100):
+        if done > 2 and time.perf_counter() - begun > seconds:
             break
         for name, step in steps.items():
             if name in failed:
                 continue
             try:
-                estimate = seconds_per_call(step, 1, device)  # also gives it back the memory that others had meanwhile
-                if done == 0:
-                    calls[name], times[name] = max(1, min(100, round(1e-3 / max(estimate, 1e-6)))), []
-                else:
-                    times[name].append(seconds_per_call(step, calls[name], device))
+                estimate = seconds_per_call(step, 1, device)  # it also gets back the memory that others had meanwhile
+                calls.setdefault(name, max(1, min(100, round(1e-3 / max(estimate, 1e-6)))))
+                times[name].append(seconds_per_call(step, calls[name], device))
             except Exception as error:
                 failed[name] = reason(error)
     return {name: statistics.median(of) for name, of in times.items() if name not in failed}
 
 
+def seconds_per_call(step: Callable, calls: int, device: str) -> float:
+    """By CUDA events around `calls` calls: the GPU's time, or the CPU's where launching takes longer."""
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        return (time.perf_counter() - start) / calls
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def profile(step: Callable, problem: Problem, device: str) -> list[dict]:
+    """The kernels of one call, the longest first."""
+    activity, spent = torch.profiler.ProfilerActivity.CUDA, "self_device_time_total"
+    if device == "cpu":
+        activity, spent = torch.profiler.ProfilerActivity.CPU, "self_cpu_time_total"
+    for _ in range(2):
+        step()
+    with torch.profiler.profile(activities=[activity]) as run:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    kernels = [{"name": e.key, "calls": e.count, "seconds": getattr(e, spent) / 1e6} for e in run.key_averages()]
+    kernels = sorted((k for k in kernels if k["seconds"] > 0), key=lambda kernel: -kernel["seconds"])
+    return add_rates(kernels, problem)
+
+
+def add_rates(kernels: list[dict], problem: Problem) -> list[dict]:
+    """What those execute that are known by their names, per second."""
+    groups, executed = {}, PASSES[problem.work]
+    for kernel in kernels:
+        patterns = [p for p in executed if re.search(p, kernel["name"]) and "pair" not in kernel["name"]]
+        if patterns:
+            groups.setdefault(patterns[0], []).append(kernel)
+    for pattern, group in groups.items():
+        by_library = LIBRARY in groups and "backward" in pattern  # it writes the weights that the library multiplies
+        passes = executed["weights" if by_library else pattern]
+        rate = passes * problem.pass_flops / sum(kernel["seconds"] for kernel in group)
+        for kernel in group:
+            kernel["flops_per_second"] = rate
+    return kernels
+
+
 # ---- the parent: keeps the results, restarts the worker, never touches the GPU --------------------------------------
 
 
-def supervise(out: Path, seconds: float, dry: bool, select: str = "") -> dict:
-    """Runs workers until all cases are done or the time is up; results.json is whole after every case."""
+def supervise(out: Path, part: str, seconds: float, dry: bool, select: str = "") -> dict:
+    """Runs workers until all cases are done or the time is up; the results in OUT are whole after every case."""
     deadline = time.time() + seconds
-    results = {"dry_run": dry, "machine": machine(), "rates": {}, "cases": {}, "crashes": [], "complete": False}
-    first, skip, begun = 0, set(), None
+    results = gpu_report.read(out)
+    results |= {"dry_run": dry, "machine": machine(), "complete": False}
+    done, skip = set(), set()
     while time.time() < deadline and not results["complete"]:
-        crash, heard = None, False
-        for message in talk(first, skip, deadline, dry, select):
-            heard = heard or message["event"] != "gone"
+        key = begun = crash = None
+        for message in talk(part, done, skip, deadline, dry, select):
             event = message.pop("event")
-            if event == "rates":
-                results["rates"] = message
-            elif event == "case":
-                first, begun = message["number"], None
+            if event == "case":
+                key, begun = message["key"], None
             elif event == "contender":
-                begun = (message["key"], message["name"])
+                begun = (key, message["name"])
             elif event == "timing":
                 begun = None
             elif event == "result":
                 results["cases"][message.pop("key")] = message
-                first, begun = first + 1, None
+                done.add(key)
+                gpu_report.write(out, results)
             elif event in ("fatal", "gone"):
                 crash = crash or message["reason"]
             elif event == "end":
                 results["complete"] = True
-            save(out, results)
         if crash and not results["complete"]:
-            results["crashes"].append({"case": first, "contender": begun and begun[1], "reason": crash})
-            if begun in skip or begun is None:
-                first += 1  # nobody to blame: on with the next case
+            results["crashes"].append({"case": key, "contender": begun and begun[1], "reason": crash})
+            if key is None:
+                break  # it does not even start
+            if begun is None:
+                done.add(key)  # nobody to blame: on with the next case
             else:
                 skip.add(begun)
-        if not heard:
-            break  # it does not even start
-    save(out, results)
+    gpu_report.write(out, results)
     return results
 
 
-def talk(first: int, skip: set, deadline: float, dry: bool, select: str):
+def talk(part: str, done: set, skip: set, deadline: float, dry: bool, select: str):
     """Yields what a worker tells, and in the end how it died, if it did."""
-    arguments = ["--worker", json.dumps([first, sorted(skip), deadline, dry, select])]
-    process = subprocess.Popen(
-        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, env=few_compilers(4)
-    )
+    arguments = json.dumps([part, sorted(done), sorted(skip), deadline, dry, select])
+    command = [sys.executable, __file__, "--worker", arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=FEW_COMPILERS)
     lines: queue.Queue = queue.Queue()
 
     def read():
@@ -430,64 +425,42 @@ def talk(first: int, skip: set, deadline: float, dry: bool, select: str):
             process.wait()
 
 
-def warm(processes: int, dry: bool) -> None:
-    """Fills the compilers' caches on disk from several processes, so that measuring finds what it needs."""
-    parts = [json.dumps([i, processes, dry]) for i in range(processes)]
+def warm(processes: int, dry: bool, select: str) -> None:
+    """Fills the compilers' caches on disk: each racer once, from several processes."""
+    parts = [json.dumps([i, processes, dry, select]) for i in range(processes)]
     command = [sys.executable, __file__, "--warm-part"]
-    children = [subprocess.Popen([*command, part], env=few_compilers(1)) for part in parts]
-    for child in children:
+    for child in [subprocess.Popen([*command, part], env=FEW_COMPILERS) for part in parts]:
         child.wait()
 
 
-def few_compilers(processes: int) -> dict[str, str]:
-    """torch.compile would start one for each core, which takes longer than our few kernels."""
-    return {"TORCHINDUCTOR_COMPILE_THREADS": str(processes)} | os.environ
-
-
-def warm_part(part: int, parts: int, dry: bool) -> None:
-    """Code compiled by torch is for one size, and a large one would not fit beside the others'; kernels are for all."""
-    import torch
-    from gpu_cases import plan
-
-    tasks = {}
-    for case in plan():
-        matrix = case.problem in ("nt_xent", "clip", "siglip")
-        if case.dtype == "bf16":
-            tasks[case.problem, case.d, min(case.n, 8192) if matrix else case.n, False] = case
-        if case.dtype == "bf16" and not (matrix and case.n > 8192):
-            tasks[case.problem, case.d, case.n, True] = case
-    for (_, _, rows, compiled), case in list(tasks.items())[part::parts]:
+def warm_part(first: int, step: int, dry: bool, select: str) -> None:
+    device = "cpu" if dry else "cuda"
+    cases = [case for case in plan("headlines") + plan("small") if re.search(select, case.key)]
+    for case in cases[first::step]:
         with contextlib.suppress(Exception):
             torch.compiler.reset()
-            problem = shrunk(case).build("cpu") if dry else case.build("cuda", rows)
-            for name, factory in problem.contenders.items():
-                if ("compiled" in name) == compiled and name != "cut-cross-entropy":
-                    with contextlib.suppress(Exception):
-                        step_of(problem, factory())()
+            case = shrunk(case) if dry else case
+            problem = case.build(device)
+            for factory in case.contenders(problem).values():
+                with contextlib.suppress(Exception):
+                    step_of(problem, factory(), case)()
+        release(device)
 
 
 def exercise(device: str) -> None:
     """Every loss and kernel of ours once, at odd sizes; what fails is told, and the exit status is 1."""
-    from gpu_cases import DTYPES, OURS, PROBLEMS
-
     failed = False
-    for problem_name, build in PROBLEMS.items():
-        problem = build(194, 72, DTYPES["bf16"], device)
-        for name, factory in problem.contenders.items():
-            if name.startswith((OURS, "backend")) and name != "backend reference":
-                try:
-                    step_of(problem, factory())()
-                    print(f"{problem_name}, {name}: ran", flush=True)
-                except Exception as error:
-                    failed = failed or name == OURS
-                    print(f"{problem_name}, {name}: {error!r}", flush=True)
+    for name in PROBLEMS:
+        case = Case(name, 194, 72, alone=True)
+        problem = case.build(device)
+        for contender, factory in (case.contenders(problem) | problem.variants()).items():
+            try:
+                step_of(problem, factory(), case)()
+                print(f"{name}, {contender}: ran", flush=True)
+            except Exception as error:
+                failed = failed or contender == OURS
+                print(f"{name}, {contender}: {error!r}", flush=True)
     sys.exit(failed)
-
-
-def save(out: Path, results: dict) -> None:
-    partial = out / "results.json.part"
-    partial.write_text(json.dumps(results, indent=1))
-    partial.replace(out / "results.json")
 
 
 def machine() -> dict:
@@ -509,6 +482,7 @@ def machine() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path)
+    parser.add_argument("--part", default="", choices=PARTS, help="only the cases of this part")
     parser.add_argument("--seconds", type=float, default=300, help="how long to measure, about")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: the figures mean nothing")
     parser.add_argument("--select", default="", metavar="REGEX", help="only the cases whose key has it")
@@ -518,21 +492,19 @@ def main() -> None:
     parser.add_argument("--warm-part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        first, skip, deadline, dry, select = json.loads(options.worker)
-        return worker(first, {tuple(pair) for pair in skip}, deadline, dry, select)
+        part, done, skip, *rest = json.loads(options.worker)
+        return worker(part, set(done), {tuple(pair) for pair in skip}, *rest)
     if options.warm_part:
         return warm_part(*json.loads(options.warm_part))
     if options.warm:
-        return warm(options.warm, options.dry_run)
+        return warm(options.warm, options.dry_run, options.select)
     if options.exercise:
         return exercise("cpu" if options.dry_run else "cuda")
     if options.out is None:
         parser.error("OUT, the folder for the results, is missing")
     options.out.mkdir(parents=True, exist_ok=True)
-    supervise(options.out, options.seconds, options.dry_run, options.select)
-    from gpu_report import write
-
-    write(options.out)
+    results = supervise(options.out, options.part, options.seconds, options.dry_run, options.select)
+    print(gpu_report.summary(results))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ set -euo pipefail
 dir=${1:?the folder for the wheels is missing}
 python=${PYTHON:-python3}
 
-# Rivals; the trainers; the tests; the build. One version of each, and no requirements: torch and triton are there.
+# Rivals; the trainers; the tests. One version of each, and no requirements: torch and triton are there.
 wheels=(
   memeff==0.3.1 inf-cl==1.2.1 cut-cross-entropy==25.1.1 siglip-kernel==0.1.2 pytorch-metric-learning==2.9.0
   info-nce-pytorch==0.1.4
   kornia==0.9.0 kornia-rs==0.2.0 mlxtend==0.25.0
   hypothesis==6.170.17 sortedcontainers==2.4.0 pytest==9.2.0 pytest-timeout==2.4.0 iniconfig==2.3.0 pluggy==1.6.0
-  pybind11==3.1.0 ninja==1.13.2 setuptools==84.2.1
 )
 platforms=()
 for tag in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux_2_12 manylinux2010 manylinux1; do

@@ -1,6 +1,7 @@
 """The GPU benchmark where there is no GPU: all of it at tiny sizes on the CPU, and what it does when kernels fail."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,55 +28,106 @@ def test_scripts_parse(script):
 
 @pytest.mark.slow
 def test_dry_run_measures_checks_and_reports(tmp_path):
-    select = "^(moco-65536-128-bf16|nt_xent-8192-128-bf16|clip-8192-512-fp32|siglip-8192-128-bf16|queue_push-.*)$"
-    command = [sys.executable, BENCHMARKS / "gpu.py", tmp_path, "--dry-run", "--seconds", "300", "--select", select]
+    selected = "^(clip-65536-512-bf16|nt_xent-65536-128-fp16|moco-65536-128-bf16|queue_push|cpc|nce|clip-8192-512-fp32)"
+    command = [sys.executable, BENCHMARKS / "gpu.py", tmp_path, "--dry-run", "--seconds", "300", "--select", selected]
     run = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["complete"] and results["rates"] and not results["crashes"]
-    assert len(results["cases"]) == 5
-    for key, case in results["cases"].items():
+    assert results["complete"] and not results["crashes"]
+    cases = results["cases"]
+    raced = {key: case for key, case in cases.items() if case["part"] in ("headlines", "small")}
+    assert {"clip-65536-512-bf16", "clip-65536-512-bf16-scale-100", "cpc-64-128-tf32"} <= raced.keys()
+    for key, case in raced.items():
         ours = case["contenders"]["sslkern"]
-        assert ours["seconds"] > 0 and ours["error"] < 0.05 and ours["error_of_96_rows"] < 0.01, key
-    assert {"chunked products", "lightly's formula"} <= results["cases"]["nt_xent-8192-128-bf16"]["contenders"].keys()
-    moco = results["cases"]["moco-65536-128-bf16"]["contenders"]
-    assert moco["compiled dense cross_entropy"]["error"] < 0.05 and moco["sslkern"]["graph_seconds"] > 0
+        assert ours["seconds"] > 0 and ours["graph_seconds"] > 0, key
+        assert ours["error"] < 0.05 and ours["error_of_96_rows"] < 0.01, key
+    clip = raced["clip-65536-512-bf16"]["contenders"]
+    assert {"sslkern", "sslkern, cpu", "product", "product of 8,192^3"} < clip.keys()
+    assert sum(name.startswith("compiled dense") and "graph_seconds" in f for name, f in clip.items()) == 1
+    rivals = cases["clip-65536-512-bf16-rivals"]["contenders"]
+    assert {
+        "sslkern",
+        "compiled chunks",
+        "open_clip's formula",
+        "dense cross_entropy",
+        "chunked torch",
+    } <= rivals.keys()
+    kernels = cases["clip-65536-512-bf16-profile"]["contenders"]["sslkern"]["kernels"]
+    assert kernels[0]["seconds"] >= kernels[-1]["seconds"] > 0
     states = {goal["what"]: goal["state"] for goal in results["goals"]}
-    assert states["MoCo, 256 x 65,536 x 128, CUDA graph, ms"] == "dry run"
-    assert states["CLIP, 65,536 x 512, ms"] == "not measured"
-    assert "not measured: clip-65536-512-bf16" in results["missing"]
+    assert states["moco-65536-128-bf16, ms in a CUDA graph"] == states["clip-65536-512-bf16, ms"] == "dry run"
+    assert states["siglip-65536-768-bf16, ms"] == "not measured"
+    assert "not measured: siglip-65536-768-bf16" in results["missing"]
     page = (tmp_path / "README.md").read_text()
     assert page.startswith("# Dry run") and "met |" not in page
-    assert "- not measured: clip-65536-512-bf16\n" in page
-    assert (tmp_path / "time.png").exists() or "plots | not run" in page
+    assert "- not measured: siglip-65536-768-bf16\n" in page
+
+
+@pytest.mark.slow
+def test_the_script_runs_its_steps_in_order_and_times_nothing_that_is_wrong(tmp_path):
+    environment = os.environ | {"GPU_DRY_RUN": "1", "SELECT": "^queue_push", "PYTHON": sys.executable}
+    environment |= {"STEPS": "first headlines"}
+    for name, python in ("right", sys.executable), ("wrong", tmp_path / "python"):
+        if name == "wrong":  # a Python whose tests fail
+            python.write_text(f'#!/bin/sh\n[ "$2" = pytest ] && exit 1\nexec {sys.executable} "$@"\n')
+            python.chmod(0o755)
+        command = ["bash", BENCHMARKS / "gpu.sh", tmp_path / name]
+        run = subprocess.run(command, env=environment | {"PYTHON": str(python)}, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        states = {step: state for step, state, _ in results["steps"]}
+        if name == "right":
+            assert list(states)[:3] == ["info", "first", "headlines"] and states["headlines"] == "ok"
+            assert results["cases"]["queue_push-524288-256-bf16"]["contenders"]["copy of 2 GiB"]["seconds"] > 0
+        else:
+            assert states["first"] == "FAILED" and states["headlines"] == "not run" and not results["cases"]
+        assert states["memcheck"] == "not run" and "==== first" in (tmp_path / name / "log.txt").read_text()
+
+
+RESULT = {"part": "headlines", "flops": 0, "bytes": 0, "contenders": {"sslkern": {"seconds": 1.0}}, "failed": {}}
 
 
 def test_a_contender_that_kills_its_process_is_left_out_and_the_others_are_measured(gpu, tmp_path, monkeypatch):
     starts = []
 
-    def talk(first, skip, *_):
-        starts.append((first, set(skip)))
-        yield {"event": "case", "number": first, "key": "a"}
+    def talk(part, done, skip, *_):
+        starts.append((set(done), set(skip)))
+        yield {"event": "case", "key": "a"}
         if not skip:
-            yield {"event": "contender", "key": "a", "name": "rival"}
+            yield {"event": "contender", "name": "rival"}
             yield {"event": "fatal", "reason": "CUDA error: an illegal memory access was encountered"}
             yield {"event": "gone", "reason": "exit status 3"}
             return
-        yield {"event": "result", "key": "a", "contenders": {}, "failed": {}}
+        yield {"event": "result", "key": "a", **RESULT}
         yield {"event": "end"}
 
     monkeypatch.setattr(gpu, "talk", talk)
-    results = gpu.supervise(tmp_path, 60, False)
-    assert starts == [(0, set()), (0, {("a", "rival")})]
+    results = gpu.supervise(tmp_path, "", 60, False)
+    assert starts == [(set(), set()), (set(), {("a", "rival")})]
     assert results["complete"] and "a" in results["cases"]
     assert results["crashes"] == [
-        {"case": 0, "contender": "rival", "reason": "CUDA error: an illegal memory access was encountered"}
+        {"case": "a", "contender": "rival", "reason": "CUDA error: an illegal memory access was encountered"}
     ]
+
+
+def test_a_run_that_is_killed_leaves_what_it_measured_and_the_next_one_adds_to_it(gpu, tmp_path, monkeypatch):
+    def killed(key):
+        yield {"event": "case", "key": key}
+        yield {"event": "result", "key": key, **RESULT}
+        yield {"event": "case", "key": "under way"}
+        raise KeyboardInterrupt
+
+    for key in ("a", "b"):
+        monkeypatch.setattr(gpu, "talk", lambda *_, key=key: killed(key))
+        with pytest.raises(KeyboardInterrupt):
+            gpu.supervise(tmp_path, "headlines", 60, False)
+        assert f"<summary>{key}</summary>" in (tmp_path / "README.md").read_text()
+    assert list(json.loads((tmp_path / "results.json").read_text())["cases"]) == ["a", "b"]
 
 
 def test_a_worker_that_never_speaks_ends_the_run(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "talk", lambda *_: iter([{"event": "gone", "reason": "exit status 1"}]))
-    results = gpu.supervise(tmp_path, 60, False)
+    results = gpu.supervise(tmp_path, "", 60, False)
     assert not results["complete"] and len(results["crashes"]) == 1
 
 
@@ -87,9 +139,40 @@ def test_wrong_results_are_refused(gpu):
             gpu.checked((right[0], wrong), right, 1e-2)
 
 
-def test_goals_name_cases_of_the_plan(gpu):
-    from gpu_cases import goals, plan
+def test_kernels_are_told_what_they_execute(gpu):
+    from gpu_cases import Case
+
+    problem = Case("clip", 64, 32).build("cpu")
+    kernels = [
+        {"name": "void sslkern::cuda::forward<bf16>(...)", "seconds": 1.0},
+        {"name": "_backward", "seconds": 1.0},
+        {"name": "nvjet_tst_128x256", "seconds": 3.0},
+        {"name": "sm90_xmma_gemm_bf16", "seconds": 1.0},
+        {"name": "void sslkern::cuda::pair_forward<bf16>(...)", "seconds": 1.0},
+    ]
+    one = 2 * 64 * 64 * 32
+    rates = [kernel.get("flops_per_second") for kernel in gpu.add_rates(kernels, problem)]
+    assert rates == [one, one, one / 2, one / 2, None]  # weights for the library, which multiplies twice
+    assert gpu.add_rates([{"name": "_backward", "seconds": 1.0}], problem)[0]["flops_per_second"] == 4 * one
+
+
+def test_goals_are_judged_at_the_rate_of_the_moment(gpu):
+    import gpu_report
+    from gpu_cases import CUBE, RATE, goals, plan
 
     keys = [case.key for case in plan()]
     assert len(keys) == len(set(keys))
-    assert {goal.case for goal in goals()} <= set(keys)
+
+    class Asked(dict):  # what the goals want to know
+        def __missing__(self, key):
+            assert key in keys
+            raise KeyError(key)
+
+    for goal in goals():
+        with pytest.raises(KeyError):
+            goal.figure(Asked())
+    slow = {"seconds": 2 * 8192**3 / (RATE / 2)}  # the library has half of its rate
+    case = RESULT | {"contenders": {"sslkern": {"seconds": 0.05}, CUBE: slow}}
+    results = gpu_report.EMPTY | {"cases": {"clip-65536-512-bf16": case}}
+    met = next(goal for goal in gpu_report.judged(results) if goal["what"] == "clip-65536-512-bf16, ms")
+    assert met["state"] == "met" and met["figure"] == pytest.approx(25)
