@@ -2,8 +2,10 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import os
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -122,8 +124,10 @@ _emulated_kernels: dict = {}
 
 
 def emulate_cuda(monkeypatch) -> ctypes.CDLL:
-    """The backend "cuda" takes tensors of the CPU, and all but its compiler is at work."""
+    """The backend "cuda" takes tensors of the CPU, and all but its compiler is at work. In which order things happen
+    in a kernel is drawn for each test anew, the same each time that it runs."""
     library = emulated_cuda()
+    library.emulated_seed(zlib.crc32(os.environ["PYTEST_CURRENT_TEST"].encode()))
     for where, name, value in (
         (driver, "library", lambda: library),
         (compile, "target", lambda capability: "emulated"),

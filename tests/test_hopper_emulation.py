@@ -65,7 +65,7 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def trial():
     function = emulated_cuda().trial
-    function.argtypes = [ctypes.c_int] * 5 + [ctypes.c_uint64] + [ctypes.c_char_p] * 2
+    function.argtypes = [ctypes.c_int] * 5 + [ctypes.c_uint32] + [ctypes.c_char_p] * 2
 
     def run(half, n, m, d, cluster, seed, mistake=""):
         sentence = ctypes.create_string_buffer(1 << 14)

@@ -214,8 +214,8 @@ DRIVER cuGetErrorString(int status, const char** text) {
                                     : "an error";
   return SUCCESS;
 }
-// Draws of the launches to come.
-DRIVER emulated_seed(uint64_t seed) {
+// For tests: what the launches to come draw.
+DRIVER emulated_seed(uint32_t seed) {
   emulation::seed(seed);
   return SUCCESS;
 }

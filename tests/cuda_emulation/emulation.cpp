@@ -49,7 +49,7 @@ enum { BEGUN, ENDED, FAILED };  // how `home` is reached
 std::string failure;
 int current, left;
 std::vector<int> left_of;  // by rank
-uint64_t seed_of_launches = 1, state;
+uint64_t seed_of_launches, state;
 
 void make_ready(int index) {
   const int warp = index / WARP;
@@ -187,9 +187,11 @@ int thread() { return current % launched.threads; }
 bool gone(int rank) { return left_of[rank] == 0; }
 int threads_left() { return left; }
 
-uint32_t drawn(uint32_t below) {
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return uint32_t((state >> 32) * below >> 32);
+uint32_t drawn(uint32_t below) {  // splitmix64
+  uint64_t x = state += 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return uint32_t(((x ^ x >> 31) >> 32) * below >> 32);
 }
 
 void sleep(Place& place) {
@@ -238,7 +240,7 @@ void run(const Launch& launch, const std::function<void()>& body) {
     throw std::runtime_error("blocks are of whole warps, and clusters are whole");
   launched = launch;
   kernel = &body;
-  state = seed_of_launches;
+  state = seed_of_launches++;
   if (int(fibers.size()) < count) create(count);
   if (int(lanes.size()) < count) lanes.resize(count);
   while (int(blocks.size()) < launch.cluster) blocks.emplace_back("at sync_block");
@@ -268,7 +270,7 @@ void run(const Launch& launch, const std::function<void()>& body) {
     throw std::runtime_error(failure);
   }
 }
-void seed(uint64_t x) { seed_of_launches = x; }
+void seed(uint32_t x) { seed_of_launches = uint64_t(x) << 32; }
 
 void sync_block() { blocks[rank()].join(launched.threads); }
 

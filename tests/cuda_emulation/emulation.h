@@ -26,7 +26,7 @@ struct Launch {
 };
 // Throws a std::runtime_error where the kernel did what it must not.
 void run(const Launch&, const std::function<void()>& kernel);
-void seed(uint64_t);  // of the launches to come; what is drawn in one depends on nothing else
+void seed(uint32_t);  // of the launches to come, of which each draws differently
 
 void sync_block();
 // What this and its neighbours, `width` lanes from a multiple of it on, show each other: of each lane its x.

@@ -232,7 +232,7 @@ int run(int n, int m, int d, int cluster) {
 }  // namespace sslkern::cuda
 
 // How many numbers are wrong; -1 and the sentence where the machine stopped the kernel.
-extern "C" __attribute__((visibility("default"))) int trial(int half, int n, int m, int d, int cluster, uint64_t seed,
+extern "C" __attribute__((visibility("default"))) int trial(int half, int n, int m, int d, int cluster, uint32_t seed,
                                                             const char* mistake, char* sentence) {
   using namespace sslkern::cuda;
   emulation::seed(seed);
