@@ -22,20 +22,34 @@ constexpr uint32_t IN_FLIGHT = 0x7fc0dead;  // of accumulators that a product st
 
 // ---- What a block has ----------------------------------------------------------------------------------------------
 
-struct Copied {
-  uint32_t at;
-  int bytes;
-  int64_t phase;
+// What a warp knows to have happened, from its own waits and from those who arrived where it waited: of each warp of
+// the cluster how often it had arrived somewhere, of each warpgroup the products that ended, of each barrier the
+// phases.
+struct Knowledge {
+  std::vector<uint32_t> counts;
+
+  uint32_t of(int what) const { return what < int(counts.size()) ? counts[what] : 0; }
+  void learn(int what, uint32_t count) {
+    if (what >= int(counts.size())) counts.resize(what + 1, 0);
+    counts[what] = std::max(counts[what], count);
+  }
+  void learn(const Knowledge& other) {
+    if (other.counts.size() > counts.size()) counts.resize(other.counts.size(), 0);
+    for (size_t i = 0; i < other.counts.size(); ++i) counts[i] = std::max(counts[i], other.counts[i]);
+  }
 };
 
 struct Barrier : Place {
   uint32_t address, count, missing;
   int64_t bytes = 0;  // still to be copied in this phase
   int64_t phase = 0;  // that runs
+  int id;             // in what warps know
   int by;             // thread that made it
   bool published = false;
-  std::vector<int64_t> seen;   // by thread: the last phase whose end it waited for
-  std::vector<Copied> copied;  // what nobody has waited for
+  std::vector<int64_t> seen;  // by thread: the last phase whose end it waited for
+  int64_t copied = -1;        // the last phase with a copy
+  int64_t waited = -1;        // the last phase that somebody waited for
+  Knowledge arriving, ended;  // of those who have arrived, when the last phase ended
 
   std::string name() const override {
     return "at the barrier at " + std::to_string(address & 0xffffff) + " for the end of phase " +
@@ -59,7 +73,6 @@ struct Accumulators {
   std::vector<float> tile;              // [64, N]
   std::array<float*, WARPGROUP> of;     // by thread: its registers
   std::array<int64_t, WARPGROUP> last;  // by thread: the last product into them
-  int landed = 0;                       // threads whose registers were written
 };
 struct Product {
   Operands operands;
@@ -83,6 +96,7 @@ struct Warpgroup : Place {
 };
 
 struct Warp {
+  Knowledge knows;
   Meeting lanes{"for the other lanes of its warp at store_matrices"};
   uint32_t stored[WARP][5];  // by lane: where a row goes, and its part of the matrices
 };
@@ -100,26 +114,60 @@ struct Pool : Place {
   }
 };
 
+// Who reads and writes CHUNK bytes of shared memory: what is under way, and what was last, so that those who come next
+// must know of it.
+struct Chunk {
+  bool barrier = false;                          // it holds one
+  uint16_t loads = 0, products = 0, stores = 0;  // under way
+  int copied_by = -1, copied = 0;    // the barrier of the last copy into it, the phases that must have ended
+  int written_by = -1, written = 0;  // the warp that wrote it last, and when
+};
+
 struct Block {
   std::vector<uint8_t> memory;
-  std::vector<uint16_t> written;           // by byte: 1 + the thread that wrote it and has not published it
-  std::vector<bool> barrier;               // by chunk: holds one
-  std::vector<uint8_t> arriving;           // by chunk: copies into it that nobody has waited for
-  std::vector<uint16_t> products, stores;  // by chunk: which still read it
+  std::vector<Chunk> chunks;
+  std::vector<uint32_t> read;      // by chunk and warp: when it read it last
+  std::vector<uint32_t> products;  // by chunk and warpgroup: the products that must have ended
+  std::vector<uint16_t> dirty;     // by byte: 1 + the thread that wrote it and has not published it
   std::map<uint32_t, Barrier> barriers;
   std::deque<Warpgroup> groups;
   std::deque<Warp> warps;
   std::deque<Thread> threads;
   Pool pool;
-  int copies = 0;  // into it that nobody has waited for
+  int loads = 0;  // under way
+  Knowledge syncing, synced;
 };
 
 std::deque<Block> blocks;  // by rank
 Meeting all_blocks("at sync_cluster");
+Knowledge syncing_cluster, synced_cluster;
+int barriers;  // of the cluster
 
 Block& mine() { return blocks[rank()]; }
 Thread& me() { return mine().threads[thread()]; }
+Warp& my_warp() { return mine().warps[thread() / WARP]; }
 Warpgroup& my_group() { return mine().groups[thread() / WARPGROUP]; }
+
+// Their places in what warps know.
+int warps() { return launch().threads / WARP; }
+int groups() { return (launch().threads + WARPGROUP - 1) / WARPGROUP; }
+int warp_in_cluster(int rank, int warp) { return rank * warps() + warp; }
+int my_warp_in_cluster() { return warp_in_cluster(rank(), thread() / WARP); }
+int group_in_cluster(int rank, int group) { return launch().cluster * warps() + rank * groups() + group; }
+int barrier_in_cluster(int number) { return launch().cluster * (warps() + groups()) + number; }
+
+// What this warp did before, those who wait there know afterwards.
+void tell(Knowledge& there) {
+  there.learn(my_warp().knows);
+  ++my_warp().knows.counts[my_warp_in_cluster()];
+}
+uint32_t now() { return my_warp().knows.of(my_warp_in_cluster()); }
+
+void meet(Meeting& meeting, int count, Knowledge& coming, Knowledge& there) {
+  tell(coming);
+  if (meeting.join(count)) there = coming;
+  my_warp().knows.learn(there);
+}
 
 // ---- Shared memory -------------------------------------------------------------------------------------------------
 
@@ -138,38 +186,67 @@ uint32_t offset(uint32_t address, int64_t bytes, const char* what) {
 }
 uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
 
-void check_write(const Block& block, uint32_t at, int bytes, const char* what) {
-  for (uint32_t chunk = at / CHUNK; chunk <= (at + bytes - 1) / CHUNK; ++chunk) {
-    if (block.barrier[chunk]) fail("%s overwrites a barrier at %u", what, chunk * CHUNK);
-    if (block.products[chunk] != 0) fail("%s overwrites at %u what a product still reads", what, chunk * CHUNK);
-    if (block.stores[chunk] != 0) fail("%s overwrites at %u what a copy still reads", what, chunk * CHUNK);
-    if (block.arriving[chunk] != 0)
-      fail("%s overwrites at %u what a copy writes, for which nobody has waited", what, chunk * CHUNK);
-  }
+template <class Body>
+void each_of(uint32_t at, int bytes, const Body& body) {
+  for (uint32_t i = at / CHUNK; i <= (at + bytes - 1) / CHUNK; ++i) body(i);
+}
+
+// What was written there, this warp must know to be there.
+void check_read(const Block& block, uint32_t at, int bytes, const char* what) {
+  const Knowledge& known = my_warp().knows;
+  each_of(at, bytes, [&](uint32_t i) {
+    const Chunk& chunk = block.chunks[i];
+    if (chunk.loads != 0 || (chunk.copied_by >= 0 && int(known.of(chunk.copied_by)) < chunk.copied))
+      fail("%s reads at %u what a copy may still write", what, i * CHUNK);
+    if (chunk.written_by >= 0 && int(known.of(chunk.written_by)) < chunk.written)
+      fail("%s reads at %u what warp %d may still write", what, i * CHUNK, chunk.written_by % warps());
+  });
+}
+// Nobody uses any more what this warp or a copy of it overwrites, and it knows.
+void check_write(int rank, uint32_t at, int bytes, const char* what) {
+  const Block& block = blocks[rank];
+  const Knowledge& known = my_warp().knows;
+  each_of(at, bytes, [&](uint32_t i) {
+    const Chunk& chunk = block.chunks[i];
+    if (chunk.barrier) fail("%s overwrites a barrier at %u", what, i * CHUNK);
+    bool read = chunk.products != 0;
+    for (int g = 0; g < groups(); ++g) read |= block.products[i * groups() + g] > known.of(group_in_cluster(rank, g));
+    if (read) fail("%s overwrites at %u what a product may still read", what, i * CHUNK);
+    if (chunk.stores != 0) fail("%s overwrites at %u what a copy may still read", what, i * CHUNK);
+    if (chunk.loads != 0 || (chunk.copied_by >= 0 && int(known.of(chunk.copied_by)) < chunk.copied))
+      fail("%s overwrites at %u what a copy may still write", what, i * CHUNK);
+    for (int w = 0; w < warps(); ++w)
+      if (block.read[i * warps() + w] > known.of(warp_in_cluster(rank, w)))
+        fail("%s overwrites at %u what warp %d may still read", what, i * CHUNK, w);
+    if (chunk.written_by >= 0 && int(known.of(chunk.written_by)) < chunk.written)
+      fail("%s overwrites at %u what warp %d may still write", what, i * CHUNK, chunk.written_by % warps());
+  });
 }
 // Products and copies see memory past the caches of the threads.
 void check_published(const Block& block, uint32_t at, int bytes, const char* what) {
   for (uint32_t i = at; i < at + bytes; i += CHUNK) {
     uint64_t any[4];
-    memcpy(any, &block.written[i], sizeof any);
+    memcpy(any, &block.dirty[i], sizeof any);
     if ((any[0] | any[1] | any[2] | any[3]) == 0) continue;
-    const uint16_t* by = std::find_if(&block.written[i], &block.written[i] + CHUNK, [](uint16_t x) { return x != 0; });
+    const uint16_t* by = std::find_if(&block.dirty[i], &block.dirty[i] + CHUNK, [](uint16_t x) { return x != 0; });
     fail("%s meets at %u what thread %d has written and not published (publish_shared)", what, i, *by - 1);
   }
 }
-void check_arrived(const Block& block, uint32_t at, int bytes, const char* what) {
-  for (uint32_t chunk = at / CHUNK; chunk <= (at + bytes - 1) / CHUNK; ++chunk)
-    if (block.arriving[chunk] != 0)
-      fail("%s reads at %u what a copy writes, for which nobody has waited", what, chunk * CHUNK);
+void note_read(uint32_t at, int bytes) {
+  each_of(at, bytes, [&](uint32_t i) { mine().read[i * warps() + thread() / WARP] = now(); });
 }
 
 void write(int by, uint32_t to, const void* from, int bytes) {
   const uint32_t at = offset(to, bytes, "a store to shared memory");
   if (at % bytes != 0) fail("a store to shared memory at %u, which is no multiple of %d", at, bytes);
-  check_write(mine(), at, bytes, "a store to shared memory");
+  check_write(rank(), at, bytes, "a store to shared memory");
   memcpy(&mine().memory[at], from, bytes);
-  std::fill_n(&mine().written[at], bytes, uint16_t(by + 1));
+  std::fill_n(&mine().dirty[at], bytes, uint16_t(by + 1));
   mine().threads[by].unpublished.emplace_back(at, bytes);
+  each_of(at, bytes, [&](uint32_t i) {
+    mine().chunks[i].written_by = my_warp_in_cluster();
+    mine().chunks[i].written = int(now());
+  });
 }
 
 }  // namespace
@@ -177,7 +254,8 @@ void write(int by, uint32_t to, const void* from, int bytes) {
 const void* read_shared(uint32_t from, int bytes) {
   const uint32_t at = offset(from, bytes, "load_shared");
   if (at % bytes != 0) fail("load_shared at %u, which is no multiple of %d", at, bytes);
-  check_arrived(mine(), at, bytes, "load_shared");
+  check_read(mine(), at, bytes, "load_shared");
+  note_read(at, bytes);
   return &mine().memory[at];
 }
 void write_shared(uint32_t to, const void* from, int bytes) { write(thread(), to, from, bytes); }
@@ -204,12 +282,14 @@ void settle(Barrier& barrier) {
     fail("a barrier counts fewer than 2^20 bytes, that at %u has %lld", barrier.address & 0xffffff,
          static_cast<long long>(barrier.bytes));
   if (barrier.missing != 0 || barrier.bytes != 0) return;
+  barrier.ended = barrier.arriving;
   ++barrier.phase;
   barrier.missing = barrier.count;
   wake(barrier);
 }
 void arrive(Barrier& barrier, uint32_t bytes) {
   if (barrier.missing == 0) fail("too many arrivals at the barrier at %u", barrier.address & 0xffffff);
+  tell(barrier.arriving);
   --barrier.missing;
   barrier.bytes += bytes;
   settle(barrier);
@@ -228,9 +308,10 @@ void barrier_init(uint32_t address, uint32_t arrivals) {
   Barrier& barrier = mine().barriers[at];
   barrier.address = address;
   barrier.count = barrier.missing = arrivals;
+  barrier.id = barrier_in_cluster(barriers++);
   barrier.by = thread();
   barrier.seen.assign(launch().threads, -1);
-  mine().barrier[at / CHUNK] = true;
+  mine().chunks[at / CHUNK].barrier = true;
 }
 void publish_barriers() {
   for (auto& [at, barrier] : mine().barriers)
@@ -264,13 +345,12 @@ void barrier_wait(uint32_t address, uint32_t parity) {
     fail("barrier_wait at %u for the end of phase %lld, but phase %lld has ended: the parity stands for another",
          address & 0xffffff, static_cast<long long>(wanted), static_cast<long long>(barrier.phase - 1));
   seen = wanted;
-  const auto known = [&](const Copied& copied) { return copied.phase <= wanted; };
-  for (const Copied& copied : barrier.copied) {
-    if (!known(copied)) continue;
-    for (uint32_t i = copied.at / CHUNK; i < (copied.at + copied.bytes) / CHUNK; ++i) --mine().arriving[i];
-    --mine().copies;
+  barrier.waited = std::max(barrier.waited, wanted);
+  Knowledge& known = my_warp().knows;
+  if (int64_t(known.of(barrier.id)) <= wanted) {  // else another lane was here before
+    known.learn(barrier.ended);
+    known.learn(barrier.id, uint32_t(wanted + 1));
   }
-  barrier.copied.erase(std::remove_if(barrier.copied.begin(), barrier.copied.end(), known), barrier.copied.end());
   maybe_pause();
 }
 
@@ -327,6 +407,7 @@ void load(const char* what, int rank, uint16_t to_blocks, uint32_t to, const Ten
           int x, int y) {
   const EncodedMap map = encoded(tensor, rank, what);
   const uint32_t at = place_of(map, to, what);
+  const int bytes = bytes_of(map);
   my_barrier(at_barrier, what);
   for (int to_rank = 0; to_rank < 16; ++to_rank) {
     if ((to_blocks >> to_rank & 1) == 0) continue;
@@ -335,16 +416,22 @@ void load(const char* what, int rank, uint16_t to_blocks, uint32_t to, const Ten
     Block& block = blocks[to_rank];
     Barrier& barrier = barrier_at(block, at_barrier, what);
     if (!barrier.published) fail("%s: the barrier was made and not published (publish_barriers)", what);
-    check_write(block, at, bytes_of(map), what);
-    check_published(block, at, bytes_of(map), what);
-    for (uint32_t i = at / CHUNK; i < (at + bytes_of(map)) / CHUNK; ++i) ++block.arriving[i];
-    ++block.copies;
-    beside([&block, &barrier, map, at, x, y] {
-      each_part(map, at, x, y, [&](uint32_t to, const uint8_t* from, int bytes) {
-        from != nullptr ? memcpy(&block.memory[to], from, bytes) : memset(&block.memory[to], 0, bytes);
+    check_write(to_rank, at, bytes, what);
+    check_published(block, at, bytes, what);
+    each_of(at, bytes, [&](uint32_t i) { ++block.chunks[i].loads; });
+    ++block.loads;
+    beside([&block, &barrier, map, at, bytes, x, y] {
+      each_part(map, at, x, y, [&](uint32_t to, const uint8_t* from, int count) {
+        from != nullptr ? memcpy(&block.memory[to], from, count) : memset(&block.memory[to], 0, count);
       });
-      barrier.copied.push_back({at, bytes_of(map), barrier.phase});
-      barrier.bytes -= bytes_of(map);
+      each_of(at, bytes, [&](uint32_t i) {
+        --block.chunks[i].loads;
+        block.chunks[i].copied_by = barrier.id;
+        block.chunks[i].copied = int(barrier.phase + 1);
+      });
+      --block.loads;
+      barrier.copied = barrier.phase;
+      barrier.bytes -= bytes;
       settle(barrier);
     });
   }
@@ -356,7 +443,8 @@ void read(Stores& group) {
     each_part(store.map, store.from, store.x, store.y, [&](uint32_t from, uint8_t*, int bytes) {
       group.bytes.insert(group.bytes.end(), &mine().memory[from], &mine().memory[from] + bytes);
     });
-    for (uint32_t i = store.from / CHUNK; i < (store.from + bytes_of(store.map)) / CHUNK; ++i) --mine().stores[i];
+    each_of(store.from, bytes_of(store.map), [](uint32_t i) { --mine().chunks[i].stores; });
+    note_read(store.from, bytes_of(store.map));
   }
   group.read = true;
 }
@@ -399,8 +487,8 @@ void store_box(const TensorMap& tensor, uint32_t from, int x, int y) {
   const EncodedMap map = encoded(tensor, 2, "store_box");
   const uint32_t at = place_of(map, from, "store_box");
   check_published(mine(), at, bytes_of(map), "store_box");
-  check_arrived(mine(), at, bytes_of(map), "store_box");
-  for (uint32_t i = at / CHUNK; i < (at + bytes_of(map)) / CHUNK; ++i) ++mine().stores[i];
+  check_read(mine(), at, bytes_of(map), "store_box");
+  each_of(at, bytes_of(map), [](uint32_t i) { ++mine().chunks[i].stores; });
   me().open.push_back({map, at, x, y});
   maybe_pause();
 }
@@ -450,14 +538,14 @@ void each_chunk(uint64_t descriptor, bool rows, int n, const Body& body) {
 void begin_reading(const Operands& of) {
   const auto begin = [](int, int, uint32_t at) {
     check_published(mine(), at, CHUNK, "wgmma");
-    check_arrived(mine(), at, CHUNK, "wgmma");
-    ++mine().products[at / CHUNK];
+    check_read(mine(), at, CHUNK, "wgmma");
+    ++mine().chunks[at / CHUNK].products;
   };
   if (!of.from_registers) each_chunk(of.a, true, 64, begin);
   each_chunk(of.b, !of.from_registers, of.registers * 2, begin);
 }
 
-float number(bool half, uint16_t bits) { return half ? to_float(fp16{bits}) : to_float(bf16{bits}); }
+float to_float(bool half, uint16_t bits) { return half ? cuda::to_float(fp16{bits}) : cuda::to_float(bf16{bits}); }
 
 // d[64, N] += a[64, K] b[K, N]: for each number of d the products in the order of k.
 void multiply(float* d, const float (*a)[K], const float* b, int n) {
@@ -476,33 +564,38 @@ void multiply(float* d, const float (*a)[K], const float* b, int n) {
 int row_of(int thread, int i) { return thread / WARP * 16 + thread % WARP / 4 + 8 * i; }
 int column_of(int thread, int j) { return 8 * j + 2 * (thread % 4); }
 
-void compute(Product& product) {
+// `number`: of the products of this thread's warpgroup.
+void compute(Product& product, int64_t number) {
   static float a[64][K], b[K * 256];
   const Operands& of = product.operands;
   const int n = of.registers * 2;
   Block& block = mine();
+  const auto end = [&](uint32_t i) {
+    --block.chunks[i].products;
+    block.products[i * groups() + thread() / WARPGROUP] = uint32_t(number + 1);
+  };
   const auto read = [&](uint32_t at, int i) {
     uint16_t bits;
     memcpy(&bits, &block.memory[at + 2 * i], 2);
-    return number(of.half, bits);
+    return to_float(of.half, bits);
   };
   if (of.from_registers) {
     for (int t = 0; t < WARPGROUP; ++t)
       for (int r = 0; r < 4; ++r)
         for (int h = 0; h < 2; ++h)
-          a[row_of(t, r % 2)][column_of(t, r / 2) + h] = number(of.half, uint16_t(product.fragment[t][r] >> 16 * h));
+          a[row_of(t, r % 2)][column_of(t, r / 2) + h] = to_float(of.half, uint16_t(product.fragment[t][r] >> 16 * h));
     each_chunk(of.b, false, n, [&](int k, int column, uint32_t at) {
       for (int i = 0; i < 8; ++i) b[k * n + column + i] = read(at, i);
-      --block.products[at / CHUNK];
+      end(at / CHUNK);
     });
   } else {
     each_chunk(of.a, true, 64, [&](int row, int k, uint32_t at) {
       for (int i = 0; i < 8; ++i) a[row][k + i] = read(at, i);
-      --block.products[at / CHUNK];
+      end(at / CHUNK);
     });
     each_chunk(of.b, true, n, [&](int column, int k, uint32_t at) {
       for (int i = 0; i < 8; ++i) b[(k + i) * n + column] = read(at, i);
-      --block.products[at / CHUNK];
+      end(at / CHUNK);
     });
   }
   std::vector<float>& d = product.d->tile;
@@ -591,7 +684,7 @@ void wait_products(int pending) {
   for (int64_t i = group.landed[t]; i < end; ++i) {
     while (group.products[i - group.first].issued < WARPGROUP) sleep(group);
     Product& product = group.products[i - group.first];
-    if (!product.done) compute(product);
+    if (!product.done) compute(product, i);
     const Operands& of = product.operands;
     if (of.from_registers)
       for (int r = 0; r < 4; ++r)
@@ -605,6 +698,7 @@ void wait_products(int pending) {
     });
   }
   if (end > group.landed[t]) group.landed[t] = end;
+  my_warp().knows.learn(group_in_cluster(rank(), thread() / WARPGROUP), uint32_t(group.landed[t]));
   while (!group.products.empty() && *std::min_element(group.landed.begin(), group.landed.end()) > group.first) {
     group.products.pop_front();
     ++group.first;
@@ -627,7 +721,7 @@ void wgmma_commit() {
 // ---- Threads -------------------------------------------------------------------------------------------------------
 
 void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  Warp& warp = mine().warps[thread() / WARP];
+  Warp& warp = my_warp();
   const uint32_t stored[5] = {to, a, b, c, d};
   if (to % 16 != 0) fail("store_matrices: a row lies on a multiple of 16, not at %u", to & 0xffffff);
   memcpy(warp.stored[lane_id()], stored, sizeof stored);
@@ -639,7 +733,7 @@ void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
     }
 }
 void publish_shared() {
-  for (const auto& [at, bytes] : me().unpublished) std::fill_n(&mine().written[at], bytes, uint16_t(0));
+  for (const auto& [at, bytes] : me().unpublished) std::fill_n(&mine().dirty[at], bytes, uint16_t(0));
   me().unpublished.clear();
 }
 uint32_t dynamic_shared() {
@@ -648,7 +742,7 @@ uint32_t dynamic_shared() {
 }
 
 uint32_t cluster_rank() { return uint32_t(rank()); }
-void sync_cluster() { all_blocks.join(launch().cluster * launch().threads); }
+void sync_cluster() { meet(all_blocks, launch().cluster * launch().threads, syncing_cluster, synced_cluster); }
 
 namespace emulation {
 
@@ -671,41 +765,37 @@ void change_registers(int count, bool up) {
 void begin_cluster() {
   const int threads = launch().threads;
   while (int(blocks.size()) < launch().cluster) blocks.emplace_back();
+  barriers = 0;
+  syncing_cluster = synced_cluster = {};
   for (int r = 0; r < launch().cluster; ++r) {
     Block& block = blocks[r];
-    if (int(block.threads.size()) < threads) block.threads.resize(threads);
-    if (launch().shared == 0) continue;
-    const size_t end = size_t(shared_end() + CHUNK - 1) / CHUNK * CHUNK;
-    block.memory.assign(end, 0xff);
-    block.written.assign(end, 0);
-    block.barrier.assign(end / CHUNK, false);
-    block.arriving.assign(end / CHUNK, 0);
-    block.products.assign(end / CHUNK, 0);
-    block.stores.assign(end / CHUNK, 0);
+    const size_t chunks = launch().shared == 0 ? 0 : (shared_end() + CHUNK - 1) / CHUNK;
+    block.memory.assign(chunks * CHUNK, 0xff);
+    block.dirty.assign(chunks * CHUNK, 0);
+    block.chunks.assign(chunks, {});
+    block.read.assign(chunks * warps(), 0);
+    block.products.assign(chunks * groups(), 0);
     block.barriers.clear();
     block.groups.clear();
-    block.groups.resize(threads / WARPGROUP);
+    block.groups.resize(groups());
     for (Warpgroup& group : block.groups) group.each = std::min(REGISTERS / threads / 8 * 8, 248);
-    block.warps.resize(threads / WARP);
+    block.warps.resize(warps());
+    for (int w = 0; w < warps(); ++w) {
+      block.warps[w].knows = {};
+      block.warps[w].knows.learn(warp_in_cluster(r, w), 1);
+    }
+    block.threads.resize(threads);
     block.pool.registers = 0;
-    block.copies = 0;
+    block.loads = 0;
+    block.syncing = block.synced = {};
   }
-}
-
-void forget_blocks() {
-  blocks.clear();
-  all_blocks.arrived = 0;
-  all_blocks.fibers.clear();
 }
 
 void end_thread() {
   Block& block = mine();
-  if (launch().shared == 0) return;
-  if (thread() / WARPGROUP < int(block.groups.size())) {
-    const Warpgroup& group = my_group();
-    if (group.issued[thread() % WARPGROUP] != group.landed[thread() % WARPGROUP])
-      fail("a thread ends with products under way (wgmma_wait)");
-  }
+  const Warpgroup& group = my_group();
+  if (group.issued[thread() % WARPGROUP] != group.landed[thread() % WARPGROUP])
+    fail("a thread ends with products under way (wgmma_wait)");
   if (!me().open.empty()) fail("a thread ends with stores that are not committed (commit_stores)");
   for (const Stores& group : me().stores) {
     if (!group.read) fail("a thread ends while its stores still read shared memory (wait_stores_read)");
@@ -713,8 +803,16 @@ void end_thread() {
   }
   me().stores.clear();
   me().unpublished.clear();
-  if (gone(rank()) && block.copies != 0)
-    fail("the block ends while copies into it are under way, for which nobody has waited");
+  if (!gone(rank())) return;
+  bool copied = block.loads != 0;
+  for (const auto& [at, barrier] : block.barriers) copied |= barrier.copied > barrier.waited;
+  if (copied) fail("the block ends while copies into it are under way, for which nobody has waited");
+}
+
+void forget_blocks() {
+  blocks.clear();
+  all_blocks.arrived = 0;
+  all_blocks.fibers.clear();
 }
 
 }  // namespace emulation

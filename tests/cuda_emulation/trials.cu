@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(384, 1)
     if (!mistake("a barrier that nobody made")) barrier_init(spare, 1);
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, 2 * cluster);
+      barrier_init(empty + 8 * s, (mistake("a warp that does not release") ? 7 : 8) * cluster);
     }
     if (!mistake("barriers not published")) publish_barriers();
     if (mistake("a phase missed")) {
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(384, 1)
       const int s = t % STAGES;
       const uint32_t tile = at.y + s * 2 * PANEL;
       const auto release = [&] {
-        if (thread_id() % WARPGROUP == 0)
-          for (int r = 0; r < cluster; ++r) barrier_arrive_at(empty + 8 * s, r);
+        if (mistake("a warp that does not release") && warp_id() == 5) return;
+        if (lane_id() < cluster) barrier_arrive_at(empty + 8 * s, lane_id());
       };
       if (!mistake("a product that does not wait for its copy")) barrier_wait(full + 8 * s, t / STAGES & 1);
       const uint32_t y_rows = opaque(rows(tile)), y_columns = opaque(columns(tile));
@@ -159,8 +159,10 @@ __global__ void __launch_bounds__(384, 1)
       if (!mistake("no publish_shared")) publish_shared();
       if (!mistake("no sync_warp")) sync_warp();
       if (lane == 0) {
-        const bool odd = mistake("a box of out at an odd place");
-        store_box(out, odd ? mine + 128 : mine, 64 * p, int(block_id()) * ROWS + warp * 16);
+        uint32_t from = mine;
+        if (mistake("a box of out at an odd place")) from += 128;
+        if (mistake("a box of another warp")) from = at.out + (warp ^ 1) * OUT_WARP;
+        store_box(out, from, 64 * p, int(block_id()) * ROWS + warp * 16);
         if (p == 0 || !mistake("no commit_stores")) commit_stores();
         const bool forgets = p == 0 ? mistake("an overwritten store") : mistake("an end before stores are read");
         if (!forgets) wait_stores_read<0>();
