@@ -19,7 +19,16 @@ pytestmark = pytest.mark.slow
 REGISTERS, WARPGROUP, MOST_INSTANCES = 65536, 128, 36
 
 # Products of 16 features each in every loop that has some, inner loops first; what a loop holds its outer one does too.
-PRODUCTS: dict[str, list[int]] = {}
+PRODUCTS: dict[str, list[int]] = {
+    f"{kernel}<{words}>": loops
+    for dtype in compile.HOPPER_TYPES
+    for kernel, words, loops in (
+        ("frozen", f"{dtype}, 64", [12]),
+        ("frozen", f"{dtype}, 128", [16]),
+        ("frozen", f"{dtype}, 256", [20]),
+        ("running", dtype, [4, 4, 4]),
+    )
+}
 
 
 def budgets_of(function: Function) -> list[int]:

@@ -43,6 +43,7 @@ class Program(NamedTuple):
 
 
 ONE_TYPE = [(name,) for name in TYPES]
+HOPPER_TYPES = "bf16", "fp16"
 TWO_TYPES = list(itertools.product(TYPES, TYPES))  # of what is written and of what is read
 
 PROGRAMS = {
@@ -73,6 +74,24 @@ PROGRAMS = {
         ONE_TYPE,
     ),
     "similarity_extents": Program("similarity_extents.cu", {"id_extents": "pointer*4 int64*2"}, [()], hopper=True),
+    "similarity_lse_frozen": Program(
+        "similarity_lse_rows.cu",
+        {
+            "frozen<{0}, {1}>": "map*3 problem int pointer*3",
+            "merge_means": "parts int pointer*2",
+        },
+        [(name, features) for name in HOPPER_TYPES for features in ("64", "128", "256")],
+        hopper=True,
+    ),
+    "similarity_lse_running": Program(
+        "similarity_lse_rows.cu",
+        {
+            "running<{0}>": "map*3 sides",
+            "merge_rows": "parts_of_sides",
+        },
+        [(name,) for name in HOPPER_TYPES],
+        hopper=True,
+    ),
 }
 
 
