@@ -10,32 +10,35 @@
 namespace sslkern::cuda {
 namespace {
 
-constexpr int D = 128, ROWS = 128, STAGES = 2;  // ROWS of x and out a block, of y a stage
-constexpr int PANEL = ROWS * 128;               // bytes: 64 numbers a row
-constexpr int VECTOR = ROWS * 4;
-constexpr int OUT_WARP = 16 * 128;  // bytes
+constexpr int ROWS = 128, STAGES = 2;  // ROWS of x and out a block
 
 std::string wanted;  // the mistake
 bool mistake(const char* name) { return wanted == name; }
 
+// D numbers a row, Y rows of y a stage.
+template <int D, int Y>
 struct Places {
+  static constexpr int X_PANEL = ROWS * 128, Y_PANEL = Y * 128, OUT_WARP = 16 * 128;  // bytes: 64 numbers a row
+  static constexpr int PANELS = D / 64, VECTOR = Y * 4;
+
   uint32_t x, y, out, bias, barriers, end;
   Places(uint32_t from) : x(from) {
-    y = x + 2 * PANEL;
-    out = y + STAGES * 2 * PANEL;
+    y = x + PANELS * X_PANEL;
+    out = y + STAGES * PANELS * Y_PANEL;
     bias = out + 8 * OUT_WARP;
     barriers = bias + STAGES * VECTOR;
     end = barriers + 8 * (2 + 2 * STAGES);
   }
 };
 
-// out = round(x y^T + bias) y, in blocks of ROWS rows of x and out, D numbers a row. In a cluster of two each block
-// loads one panel of y for both. Warpgroup 0 loads, 1 and 2 have 64 rows each.
-template <class T>
+// out = round(x y^T + bias) y, in blocks of ROWS rows of x and out. In a cluster of two each block loads every other
+// panel of y for both. Warpgroup 0 loads, 1 and 2 have 64 rows each.
+template <class T, int D, int Y>
 __global__ void __launch_bounds__(384, 1)
     twice(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y,
           const __grid_constant__ TensorMap bias, const __grid_constant__ TensorMap out, int tiles, int cluster) {
-  const Places at(dynamic_shared());
+  using P = Places<D, Y>;
+  const P at(dynamic_shared());
   const uint32_t x_full = at.barriers, spare = x_full + 8, full = spare + 8, empty = full + 8 * STAGES;
   const int group = warp_id() / 4;
   const int rank = cluster_rank();
@@ -64,24 +67,25 @@ __global__ void __launch_bounds__(384, 1)
     if (thread_id() == 0) {
       TensorMap blank{};
       prefetch_map(mistake("a map that was not encoded") ? blank : x);
-      barrier_expect(x_full, 2 * PANEL + (mistake("bytes that do not come") ? 16 : 0));
+      barrier_expect(x_full, P::PANELS * P::X_PANEL + (mistake("bytes that do not come") ? 16 : 0));
       if (mistake("too many arrivals")) barrier_arrive(x_full);
       if (mistake("too many bytes")) barrier_expect(spare, 1 << 20);
       if (mistake("a vector as a box")) load_box(at.bias, bias, x_full, 0, 0);
-      for (int p = 0; p < 2; ++p) {
-        const uint32_t to = at.x + p * PANEL + (mistake("a box at an odd place") ? 128 : 0);
-        load_box(mistake("a box outside of memory") ? to + 7 * PANEL : to, x, x_full, 64 * p, int(block_id()) * ROWS);
+      for (int p = 0; p < P::PANELS; ++p) {
+        const uint32_t to = at.x + p * P::X_PANEL + (mistake("a box at an odd place") ? 128 : 0);
+        load_box(mistake("a box outside of memory") ? to + 7 * 0x4000 : to, x, x_full, 64 * p, int(block_id()) * ROWS);
       }
       for (int t = 0; t < tiles; ++t) {
         const int s = t % STAGES;
         if (!mistake("loads that do not wait")) barrier_wait(empty + 8 * s, (t / STAGES & 1) ^ 1);
-        barrier_expect(full + 8 * s, 2 * PANEL + VECTOR);
-        load_vector(at.bias + s * VECTOR, bias, full + 8 * s, t * ROWS);
-        const uint32_t to = at.y + s * 2 * PANEL;
-        if (cluster == 1) {
-          for (int p = 0; p < 2; ++p) load_box(to + p * PANEL, y, full + 8 * s, 64 * p, t * ROWS);
-        } else {
-          load_box_for(3, to + rank * PANEL, y, full + 8 * s, 64 * rank, t * ROWS);
+        barrier_expect(full + 8 * s, P::PANELS * P::Y_PANEL + P::VECTOR);
+        load_vector(at.bias + s * P::VECTOR, bias, full + 8 * s, t * Y);
+        for (int p = 0; p < P::PANELS; ++p) {
+          const uint32_t to = at.y + (s * P::PANELS + p) * P::Y_PANEL;
+          if (cluster == 1)
+            load_box(to, y, full + 8 * s, 64 * p, t * Y);
+          else if (p % cluster == rank)
+            load_box_for(3, to, y, full + 8 * s, 64 * p, t * Y);
         }
       }
     }
@@ -94,10 +98,10 @@ __global__ void __launch_bounds__(384, 1)
                leave_rank_of_columns = mistake("the rank left in columns");
     const auto rows = [=](uint32_t address) { return leave_rank ? address >> 4 | 1u << 16 : rows_at(address); };
     const auto columns = [=](uint32_t address) {
-      return leave_rank_of_columns ? address >> 4 | PANEL >> 4 << 16 : columns_at(address, PANEL);
+      return leave_rank_of_columns ? address >> 4 | P::Y_PANEL >> 4 << 16 : columns_at(address, P::Y_PANEL);
     };
-    float sums[64], scores[64];
-    uint32_t weights[32];
+    float sums[D / 2], scores[Y / 2];
+    uint32_t weights[Y / 4];
     uint32_t x_rows = opaque(rows(at.x + (group - 1) * 64 * 128));
     if (mistake("a matrix outside of memory")) x_rows = rows(at.x + 3 * 0x10000);
     if (mistake("a matrix that begins within 8 rows")) x_rows += 128 >> 4;
@@ -105,7 +109,7 @@ __global__ void __launch_bounds__(384, 1)
     barrier_wait(x_full, mistake("the wrong parity") ? 1 : 0);
     for (int t = 0; t < tiles; ++t) {
       const int s = t % STAGES;
-      const uint32_t tile = at.y + s * 2 * PANEL;
+      const uint32_t tile = at.y + s * P::PANELS * P::Y_PANEL;
       const auto release = [&] {
         if (mistake("a warp that does not release") && warp_id() == 5) return;
         if (lane_id() < cluster) barrier_arrive_at(empty + 8 * s, lane_id());
@@ -115,17 +119,18 @@ __global__ void __launch_bounds__(384, 1)
       if (!mistake("accumulators without wgmma_fence")) wgmma_fence();
       for (int k = 0; k < D / 16; ++k) {
         if (mistake("a product without some threads") && k == 1 && warp_id() == 5) continue;
-        const uint32_t offset = k / 4 * (PANEL >> 4) + k % 4 * 2;
-        wgmma<T>(scores, descriptor(x_rows + offset), descriptor(y_rows + offset), k != 0);
+        const uint32_t a = x_rows + k / 4 * (P::X_PANEL >> 4) + k % 4 * 2;
+        const uint32_t b = y_rows + k / 4 * (P::Y_PANEL >> 4) + k % 4 * 2;
+        wgmma<T>(scores, descriptor(a), descriptor(b), k != 0);
       }
       if (mistake("accumulators changed")) scores[5] = 1.f;
       if (mistake("a tile overwritten")) store_matrices(tile + lane_id() * 16, 0, 0, 0, 0);
       if (!mistake("no wgmma_commit")) wgmma_commit();
       if (!mistake("accumulators read too early")) wgmma_wait<0>();
       pin(scores);
-      for (int j = 0; j < 16; ++j) {
+      for (int j = 0; j < Y / 8; ++j) {
         float b0, b1;
-        uint32_t from = at.bias + s * VECTOR + (8 * j + 2 * (lane_id() % 4)) * 4;
+        uint32_t from = at.bias + s * P::VECTOR + (8 * j + 2 * (lane_id() % 4)) * 4;
         if (mistake("memory of the other block")) from ^= 1 << 24;
         if (mistake("a load at an odd place")) from += 4;
         load_shared(from, b0, b1);
@@ -133,7 +138,7 @@ __global__ void __launch_bounds__(384, 1)
           weights[2 * j + i] = packed<T>(scores[4 * j + 2 * i] + b0, scores[4 * j + 2 * i + 1] + b1);
       }
       if (!mistake("a in registers without wgmma_fence")) wgmma_fence();
-      for (int k = 0; k < ROWS / 16; ++k) {
+      for (int k = 0; k < Y / 16; ++k) {
         uint32_t* const a = weights + 4 * k;
         wgmma<T>(sums, a[0], a[1], a[2], a[3], descriptor(y_columns + k * (2048 >> 4)));
       }
@@ -146,8 +151,8 @@ __global__ void __launch_bounds__(384, 1)
       if (!mistake("a tile released too early")) release();
     }
     const int warp = warp_id() - 4, lane = lane_id();
-    const uint32_t mine = at.out + warp * OUT_WARP;
-    for (int p = 0; p < 2; ++p) {
+    const uint32_t mine = at.out + warp * P::OUT_WARP;
+    for (int p = 0; p < P::PANELS; ++p) {
       const int row = lane % 16;
       for (int c = 0; c < 4; ++c) {
         const float* d = sums + 32 * p + 8 * c;
@@ -161,10 +166,11 @@ __global__ void __launch_bounds__(384, 1)
       if (lane == 0) {
         uint32_t from = mine;
         if (mistake("a box of out at an odd place")) from += 128;
-        if (mistake("a box of another warp")) from = at.out + (warp ^ 1) * OUT_WARP;
+        if (mistake("a box of another warp")) from = at.out + (warp ^ 1) * P::OUT_WARP;
         store_box(out, from, 64 * p, int(block_id()) * ROWS + warp * 16);
-        if (p == 0 || !mistake("no commit_stores")) commit_stores();
-        const bool forgets = p == 0 ? mistake("an overwritten store") : mistake("an end before stores are read");
+        if (p + 1 < P::PANELS || !mistake("no commit_stores")) commit_stores();
+        const bool forgets =
+            p + 1 < P::PANELS ? mistake("an overwritten store") : mistake("an end before stores are read");
         if (!forgets) wait_stores_read<0>();
       }
       sync_warp();
@@ -177,7 +183,7 @@ __global__ void __launch_bounds__(384, 1)
   }
   if (!mistake("no sync_cluster at the end")) sync_cluster();
   if (mistake("an end with copies under way") && thread_id() == 0) {
-    barrier_expect(spare, VECTOR);
+    barrier_expect(spare, P::VECTOR);
     load_vector(at.bias, bias, spare, 0);
   }
 }
@@ -202,7 +208,7 @@ TensorMap map(std::vector<T>& of, int64_t columns, int64_t stride, int64_t rows,
 }
 
 // How many numbers of `out` are wrong.
-template <class T>
+template <class T, int D, int Y>
 int run(int n, int m, int d, int cluster) {
   const int stride = (d + 7) / 8 * 8;
   const auto drawn = [](int i) { return float((i * 2654435761u >> 13) % 3) - 1.f; };
@@ -211,12 +217,12 @@ int run(int n, int m, int d, int cluster) {
   for (int i = 0; i < n * stride; ++i) x[i] = from_float<T>(drawn(i));
   for (int i = 0; i < m * stride; ++i) y[i] = from_float<T>(drawn(i + 12345));
   for (int j = 0; j < m; ++j) bias[j] = drawn(j + 999);
-  const TensorMap maps[] = {map(x, d, stride, n, ROWS), map(y, d, stride, m, ROWS), map(bias, m, 0, 0, ROWS),
+  const TensorMap maps[] = {map(x, d, stride, n, ROWS), map(y, d, stride, m, Y), map(bias, m, 0, 0, Y),
                             map(out, d, stride, n, 16)};
   const int blocks = (n + ROWS * cluster - 1) / (ROWS * cluster) * cluster;
-  const int bytes = int(Places(0).end) + (mistake("too little shared memory") ? 0 : GROUP_BYTES - 16);
+  const int bytes = int(Places<D, Y>(0).end) + (mistake("too little shared memory") ? 0 : GROUP_BYTES - 16);
   emulation::run({blocks, 384, bytes, cluster},
-                 [&] { twice<T>(maps[0], maps[1], maps[2], maps[3], (m + ROWS - 1) / ROWS, cluster); });
+                 [&] { twice<T, D, Y>(maps[0], maps[1], maps[2], maps[3], (m + Y - 1) / Y, cluster); });
   int wrong = 0;
   for (int i = 0; i < n; ++i) {
     std::vector<float> sums(d, 0.f);
@@ -233,14 +239,16 @@ int run(int n, int m, int d, int cluster) {
 }  // namespace
 }  // namespace sslkern::cuda
 
-// How many numbers are wrong; -1 and the sentence where the machine stopped the kernel.
+// d up to 128 for `half`, else up to 256. How many numbers are wrong; -1 and the sentence where the machine stopped the
+// kernel.
 extern "C" __attribute__((visibility("default"))) int trial(int half, int n, int m, int d, int cluster, uint32_t seed,
                                                             const char* mistake, char* sentence) {
   using namespace sslkern::cuda;
   emulation::seed(seed);
   wanted = mistake;
   try {
-    return half ? run<fp16>(n, m, d, cluster) : run<bf16>(n, m, d, cluster);
+    if (half) return run<fp16, 128, 128>(n, m, d, cluster);
+    return (d <= 64 ? run<bf16, 64, 256> : d <= 128 ? run<bf16, 128, 128> : run<bf16, 256, 64>)(n, m, d, cluster);
   } catch (const std::exception& error) {
     strcpy(sentence, error.what());
     return -1;
