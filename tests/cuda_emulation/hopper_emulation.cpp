@@ -97,6 +97,7 @@ struct Warpgroup : Place {
 
 struct Warp {
   Knowledge knows;
+  Meeting waiting{"for the other lanes of its warp at wgmma_wait"};
   Meeting lanes{"for the other lanes of its warp at store_matrices"};
   uint32_t stored[WARP][5];  // by lane: where a row goes, and its part of the matrices
 };
@@ -676,6 +677,7 @@ void issue(const Operands& of) {
 }
 
 void wait_products(int pending) {
+  my_warp().waiting.join(WARP);  // what a lane does before, all of them have done
   Warpgroup& group = my_group();
   const int t = thread() % WARPGROUP;
   if (group.issued[t] != (group.committed[t] == 0 ? 0 : group.ends[group.committed[t] - 1]))
