@@ -29,3 +29,8 @@ def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None) -> Ten
         return losses
     share = total(weights)
     return total(losses) / share.masked_fill(share == 0, 1) if reduction == "mean" else total(losses)
+
+
+def at_once_of(reduction: str, weights: Tensor | None, label_smoothing: float) -> str:
+    """The reduction that `pair_contrast` can take over: none where something comes before it."""
+    return reduction if weights is None and label_smoothing == 0 else "none"

@@ -13,7 +13,7 @@ from ..ops import similarity_lse
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different
 from .checks import check_alike, check_features, check_ids, check_options, check_weights, promoted, scale_of
-from .formulas import beaten, logaddexp, reduce
+from .formulas import at_once_of, beaten, logaddexp, reduce
 
 
 def info_nce(
@@ -99,18 +99,19 @@ def info_nce(
         check_ids("negative_ids", negative_ids, tuple(negatives.shape[:-1]), query)
 
     if negatives is None:
-        losses, positive, best = pair_contrast(
-            query, key, scale, ids, "two_way" if two_way else "one_way", normalize, stats
-        )
+        at_once = at_once_of(reduction, weights, label_smoothing)
+        mode = "two_way" if two_way else "one_way"
+        losses, positive, best = pair_contrast(query, key, scale, ids, mode, normalize, stats, reduction=at_once)
         if label_smoothing > 0:
             query, key = (unit(query), unit(key)) if normalize else (query, key)
             row_ids = torch.arange(N, device=query.device) if ids is None else ids
             cosine, ways = dots(query, key), ((query, key), (key, query))[: 1 + two_way]
             smooth = [above_mean(cosine, *over_different(q, k, row_ids, row_ids)) for q, k in ways]
             losses = losses + label_smoothing * scale * stack(smooth)
-        whole = reduction == "mean" and weights is None  # one mean of both ways instead of two
-        loss = reduce(losses if whole else losses.mean(0), reduction, weights)
-        return (loss, beaten(best, positive)) if stats else loss
+        if at_once == "none":
+            whole = reduction == "mean" and weights is None  # one mean of both ways instead of two
+            losses = reduce(losses if whole else losses.mean(0), reduction, weights)
+        return (losses, beaten(best, positive)) if stats else losses
 
     one_bank = negatives.ndim == 2 and negative_ids is None and not in_batch
     if one_bank and not (negatives.requires_grad or transformed()):

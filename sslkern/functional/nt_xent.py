@@ -15,7 +15,7 @@ from ..ops import similarity_lse
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different, two_views
 from .checks import check_alike, check_features, check_ids, check_options, check_weights, promoted, scale_of
-from .formulas import beaten, reduce
+from .formulas import at_once_of, beaten, reduce
 
 POSITIVES = ("separate", "joint")
 
@@ -77,12 +77,14 @@ def nt_xent(
     scale = scale_of(temperature, logit_scale, z0)
     if ids is not None:
         check_ids("ids", ids, z0.shape[:1], z0)
-    losses, positive, best = pair_contrast(z0, z1, scale, ids, "views", normalize, stats)
+    at_once = at_once_of(reduction, weights, label_smoothing)
+    loss, positive, best = pair_contrast(z0, z1, scale, ids, "views", normalize, stats, reduction=at_once)
     if label_smoothing > 0:
         z, ids, cosine = two_views(z0, z1, ids, normalize)
-        losses = losses + label_smoothing * scale * above_mean(cosine, *over_different(z, z, ids, ids)).view_as(losses)
-    loss = reduce(losses, reduction, weights)
-    loss = loss.view(-1) if reduction == "none" else loss
+        loss = loss + label_smoothing * scale * above_mean(cosine, *over_different(z, z, ids, ids)).view_as(loss)
+    if at_once == "none":
+        loss = reduce(loss, reduction, weights)
+        loss = loss.view(-1) if reduction == "none" else loss
     return (loss, beaten(best, positive)) if stats else loss
 
 

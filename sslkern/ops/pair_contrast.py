@@ -7,10 +7,12 @@ its sum over the sides; and that of the cosine is -pull_i, pull = scale toward. 
 `unit_pairs` and `similarity_lse`.
 
 A loss of 32 rows spends its time between the kernels: normalisation, positives and softplus come to twenty autograd
-nodes, here one. A backend may have all of it: `pair_contrast_fwd` and `pair_contrast_fake` with the arguments of
-`_forward` and `_fake` up to `frozen`, and `pair_contrast_bwd` with those of `_gradients_of` but the last; what the
-outputs after `best` hold is its own affair, but for the shapes of z [2N, D] and cosine [N]. Else the loss is composed
-of the primitives `unit_pairs`, `similarity_lse` and `pair_losses`.
+nodes, here one, composed of the primitives `unit_pairs`, `similarity_lse` and `pair_losses`.
+
+Where the losses are only summed up, their gradient but for one factor is known in the forward. A backend may have all
+of that, for few rows that would wait for launches: `pair_contrast_fwd`, `pair_contrast_fake` and `pair_contrast_bwd`
+with the arguments of `_whole_forward`, `_whole_fake` and `_scale` but the last; what it keeps for the backward is its
+own affair.
 """
 
 from typing import NamedTuple
@@ -22,7 +24,7 @@ from ..backends import find, kept_rows, load, offered, resolve_each
 from ..backends.problem import Problem
 from ..common.node import Node, Operator, from_eager, once, past_dispatcher_in
 from ..common.rows import dots, row_numbers
-from ..common.sums import dot
+from ..common.sums import dot, mean, total
 from ..common.tensors import accumulator, transformed
 from ._dense import dense_contrast, few_pairs
 from ._problem import scale_parts
@@ -40,6 +42,7 @@ def pair_contrast(
     normalize: bool,
     best: bool,
     bank: Tensor | None = None,
+    reduction: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The losses of pairs, by the kernels or, where it does better, by the compiler.
 
@@ -51,17 +54,24 @@ def pair_contrast(
             "two_way": also rows of x for each of y.
         best: also return the largest negative score.
         bank: [M, D], the negatives of "one_way" instead, as they are and without gradient; ids must be None.
+        reduction: "none", "mean", or "sum", in which both ways of "two_way" count half.
 
     Returns:
-        losses [2, N], those of x first ("one_way": [1, N]); positive [N] and best, of the shape of losses, both without
-        gradient, or None unless `best`. All in fp32 (fp64).
+        losses [2, N], those of x first ("one_way": [1, N]), or what they are reduced to, 0-d; positive [N] and best, of
+        the shape of the losses, both without gradient, or None unless `best`. All in fp32 (fp64).
     """
     N, views = x.shape[0], mode == "views"
     rows = 2 * N if views else N
+    if reduction != "none" and offered("pair_contrast"):
+        sizes = (1, rows, rows if bank is None else bank.shape[0], x.shape[1])
+        backend = find("pair_contrast", x, sizes=sizes, mode=mode, normalize=normalize, bank=bank is not None)
+        if backend is not None:
+            return _whole(x, y, scale, ids, mode, normalize, best, reduction, backend)
     # Keys that do not learn are not kept: a queue may be overwritten before the backward.
     frozen = mode == "one_way" and (bank is not None or not (y.requires_grad or transformed()))
     if torch.compiler.is_compiling() and not frozen and few_pairs(x, rows, ids):
-        return dense_contrast(x, y, scale, ids, mode, normalize, best)
+        losses, positive, top = dense_contrast(x, y, scale, ids, mode, normalize, best)
+        return _reduced(losses, mode, reduction), positive, top
 
     if bank is not None:
         if ids is not None:
@@ -76,29 +86,28 @@ def pair_contrast(
     way = _node.way(learns, x, y, bank, scale_tensor, ids)
     if ids is None and bank is None:
         ids = row_numbers(N, 1 + views, x.device, keep=way in (_node.eager, _node.function))
-    sizes, backends, keep = dict(sizes=(1, rows, rows if bank is None else bank.shape[0], x.shape[1])), None, 0
-    if offered("pair_contrast"):
-        options = dict(mode=mode, normalize=normalize, best=best, learns=learns, bank=bank is not None)
-        backends = find("pair_contrast", x, **sizes, **options)
-    if backends is None:  # who has each part of it
-        parts = resolve_each(PARTS, x, sizes)
-        keep = kept_rows(parts[0], rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
-        backends = ",".join(parts)
+    # Who has each part of it.
+    parts = resolve_each(PARTS, x, dict(sizes=(1, rows, rows if bank is None else bank.shape[0], x.shape[1])))
+    keep = kept_rows(parts[0], rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
     losses, positive, top, *_ = way(
-        x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, frozen, keep, backends
+        x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, ",".join(parts)
     )
-    return losses, positive, top if best else None
+    return _reduced(losses, mode, reduction), positive, top if best else None
+
+
+def _reduced(losses: Tensor, mode: str, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    if reduction == "mean":
+        return mean(losses)
+    return total(losses.mean(0) if mode == "two_way" else losses)
 
 
 # ---- the node --------------------------------------------------------------------------------------------------------
 
 
-def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, frozen, keep, backends):
-    whole, *parts = backends.split(",")
-    if not parts:
-        forward = load(whole, "pair_contrast").pair_contrast_fwd
-        return forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, frozen)
-    backend, (pairs, losses) = whole, parts
+def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backends):
+    backend, pairs, losses = backends.split(",")
     N = x.shape[0]
     z, norm, cosine = load(pairs, "unit_pairs").unit_pairs_fwd(x, y, normalize)
     if mode == "views":
@@ -116,10 +125,7 @@ def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns
     return losses, positive, top.view(-1, N) if best else None, z, norm, cosine, gap, row, col, kept
 
 
-def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, frozen, keep, backends):
-    if "," not in backends:
-        fake = load(backends, "pair_contrast").pair_contrast_fake
-        return fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, frozen)
+def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backends):
     (N, D), dtype = x.shape, accumulator(x)
     views, sides = mode == "views", 1 if mode == "one_way" else 2
 
@@ -133,7 +139,7 @@ def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, learns, f
 
 
 def _save(ctx, inputs, outputs) -> None:
-    x, y, _, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, _, ctx.frozen, _, ctx.backends = inputs
+    x, y, _, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, ctx.frozen, _, ctx.backends = inputs
     _, _, _, z, norm, cosine, gap, row, col, kept = outputs
     # What learns, to tell that its gradient has none.
     learn = [side for side in (x, y, scale_tensor) if side is not None and (side.requires_grad or transformed())]
@@ -145,9 +151,9 @@ def _save(ctx, inputs, outputs) -> None:
 
 def _backward(ctx, g, *_):
     if g is None:
-        return (None,) * 13
+        return (None,) * 12
     saved = ctx.saved_tensors
-    if "," not in ctx.backends or not (type(ctx) is _Context or past_dispatcher_in(ctx, g)):
+    if not (type(ctx) is _Context or past_dispatcher_in(ctx, g)):
         return _by_operator(ctx, g, saved)
     # Not in a function of its own: a small batch feels each call.
     *learn, scale_tensor, ids, z, norm, cosine, gap, row, col, kept = saved
@@ -179,7 +185,7 @@ def _backward(ctx, g, *_):
         norm = norm if ctx.normalize else None
         dx, dy = load(pairs, "unit_pairs").unit_pairs_bwd(z, norm, pull, da, db, need_x, need_y)
     dx, dy, dscale = once((g, *learn), dx, dy, dscale)
-    return dx, dy, None, dscale, *(None,) * 9
+    return dx, dy, None, dscale, *(None,) * 8
 
 
 def _or_none(x: Tensor | None) -> Tensor | None:
@@ -190,7 +196,7 @@ def _or_none(x: Tensor | None) -> Tensor | None:
 _node = Node(
     Operator(
         "pair_contrast(Tensor x, Tensor y, Tensor? bank, Tensor? scale_tensor, float scale, Tensor? ids, str mode,"
-        " bool normalize, bool best, bool learns, bool frozen, int keep, str backends) -> (Tensor losses,"
+        " bool normalize, bool best, bool frozen, int keep, str backends) -> (Tensor losses,"
         " Tensor positive, Tensor best, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col,"
         " Tensor kept)",
         _forward,
@@ -202,7 +208,7 @@ _node = Node(
 )
 
 
-# ---- its derivative as an operator: for compiled code, and for a backend that has it whole ---------------------------
+# ---- its derivative as an operator, for compiled code ----------------------------------------------------------------
 
 
 class _Context(NamedTuple):
@@ -225,15 +231,11 @@ def _by_operator(ctx, g, saved):
     with torch.no_grad():
         dx, dy, dscale = _gradients.way_back(ctx, g)(*inputs, *options)
     dx, dy, dscale = once((g, *learn), dx if need_x else None, dy if need_y else None, dscale if need_scale else None)
-    return dx, dy, None, dscale, *(None,) * 9
+    return dx, dy, None, dscale, *(None,) * 8
 
 
 def _gradients_of(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, ids, *options):
-    *options, backends = options
-    if "," not in backends:
-        backward = load(backends, "pair_contrast").pair_contrast_bwd
-        return backward(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, ids, *options)
-    mode, normalize, frozen, need_x, need_y, need_scale = options
+    mode, normalize, frozen, need_x, need_y, need_scale, backends = options
     saved, needs = (scale_tensor, ids, z, norm, cosine, gap, row, col, kept), (need_x, need_y, False, need_scale)
     dx, dy, _, dscale, *_ = _backward(_Context(saved, scale, mode, normalize, frozen, backends, needs), g)
     return dx, dy, dscale
@@ -251,4 +253,79 @@ _gradients = Operator(
     " bool need_y, bool need_scale, str backends) -> (Tensor dx, Tensor dy, Tensor dscale)",
     _gradients_of,
     _gradients_fake,
+)
+
+
+# ---- as a whole, by a backend that makes the gradient with the loss --------------------------------------------------
+
+
+def _whole(x, y, scale, ids, mode, normalize, best, reduction, backend) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    scale_tensor, scale = scale_parts(scale, x)
+    learning = torch.is_grad_enabled()
+    needs = [learning and side is not None and (side.requires_grad or transformed()) for side in (x, y, scale_tensor)]
+    share = 1 / (x.shape[0] if reduction == "mean" else 1)  # of the loss of a row
+    if mode == "two_way" or (mode == "views" and reduction == "mean"):
+        share = share / 2
+    way = _node_of_whole.way(any(needs), x, y, scale_tensor, ids)
+    loss, positive, top, *_ = way(x, y, scale_tensor, scale, ids, mode, normalize, best, share, *needs, backend)
+    return (loss, positive, top) if best else (loss, None, None)
+
+
+def _whole_forward(*inputs):
+    *inputs, backend = inputs
+    return load(backend, "pair_contrast").pair_contrast_fwd(*inputs)
+
+
+def _whole_fake(*inputs):
+    *inputs, backend = inputs
+    return load(backend, "pair_contrast").pair_contrast_fake(*inputs)
+
+
+def _whole_save(ctx, inputs, outputs) -> None:
+    x, y, scale_tensor, _, _, _, _, _, _, ctx.need_x, ctx.need_y, ctx.need_scale, ctx.backend = inputs
+    _, _, _, grad, dscale = outputs
+    ctx.dtype = x.dtype
+    needs = zip((x, y, scale_tensor), (ctx.need_x, ctx.need_y, ctx.need_scale), strict=True)
+    learn = [side for side, need in needs if need]  # to tell that its gradient has none
+    ctx.save_for_backward(*learn, grad, dscale)
+
+
+def _whole_backward(ctx, g, *_):
+    if g is None:
+        return (None,) * 13
+    *learn, grad, dscale = ctx.saved_tensors
+    needs = ctx.need_x, ctx.need_y, ctx.need_scale
+    with torch.no_grad():
+        grads = _scaled.way_back(ctx, g)(g, grad, dscale, ctx.dtype, *needs, ctx.backend)
+    dx, dy, dscale = once((g, *learn), *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
+    return dx, dy, dscale, *(None,) * 10
+
+
+def _scale(*inputs):
+    *inputs, backend = inputs
+    return load(backend, "pair_contrast").pair_contrast_bwd(*inputs)
+
+
+def _scale_fake(g, grad, dscale, dtype, need_x, need_y, need_scale, backend):
+    dx, dy = (g.new_empty(grad.shape[1:], dtype=dtype) if need else g.new_empty(0) for need in (need_x, need_y))
+    return dx, dy, g.new_empty(() if need_scale else 0)
+
+
+_node_of_whole = Node(
+    Operator(
+        "small_pair_contrast(Tensor x, Tensor y, Tensor? scale_tensor, float scale, Tensor? ids, str mode,"
+        " bool normalize, bool best, float share, bool need_x, bool need_y, bool need_scale, str backend)"
+        " -> (Tensor loss, Tensor positive, Tensor best, Tensor grad, Tensor dscale)",
+        _whole_forward,
+        _whole_fake,
+    ),
+    _whole_save,
+    _whole_backward,
+    outputs=1,
+)
+_scaled = Operator(
+    "small_pair_contrast_bwd(Tensor g, Tensor? grad, Tensor? dscale, ScalarType dtype, bool need_x, bool need_y,"
+    " bool need_scale, str backend) -> (Tensor dx, Tensor dy, Tensor dscale)",
+    _scale,
+    _scale_fake,
 )

@@ -90,6 +90,9 @@ DRIVER cuDeviceGetAttribute(int* value, int attribute, int) {
     case 16:
       *value = PROCESSORS;
       return SUCCESS;
+    case 97:
+      *value = 227 << 10;
+      return SUCCESS;
     case 75:
       *value = 9;
       return SUCCESS;

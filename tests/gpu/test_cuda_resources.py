@@ -19,7 +19,8 @@ from .machine_code import RESULTS, Compiled, count
 
 ARCHITECTURES = "sm_80", "sm_90a", "sm_100"
 pytestmark = pytest.mark.slow
-SMALL = ("forget", "claim", "add_parts")  # kernels that touch little memory
+# Kernels that touch little memory.
+SMALL = ("forget", "claim", "add_parts", "scaled_gradients<bf16>", "scaled_gradients<fp16>")
 
 
 def rows_of(measured: list[Compiled]) -> list[dict]:
@@ -106,8 +107,10 @@ def test_no_spills(kernels):
 
 
 def test_two_blocks_or_more_fit_a_processor(kernels):
+    """But for those with a processor's shared memory to themselves, where all registers are one block's."""
     for row in kernels:
-        assert row["registers"] <= 128 and row["shared"] <= 48 << 10, row
+        alone = row["program"] == "pair_contrast" and row["kernel"].startswith("pair_gradients")
+        assert row["registers"] <= (255 if alone else 128) and row["shared"] <= 48 << 10, row
 
 
 def test_rows_are_read_or_written_by_16_bytes(kernels):

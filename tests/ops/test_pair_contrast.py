@@ -201,7 +201,7 @@ def test_opcheck(backend, mode):
     mode = "one_way" if frozen else mode
     x, y = x.requires_grad_(), y.requires_grad_(not frozen)
     backends = ",".join([name] * 3)
-    args = (x, y, bank, scale, 1.0, ids, mode, True, False, True, frozen, keep, backends)
+    args = (x, y, bank, scale, 1.0, ids, mode, True, False, frozen, keep, backends)
     torch.library.opcheck(torch.ops.sslkern.pair_contrast.default, args)
     losses, _, _, *saved = torch.ops.sslkern.pair_contrast.default(*(a if a is not x else x.detach() for a in args))
     z, norm, cosine, gap, row, col, kept = (x.detach() for x in saved)
@@ -270,7 +270,7 @@ def test_few_functions_between_a_loss_and_its_kernel(backend):
         assert len(way) + IN_CPP[name] <= most
 
 
-# ---- a backend that has the whole loss -------------------------------------------------------------------------------
+# ---- a backend that has the whole loss, and its gradient in the forward ----------------------------------------------
 
 
 class Whole(types.ModuleType):
@@ -284,16 +284,24 @@ class Whole(types.ModuleType):
         self.LACKS = {"pair_contrast": lambda x, sizes, **_: f"takes {largest} rows" if sizes[1] > largest else None}
         self.calls = []
 
-    def pair_contrast_fwd(self, *inputs):
+    def pair_contrast_fwd(self, x, y, scale_tensor, scale, ids, mode, normalize, best, share, *needs):
         self.calls.append("forward")
-        return ops_pair_contrast._forward(*inputs, 0, self.PARTS)
+        ids = (torch.arange(len(x)) if ids is None else ids).repeat(1 + (mode == "views"))
+        by = torch.tensor(1.0) if scale_tensor is None else scale_tensor
+        of_scale = by, scale, ids, mode, normalize
+        losses, positive, top, *kept = ops_pair_contrast._forward(x, y, None, *of_scale, best, False, 0, self.PARTS)
+        g = torch.full_like(losses, share)
+        dx, dy, dscale = ops_pair_contrast._gradients_of(g, *kept, *of_scale, False, True, True, True, self.PARTS)
+        return losses.sum() * share, positive, top, torch.stack((dx, dy)), dscale
 
-    def pair_contrast_fake(self, *inputs):
-        return ops_pair_contrast._fake(*inputs, 0, self.PARTS)
+    def pair_contrast_fake(self, x, y, scale_tensor, scale, ids, mode, normalize, best, share, *needs):
+        N, D = x.shape
+        shapes = (), N if best else 0, (1 if mode == "one_way" else 2, N) if best else 0, (2, N, D), ()
+        return tuple(x.new_empty(shape) for shape in shapes)
 
-    def pair_contrast_bwd(self, *inputs):
+    def pair_contrast_bwd(self, g, grad, dscale, dtype, *needs):
         self.calls.append("backward")
-        return ops_pair_contrast._gradients_of(*inputs, self.PARTS)
+        return tuple(of * g if need else None for of, need in zip((*grad, dscale), needs, strict=True))
 
 
 @pytest.fixture
@@ -308,14 +316,15 @@ def whole(monkeypatch):
     load.cache_clear()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_backend_may_have_the_whole_loss(whole, monkeypatch, mode):
+def test_a_backend_may_have_the_whole_loss(whole, monkeypatch, mode, reduction):
     x, y, scale = torch.randn(9, 4), torch.randn(9, 4), torch.tensor(3.0)
 
     def step(call):
         leaves = [tensor.clone().requires_grad_() for tensor in (x, y, scale)]
-        losses, positive, best = call(*leaves, None, mode, True, True)
-        return [losses.detach(), positive, best, *torch.autograd.grad(losses.square().sum(), leaves)]
+        loss, positive, best = call(*leaves, None, mode, True, True, reduction=reduction)
+        return [loss.detach(), positive, best, *torch.autograd.grad(loss.square(), leaves)]
 
     got = step(pair_contrast)
     assert whole.calls == ["forward", "backward"]
@@ -324,7 +333,6 @@ def test_a_backend_may_have_the_whole_loss(whole, monkeypatch, mode):
     assert whole.calls == ["forward", "backward"]
     for ours, composed in zip(got, want, strict=True):
         assert torch.allclose(ours, composed, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(ops_pair_contrast, "few_pairs", lambda *_: False)
     torch.compiler.reset()
     for ours, composed in zip(step(torch.compile(pair_contrast, backend="aot_eager")), want, strict=True):
         assert torch.allclose(ours, composed, rtol=1e-4, atol=1e-5)
@@ -337,4 +345,27 @@ def test_it_is_asked_for_the_whole_problem(whole):
     assert whole.calls == ["forward", "backward"]
     nt_xent(z, z + 1).backward()  # 42 rows: composed
     info_nce(z.double(), z.double() + 1).backward()
+    info_nce(z, z + 1, reduction="none").sum().backward()  # what comes next is not known
+    info_nce(z, z + 1, weights=torch.ones(21)).backward()
+    info_nce(z, z + 1, torch.randn(5, 4)).backward()
     assert whole.calls == ["forward", "backward"]
+
+
+def test_only_what_learns_is_asked_of_it(whole):
+    x, y, seen = torch.randn(6, 4), torch.randn(6, 4), []
+    forward = whole.pair_contrast_fwd
+    whole.pair_contrast_fwd = lambda *inputs: seen.append(inputs[-3:]) or forward(*inputs)
+    info_nce(x, y)
+    info_nce(x.requires_grad_(), y).backward()
+    info_nce(x, y, logit_scale=torch.tensor(2.0, requires_grad=True)).backward()
+    with torch.no_grad():
+        info_nce(x, y)
+    assert seen == [(False, False, False), (True, False, False), (True, False, True), (False, False, False)]
+    assert whole.calls == ["forward", "forward", "backward", "forward", "backward", "forward"] and y.grad is None
+
+
+def test_it_has_no_second_derivative(whole):
+    x, y = torch.randn(2, 4, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(nt_xent(x, y), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()

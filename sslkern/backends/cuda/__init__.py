@@ -20,7 +20,7 @@ from . import driver, nvrtc
 DEVICES = ("cuda",)
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as kernels/device.h has them
 DTYPES = tuple(NAMES)
-PRIMITIVES = ("sampled_similarity", "queue_push", "bank_update", "unit_pairs")
+PRIMITIVES = ("sampled_similarity", "queue_push", "bank_update", "unit_pairs", "pair_contrast")
 KEEPS = 0, 0
 
 
@@ -58,4 +58,10 @@ def _lacks(primitive: str):
     return lacks
 
 
-LACKS = {primitive: _lacks(primitive) for primitive in PRIMITIVES}
+def _lacks_pair_contrast(x: Tensor, **options) -> str | None:
+    from . import pair_contrast
+
+    return pair_contrast.lacks(x, **options)
+
+
+LACKS = {primitive: _lacks(primitive) for primitive in PRIMITIVES} | {"pair_contrast": _lacks_pair_contrast}

@@ -73,6 +73,15 @@ PROGRAMS = {
         {"pair_forward<{0}>": "teams int64 pointer*5", "pair_backward<{0}>": "teams int64 pointer*7"},
         ONE_TYPE,
     ),
+    "pair_contrast": Program(
+        "pair_contrast.cu",
+        {
+            "pair_scores<{0}>": "pairs pointer*5",
+            "pair_gradients<{0}, {1}, {2}>": "pairs pointer*3 float int pointer*3",
+            "scaled_gradients<{0}>": "int64 int pointer*6",
+        },
+        [(name, *shape) for name in HOPPER_TYPES for shape in (("4", "2"), ("1", "8"), ("1", "16"))],
+    ),
     "similarity_extents": Program("similarity_extents.cu", {"id_extents": "pointer*4 int64*2"}, [()], hopper=True),
     "similarity_lse_frozen": Program(
         "similarity_lse_rows.cu",

@@ -7,6 +7,7 @@ import threading
 
 _CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _PROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+_SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _DYNAMIC_SHARED, _WITHOUT_ASKING = 8, 48 << 10  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -63,6 +64,12 @@ def capability(index: int) -> int:
 def processors(index: int) -> int:
     """Multiprocessors of a GPU."""
     return _attribute(index, _PROCESSORS)
+
+
+@functools.cache
+def shared_memory(index: int) -> int:
+    """Bytes that a block of a GPU may ask for."""
+    return _attribute(index, _SHARED_MEMORY)
 
 
 def _attribute(index: int, name: int) -> int:
