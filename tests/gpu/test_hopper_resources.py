@@ -23,6 +23,9 @@ PRODUCTS: dict[str, list[int]] = {
     f"{kernel}<{words}>": loops
     for dtype in compile.HOPPER_TYPES
     for kernel, words, loops in (
+        ("gradient_rows", f"{dtype}, 64", [12]),
+        ("gradient_rows", f"{dtype}, 128", [16]),
+        ("gradient_rows", f"{dtype}, 256", [20]),
         ("frozen", f"{dtype}, 64", [12]),
         ("frozen", f"{dtype}, 128", [16]),
         ("frozen", f"{dtype}, 256", [20]),

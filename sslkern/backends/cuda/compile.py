@@ -82,6 +82,18 @@ PROGRAMS = {
         },
         [(name, *shape) for name in HOPPER_TYPES for shape in (("4", "2"), ("1", "8"), ("1", "16"))],
     ),
+    "similarity_lse_gradient": Program(
+        "similarity_lse_gradient.cu",
+        {
+            "gradient_rows<{0}, {1}>": "map*3 problem gradient",
+            "gradient_columns": "int*3 pointer*3 bool pointer*3",
+            "gradient_fold": "int pointer*2 int pointer*3",
+            "gradient_of_parts": "int64 int pointer*2",
+            "gradient_of_scale": "int64 pointer float pointer",
+        },
+        [(name, features) for name in HOPPER_TYPES for features in ("64", "128", "256")],
+        hopper=True,
+    ),
     "similarity_extents": Program("similarity_extents.cu", {"id_extents": "pointer*4 int64*2"}, [()], hopper=True),
     "similarity_lse_frozen": Program(
         "similarity_lse_rows.cu",
