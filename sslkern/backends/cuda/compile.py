@@ -98,7 +98,7 @@ PROGRAMS = {
     "similarity_lse_frozen": Program(
         "similarity_lse_rows.cu",
         {
-            "frozen<{0}, {1}>": "map*3 problem int pointer*3",
+            "frozen<{0}, {1}>": "map*3 problem int pointer*2 int pointer",
             "merge_means": "parts int pointer*2",
         },
         [(name, features) for name in HOPPER_TYPES for features in ("64", "128", "256")],

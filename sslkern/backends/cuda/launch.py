@@ -133,6 +133,12 @@ def padded(x: Tensor) -> Tensor:
     return x.new_empty((rows, (d + PIECE - 1) // PIECE * PIECE))[:, :d].copy_(x)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x without gaps as `Call.vector` takes it: on 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 class Call:
     """The launches of one call of a primitive, by a program with these arguments (see `missing`), on a device and
     torch's stream there."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .launch import THREADS, Call, padded
+from .launch import THREADS, Call, aligned, padded
 
 EXTENT = 64  # as in kernels/similarity.h
 HOPPER_TYPES = torch.bfloat16, torch.float16
@@ -32,9 +32,8 @@ class Pairs(NamedTuple):
         """Of a problem without groups and limits, whose sizes are not 0."""
         itself, q = problem.k is None, padded(problem.q)
         k = q if itself else padded(problem.k)
-        q_ids, k_ids, bias = (
-            None if x is None else x.contiguous() for x in (problem.q_ids, problem.k_ids, problem.k_bias)
-        )
+        q_ids, k_ids = (None if x is None else x.contiguous() for x in (problem.q_ids, problem.k_ids))
+        bias = None if problem.k_bias is None else aligned(problem.k_bias)
         q_extents, k_extents = _extents(q_ids, k_ids)
         if itself:
             k_ids, k_extents = q_ids, q_extents

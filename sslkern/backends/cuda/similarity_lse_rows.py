@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .driver import MAP_BYTES
-from .launch import THREADS, Call
+from .launch import PIECE, THREADS, Call
 from .pairs import Pairs
 
 BLOCK, ROWS = 384, 128  # threads and rows of a block, as in kernels/similarity_lse_rows.cu
@@ -38,16 +38,17 @@ def frozen(pairs: Pairs, best: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     blocks, tiles = -(-N // ROWS), -(-M // columns)
     each = _balanced(blocks, tiles, call.processors)
     parts = -(-tiles // each)
-    row, mean, top = new(parts, N), new(parts, N, D), new(parts, N) if best else None
+    width = -(-D // PIECE) * PIECE
+    row, mean, top = new(parts, N), new(parts, N, width), new(parts, N) if best else None
     maps = call.matrix("q", pairs.q, ROWS), call.matrix("k", pairs.k, columns), _bias_map(call, pairs, columns)
-    to = map(_address, (row, top, mean))
+    to = _address(row), _address(top), width, _address(mean)
     call.launch("frozen<{0}, {1}>", blocks * parts, *maps, *pairs.words(), each, *to, threads=BLOCK, shared=SHARED)
     if parts > 1:
         row_parts, top_parts, mean_parts = row, top, mean
-        row, mean, top = new(1, N), new(1, N, D), new(1, N) if best else None
+        row, mean, top = new(1, N), new(1, N, width), new(1, N) if best else None
         merged = _parts(Rows(row_parts, top_parts), Rows(row, top), parts, N)
-        call.launch("merge_means", N, *merged, D, _address(mean_parts), _address(mean))
-    return row[0], mean[0], top[0] if best else None
+        call.launch("merge_means", N, *merged, width, _address(mean_parts), _address(mean))
+    return row[0], mean[0, :, :D].contiguous(), top[0] if best else None
 
 
 def largest(pairs: Pairs, columns: bool) -> tuple[Tensor, Tensor | None, Tensor]:

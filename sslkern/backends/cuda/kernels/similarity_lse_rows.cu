@@ -145,6 +145,10 @@ struct Softmax {
 
 // ---- frozen ---------------------------------------------------------------------------------------------------------
 
+struct alignas(8) Two {
+  float x[2];
+};
+
 // Shared memory of a block for up to D features: x and the stages of y as panels of 64 features, the biases, barriers.
 template <int D>
 struct FrozenLayout {
@@ -156,11 +160,12 @@ struct FrozenLayout {
 };
 
 // A block takes 128 rows and a part of `tiles` tiles of the columns. row and best (or null) [parts, n], mean
-// [parts, n, d]: of the part.
+// [parts, n, width]: of the part. width: d, or the next multiple of 8.
 template <class T, int D>
 __global__ void __launch_bounds__(BLOCK, 1)
     frozen(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
-           const __grid_constant__ TensorMap bias, const Problem p, int tiles, float* row, float* best, float* mean) {
+           const __grid_constant__ TensorMap bias, const Problem p, int tiles, float* row, float* best, int width,
+           float* mean) {
   using L = FrozenLayout<D>;
   constexpr int N = L::COLUMNS;
   const uint32_t x = dynamic_shared(), y = x + L::X_BYTES, biases = y + L::STAGES * L::Y_BYTES;
@@ -276,13 +281,10 @@ __global__ void __launch_bounds__(BLOCK, 1)
     for (int r = 0; r < 2; ++r) {
       if (i + 8 * r >= p.n) continue;
       const float factor = softmax.sum[r] == 0.f ? 0.f : 1.f / softmax.sum[r];
-      float* const to = mean + (place + 8 * r) * p.d + 2 * (lane % 4);
+      Two* const to = reinterpret_cast<Two*>(mean + (place + 8 * r) * width) + lane % 4;
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n)
-        if (8 * n < p.d) {
-          to[8 * n] = o[4 * n + 2 * r] * factor;
-          to[8 * n + 1] = o[4 * n + 2 * r + 1] * factor;
-        }
+      for (int n = 0; n < D / 2; n += 4)
+        if (2 * n < width) to[n] = {o[n + 2 * r] * factor, o[n + 2 * r + 1] * factor};
       if (lane % 4 == 0) row[place + 8 * r] = softmax.log_sum(r);
       if (lane % 4 == 0 && best != nullptr) best[place + 8 * r] = softmax.best(r);
     }
