@@ -15,7 +15,8 @@ from ..ops.test_similarity_lse import compare, features
 if "triton" not in EVERY:
     pytest.skip("needs Triton with its interpreter or a GPU", allow_module_level=True)
 
-from sslkern.backends.triton import configs, hardware, launch, library, strategies, tuning
+from sslkern.backends import strips
+from sslkern.backends.triton import configs, hardware, launch, strategies, tuning
 from sslkern.backends.triton import similarity_lse as kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -104,8 +105,8 @@ def test_scores_so_small_that_no_maximum_is_taken_off(backend, large, dtype):
 @pytest.fixture(params=["shared", "library"])
 def by_products(request, monkeypatch):
     """The other strategies than fused kernels, in several strips."""
-    monkeypatch.setattr(library, "LEAST", 1)
-    monkeypatch.setattr(library, "TILE", 64)
+    monkeypatch.setattr(strips, "LEAST", 1)
+    monkeypatch.setattr(strips, "TILE", 64)
     with strategies.use_strategy(request.param):
         yield
 

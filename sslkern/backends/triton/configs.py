@@ -28,7 +28,7 @@ class Config(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, "WS": self.specialised}
 
 
-SIDES = (16, 32, 64, 128, 256)  # of tiles; those of weights must divide `library.TILE`
+SIDES = (16, 32, 64, 128, 256)  # of tiles; those of weights must divide `strips.TILE`
 _forced: dict[str, Config] = {}
 
 

@@ -1,6 +1,5 @@
 """What the launchers of the similarity family share: a problem on its chip, and how it is cut into programs."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -78,14 +77,3 @@ def precision(dtype: torch.dtype) -> str:
 def allocator(like: Tensor):
     """Makes fp32 tensors of a shape on the device of `like`."""
     return lambda *shape: torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def fold_of(q: Tensor, weights: Iterable[Tensor | None]) -> Tensor | None:
-    """What weights of pairs are multiplied by on their way through fp16, where those of large batches would vanish: it
-    brings the largest that a sum of `weights` (None: 1), one of each, can be to 2^14. None of other types."""
-    if q.dtype != torch.float16:
-        return None
-    one = q.new_ones((), dtype=torch.float32)
-    # What is not finite may be of rows with nothing left.
-    largest = sum(one if w is None else w.abs().nan_to_num(0, 0, 0).amax() for w in weights)
-    return 2.0**14 / largest.clamp(2.0**-100, 2.0**100)

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import strips
 from ..problem import Problem
 from ..reference import similarity_lse as reference
 from . import hardware, library
 from .configs import Config, choose
-from .launch import Launch, allocator, fold_of, precision
+from .launch import Launch, allocator, precision
 from .strategies import strategy
 from .tiles import (
     INF,
@@ -345,7 +346,7 @@ def similarity_lse_frozen_fwd(problem: Problem, best: bool) -> tuple[Tensor | No
     if chosen != "fused":  # as a forward and a backward, for which S is there once more
         row, _, top, _ = similarity_lse_fwd(problem, False, best, 0)
         ones = torch.ones_like(row)
-        fold, q_side = fold_of(q, [ones]), sides[0]._replace(lse=row, grad=ones)
+        fold, q_side = strips.fold_of(q, [ones]), sides[0]._replace(lse=row, grad=ones)
         with hardware.on(q.device):
             mean, *_ = _by_products(launch, q_side, sides[1], fold, chosen, True, False, False)
         return row, mean if fold is None else mean.div_(fold), top
@@ -504,13 +505,13 @@ def similarity_lse_bwd(
     else:
         q_side, k_side = Side(q_ids, limit=q_limit, lse=row, grad=g), Side(k_ids, bias=k_bias, lse=col, grad=h)
     # Of a row with nothing left the gradient is 0, whatever arrived.
-    fold = fold_of(q, (g.masked_fill(lse == -torch.inf, 0) for lse, g in ((row, g), (col, h)) if g is not None))
+    fold = strips.fold_of(q, (g.masked_fill(lse == -torch.inf, 0) for lse, g in ((row, g), (col, h)) if g is not None))
     chosen = strategy(q, N, M, q_limit, itself and k_bias is not None, chip)
     dq = dk = dscale = dbias = None
     with hardware.on(q.device):
         if chosen != "fused" and not need_bias and (need_q or need_k):
             dq, dk, dscale = _by_products(launch, q_side, k_side, fold, chosen, need_q, need_k, need_scale)
-            dq, dk = library.scaled(dq, dk, problem.full_scale, fold)
+            dq, dk = strips.scaled(dq, dk, problem.full_scale, fold)
         else:
             config = choose("backward", q.dtype, D, chip, launch.crowded)
             if itself:

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import strips
 from ..problem import Problem
 from ..reference.similarity_softplus import similarity_softplus_fwd as reference
 from . import hardware, library
 from .configs import Config, choose
-from .launch import Launch, allocator, fold_of, precision
+from .launch import Launch, allocator, precision
 from .strategies import strategy
 from .tiles import (
     INF,
@@ -167,7 +168,7 @@ def similarity_softplus_fwd(
     q, k, _, _, q_ids, k_ids, _, k_bias, q_limit = problem
     bias, weights = (None if x is None else x.contiguous() for x in (bias, weights))
     keys, groups, sign = problem.keys, q.shape[:-2], float(sign)
-    fold = fold_of(q, (weights, weights))  # of q with itself two weights add up
+    fold = strips.fold_of(q, (weights, weights))  # of q with itself two weights add up
     if itself:  # a row is a column, too
         q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, shift=bias, weight=weights)
     else:
@@ -190,7 +191,7 @@ def similarity_softplus_fwd(
 
             by_library = chosen == "library"
             dq, dk = library.gradients_of_products(weigh, q, k, q_side, k_side, False, need_q, need_k, by_library)
-            dq, dk = library.scaled(dq, dk, problem.full_scale, fold)
+            dq, dk = strips.scaled(dq, dk, problem.full_scale, fold)
             row, dscale, dbias = (None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))
         else:
             config = choose("softplus", q.dtype, D, chip, launch.crowded)
