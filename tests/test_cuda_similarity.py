@@ -35,10 +35,10 @@ def test_words_of_a_problem():
     q, ids, bias = torch.randn(70, 8).half(), torch.arange(70), torch.randn(70)
     pairs = Pairs.of(Problem(q, q.flip(0), None, 3.0, ids, ids, True, bias))
     packed = struct.pack(*launch.layout_of("problem"), *pairs.words())
-    assert struct.unpack_from("6Qf3i2?", packed) == (
-        *(x.data_ptr() for x in (ids, ids, pairs.q_extents, pairs.k_extents, bias)), 0, 3.0, 70, 70, 8, False, True
+    assert struct.unpack_from("6Qf4i2?", packed) == (
+        *(x.data_ptr() for x in (ids, ids, pairs.q_extents, pairs.k_extents, bias)), 0, 3.0, 70, 70, 8, 0, False, True
     )  # fmt: skip
-    assert Pairs.of(Problem(q)).words() == (*[0] * 6, 1.0, 70, 70, 8, True, False)
+    assert Pairs.of(Problem(q)).words() == (*[0] * 6, 1.0, 70, 70, 8, 0, True, False)
 
 
 @pytest.mark.parametrize("itself", [False, True])
@@ -52,3 +52,4 @@ def test_a_part_of_a_problem(itself):
     assert torch.equal(part.q_extents, extents(ids[64:192]))
     assert torch.equal(part.k_extents, extents(ids[64 : 200 if itself else 300]))
     assert torch.equal(pairs.cut(128, 200, 128).q_extents, extents(ids[128:200]))
+    assert (part.diagonal, pairs.cut(128, 200).diagonal) == (0, 128)

@@ -42,9 +42,9 @@ def everything(function, tensors, options):
     }
 
 
-def compare(tensors, arbitrary=False, **options):
+def compare(tensors, arbitrary=False, function=similarity_lse, **options):
     """sslkern against dense float64, with dense in the same dtype as the yardstick."""
-    result = everything(similarity_lse, tensors, options)
+    result = everything(function, tensors, options)
     plain = everything(dense.similarity_lse, tensors, options)
     as_double = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
     as_double = {n: x.detach().requires_grad_(tensors[n].requires_grad) for n, x in as_double.items()}

@@ -113,6 +113,13 @@ PROGRAMS = {
         [(name,) for name in HOPPER_TYPES],
         hopper=True,
     ),
+    "similarity_lse_sides": Program("similarity_lse_sides.cu", {"lse_sides": "int*2 pointer*6"}, [()], hopper=True),
+    "similarity_lse_weights": Program(
+        "similarity_lse_weights.cu",
+        {"weights_{1}<{0}>": "map*3 problem weights"},
+        list(itertools.product(HOPPER_TYPES, ("chunks", "stream"))),
+        hopper=True,
+    ),
 }
 
 

@@ -26,6 +26,7 @@ class Pairs(NamedTuple):
     k_extents: Tensor | None
     same: bool
     bias: Tensor | None
+    diagonal: int = 0  # of q with itself query i is key i + diagonal
 
     @classmethod
     def of(cls, problem: Problem) -> "Pairs":
@@ -49,11 +50,11 @@ class Pairs(NamedTuple):
         """What launch.LAYOUTS calls a problem."""
         tensors = self.q_ids, self.k_ids, self.q_extents, self.k_extents, self.bias, self.scale_tensor
         addresses = (0 if x is None else x.data_ptr() for x in tensors)
-        return *addresses, self.scale, *self.sizes, self.itself, self.same
+        return *addresses, self.scale, *self.sizes, self.diagonal, self.itself, self.same
 
     def cut(self, first: int, stop: int, begin: int = 0) -> "Pairs":
-        """The pairs of the queries from `first` to `stop` with the keys from `begin` on, all but the last a multiple of
-        EXTENT. Of q with itself first == begin, so that the pairs (i, i) still stand on the diagonal."""
+        """The pairs of the queries from `first` to `stop`, multiples of EXTENT but for the last, with the keys from
+        `begin` on, another."""
         rows, columns = slice(first, stop), slice(begin, None)
         blocks, others = slice(first // EXTENT, -(-stop // EXTENT)), slice(begin // EXTENT, None)
 
@@ -68,6 +69,7 @@ class Pairs(NamedTuple):
             q_extents=part(self.q_extents, blocks),
             k_extents=part(self.k_extents, others),
             bias=part(self.bias, columns),
+            diagonal=self.diagonal + first - begin,
         )
 
 
