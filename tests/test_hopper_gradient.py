@@ -220,15 +220,14 @@ def test_a_column_taken_out_by_its_bias_may_hold_anything():
     assert all(torch.equal(*both) for both in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("D", [64, 200])
-def test_splits(D):
-    """Few rows and many columns: parts that are added."""
+def test_splits():
+    """Few rows and many columns: parts that are added, of more tiles than a warp has lanes."""
     assert _split(1, 20, 132) == (1, 20) and _split(2, 512, 132) == (8, 64)
     assert _split(64, 64, 132) == (32, 2) and _split(512, 512, 132) == (512, 1)
-    M = 700 if D == 200 else 1300  # of 3 processors 2 or 3
-    q, k = features(70, D), features(M, D)
-    check(q, k, 8.0, torch.randn(70), torch.randn(M), k_bias=torch.randn(M))
-    check(q, k, 8.0, torch.randn(70), torch.randn(M))
+    q, k, g, h = features(70, 64), features(1300, 64), torch.randn(70), torch.randn(1300)
+    check(q, k, 8.0, g, h, k_bias=torch.randn(1300))
+    q, k, h = features(70, 200), features(2300, 200), torch.randn(2300)
+    check(q, k, 8.0, g, h, q_ids=torch.arange(70), k_ids=torch.arange(2300) - 2200)
 
 
 def test_same_bits_at_any_timing(emulated):
