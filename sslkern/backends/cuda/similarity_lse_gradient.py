@@ -43,7 +43,7 @@ def gradient_of(
         )  # fmt: skip
     row, g, col, h = (None if x is None else x.contiguous() for x in (row, g, col, h))
     (N, M, D), q = pairs.sizes, pairs.q
-    features, width, stages = next(shape for shape in _SHAPES if D <= shape[0])
+    features, width, stages = next(shape for shape in SHAPES if D <= shape[0])
     call = Call("similarity_lse_gradient", q.device, q.dtype, features)
     blocks, tiles = -(-N // ROWS), -(-M // width)
     each, splits = _split(blocks, tiles, call.processors)
@@ -100,7 +100,7 @@ def gradient_of(
 
 
 # Features of an instance, columns of its tiles, and how many of these are under way.
-_SHAPES = (64, 128, 8), (128, 128, 5), (256, 64, 4)
+SHAPES = (64, 128, 8), (128, 128, 5), (256, 64, 4)
 
 
 def _shared(features: int, width: int, stages: int) -> int:
