@@ -18,7 +18,7 @@ namespace {
 constexpr int CHUNK = 16;                   // bytes that the swizzle moves as one; copies and products touch whole ones
 constexpr int START = 1024 + 16;            // of dynamic shared memory: as badly aligned as it may be
 constexpr int REGISTERS = 65536;            // of a block that has the multiprocessor for itself
-constexpr uint32_t IN_FLIGHT = 0x7fc0dead;  // of accumulators that a product still writes: a NaN
+constexpr uint32_t NOT_SHOWN = 0x7fc0dead;  // of accumulators before `pin`: a NaN
 
 // ---- What a block has ----------------------------------------------------------------------------------------------
 
@@ -69,6 +69,7 @@ struct Stores {  // a group
   bool read = false;
 };
 
+// As long as a thread has not pinned them, its registers hold NaN.
 struct Accumulators {
   std::vector<float> tile;              // [64, N]
   std::array<float*, WARPGROUP> of;     // by thread: its registers
@@ -106,6 +107,7 @@ struct Thread {
   std::vector<std::pair<uint32_t, int>> unpublished;  // what it has written: from, bytes
   std::vector<Store> open;
   std::deque<Stores> stores;
+  std::vector<std::shared_ptr<Accumulators>> accumulators;  // that products write or have written
 };
 
 struct Pool : Place {
@@ -613,30 +615,30 @@ void each_register(int thread, int registers, const Body& body) {
       for (int h = 0; h < 2; ++h) body(4 * j + 2 * i + h, row_of(thread, i) * registers * 2 + column_of(thread, j) + h);
 }
 
-// The accumulators of a product that this thread issues: those that one under way already writes, or its registers.
+// The accumulators of a product that this thread issues: those of an earlier one, or its registers.
 std::shared_ptr<Accumulators> accumulators(Warpgroup& group, int t, Product* of_others, const Operands& of) {
-  const int64_t number = group.issued[t];
   std::shared_ptr<Accumulators> found;
-  for (int64_t i = number - 1; i >= group.landed[t] && found == nullptr; --i)
-    if (group.products[i - group.first].d->of[t] == of.d) found = group.products[i - group.first].d;
+  for (const auto& d : me().accumulators)
+    if (d->of[t] == of.d) found = d;
   if (of_others != nullptr && found != nullptr && found != of_others->d)
     fail("wgmma: threads of a warpgroup give other accumulators");
-  const bool under_way = found != nullptr;
-  if (!under_way) found = of_others != nullptr ? of_others->d : std::make_shared<Accumulators>();
+  const bool earlier = found != nullptr;
+  if (!earlier) found = of_others != nullptr ? of_others->d : std::make_shared<Accumulators>();
   if (found->tile.empty()) {
     found->tile.assign(64 * of.registers * 2, 0.f);
     found->of.fill(nullptr);
   }
-  if (int(found->tile.size()) != 128 * of.registers) fail("wgmma: accumulators under way have another size");
-  found->last[t] = number;
-  if (under_way) return found;
+  if (int(found->tile.size()) != 128 * of.registers) fail("wgmma: accumulators of earlier products have another size");
+  found->last[t] = group.issued[t];
+  if (earlier) return found;
   if (found->of[t] != nullptr) fail("wgmma: threads of a warpgroup give other accumulators");
   if (!group.fenced[t]) fail("wgmma takes accumulators from registers without wgmma_fence after the last wgmma_wait");
   found->of[t] = of.d;
   each_register(t, of.registers, [&](int i, int at) {
     found->tile[at] = of.d[i];
-    of.d[i] = from_bits(IN_FLIGHT);
+    of.d[i] = from_bits(NOT_SHOWN);
   });
+  me().accumulators.push_back(found);
   return found;
 }
 
@@ -692,12 +694,6 @@ void wait_products(int pending) {
       for (int r = 0; r < 4; ++r)
         if (product.kept[t][r] != nullptr && *product.kept[t][r] != product.fragment[t][r])
           fail("registers of a have changed while a product reads them: keep them in an array until wgmma_wait");
-    Accumulators& d = *product.d;
-    if (d.last[t] != i) continue;
-    each_register(t, of.registers, [&](int r, int at) {
-      if (to_bits(d.of[t][r]) != IN_FLIGHT) fail("accumulators have changed while a product writes them");
-      d.of[t][r] = d.tile[at];
-    });
   }
   if (end > group.landed[t]) group.landed[t] = end;
   my_warp().knows.learn(group_in_cluster(rank(), thread() / WARPGROUP), uint32_t(group.landed[t]));
@@ -707,6 +703,19 @@ void wait_products(int pending) {
   }
   group.fenced[t] = false;
   maybe_pause();
+}
+
+void show(const float* registers) {
+  const int t = thread() % WARPGROUP;
+  auto& all = me().accumulators;
+  const auto found = std::find_if(all.begin(), all.end(), [&](const auto& d) { return d->of[t] == registers; });
+  if (found == all.end() || (*found)->last[t] >= my_group().landed[t]) return;
+  Accumulators& d = **found;
+  each_register(t, int(d.tile.size()) / WARPGROUP, [&](int r, int at) {
+    if (to_bits(d.of[t][r]) != NOT_SHOWN) fail("accumulators have changed between their products and `pin`");
+    d.of[t][r] = d.tile[at];
+  });
+  all.erase(found);
 }
 
 }  // namespace emulation
@@ -798,6 +807,7 @@ void end_thread() {
   const Warpgroup& group = my_group();
   if (group.issued[thread() % WARPGROUP] != group.landed[thread() % WARPGROUP])
     fail("a thread ends with products under way (wgmma_wait)");
+  if (!me().accumulators.empty()) fail("a thread ends with accumulators that it has not pinned (pin)");
   if (!me().open.empty()) fail("a thread ends with stores that are not committed (commit_stores)");
   for (const Stores& group : me().stores) {
     if (!group.read) fail("a thread ends while its stores still read shared memory (wait_stores_read)");

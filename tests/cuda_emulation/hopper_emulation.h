@@ -32,6 +32,7 @@ struct Operands {
   const uint32_t* kept[4];
 };
 void issue(const Operands&);
+void show(const float* d);  // accumulators whose products have ended
 
 template <class T>
 const uint32_t* kept(T&& x) {
@@ -124,8 +125,13 @@ template <int PENDING>
 void wgmma_wait() {
   emulation::wait_products(PENDING);
 }
-template <class T, int R>
-void pin(T (&)[R]) {}
+// What products have written is seen from there on.
+template <int R>
+void pin(float (&d)[R]) {
+  emulation::show(d);
+}
+template <int R>
+void pin(uint32_t (&)[R]) {}
 inline uint32_t opaque(uint32_t x) { return x; }
 
 inline uint32_t rows_at(uint32_t address) { return (address & 0x3ffff) >> 4 | 1u << 16; }

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(384, 1)
       if (mistake("a tile overwritten")) store_matrices(tile + lane_id() * 16, 0, 0, 0, 0);
       if (!mistake("no wgmma_commit")) wgmma_commit();
       if (!mistake("accumulators read too early")) wgmma_wait<0>();
-      pin(scores);
+      if (!mistake("accumulators not pinned")) pin(scores);
       for (int j = 0; j < Y / 8; ++j) {
         float b0, b1;
         uint32_t from = at.bias + s * P::VECTOR + (8 * j + 2 * (lane_id() % 4)) * 4;
