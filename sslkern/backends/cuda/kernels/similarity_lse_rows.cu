@@ -6,8 +6,8 @@
 //   merge_means  the same, with the means
 //
 // x are the features of the rows that a block owns, y those that it streams. One warpgroup loads, two own 64 rows each:
-// with two at work one's exponentials run beside the other's products. Floors, per pair of tiles of 64 rows x 128
-// columns: 16 D clocks of the tensor units (frozen: 32 D), 1,024 of the units for exponentials.
+// with two at work one's exponentials run beside the other's products. Floors, in cycles of a processor for 128 rows
+// and 128 columns: products 8 D (frozen: 16 D), exponentials 1,024.
 #include "similarity.h"
 
 namespace sslkern::cuda {
@@ -18,6 +18,7 @@ constexpr int OWN = 64;               // of which each warpgroup
 constexpr int CHUNK = 64;             // features in a panel: a row of 128 bytes
 constexpr int PANEL = ROWS * 128;     // bytes
 constexpr int WARPS = 8;              // that compute
+constexpr int MOST_BYTES = (227 << 10) - (GROUP_BYTES - 16);  // of shared memory, from a multiple of GROUP_BYTES on
 constexpr float LN_2 = 0.693147181f;
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 
@@ -156,7 +157,7 @@ struct FrozenLayout {
   static constexpr int PANELS = D / CHUNK, Y_PANEL = COLUMNS * 128;
   static constexpr int X_BYTES = PANELS * PANEL, Y_BYTES = PANELS * Y_PANEL, BIAS_BYTES = COLUMNS * 4;
   static constexpr int STAGES = D == 64 ? 8 : 5;
-  static constexpr int BYTES = X_BYTES + STAGES * (Y_BYTES + BIAS_BYTES) + 8 * (2 * STAGES + 1);
+  static_assert(X_BYTES + STAGES * (Y_BYTES + BIAS_BYTES) + 8 * (2 * STAGES + 1) <= MOST_BYTES);
 };
 
 // A block takes 128 rows and a part of `tiles` tiles of the columns. row and best (or null) [parts, n], mean
@@ -265,8 +266,9 @@ __global__ void __launch_bounds__(BLOCK, 1)
       wgmma_wait<0>();
       pin(o), pin(w);
       ring.release(before);
+      if (any_lane(shrink[0] != 1.f || shrink[1] != 1.f))  // mostly in the first tiles
 #pragma unroll
-      for (int n = 0; n < D / 2; ++n) o[n] *= shrink[n / 2 % 2];
+        for (int n = 0; n < D / 2; ++n) o[n] *= shrink[n / 2 % 2];
       pack();
     }
     pin(w), pin(o);
@@ -351,7 +353,7 @@ SSLKERN_DEVICE void each_unit(const Sides& sides, Work work) {
 // Shared memory: panels of x, which stay where all of its features fit, and stages of a panel of y, else one of both.
 struct RunningLayout {
   static constexpr int PANELS = 13, MOST_THAT_STAY = 9, MOST_STAGES = 12, BIAS_BYTES = ROWS * 4;
-  static constexpr int BYTES = PANELS * PANEL + MOST_STAGES * BIAS_BYTES + 8 * (2 * MOST_STAGES + 2);
+  static_assert(PANELS * PANEL + MOST_STAGES * BIAS_BYTES + 8 * (2 * MOST_STAGES + 2) <= MOST_BYTES);
   int chunks, stage_bytes, stages;
   bool x_stays;
 
