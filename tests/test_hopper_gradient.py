@@ -147,6 +147,8 @@ def test_log_sum_exps_far_apart(scale, rows, columns):
     check(q, k, scale, g, h)
     q[16:, :2] *= -1
     check(q, k, scale, g, h)
+    q[:, :2] = 1
+    check(q, k, scale, g, h)
 
 
 def test_unnormalised_features():

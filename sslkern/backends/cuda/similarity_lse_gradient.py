@@ -56,7 +56,7 @@ def gradient_of(
 
     rows = address("row", row), address("g", g)
     columns = address("col", col), address("h", h)
-    fold = new() if q.dtype == torch.float16 else None
+    fold = new(2) if q.dtype == torch.float16 else None
     if fold is not None:
         call.launch("gradient_fold", 1, N, *rows, M, *columns, address("fold", fold))
     near, apart = new(tiles, width + PAST), new(tiles, 3, width)

@@ -36,12 +36,13 @@ constexpr float FOLDED = 16384.f;  // 2^14, the largest weight on its way throug
 
 SSLKERN_DEVICE float base_2(float lse) { return lse == -INFINITY ? INFINITY : LOG2_E * lse; }
 SSLKERN_DEVICE float arrived(float grad, float lse, float fold) { return lse == -INFINITY ? 0.f : grad * fold; }
-SSLKERN_DEVICE float fold_of(const float* fold) { return fold == nullptr ? 1.f : *fold; }
+SSLKERN_DEVICE float fold_of(const float* fold) { return fold == nullptr ? 1.f : fold[0]; }
+SSLKERN_DEVICE float unfold_of(const float* fold) { return fold == nullptr ? 1.f : fold[1]; }
 
 // ---- beforehand -----------------------------------------------------------------------------------------------------
 
-// fp16: a power of two by which weights are multiplied until the end, so that those of large batches do not vanish.
-// One block; largest |g| + |h| as if they met.
+// fp16: a power of two by which weights are multiplied until the end, so that those of large batches do not vanish, and
+// its inverse. One block; the largest |g| and |h| as if they met.
 __global__ void __launch_bounds__(THREADS) gradient_fold(int n, const float* row_lse, const float* row_grad, int m,
                                                          const float* lse, const float* grad, float* fold) {
   __shared__ float of_warp[2][THREADS / WARP];
@@ -63,7 +64,8 @@ __global__ void __launch_bounds__(THREADS) gradient_fold(int n, const float* row
   for (int side = 0; side < 2; ++side)
     for (int warp = 1; warp < THREADS / WARP; ++warp) of_warp[side][0] = fmaxf(of_warp[side][0], of_warp[side][warp]);
   const float both = fminf(fmaxf(of_warp[0][0] + of_warp[1][0], 0x1p-100f), 0x1p100f);
-  *fold = FOLDED * exp2f(-floorf(log2f(both)));
+  fold[0] = FOLDED * exp2f(-floorf(log2f(both)));
+  fold[1] = 1.f / fold[0];
 }
 
 // Of each tile of `width` columns, a warp each: near [tiles, width + PAST], h_j 2^(m - c_j), and after them m and how
@@ -387,19 +389,19 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
     wgmma_wait<0>();
     pin(next), pin(o);
 
-    const float fold = fold_of(given.fold);
+    const float unfold = unfold_of(given.fold);
     if (given.dscale != nullptr) {
       for (int by = 1; by < WARP; by *= 2) of_scale += exchange(of_scale, by);
-      if (lane == 0) given.dscale[block_id() * 8 + warp - WARPGROUP / WARP] = of_scale / fold;
+      if (lane == 0) given.dscale[block_id() * 8 + warp - WARPGROUP / WARP] = of_scale * unfold;
     }
-    const float factor = (p.scale_tensor == nullptr ? p.scale : p.scale * *p.scale_tensor) / fold;
+    const float factor = (p.scale_tensor == nullptr ? p.scale : p.scale * *p.scale_tensor) * unfold;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = i + 8 * h;
       const int64_t place = int64_t(split) * p.n + row;
       if (given.dbias != nullptr) {
         for (int by = 1; by < 4; by *= 2) of_bias[h] += exchange(of_bias[h], by);
-        if (lane % 4 == 0 && row < p.n) given.dbias[place] = of_bias[h] / fold;
+        if (lane % 4 == 0 && row < p.n) given.dbias[place] = of_bias[h] * unfold;
       }
       if (given.dx != nullptr && row < p.n) {
         float* const to = given.dx + place * whole(p.d) + lane % 4 * 2;
