@@ -6,8 +6,6 @@
 
 #include "emulation.h"
 
-#define SSLKERN_DEVICE inline
-
 namespace sslkern::cuda {
 
 namespace emulation {
@@ -133,12 +131,6 @@ void pin(float (&d)[R]) {
 template <int R>
 void pin(uint32_t (&)[R]) {}
 inline uint32_t opaque(uint32_t x) { return x; }
-
-inline uint32_t rows_at(uint32_t address) { return (address & 0x3ffff) >> 4 | 1u << 16; }
-inline uint32_t columns_at(uint32_t address, uint32_t panel_bytes) {
-  return (address & 0x3ffff) >> 4 | panel_bytes >> 4 << 16;
-}
-inline uint64_t descriptor(uint32_t at) { return uint64_t(GROUP_BYTES >> 4 | 1u << 30) << 32 | at; }
 
 template <class T, int R>
 void wgmma(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) {

@@ -9,6 +9,12 @@
 
 #include "device.h"
 
+#ifdef SSLKERN_EMULATED
+#define SSLKERN_DEVICE inline
+#else
+#define SSLKERN_DEVICE __device__ __forceinline__
+#endif
+
 namespace sslkern::cuda {
 
 constexpr int WARPGROUP = 128;     // threads that issue a product together
@@ -19,13 +25,26 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
+// Matrices of products lie in shared memory in panels of 64 numbers (128 bytes) a row with the swizzle of 128 bytes,
+// each panel aligned to GROUP_BYTES. Where a matrix lies is the half of its descriptor that changes: an offset of b
+// bytes adds b / 16. In a cluster the rank of the block lies above the address: it is masked.
+//
+// Numbers along the product lie in a row: 16 further are 32 bytes in the panel. Groups of 8 rows follow each other.
+SSLKERN_DEVICE uint32_t rows_at(uint32_t address) { return (address & 0x3ffff) >> 4 | 1u << 16; }
+// Numbers along the product lie below each other: 16 further are 2048 bytes. N goes along the row, and from panel to
+// panel. For b only.
+SSLKERN_DEVICE uint32_t columns_at(uint32_t address, uint32_t panel_bytes) {
+  return (address & 0x3ffff) >> 4 | panel_bytes >> 4 << 16;
+}
+SSLKERN_DEVICE uint64_t descriptor(uint32_t at) {
+  return static_cast<uint64_t>(GROUP_BYTES >> 4 | 1u << 30) << 32 | at;
+}
+
 }  // namespace sslkern::cuda
 
 #ifdef SSLKERN_EMULATED
 #include "hopper_emulation.h"
 #else
-
-#define SSLKERN_DEVICE __device__ __forceinline__
 
 namespace sslkern::cuda {
 
@@ -171,8 +190,7 @@ SSLKERN_DEVICE void wait_stores() {
 // ---- products of a warpgroup (wgmma) --------------------------------------------------------------------------------
 //
 // d[64 x N] (+)= a[64 x 16] b[N x 16]^T. Thread t holds in d[4 j + 2 i + h] row 16 (t / 32) + t % 32 / 4 + 8 i, column
-// 8 j + 2 (t % 4) + h. Matrices in shared memory are panels of 64 numbers (128 bytes) a row with the swizzle of 128
-// bytes, each panel aligned to GROUP_BYTES.
+// 8 j + 2 (t % 4) + h.
 
 SSLKERN_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 SSLKERN_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -195,20 +213,6 @@ SSLKERN_DEVICE void pin(uint32_t (&d)[R]) {
 SSLKERN_DEVICE uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
-}
-
-// Where a matrix lies, the half of its descriptor that changes: an offset of b bytes adds b / 16. In a cluster the rank
-// of the block lies above the address: it is masked.
-//
-// Numbers along the product lie in a row: 16 further are 32 bytes in the panel. Groups of 8 rows follow each other.
-SSLKERN_DEVICE uint32_t rows_at(uint32_t address) { return (address & 0x3ffff) >> 4 | 1u << 16; }
-// Numbers along the product lie below each other: 16 further are 2048 bytes. N goes along the row, and from panel to
-// panel. For b only.
-SSLKERN_DEVICE uint32_t columns_at(uint32_t address, uint32_t panel_bytes) {
-  return (address & 0x3ffff) >> 4 | panel_bytes >> 4 << 16;
-}
-SSLKERN_DEVICE uint64_t descriptor(uint32_t at) {
-  return static_cast<uint64_t>(GROUP_BYTES >> 4 | 1u << 30) << 32 | at;
 }
 
 #define SSLKERN_TEN(n) \
