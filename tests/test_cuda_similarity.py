@@ -5,7 +5,10 @@ import struct
 import pytest
 import torch
 
-from sslkern.backends.cuda import launch
+import sslkern
+from sslkern import backends
+from sslkern.backends import BACKENDS, load
+from sslkern.backends.cuda import compile, driver, launch
 from sslkern.backends.cuda.pairs import EXTENT, Pairs
 from sslkern.backends.problem import Problem
 
@@ -53,3 +56,117 @@ def test_a_part_of_a_problem(itself):
     assert torch.equal(part.k_extents, extents(ids[64 : 200 if itself else 300]))
     assert torch.equal(pairs.cut(128, 200, 128).q_extents, extents(ids[128:200]))
     assert (part.diagonal, pairs.cut(128, 200).diagonal) == (0, 128)
+
+
+# ---- what it can, and who has the rest ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """`auto` finds the CUDA kernels, or the reference: the other backends are left out."""
+    for name in ("cpu", "triton"):
+        monkeypatch.setattr(BACKENDS[name], "MISSING", "left out")
+    with sslkern.use_backend("auto"):
+        yield
+
+
+def served(x: torch.Tensor, D: int = 64, **options) -> str:
+    options = dict(sizes=(1, len(x), len(x), D), bias=False, limit=False) | options
+    return backends.resolve("similarity_lse", x, **options)
+
+
+def test_what_it_can(others, monkeypatch):
+    x = torch.randn(9, 64).bfloat16()
+    for D in (1, 64, 129, 300, 2000):
+        for frozen in (False, True):
+            assert served(x, D, frozen=frozen) == served(x.half(), D, frozen=frozen, bias=True) == "cuda"
+    cases = {
+        "it has torch.float32 kernels for other primitives only": (x.float(), {}),
+        "it takes no q_limit": (x, dict(limit=True)),
+        "it takes no groups": (x[None], {}),
+        f"it counts fewer than {2**31} rows": (x, dict(sizes=(1, 9, 2**31, 64))),
+    }
+    for says, (features, options) in cases.items():
+        assert served(features, **options) == "reference"
+        with sslkern.use_backend("cuda"), pytest.raises(RuntimeError, match=f"cannot run similarity_lse: {says}"):
+            served(features, **options)
+    monkeypatch.setattr(launch, "_loaded", {})
+    for capability in (80, 100, 120):
+        monkeypatch.setattr(driver, "capability", lambda index, capability=capability: capability)
+        assert served(x) == "reference"
+        says = f"it needs a GPU of compute capability 9.0, and this one has {capability / 10}"
+        with sslkern.use_backend("cuda"), pytest.raises(RuntimeError, match=says):
+            served(x)
+        assert backends.resolve("unit_pairs", x) == "cuda"
+        launch._loaded.clear()
+
+
+def test_only_what_is_needed_is_compiled(others, monkeypatch):
+    made = []
+
+    def image(unit, target):
+        made.append(unit.program.removeprefix("similarity_"))
+        return compile.Image(b"emulated", unit.expressions())
+
+    monkeypatch.setattr(launch, "_loaded", {})
+    monkeypatch.setattr(compile, "image", image)
+    x = torch.randn(9, 64).bfloat16()
+    served(x, frozen=True)
+    assert sorted(made) == ["extents", "lse_frozen"]
+
+
+class Similarities:
+    """Every way that it takes, forward and backward."""
+
+    def __init__(self, D: int, dtype: torch.dtype, N: int = 700, M: int = 900):
+        q, k = (torch.nn.functional.normalize(torch.randn(n, D), dim=1).to(dtype) for n in (N, M))
+        ids, scale, bias, self.g = torch.arange(M) // 3, torch.full((), 5.0), torch.randn(M), torch.rand(M)
+        self.problems = (
+            (Problem(q, k, scale, 1.0, ids[:N], ids, False, bias), True),
+            (Problem(q, k, scale, 1.0, ids[:N], ids, True), False),
+            (Problem(k, None, scale, 1.0, ids), False),
+        )
+
+    def run(self) -> list[torch.Tensor]:
+        primitive, results = load("cuda", "similarity_lse"), []
+        for problem, columns in self.problems:
+            _, N, M, _ = problem.sizes
+            row, col, _, _ = primitive.similarity_lse_fwd(problem, columns, False, 0)
+            given = row, col, self.g[:N], self.g[:M] if columns else None, None
+            needs = True, problem.k is not None, True, problem.k_bias is not None
+            results += row, col, *primitive.similarity_lse_bwd(problem, *given, *needs)
+            results += primitive.similarity_lse_fwd(problem, columns, True, 0)
+            if problem.k is not None:
+                results += primitive.similarity_lse_frozen_fwd(problem, True)
+        return [x for x in results if x is not None]
+
+
+@pytest.mark.parametrize("D", [40, 200, 600])
+def test_same_bits_every_run(D):
+    work = Similarities(D, torch.bfloat16, 100, 150)
+    assert all(torch.equal(a, b) for a, b in zip(work.run(), work.run(), strict=True))
+
+
+LOSSES = {
+    "clip": lambda x, y: sslkern.functional.clip(x, y, 10.0),
+    "nt_xent": lambda x, y: sslkern.functional.nt_xent(x, y, 0.1),
+    "info_nce": lambda x, y: sslkern.functional.info_nce(x, y, temperature=0.1),
+    "moco": lambda x, y: sslkern.functional.moco(x, y, torch.nn.functional.normalize(y.detach().flip(0), dim=1), 0.1),
+}
+
+
+@pytest.mark.parametrize("D", [48, 200, 320])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(others, monkeypatch, name, D):
+    """The whole way of a loss in 16 bits, with the other parts of it from the reference."""
+    monkeypatch.setattr(load("cuda", "pair_contrast"), "MOST_ROWS", 0)  # which has few pairs for itself
+    x, y = (torch.randn(150, D).bfloat16() for _ in range(2))
+    found = {}
+    for backend in ("auto", "reference"):
+        sides = [side.clone().requires_grad_() for side in (x, y)]
+        with sslkern.use_backend(backend):
+            loss = LOSSES[name](*sides)
+            loss.backward()
+        found[backend] = loss.detach(), *(side.grad for side in sides if side.grad is not None)
+    for got, expected in zip(*found.values(), strict=True):
+        assert torch.allclose(got, expected, rtol=2**-6, atol=2**-7 * expected.abs().max().item()), name

@@ -87,7 +87,8 @@ def pair_contrast(
     if ids is None and bank is None:
         ids = row_numbers(N, 1 + views, x.device, keep=way in (_node.eager, _node.function))
     # Who has each part of it.
-    parts = resolve_each(PARTS, x, dict(sizes=(1, rows, rows if bank is None else bank.shape[0], x.shape[1])))
+    sizes = 1, rows, rows if bank is None else bank.shape[0], x.shape[1]
+    parts = resolve_each(PARTS, x, dict(sizes=sizes, frozen=frozen))
     keep = kept_rows(parts[0], rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
     losses, positive, top, *_ = way(
         x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, ",".join(parts)

@@ -79,13 +79,13 @@ def similarity_lse(
     check_flags(columns=columns, best=best)
     if columns and k is None:
         raise ValueError("columns=True needs k: for q with itself the columns are the rows")
-    backend = resolve("similarity_lse", q, **options(problem))
     scale_tensor = problem.scale_tensor
     keys_learn = (k is not None and k.requires_grad) or (k_bias is not None and k_bias.requires_grad) or transformed()
     learns = keys_learn or q.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
     learns = learns and torch.is_grad_enabled()
     # Keys that do not learn are not kept: a queue may be overwritten before the backward.
     frozen = learns and not (columns or keys_learn or k is None)
+    backend = resolve("similarity_lse", q, frozen=frozen, **options(problem))
     if torch.compiler.is_compiling() and not frozen and is_small(problem):
         return dense(problem, columns, best)
     if frozen:

@@ -14,6 +14,8 @@ from sslkern.backends import BACKENDS, load
 from sslkern.backends.cuda import launch
 from sslkern.ops import bank_update_, queue_push_, sampled_similarity, sampled_similarity_bwd
 
+from ..test_cuda_similarity import Similarities
+
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or BACKENDS["cuda"].MISSING is not None,
     reason="needs a GPU, and what the CUDA backend needs",
@@ -123,3 +125,30 @@ sslkern.ops.bank_update_(bank, torch.tensor([4], device="cuda"), torch.ones(1, 8
 torch.cuda.synchronize()"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert out.returncode != 0 and "index must be a row of the bank" in out.stdout + out.stderr
+
+
+# ---- similarity_lse, on Hopper --------------------------------------------------------------------------------------
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("D", [33, 64, 128, 200, 384, 1024])
+def test_similarities_in_a_graph_and_again(D, dtype):
+    """The same bits, and the host never waits."""
+    with torch.device("cuda"):
+        work = Similarities(D, dtype)
+    expected = work.run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = work.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work.run()
+    for _ in range(2):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(expected, out, strict=True))

@@ -1,4 +1,5 @@
-"""The hand-written CUDA kernels of the memory-bound primitives (`kernels/`), compiled when they are first needed.
+"""The hand-written CUDA kernels (`kernels/`), compiled when they are first needed: of the memory-bound primitives, and
+for Hopper (compute capability 9.0) of `similarity_lse`.
 
     nvrtc.py     the compiler that every CUDA build of torch brings
     compile.py   what is compiled for which types, and where it is kept
@@ -20,7 +21,7 @@ from . import driver, nvrtc
 DEVICES = ("cuda",)
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as kernels/device.h has them
 DTYPES = tuple(NAMES)
-PRIMITIVES = ("sampled_similarity", "queue_push", "bank_update", "unit_pairs", "pair_contrast")
+PRIMITIVES = ("similarity_lse", "sampled_similarity", "queue_push", "bank_update", "unit_pairs", "pair_contrast")
 KEEPS = 0, 0
 
 
@@ -64,4 +65,11 @@ def _lacks_pair_contrast(x: Tensor, **options) -> str | None:
     return pair_contrast.lacks(x, **options)
 
 
-LACKS = {primitive: _lacks(primitive) for primitive in PRIMITIVES} | {"pair_contrast": _lacks_pair_contrast}
+def _lacks_similarity_lse(x: Tensor, **options) -> str | None:
+    from . import similarity_lse
+
+    return similarity_lse.lacks(x, **options)
+
+
+LACKS = {primitive: _lacks(primitive) for primitive in PRIMITIVES}
+LACKS |= {"pair_contrast": _lacks_pair_contrast, "similarity_lse": _lacks_similarity_lse}

@@ -198,29 +198,28 @@ MAP_BYTES = 128
 COLUMNS = 64  # of a box of 16-bit numbers, which are a row of 128 bytes for the swizzle
 _FLOAT, _SWIZZLE_NONE, _SWIZZLE_128B, _L2_128B, _L2_256B = 7, 0, 3, 2, 3  # CUtensorMapDataType and others
 TYPES = {"fp16": 6, "bf16": 9}
-_ONES = (ctypes.c_uint32 * 2)(1, 1)
+_Room, _Longs, _Ints = ctypes.c_char * (MAP_BYTES + 64), ctypes.c_uint64 * 2, ctypes.c_uint32 * 2
+_ONES = _Ints(1, 1)
 
 
 def matrix_map(address: int, type: str, rows: int, columns: int, stride: int, box_rows: int) -> bytes:
     """Of a matrix of "bf16" or "fp16" whose rows lie `stride` numbers apart: boxes [box_rows, COLUMNS] with the swizzle
     of 128 bytes."""
-    sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * stride)
-    box = (ctypes.c_uint32 * 2)(COLUMNS, box_rows)
-    return _map(TYPES[type], 2, address, sizes, strides, box, _SWIZZLE_128B, _L2_256B)
+    return _map(TYPES[type], address, (columns, rows), 2 * stride, (COLUMNS, box_rows), _SWIZZLE_128B, _L2_256B)
 
 
 def vector_map(address: int, size: int, box: int) -> bytes:
     """Of fp32 numbers: boxes of so many, as they lie."""
-    sizes, strides = (ctypes.c_uint64 * 1)(size), (ctypes.c_uint64 * 1)(4 * size)
-    return _map(_FLOAT, 1, address, sizes, strides, (ctypes.c_uint32 * 1)(box), _SWIZZLE_NONE, _L2_128B)
+    return _map(_FLOAT, address, (size,), 4 * size, (box,), _SWIZZLE_NONE, _L2_128B)
 
 
-def _map(type: int, rank: int, address: int, sizes, strides, box, swizzle: int, promotion: int) -> bytes:
-    room = ctypes.create_string_buffer(MAP_BYTES + 64)
+def _map(type: int, address: int, sizes: tuple, stride: int, box: tuple, swizzle: int, promotion: int) -> bytes:
+    """Sizes and boxes with the inner dimension first."""
+    room = _Room()
     start = -ctypes.addressof(room) % 64
     status = library().cuTensorMapEncodeTiled(
-        ctypes.byref(room, start), type, rank, ctypes.c_void_p(address), sizes, strides, box, _ONES,
-        0, swizzle, promotion, 0,
+        ctypes.byref(room, start), type, len(sizes), ctypes.c_void_p(address), _Longs(*sizes), _Longs(stride),
+        _Ints(*box), _ONES, 0, swizzle, promotion, 0,
     )  # fmt: skip
     if status != 0:
         shown = "x".join(map(str, reversed(sizes)))
