@@ -2,10 +2,12 @@
 
 import ctypes
 import re
+import shutil
+import subprocess
 
 import pytest
 
-from .conftest import GPU, emulated_cuda
+from .conftest import GPU, ROOT, emulated_cuda
 
 pytestmark = pytest.mark.skipif(GPU, reason="for the CPU")
 
@@ -94,3 +96,19 @@ def test_seen(trial, mistake):
         said = trial(False, 150, 700, 128, 2, seed, mistake)
         assert re.search(MISTAKES[mistake], said)
     assert trial(False, 150, 300, 128, 2, seed) == ""  # nothing of it is left
+
+
+def test_no_name_is_of_two_things():
+    """All files of kernels are linked into one library, where a name of an inline function is what one of them says."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed; it comes with binutils")
+    emulated_cuda()
+    sizes = {}
+    for file in (ROOT / "build/emulated").rglob("*.o"):
+        symbols = subprocess.run(
+            ["nm", "-S", "--defined-only", file], capture_output=True, text=True, check=True
+        ).stdout
+        for size, name in re.findall(r"^\w+ (\w+) [VW] (.*)$", symbols, re.MULTILINE):
+            sizes.setdefault(name, {}).setdefault(size, file.stem)
+    several = {name: files for name, files in sizes.items() if len(files) > 1 and "sslkern" in name}
+    assert sizes and not several

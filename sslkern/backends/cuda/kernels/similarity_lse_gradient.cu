@@ -194,7 +194,7 @@ SSLKERN_DEVICE void accumulate(float (&o)[D / 2], const uint32_t (&w)[P], uint32
   wgmma_commit();
 }
 
-// Pairs that do not count get the product `away`. i and j are those of the first of s.
+// Pairs that do not count get the product `away`, of a tile in which some do. i and j are those of the first of s.
 template <int S>
 SSLKERN_DEVICE void leave_out(float (&s)[S], const Problem& p, uint32_t asks, int i, int j, float away) {
   const bool by_id = asks & (IDS | LONG_IDS);
@@ -208,7 +208,6 @@ SSLKERN_DEVICE void leave_out(float (&s)[S], const Problem& p, uint32_t asks, in
     return;
   }
   uint32_t out = 0, out_below = 0;  // a bit for each column
-  if (asks & NONE_COUNTS) out = out_below = ~0u;
 #pragma unroll 2
   for (int k = 0; k < S / 2; ++k) {
     const int column = j + k / 2 * 8 + k % 2;
@@ -328,7 +327,12 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
         asking = lanes_where(asks != ALL_COUNT);
       }
       if (asking >> nth & 1) {
-        const int of_tile = from_lane(static_cast<int>(asks), nth);
+        const uint32_t of_tile = from_lane(static_cast<int>(asks), nth);
+        if (of_tile & NONE_COUNTS) {
+#pragma unroll
+          for (int k = 0; k < Of::WIDTH / 4; ++k) next[k] = 0;
+          return;
+        }
         leave_out(s, p, of_tile, i, t * Of::WIDTH + lane % 4 * 2, c < 0.f ? 1e30f : -1e30f);
       }
       const uint32_t near = shared.near + stage * Of::NEAR_ROOM;
