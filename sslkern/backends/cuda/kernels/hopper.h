@@ -4,7 +4,8 @@
 // What ptxas punishes: a second exit (`require`, a return in the middle) or any code after the loop of the warpgroups
 // that hold many registers makes it drop their budget (spills, products one after another); descriptors that it can see
 // through are hoisted out of loops and spilled (`opaque`); a loop without an end that it knows, or one that ends in
-// a trap, while products run (`barrier_wait`). And NVRTC before 13.5 compiles no lambda with `auto` parameters.
+// a trap, while products run (`barrier_wait`). NVRTC 12 also runs products one after another in a loop whose first one
+// overwrites the accumulators: set them to 0 before it. And before 13.5 it compiles no lambda with `auto` parameters.
 #pragma once
 
 #include "device.h"

@@ -425,6 +425,8 @@ __global__ void __launch_bounds__(BLOCK, 1)
       }
       for (int t = unit.begin; t < unit.end; ++t) {
         int before = 0;
+#pragma unroll
+        for (int n = 0; n < ROWS / 2; ++n) s[n] = 0.f;
         pin(s);
         for (int c = 0; c < layout.chunks; ++c) {
           ring.wait();
@@ -433,7 +435,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
           const uint32_t b = opaque(rows_at(from));
           wgmma_fence();
 #pragma unroll
-          for (int n = 0; n < CHUNK / 16; ++n) wgmma<T>(s, descriptor(a + 2 * n), descriptor(b + 2 * n), c + n > 0);
+          for (int n = 0; n < CHUNK / 16; ++n) wgmma<T>(s, descriptor(a + 2 * n), descriptor(b + 2 * n), true);
           wgmma_commit();
           if (c > 0) {
             wgmma_wait<1>();
