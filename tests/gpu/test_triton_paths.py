@@ -102,12 +102,12 @@ def test_scores_so_small_that_no_maximum_is_taken_off(backend, large, dtype):
     lse.test_nothing_left_has_exactly_zero_gradient(backend, torch.nan, False)
 
 
-@pytest.fixture(params=["shared", "library"])
-def by_products(request, monkeypatch):
-    """The other strategies than fused kernels, in several strips."""
+@pytest.fixture
+def by_products(monkeypatch):
+    """The other strategy than fused kernels, in several strips; in fp32 scores are products of the library as well."""
     monkeypatch.setattr(strips, "LEAST", 1)
     monkeypatch.setattr(strips, "TILE", 64)
-    with strategies.use_strategy(request.param):
+    with strategies.use_strategy("shared"):
         yield
 
 
@@ -191,15 +191,26 @@ def test_what_was_measured_goes_first(monkeypatch, tmp_path):
     monkeypatch.setenv("SSLKERN_CACHE", str(tmp_path))
     q = torch.empty(8192, 128, dtype=torch.bfloat16)
     tuning.tuned.cache_clear()
-    assert strategies.strategy(q, 8192, 8192, None, False, chip) == "fused"
-    tuning.path(chip).write_text('{"strategy": {"bfloat16 128": "library"}, "config": {}}')
+    assert strategies.strategy(q, 8192, 8192, chip) == "fused"
+    tuning.path(chip).write_text('{"strategy": {"bfloat16 128": "shared"}, "config": {}}')
     tuning.tuned.cache_clear()
-    assert strategies.strategy(q, 8192, 8192, None, False, chip) == "library"
-    assert strategies.strategy(q, 8192, 8192, q[:, 0], False, chip) == "shared"  # limits never
-    tuning.path(chip).write_text("{")  # a file that was damaged is none
+    assert strategies.strategy(q, 8192, 8192, chip) == "shared"
+    for other in ('{"strategy": {"bfloat16 128": "library"}}', "{"):  # of an earlier version; damaged
+        tuning.path(chip).write_text(other)
+        tuning.tuned.cache_clear()
+        assert strategies.strategy(q, 8192, 8192, chip) == "fused"
     tuning.tuned.cache_clear()
-    assert strategies.strategy(q, 8192, 8192, None, False, chip) == "fused"
-    tuning.tuned.cache_clear()
+
+
+def test_scores_are_products_of_the_library_in_true_fp32_alone(monkeypatch):
+    chip, q = hardware.Hardware(90, 132), torch.empty(8192, 128)
+    limit = q[:, 0]
+    for matrix_units, x in ((True, q.bfloat16()), (False, q)):
+        assert strategies.strategy(x, 8192, 8192, chip) == ("fused" if matrix_units else "shared")
+        assert strategies.scores_by_library(x, None, False) is not matrix_units
+        assert not strategies.scores_by_library(x, limit, False) and not strategies.scores_by_library(x, None, True)
+    monkeypatch.setattr(strategies, "tf32", lambda dtype: dtype == torch.float32)
+    assert strategies.strategy(q, 8192, 8192, chip) == "fused" and not strategies.scores_by_library(q, None, False)
 
 
 def test_tuning_keeps_what_it_found(backend, monkeypatch, tmp_path, capsys):
@@ -208,10 +219,10 @@ def test_tuning_keeps_what_it_found(backend, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(hardware, "of", lambda device: chip)
     monkeypatch.setattr(configs, "candidates", lambda kind, D, default, chip: [default, default._replace(BN=16)])
     tuning.tuned.cache_clear()
-    tuning.write(chip, {"strategy": {"bfloat16 2048": "library"}, "config": {}})
+    tuning.write(chip, {"strategy": {"bfloat16 2048": "shared"}, "config": {}})
     tuning.main(["--rows", "40", "--features", "16"])
     found = tuning.tuned(chip)["strategy"]
-    assert found["bfloat16 2048"] == "library" and found["bfloat16 16"] in strategies.STRATEGIES
+    assert found["bfloat16 2048"] == "shared" and found["bfloat16 16"] in strategies.STRATEGIES
     said = capsys.readouterr().out
     assert said.count(" ms") >= 3 and str(tuning.path(chip)) in said and "Error" not in said
     tuning.tuned.cache_clear()
@@ -223,7 +234,7 @@ def test_candidates_are_other_tiles():
         near = configs.candidates("forward", 128, default, hardware.Hardware(architecture, 100))
         assert near[0] == default and len(set(near)) == len(near) > 10
         assert any(config.specialised for config in near) == (architecture == 100)
-    with pytest.raises(ValueError, match="strategy must be one of fused, shared, library"):
+    with pytest.raises(ValueError, match="strategy must be one of fused, shared, not"):
         strategies.use_strategy("fast")
 
 

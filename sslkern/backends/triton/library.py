@@ -1,9 +1,7 @@
 """Products of the vendor's library, for a strip of rows of S at a time (backends/strips.py).
 
-"shared": a kernel writes the weights w_ij of a strip, for some 8 bytes for each score in 16 bits.
-
-"library": S is such a product as well, and the kernels read it, for 8 bytes more: for features in true fp32, where no
-matrix units help a kernel.
+A kernel writes the weights w_ij of a strip, for some 8 bytes for each score in 16 bits. For features in true fp32,
+where no matrix units help a kernel, S is such a product as well, and the kernels read it.
 """
 
 from collections.abc import Callable
@@ -45,18 +43,15 @@ def gradients_of_products(
     by_library: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dq [N, D] = w keys and dk [M, D] = w^T q, None where not needed, of the weights that `weigh` makes of strips; of
-    q with itself, where w is symmetric, dq. by_library: products are given to it as well."""
+    q with itself, where w is symmetric, dq. by_library: products, of fp32, are given to it as well."""
     (N, D), M = q.shape, keys.shape[0]
     least = (2 * D if by_library else 8 * D) if itself or need_k else 0
     parts = strips.cut(N, M, least, itself)
-    # In fp32 the weights take the place of the products.
-    room = strips.room(parts, M, allocator(q)(0)) if by_library and q.dtype != torch.float32 else None
 
     def write(strip: Strip, weights: Tensor) -> None:
         first, stop, begin = strip
-        x, y, given = q[first:stop], keys[begin:], None
-        if by_library:
-            given = strips.multiply(x, y.t(), weights if room is None else room[: stop - first, : M - begin])
+        x, y = q[first:stop], keys[begin:]
+        given = strips.multiply(x, y.t(), weights) if by_library else None  # the weights take the place of the products
         weigh(x, y, q_side.cut(first, stop), k_side.cut(begin, M), given, weights)
 
     return strips.gradients(write, q, keys, parts, itself, need_q, need_k)

@@ -17,7 +17,7 @@ from ..reference import similarity_lse as reference
 from . import hardware, library
 from .configs import Config, choose
 from .launch import Launch, allocator, precision
-from .strategies import strategy
+from .strategies import scores_by_library, strategy
 from .tiles import (
     INF,
     SIZES,
@@ -183,7 +183,7 @@ def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: i
     if 0 in launch.sizes:
         return reference.similarity_lse_fwd(problem, columns, best, 0)
     q, _, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
-    by_library = strategy(q, N, M, q_limit, itself and k_bias is not None, chip) == "library"
+    by_library = scores_by_library(q, q_limit, itself and k_bias is not None) and strategy(q, N, M, chip) == "shared"
     config = choose("given", q.dtype, D, chip) if by_library else choose("forward", q.dtype, D, chip, launch.crowded)
     triangle = itself and k_bias is None and q_limit is None and (by_library or N >= TRIANGLE_FROM * config.BM)
     both, new = columns or triangle, allocator(q)
@@ -342,13 +342,12 @@ def similarity_lse_frozen_fwd(problem: Problem, best: bool) -> tuple[Tensor | No
         return reference.similarity_lse_frozen_fwd(problem, best)
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
     sides = Side(q_ids, limit=q_limit), Side(k_ids, bias=k_bias)
-    chosen = strategy(q, N, M, q_limit, False, chip)
-    if chosen != "fused":  # as a forward and a backward, for which S is there once more
+    if strategy(q, N, M, chip) == "shared":  # as a forward and a backward, for which S is there once more
         row, _, top, _ = similarity_lse_fwd(problem, False, best, 0)
         ones = torch.ones_like(row)
         fold, q_side = strips.fold_of(q, [ones]), sides[0]._replace(lse=row, grad=ones)
         with hardware.on(q.device):
-            mean, *_ = _by_products(launch, q_side, sides[1], fold, chosen, True, False, False)
+            mean, *_ = _by_products(launch, q_side, sides[1], fold, True, False, False)
         return row, mean if fold is None else mean.div_(fold), top
     config = choose("frozen", q.dtype, D, chip, launch.crowded)
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
@@ -506,11 +505,10 @@ def similarity_lse_bwd(
         q_side, k_side = Side(q_ids, limit=q_limit, lse=row, grad=g), Side(k_ids, bias=k_bias, lse=col, grad=h)
     # Of a row with nothing left the gradient is 0, whatever arrived.
     fold = strips.fold_of(q, (g.masked_fill(lse == -torch.inf, 0) for lse, g in ((row, g), (col, h)) if g is not None))
-    chosen = strategy(q, N, M, q_limit, itself and k_bias is not None, chip)
     dq = dk = dscale = dbias = None
     with hardware.on(q.device):
-        if chosen != "fused" and not need_bias and (need_q or need_k):
-            dq, dk, dscale = _by_products(launch, q_side, k_side, fold, chosen, need_q, need_k, need_scale)
+        if not need_bias and (need_q or need_k) and strategy(q, N, M, chip) == "shared":
+            dq, dk, dscale = _by_products(launch, q_side, k_side, fold, need_q, need_k, need_scale)
             dq, dk = strips.scaled(dq, dk, problem.full_scale, fold)
         else:
             config = choose("backward", q.dtype, D, chip, launch.crowded)
@@ -530,11 +528,13 @@ def similarity_lse_bwd(
 
 
 def _by_products(
-    launch: Launch, q_side: Side, k_side: Side, fold, chosen: str, need_q: bool, need_k: bool, need_scale: bool
+    launch: Launch, q_side: Side, k_side: Side, fold, need_q: bool, need_k: bool, need_scale: bool
 ) -> tuple[Tensor | None, ...]:
     """Returns dq [N, D] and dk [M, D] without the scale and times fold, and dscale [], None where not needed."""
-    q, keys, D = launch.problem.q, launch.problem.keys, launch.sizes[-1]
-    config = choose("weights" if chosen == "shared" else "given", q.dtype, D, launch.chip, launch.crowded)
+    problem, itself, D = launch.problem, launch.itself, launch.sizes[-1]
+    q, keys = problem.q, problem.keys
+    by_library = scores_by_library(q, problem.q_limit, itself and problem.k_bias is not None)
+    config = choose("given" if by_library else "weights", q.dtype, D, launch.chip, launch.crowded)
     if need_scale:  # its sums take registers
         config = config._replace(BN=min(64, config.BN))
     dscales = []
@@ -544,8 +544,7 @@ def _by_products(
         _, dscale, _ = _gradient(launch, x, y, x_side, y_side, fold, config, False, *needs, given, weights)
         dscales.append(dscale)
 
-    by_library = chosen == "library"
-    dq, dk = library.gradients_of_products(weigh, q, keys, q_side, k_side, launch.itself, need_q, need_k, by_library)
+    dq, dk = library.gradients_of_products(weigh, q, keys, q_side, k_side, itself, need_q, need_k, by_library)
     return dq, dk, sum(dscales) if need_scale else None
 
 

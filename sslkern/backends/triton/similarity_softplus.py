@@ -16,7 +16,7 @@ from ..reference.similarity_softplus import similarity_softplus_fwd as reference
 from . import hardware, library
 from .configs import Config, choose
 from .launch import Launch, allocator, precision
-from .strategies import strategy
+from .strategies import scores_by_library, strategy
 from .tiles import (
     INF,
     SIZES,
@@ -175,10 +175,10 @@ def similarity_softplus_fwd(
         q_side, k_side = Side(q_ids, limit=q_limit, shift=bias, weight=weights), Side(k_ids, bias=k_bias)
 
     dk = dk_bias = None
-    chosen = strategy(q, N, M, q_limit, itself, chip)
     with hardware.on(q.device):
-        if chosen != "fused" and (need_q or need_k) and not itself and not need_k_bias:
-            config = choose("weights" if chosen == "shared" else "given", q.dtype, D, chip)
+        if (need_q or need_k) and not itself and not need_k_bias and strategy(q, N, M, chip) == "shared":
+            by_library = scores_by_library(q, q_limit, one_sided=False)
+            config = choose("given" if by_library else "weights", q.dtype, D, chip)
             # A softplus takes more registers than an exponential.
             config = config._replace(BN=min(64 if chip.large else 32, config.BN), specialised=False)
             parts = []
@@ -189,7 +189,6 @@ def similarity_softplus_fwd(
                 row, _, dscale, dbias, _ = sums
                 parts.append((row, dscale, dbias))
 
-            by_library = chosen == "library"
             dq, dk = library.gradients_of_products(weigh, q, k, q_side, k_side, False, need_q, need_k, by_library)
             dq, dk = strips.scaled(dq, dk, problem.full_scale, fold)
             row, dscale, dbias = (None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))

@@ -1,7 +1,7 @@
-"""Which of three ways `similarity_lse` and `similarity_softplus` take: "fused" kernels; those that write weights for
-products of the library, "shared" by both gradients; or those that also read products of the "library".
+"""Which of two ways `similarity_lse` and `similarity_softplus` take: "fused" kernels, or those that write weights for
+products of the library, which are "shared" by both gradients.
 
-The rule below is a prediction from flop and bytes until `python -m sslkern.backends.triton.tuning` has measured all on
+The rule below is a prediction from flop and bytes until `python -m sslkern.backends.triton.tuning` has measured both on
 a chip; what it found is kept on disk and goes first.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .hardware import Hardware, tf32
 from .tuning import tuned
 
-STRATEGIES = ("fused", "shared", "library")
+STRATEGIES = ("fused", "shared")
 WIDEST = 2**23  # columns; places within a tile of weights are 32 bits
 LEAST = 2**22  # scores; below, the fused kernels' few launches are all that counts
 
@@ -19,7 +19,7 @@ _forced: list[str] = []
 
 
 class use_strategy:
-    """`with use_strategy("library"):` for measurements; for the process, as a backward has threads of its own."""
+    """`with use_strategy("shared"):` for measurements; for the process, as a backward has threads of its own."""
 
     def __init__(self, name: str):
         if name not in STRATEGIES:
@@ -33,13 +33,11 @@ class use_strategy:
         _forced.pop()
 
 
-def strategy(q: Tensor, N: int, M: int, q_limit: Tensor | None, one_sided: bool, chip: Hardware) -> str:
-    """Which one the problem takes. Not "library" with limits, on which forward and backward must agree to the bit, and
-    where rows and columns of q with itself differ."""
+def strategy(q: Tensor, N: int, M: int, chip: Hardware) -> str:
+    """Which one the problem takes."""
     if q.ndim == 3 or M >= WIDEST:
         return "fused"
-    name = _forced[-1] if _forced else _rule(q, N, M, chip)
-    return "shared" if name == "library" and (q_limit is not None or one_sided) else name
+    return _forced[-1] if _forced else _rule(q, N, M, chip)
 
 
 def _rule(q: Tensor, N: int, M: int, chip: Hardware) -> str:
@@ -49,10 +47,22 @@ def _rule(q: Tensor, N: int, M: int, chip: Hardware) -> str:
     found = tuned(chip).get("strategy", {}).get(key(q.dtype, D))
     if found in STRATEGIES:
         return found
-    if q.dtype == torch.float32 and not tf32(q.dtype):  # no matrix units
-        return "library"
-    # The accumulators of a gradient fit in the registers for 256 features, so that more need S once more.
-    return "shared" if D > 256 else "fused"
+    # The accumulators of a gradient fit in the registers for 256 features, so that more need S once more. Without
+    # matrix units the library multiplies faster than a kernel.
+    return "shared" if D > 256 or _no_matrix_units(q) else "fused"
+
+
+def scores_by_library(q: Tensor, q_limit: Tensor | None, one_sided: bool) -> bool:
+    """Whether, where products are "shared", S is one as well, which the kernels read: for fp32 without matrix units.
+
+    Not with limits, on which forward and backward must agree to the bit, and where rows and columns of q with itself
+    differ. In bf16 it took 1.2 to 6.9 times as long as the better of the two other ways (H100).
+    """
+    return _no_matrix_units(q) and q_limit is None and not one_sided
+
+
+def _no_matrix_units(q: Tensor) -> bool:
+    return q.dtype == torch.float32 and not tf32(q.dtype)
 
 
 def key(dtype: torch.dtype, D: int) -> str:

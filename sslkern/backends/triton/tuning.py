@@ -72,8 +72,7 @@ def tune(rows: int, D: int, device, deadline: float) -> None:
         return
     found["strategy"][name] = best
     write(chip, found)
-    kinds = {"fused": ("backward", "forward"), "shared": ("weights", "forward"), "library": ()}[best]
-    for kind in kinds:
+    for kind in ("backward" if best == "fused" else "weights", "forward"):
         before = found["config"].pop(f"{kind} {name}", None)
         write(chip, found)
         default = configs.choose(kind, bfloat16, D, chip)
