@@ -196,8 +196,8 @@ def test_log_sum_exps_far_apart(D):
 
 
 @pytest.mark.parametrize("D", [200, 520])
-@pytest.mark.parametrize("spread", [0, 63, 66, 140])
-@pytest.mark.parametrize("above", [0, 63, 66, 140])
+@pytest.mark.parametrize("spread", [0, 98, 102, 140])
+@pytest.mark.parametrize("above", [0, 40, 75, 140])
 def test_bounds_within_which_one_exponential_serves(D, spread, above):
     """In base 2: log-sum-exps of columns between 0 and `spread`, and those of rows `above` them, or `above` below 0."""
     q, k, c = torch.eye(64, D), torch.zeros(128, D), torch.linspace(0, spread, 128).round()

@@ -86,8 +86,6 @@ PROGRAMS = {
         "similarity_lse_gradient.cu",
         {
             "gradient_rows<{0}, {1}>": "map*3 problem gradient",
-            "gradient_columns": "int*3 pointer*3 bool pointer*3",
-            "gradient_fold": "int pointer*2 int pointer*3",
             "gradient_of_parts": "int64 int pointer*2",
             "gradient_of_scale": "int64 pointer float pointer",
         },
@@ -113,7 +111,12 @@ PROGRAMS = {
         [(name,) for name in HOPPER_TYPES],
         hopper=True,
     ),
-    "similarity_lse_sides": Program("similarity_lse_sides.cu", {"lse_sides": "int*2 pointer*6"}, [()], hopper=True),
+    "similarity_lse_sides": Program(
+        "similarity_lse_sides.cu",
+        {"sides_fold": "int pointer*2 int pointer*3", "sides_columns": "int*3 pointer*3 bool pointer*3"},
+        [()],
+        hopper=True,
+    ),
     "similarity_lse_weights": Program(
         "similarity_lse_weights.cu",
         {"weights_{1}<{0}>": "map*3 problem weights"},

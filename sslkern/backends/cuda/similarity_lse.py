@@ -48,10 +48,10 @@ def _programs(dtype: torch.dtype, D: int, frozen: bool) -> Iterator[tuple]:
         yield "similarity_lse_frozen", dtype, least(rows.FROZEN_FEATURES, D)
         return
     yield "similarity_lse_running", dtype
+    yield ("similarity_lse_sides",)
     if D <= gradient.MOST_FEATURES:
         yield "similarity_lse_gradient", dtype, least([shape[0] for shape in gradient.SHAPES], D)
     if D > BOTH_SIDES or frozen:
-        yield ("similarity_lse_sides",)
         yield "similarity_lse_weights", dtype, "chunks" if D <= weights.KEPT else "stream"
 
 

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .launch import THREADS, WARP, Call
 from .pairs import Pairs
+from .similarity_lse_sides import PAST, Columns, fold_of
 
 MOST_FEATURES = 256
-ROWS, PAST = 128, 4  # as in kernels/similarity_lse_gradient.cu
+ROWS = 128  # as in kernels/similarity_lse_gradient.cu
 THREADS_OF_ROWS = 384
 START = 3  # tiles that a block could do while it starts and ends
 ADDED = 30  # blocks whose parts are written and added in the time of a tile
@@ -55,16 +56,8 @@ def gradient_of(
         return call.address(name, x, torch.float32, 0 if x is None else x.numel())
 
     rows = address("row", row), address("g", g)
-    columns = address("col", col), address("h", h)
-    fold = new(2) if q.dtype == torch.float16 else None
-    if fold is not None:
-        call.launch("gradient_fold", 1, N, *rows, M, *columns, address("fold", fold))
-    near, apart = new(tiles, width + PAST), new(tiles, 3, width)
-    call.launch(
-        "gradient_columns", -(-tiles // (THREADS // WARP)), M, tiles, width, *columns,
-        0 if transposed else address("bias", bias), pairs.itself,
-        *(address(name, x) for name, x in (("fold", fold), ("near", near), ("apart", apart))),
-    )  # fmt: skip
+    fold = fold_of(q, row, g, col, h)
+    near, apart = Columns.of(M, width, col, h, None if transposed else bias, pairs.itself, fold, q.device)
 
     dx = new(splits, N, -(-D // 8) * 8) if need_x else None
     dscale = new(blocks * splits, 8) if need_scale else None

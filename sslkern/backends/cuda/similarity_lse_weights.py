@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import strips
 from ..strips import Strip
-from .launch import THREADS, WARP, Call
+from .launch import Call
 from .pairs import Pairs
+from .similarity_lse_sides import Columns, addresses_of, fold_of
 
 BLOCK, TILE, COLUMNS, CHUNK, PANEL, CLUSTER = 384, 64, 128, 64, 8192, 2  # as in kernels/similarity_lse_weights.cu
 SHARED = 227 << 10  # bytes of a block
@@ -28,12 +29,11 @@ def gradients_of(
     symmetric = pairs.itself and pairs.bias is None
     if symmetric:
         col, h = row, g
-    # Of a row with nothing left the gradient is 0, whatever arrived.
-    left = [x.masked_fill(lse == -torch.inf, 0) for lse, x in ((row, g), (col, h)) if x is not None]
-    fold = strips.fold_of(pairs.q, left)
-    weights = _Weights.of(pairs, row, col, g, h, fold, symmetric, need_scale, need_bias)
+    row, col = None if g is None else row, None if h is None else col
+    weights = _Weights.of(pairs, row, g, col, h, symmetric, need_scale, need_bias)
     dq, dk = weights.gradients(need_q, need_q if pairs.itself else need_k)
     full_scale = pairs.scale if pairs.scale_tensor is None else pairs.scale * pairs.scale_tensor
+    fold = None if weights.fold is None else weights.fold[0]
     dq, dk = strips.scaled(dq, dk, full_scale, fold)
     if pairs.itself and dk is not None:
         dq, dk = dq.add_(dk), None
@@ -45,52 +45,31 @@ def gradients_of(
 
 def means_of(pairs: Pairs, row: Tensor) -> Tensor:
     """mean [N, D] = sum_j exp(s_ij - row_i) k_j in fp32."""
-    ones = torch.ones_like(row)
-    fold = strips.fold_of(pairs.q, [ones])
-    mean, _ = _Weights.of(pairs, row, None, ones, None, fold, False, False, False).gradients(True, False)
-    return mean if fold is None else mean.div_(fold)
-
-
-class _Side(NamedTuple):
-    """What the kernels read of the rows or of the columns; None where the weights lack them."""
-
-    terms: Tensor | None = None  # [n, 2]
-    factors: Tensor | None = None  # [n], of columns
-    blocks: Tensor | None = None  # [ceil(n / COLUMNS), 2], of columns
-
-    @classmethod
-    def of(cls, lse: Tensor | None, grad: Tensor | None, fold: Tensor | None, columns: bool) -> "_Side":
-        if lse is None or grad is None:
-            return cls()
-        n, lse, grad = len(lse), lse.contiguous(), grad.contiguous()
-        side = cls(lse.new_empty((n, 2)))
-        if columns:
-            side = cls(side.terms, torch.empty_like(lse), lse.new_empty((-(-n // COLUMNS), 2)))
-        addresses = (0 if x is None else x.data_ptr() for x in (lse, grad, fold, *side))
-        blocks = -(-n // (COLUMNS * THREADS // WARP))
-        Call("similarity_lse_sides", lse.device).launch("lse_sides", blocks, n, COLUMNS, *addresses)
-        return side
-
-    def cut(self, first: int) -> "_Side":
-        """From a row or column on that is a multiple of COLUMNS."""
-        starts = first, first, first // COLUMNS
-        return _Side(*(None if x is None else x[start:] for x, start in zip(self, starts, strict=True)))
+    weights = _Weights.of(pairs, row, torch.ones_like(row), None, None)
+    mean, _ = weights.gradients(True, False)
+    return mean if weights.fold is None else mean.mul_(weights.fold[1])
 
 
 class _Weights(NamedTuple):
     """The weights of a problem, and what is summed over them on the way."""
 
     pairs: Pairs
-    rows: _Side
-    columns: _Side
+    row: Tensor | None
+    g: Tensor | None
+    columns: Columns
+    fold: Tensor | None
+    with_columns: bool
     symmetric: bool
     dscale: list[Tensor] | None  # of each strip, times fold; None: not needed
     dbias: list[Tensor] | None
 
     @classmethod
-    def of(cls, pairs, row, col, g, h, fold, symmetric: bool, need_scale: bool, need_bias: bool) -> "_Weights":
-        sides = _Side.of(row, g, fold, False), _Side.of(col, h, fold, True)
-        return cls(pairs, *sides, symmetric, [] if need_scale else None, [] if need_bias else None)
+    def of(cls, pairs, row, g, col, h, symmetric=False, need_scale=False, need_bias=False) -> "_Weights":
+        row, g, col, h = (None if x is None else x.contiguous() for x in (row, g, col, h))
+        fold = fold_of(pairs.q, row, g, col, h)
+        columns = Columns.of(len(pairs.k), COLUMNS, col, h, pairs.bias, False, fold, pairs.q.device)
+        sums = [] if need_scale else None, [] if need_bias else None
+        return cls(pairs, row, g, columns, fold, col is not None, symmetric, *sums)
 
     def gradients(self, need_q: bool, need_k: bool) -> tuple[Tensor | None, Tensor | None]:
         """dq and dk, times fold and without the scale."""
@@ -107,12 +86,13 @@ class _Weights(NamedTuple):
         plan = _plan(N, M, D, call.processors)
         sums = weights.new_empty(plan.sums, dtype=torch.float32) if self.dscale is not None else None
         of_columns = weights.new_empty((-(-N // 16), M), dtype=torch.float32) if self.dbias is not None else None
-        rows, columns = self.rows.cut(strip.first), self.columns.cut(strip.begin)
+        rows = (None if x is None else x[strip.first :] for x in (self.row, self.g))
+        columns = (x[strip.begin // COLUMNS :] for x in self.columns)
         maps = call.matrix("q", part.q, TILE), call.matrix("k", part.k, TILE), call.matrix("weights", weights, 16)
-        tensors = rows.terms, *columns, sums, of_columns
-        addresses = (0 if x is None else x.data_ptr() for x in tensors)
         call.launch(
-            "weights_{1}<{0}>", plan.blocks, *maps, *part.words(), *addresses, plan.slots, plan.stages, self.symmetric,
+            "weights_{1}<{0}>", plan.blocks, *maps, *part.words(),
+            *addresses_of(*rows, *columns, self.fold, sums, of_columns),
+            plan.slots, plan.stages, self.with_columns, self.symmetric,
             threads=BLOCK, shared=plan.shared, cluster=plan.cluster,
         )  # fmt: skip
         if sums is not None:

@@ -9,98 +9,13 @@
 //
 // Floor: two products, 4 N M D flop. Each of the two warpgroups that multiply has 64 rows; it issues the scores of a
 // tile before the second product of the tile before, and computes weights while that is under way.
-#include "similarity.h"
+#include "sides.h"
 
 namespace sslkern::cuda {
 
-constexpr int OWNED = 64;          // rows of a warpgroup, half of those of a block
-constexpr int ROWS = 2 * OWNED;    // of a block
-constexpr int PANEL = 64;          // features of a panel: rows of 128 bytes
-constexpr int PAST = 4;            // numbers that follow those of a tile's columns, so that they end on 16 bytes
-constexpr float SPREAD = 100.f;    // of the log-sum-exps of columns that one exponential serves
-constexpr float ABOVE = 76.f;      // by so much their middle may be above those of rows
-constexpr float FOLDED = 16384.f;  // 2^14, the largest weight on its way through fp16
-
-// How weights are computed. With the middle of the c_j of a tile as its shift m, one exponential serves both terms,
-//
-//     w_ij = (g_i 2^(m - r_i) + h_j 2^(m - c_j)) 2^(s_ij - m),
-//
-// where the c_j lie within SPREAD and m - r_i < ABOVE for all rows: a sum of exponentials is not below one of them, so
-// that s_ij <= r_i and s_ij <= c_j. No factor overflows: 2^(s_ij - m) <= 2^(SPREAD / 2), the others are below 2^ABOVE.
-// A factor vanishes below 2^-126, and what is lost with it is below 2^-50 of g_i or h_j, which no sum in fp32 can tell
-// from 0: with 2^(s_ij - m) less than 2^(ABOVE - 126) g_i and 2^(SPREAD / 2 - 126) h_j; with 2^(m - r_i) less than
-// 2^(SPREAD / 2 - 126) g_i. Rows alone have a shift of their own, r_i. Other tiles, and all of a problem with a bias,
-// take two exponentials.
-//
-// A row or column with nothing left has weight 0, whatever arrived for it: its log-sum-exp is taken for +inf.
-
-SSLKERN_DEVICE float base_2(float lse) { return lse == -INFINITY ? INFINITY : LOG2_E * lse; }
-SSLKERN_DEVICE float arrived(float grad, float lse, float fold) { return lse == -INFINITY ? 0.f : grad * fold; }
-SSLKERN_DEVICE float fold_of(const float* fold) { return fold == nullptr ? 1.f : fold[0]; }
-SSLKERN_DEVICE float unfold_of(const float* fold) { return fold == nullptr ? 1.f : fold[1]; }
-
-// ---- beforehand -----------------------------------------------------------------------------------------------------
-
-// fp16: a power of two by which weights are multiplied until the end, so that those of large batches do not vanish, and
-// its inverse. One block; the largest |g| and |h| as if they met.
-__global__ void __launch_bounds__(THREADS) gradient_fold(int n, const float* row_lse, const float* row_grad, int m,
-                                                         const float* lse, const float* grad, float* fold) {
-  __shared__ float of_warp[2][THREADS / WARP];
-  float largest[2] = {0.f, 0.f};
-  for (int i = thread_id(); i < n && row_grad != nullptr; i += THREADS) {
-    const float size = fabsf(arrived(row_grad[i], row_lse[i], 1.f));
-    if (size < INFINITY) largest[0] = fmaxf(largest[0], size);
-  }
-  for (int j = thread_id(); j < m && grad != nullptr; j += THREADS) {
-    const float size = fabsf(arrived(grad[j], lse[j], 1.f));
-    if (size < INFINITY) largest[1] = fmaxf(largest[1], size);
-  }
-  for (int side = 0; side < 2; ++side) {
-    for (int by = WARP / 2; by > 0; by /= 2) largest[side] = fmaxf(largest[side], exchange(largest[side], by, WARP));
-    if (thread_id() % WARP == 0) of_warp[side][thread_id() / WARP] = largest[side];
-  }
-  sync_block();
-  if (thread_id() != 0) return;
-  for (int side = 0; side < 2; ++side)
-    for (int warp = 1; warp < THREADS / WARP; ++warp) of_warp[side][0] = fmaxf(of_warp[side][0], of_warp[side][warp]);
-  const float both = fminf(fmaxf(of_warp[0][0] + of_warp[1][0], 0x1p-100f), 0x1p100f);
-  fold[0] = FOLDED * exp2f(-floorf(log2f(both)));
-  fold[1] = 1.f / fold[0];
-}
-
-// Of each tile of `width` columns, a warp each: near [tiles, width + PAST], h_j 2^(m - c_j), and after them m and how
-// far apart their log-sum-exps are; and for two exponentials apart [tiles, 3, width], h_j and what is added to
-// products for either. bias [m] is in s_ij, or null; lse and grad null: only rows count.
-__global__ void __launch_bounds__(THREADS)
-    gradient_columns(int m, int tiles, int width, const float* lse, const float* grad, const float* bias, bool itself,
-                     const float* fold, float* near, float* apart) {
-  const int tile = int(block_id()) * (THREADS / WARP) + thread_id() / WARP, lane = thread_id() % WARP;
-  if (tile >= tiles) return;
-  float low = INFINITY, high = -INFINITY;
-  for (int j = tile * width + lane; j < tile * width + width && j < m && lse != nullptr; j += WARP) {
-    low = fminf(low, base_2(lse[j]));
-    if (lse[j] != -INFINITY) high = fmaxf(high, base_2(lse[j]));
-  }
-  for (int by = WARP / 2; by > 0; by /= 2) {
-    low = fminf(low, exchange(low, by, WARP));
-    high = fmaxf(high, exchange(high, by, WARP));
-  }
-  const float middle = low + (high - low) / 2, shift = fabsf(middle) < INFINITY ? middle : 0.f;
-  near += int64_t(tile) * (width + PAST);
-  apart += int64_t(tile) * 3 * width;
-  if (lane < PAST) near[width + lane] = lane == 0 ? shift : high - low;
-  for (int at = lane; at < width; at += WARP) {
-    const int j = tile * width + at;
-    const bool counts = j < m && lse != nullptr;
-    const float c = counts ? base_2(lse[j]) : INFINITY;
-    const float h = counts ? arrived(grad[j], lse[j], fold_of(fold)) : 0.f;
-    const float b = j < m && bias != nullptr ? LOG2_E * bias[j] : 0.f;
-    near[at] = h * exp2f(shift - c);
-    apart[at] = h;
-    apart[width + at] = b;
-    apart[2 * width + at] = (itself ? 0.f : b) - c;
-  }
-}
+constexpr int OWNED = 64;        // rows of a warpgroup, half of those of a block
+constexpr int ROWS = 2 * OWNED;  // of a block
+constexpr int PANEL = 64;        // features of a panel: rows of 128 bytes
 
 // ---- the gradient ---------------------------------------------------------------------------------------------------
 
@@ -108,7 +23,7 @@ __global__ void __launch_bounds__(THREADS)
 struct Gradient {
   const float *row_lse, *row_grad;     // [n], or null: only columns count
   const float *own_bias, *other_bias;  // [n], of row i in s_ij and in what h_j belongs to (s_ij, s_ji); or null
-  const float* apart;                  // of gradient_columns
+  const float* apart;                  // of sides_columns
   const float* fold;                   // or null: 1
   float *dx, *dscale, *dbias;          // [splits, n, whole(d)], [blocks, 8], [splits, n]; or null
   int tiles, each;                     // of columns, and of those in a split

@@ -1,8 +1,5 @@
-// The backward of `similarity_lse` for many features: the weights of a strip of rows of S in 16 bits, which products of
-// the library turn into gradients. In base 2, with g and h the gradients of the log-sum-exps r of rows and c of
-// columns,
-//
-//   w_ij = g_i 2^(x_ij - r_i) + h_j 2^(x_ij - c_j)
+// The backward of `similarity_lse` for many features: the weights w_ij (sides.h) of a strip of rows of S in 16 bits,
+// which products of the library turn into gradients.
 //
 // Blocks have a warpgroup that copies and two that multiply, which take 64 rows by 128 columns of S at a time:
 // `weights_chunks` keeps a block of 128 keys in shared memory, and the queries stream through; `weights_stream`, for
@@ -23,14 +20,19 @@ constexpr int PARTS = 8;              // of a tile, 16 columns each
 
 // What is wanted of the pairs of a problem, which is a strip of rows of a larger one.
 struct Weights {
-  const Term *rows, *columns;  // [n], [m]; null: w lacks that side
-  const float* factors;        // [m], [ceil(m / COLUMNS)]: see lse_sides
-  const Block* blocks;
-  float* scale_parts;  // sums of w_ij <q_i, k_j>, eight of each unit of work; or null
-  float* bias_parts;   // [ceil(n / 16), m]: sums of w_ij over 16 rows; or null
-  int slots;           // of weights_chunks: by how many blocks a block of keys is shared
-  int stages;          // of a ring
-  bool symmetric;      // w = w^T: the columns from n on stand for rows that no strip visits, too
+  const float *row_lse, *row_grad;  // [n], or null: only columns count
+  const float *near, *apart;        // of sides_columns, for tiles of COLUMNS
+  const float* fold;                // or null: 1
+  float* scale_parts;               // sums of w_ij <q_i, k_j>, eight of each unit of work; or null
+  float* bias_parts;                // [ceil(n / 16), m]: sums of w_ij over 16 rows; or null
+  int slots;                        // of weights_chunks: by how many blocks a block of keys is shared
+  int stages;                       // of a ring
+  bool with_columns;                // whether columns count
+  bool symmetric;                   // w = w^T: the columns from n on stand for rows that no strip visits, too
+};
+
+struct alignas(8) Two {
+  float first, second;
 };
 
 // ---- a tile of weights ----------------------------------------------------------------------------------------------
@@ -47,11 +49,11 @@ struct Tile {
   const uint32_t panels;  // in shared memory: this warp's rows of the first of two
   uint32_t place;         // what this lane says to `store_matrices` of the first part
   int column;             // the first of the tile, with
-  float factors[COLUMNS / 4];
-  Block block;
+  float factors[COLUMNS / 4], middle;
+  bool close;
   int row;  // the first of the warp's, with
   float of_rows[2], shift[2];
-  Term next[2];  // of the rows of the next tile
+  float next_lse[2], next_grad[2];  // of the rows of the next tile
   uint32_t asks;
   bool each;  // pair is weighed by itself
   float scale_sum = 0.f;
@@ -63,49 +65,50 @@ struct Tile {
     place = panels + lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4);
   }
 
+  // The tile of columns that `column` is in, in arrays that have `size` numbers for each; the last where there is none.
+  SSLKERN_DEVICE const float* of_tile(const float* all, int size) const {
+    return all + (column < p.m ? column : p.m - 1) / COLUMNS * int64_t(size) + lane % 4 * 2;
+  }
+
   SSLKERN_DEVICE void begin_columns(int first) {
     column = first;
-    block = {0.f, 1};
-    if (w.columns != nullptr) block = w.blocks[(column < p.m ? column : p.m - 1) / COLUMNS];
+    const float* near = of_tile(w.near, COLUMNS + PAST);
 #pragma unroll
-    for (int j = 0; j < COLUMNS / 4; j++) {
-      const int at = column + j / 2 * 8 + lane % 4 * 2 + j % 2;
-      factors[j] = w.columns == nullptr ? 0.f : w.factors[at < p.m ? at : p.m - 1];
+    for (int j = 0; j < COLUMNS / 8; j++) {
+      const Two both = *reinterpret_cast<const Two*>(near + 8 * j);
+      factors[2 * j] = both.first;
+      factors[2 * j + 1] = both.second;
     }
+    middle = near[COLUMNS - lane % 4 * 2];
+    close = near[COLUMNS - lane % 4 * 2 + 1] < SPREAD;
   }
 
   // Loads what begin_rows will need.
   SSLKERN_DEVICE void prefetch_rows(int first) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const int at = first + lane / 4 + 8 * i;
-      next[i] = w.rows == nullptr ? no_term() : w.rows[at < p.n ? at : p.n - 1];
+      const int at = first + lane / 4 + 8 * i, there = at < p.n ? at : p.n - 1;
+      next_lse[i] = w.row_lse == nullptr ? -INFINITY : w.row_lse[there];
+      next_grad[i] = w.row_lse == nullptr ? 0.f : w.row_grad[there];
     }
   }
 
-  // One exponential serves both sides: with `low` the smallest c of the tile
-  //
-  //   w_ij = (g_i 2^(low - r_i) + h_j 2^(low - c_j)) 2^(x_ij - low)
-  //
-  // if all c_j - low < SPREAD and low - r_i <= SPREAD. As x_ij <= c_j and x_ij <= r_i of what counts, nothing
-  // overflows; what falls below 2^-126 and becomes 0 is of no weight: the last factor, where the term of h is below
-  // 2^-126 |h_j| and that of g below 2^(SPREAD - 126) |g_i|; 2^(low - r_i), where that of g is below 2^(SPREAD - 126)
-  // |g_i|. Rows alone are shifted by their own r_i.
   SSLKERN_DEVICE void begin_rows(int first, uint32_t tile_asks) {
     row = first;
     asks = tile_asks;
-    bool far = false;
+    each = asks != ALL_COUNT || p.bias != nullptr;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      of_rows[i] = next[i].grad;
-      shift[i] = next[i].lse;
-      if (w.columns != nullptr) {
-        shift[i] = block.low;
-        of_rows[i] *= exp2_fast(block.low - next[i].lse);
-        far = far || !(block.low - next[i].lse <= SPREAD);
+      const float lse = base_2(next_lse[i]);
+      of_rows[i] = arrived(next_grad[i], next_lse[i], fold_of(w.fold));
+      shift[i] = lse;
+      if (w.with_columns) {
+        shift[i] = middle;
+        of_rows[i] *= exp2_fast(middle - lse);
+        each = each || !close || middle - lse >= ABOVE;
       }
     }
-    each = any_lane(far) || asks != ALL_COUNT || !block.close || p.bias != nullptr;
+    each = any_lane(each);
   }
 
   // Weighs 16 columns and writes them to shared memory; half a tile is then copied out.
@@ -138,32 +141,33 @@ struct Tile {
     }
   }
 
-  // For any log-sum-exps, with a bias, and where some pairs do not count.
+  // By two exponentials: for any log-sum-exps, with a bias, and where some pairs do not count.
   SSLKERN_DEVICE void weigh_each(float* d, int n) {
     const int first = column + 16 * n + opaque(lane % 4 * 2), i0 = row + lane / 4;
+    const float* apart = of_tile(w.apart, 3 * COLUMNS) + opaque(16 * n);
     const Name queries[2] = {query_name(p, asks, i0), query_name(p, asks, i0 + 8)};
-    Term of_row[2];
+    float lse[2], grad[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) of_row[i] = w.rows == nullptr ? no_term() : w.rows[queries[i].at];
+    for (int i = 0; i < 2; i++) {
+      const float x = w.row_lse == nullptr ? -INFINITY : w.row_lse[queries[i].at];
+      lse[i] = base_2(x);
+      grad[i] = w.row_lse == nullptr ? 0.f : arrived(w.row_grad[queries[i].at], x, fold_of(w.fold));
+    }
     const int64_t to = row / 16 * int64_t(p.m) + first;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      Name key = key_name(p, asks, first + j / 2 * 8 + j % 2);
+      const int right = j / 2 * 8 + j % 2;
+      Name key = key_name(p, asks, first + right);
       const bool inside = key.at == key.place;
-      const Term of_column = w.columns == nullptr ? no_term() : w.columns[key.at];
-      float bias = 0.f;
-      if (p.bias != nullptr) {
-        bias = p.bias[key.at] * LOG2_E;
-        key.there &= bias != -INFINITY;
-      }
+      const float column_grad = apart[right], bias = apart[COLUMNS + right], column_shift = apart[2 * COLUMNS + right];
+      key.there &= bias != -INFINITY;
       float sum = 0.f;
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         float& score = d[8 * n + j / 2 * 4 + 2 * i + j % 2];
         const bool yes = counts(queries[i], key, p.same);
-        const float x = score * scale + bias;
-        const float weight =
-            of_row[i].grad * exp2_fast(x - of_row[i].lse) + of_column.grad * exp2_fast(x - of_column.lse);
+        const float weight = grad[i] * exp2_fast(score * scale + (bias - lse[i])) +
+                             column_grad * exp2_fast(score * scale + column_shift);
         scale_sum += yes ? weight * score : 0.f;
         score = yes ? weight : 0.f;
         sum += score;
@@ -172,7 +176,7 @@ struct Tile {
       sum += exchange(sum, 4);
       sum += exchange(sum, 8);
       sum += exchange(sum, 16);
-      if (lane < 4 && row < p.n && inside) w.bias_parts[to + j / 2 * 8 + j % 2] = sum;
+      if (lane < 4 && row < p.n && inside) w.bias_parts[to + right] = sum;
     }
   }
 
