@@ -156,16 +156,18 @@ def words(error: Exception) -> str:
 
 def step_of(problem: Problem, function: Callable, case: Case, inputs=None) -> Callable:
     """Forward and backward; returns the loss and a gradient, or None, for each input that wants one."""
-    if problem.plain:
-        return function
     inputs = problem.inputs if inputs is None else inputs
     wanted = [x for x in inputs if x.requires_grad]
     # As a gradient scaler does: gradients of a mean over many rows are too small for fp16.
     slope = torch.tensor(2.0**16, device=inputs[0].device) if case.dtype == "fp16" else None
+    around = getattr(function, "around", contextlib.nullcontext)
 
     def step():
-        loss = function(*inputs)
-        return (loss.detach(), *torch.autograd.grad(loss, wanted, slope, allow_unused=True))
+        with around():
+            if problem.plain:
+                return function()
+            loss = function(*inputs)
+            return (loss.detach(), *torch.autograd.grad(loss, wanted, slope, allow_unused=True))
 
     return step
 

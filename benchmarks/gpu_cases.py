@@ -4,12 +4,14 @@ A contender is a factory: it imports what it needs and returns a function of the
 listed with the reason. Formulas of other packages that need no code of theirs are restated here or in baselines.py.
 """
 
+import contextlib
 import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import NamedTuple
+from unittest import mock
 
 import baselines
 import torch
@@ -56,26 +58,52 @@ class Problem:
         return 2 * math.prod(self.shape) if self.shape else 0
 
     def racers(self) -> dict[str, Callable[[], Callable]]:
-        """Ours as the package chooses, on each backend that can take all of it, and the compiled formulas."""
+        """Ours as the package chooses and as it could, and the compiled formulas."""
         formulas = {f"compiled dense {name}": partial(compiled, formula) for name, formula in self.dense.items()}
         return {OURS: lambda: self.ours} | self.variants() | formulas
 
     def variants(self) -> dict[str, Callable[[], Callable]]:
+        """Ours in the other ways that the package could choose; a way is a context for a forward and its backward."""
         parts = {self.primitive} if self.plain else {self.primitive, "unit_pairs", "pair_losses"}
         device = self.inputs[0].device.type
         names = [n for n, b in BACKENDS.items() if b.DEVICES and device in b.DEVICES and parts <= set(b.PRIMITIVES)]
-        return {f"{OURS}, {name}": partial(self.on, name) for name in names}
+        ways = {name: partial(sslkern.use_backend, name) for name in names}
+        if self.primitive == "similarity_lse" and device == "cuda" and BACKENDS["cuda"].MISSING is None and self.shape:
+            ways |= ways_of_cuda(*self.shape)
+        return {f"{OURS}, {name}": partial(self.within, way) for name, way in ways.items()}
 
-    def on(self, backend: str) -> Callable:
-        def loss_fn(*inputs):
-            with sslkern.use_backend(backend):
-                return self.ours(*inputs)
-
-        return loss_fn
+    def within(self, way: Callable) -> Callable:
+        ours = partial(self.ours)
+        ours.around = way
+        return ours
 
     def others(self) -> dict[str, Callable[[], Callable]]:
         formulas = {f"dense {name}": lambda formula=formula: formula for name, formula in self.dense.items()}
         return {OURS: lambda: self.ours, "chunked torch": lambda: chunked(self.ours)} | formulas | self.rivals
+
+
+def ways_of_cuda(N: int, M: int, D: int) -> dict[str, Callable]:
+    """Where the CUDA kernels have two ways, each of them."""
+    cuda, ways = load("cuda", "similarity_lse"), {}
+    if 64 < D <= 256:  # gradients from owners of rows, or as products of the library
+
+        def widest(features: int):
+            both = mock.patch.object(cuda, "BOTH_SIDES", features)
+            return stacked(both, mock.patch.object(cuda.gradient, "MOST_FEATURES", features))
+
+        ways |= {"owners of rows": partial(widest, 256), "weights": partial(widest, 0)}
+    if N <= 1024:  # the loss of few pairs as a whole, or from its parts
+        left_out = {"pair_contrast": lambda x, **_: "it is left out"}
+        ways["in parts"] = lambda: mock.patch.dict(BACKENDS["cuda"].LACKS, left_out)
+    return ways
+
+
+@contextlib.contextmanager
+def stacked(*contexts):
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 @dataclass(frozen=True)
@@ -117,9 +145,9 @@ LATE = ("cut-cross-entropy",)
 # what one that owns rows of gradients takes for all sides (less where it writes weights for products of the library).
 LIBRARY = "gemm|nvjet|cutlass|xmma"
 PASSES = {
-    "both": {"floor": 4, "forward": 1, "weights": 1, "gradient|backward": 4, LIBRARY: 2},
-    "itself": {"floor": 2, "forward": 0.5, "weights": 0.5, "gradient|backward": 2, LIBRARY: 1},
-    "frozen": {"floor": 2, "frozen|rows": 2, "forward": 1},
+    "both": {"floor": 4, "forward": 1, "weights": 1, "gradient_(rows|columns)|backward": 4, LIBRARY: 2},
+    "itself": {"floor": 2, "forward": 0.5, "weights": 0.5, "gradient_(rows|columns)|backward": 2, LIBRARY: 1},
+    "frozen": {"floor": 2, "frozen": 2, "forward": 1},
     "softplus": {"floor": 3, "softplus": 3},
     "unknown": {"floor": 0},
 }

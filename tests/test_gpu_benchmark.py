@@ -139,6 +139,25 @@ def test_wrong_results_are_refused(gpu):
             gpu.checked((right[0], wrong), right, 1e-2)
 
 
+def test_ways_that_the_package_does_not_choose_are_taken_within_their_context_only(gpu):
+    from gpu_cases import ways_of_cuda
+
+    from sslkern.backends import BACKENDS, load
+
+    cuda = load("cuda", "similarity_lse")
+
+    def state():
+        return cuda.BOTH_SIDES, cuda.gradient.MOST_FEATURES, BACKENDS["cuda"].LACKS["pair_contrast"]
+
+    chosen, ways = state(), ways_of_cuda(256, 256, 128)
+    for name, widest in ("owners of rows", 256), ("weights", 0):
+        with ways[name]():
+            assert state()[:2] == (widest, widest)
+    with ways["in parts"]():
+        assert state()[2](torch.ones(1)) is not None
+    assert state() == chosen and ways_of_cuda(65536, 65536, 512) == {}
+
+
 def test_kernels_are_told_what_they_execute(gpu):
     from gpu_cases import Case
 
