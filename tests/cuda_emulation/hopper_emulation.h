@@ -97,6 +97,7 @@ void barrier_arrive(uint32_t barrier);
 void barrier_arrive_at(uint32_t barrier, uint32_t rank);
 void barrier_expect(uint32_t barrier, uint32_t bytes);
 void barrier_wait(uint32_t barrier, uint32_t parity);
+inline void barrier_wait_or_trap(uint32_t barrier, uint32_t parity) { barrier_wait(barrier, parity); }
 
 // ---- copies of boxes ------------------------------------------------------------------------------------------------
 

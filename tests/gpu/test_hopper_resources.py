@@ -30,6 +30,10 @@ PRODUCTS: dict[str, list[int]] = {
         ("frozen", f"{dtype}, 128", [16]),
         ("frozen", f"{dtype}, 256", [20]),
         ("running", dtype, [4, 4, 4]),
+        ("forward", f"{dtype}, 64", [8, 16]),
+        ("forward", f"{dtype}, 128", [16, 32]),
+        ("forward", f"{dtype}, 704", [4] * 17 + [72, 80]),
+        ("forward", f"{dtype}, 0", [4, 8, 8]),
         # a chunk before each part of two tiles, both tiles, a block of keys
         ("weights_chunks", dtype, [4] * 17 + [72, 80]),
         ("weights_stream", dtype, [4, 4]),

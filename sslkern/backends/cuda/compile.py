@@ -92,6 +92,15 @@ PROGRAMS = {
         [(name, features) for name in HOPPER_TYPES for features in ("64", "128", "256")],
         hopper=True,
     ),
+    "similarity_lse_forward": Program(
+        "similarity_lse_forward.cu",
+        {"forward<{0}, {1}>": "map*2 problem plan partials int"},
+        [(name, features) for name in HOPPER_TYPES for features in ("64", "128", "704", "0")],
+        hopper=True,
+    ),
+    "similarity_lse_merge": Program(
+        "similarity_lse_merge.cu", {"merge": "plan partials int*2 pointer*5"}, [()], hopper=True
+    ),
     "similarity_extents": Program("similarity_extents.cu", {"id_extents": "pointer*4 int64*2"}, [()], hopper=True),
     "similarity_lse_frozen": Program(
         "similarity_lse_rows.cu",

@@ -20,7 +20,7 @@ OLDEST, HOPPER = 80, 90  # compute capabilities
 LAYOUTS = {"int64": "q", "int": "i", "pointer": "P", "float": "f", "bool": "?", "map": "128s"}
 LAYOUTS |= {"teams": "qii?0q", "pairs": "4Pfiii??0q", "problem": "6Pf4i??0q", "parts": "5P2i", "weights": "7Pii??0q"}
 LAYOUTS |= {"sides": 2 * (LAYOUTS["problem"] + "4P2i"), "parts_of_sides": 2 * LAYOUTS["parts"]}
-LAYOUTS |= {"gradient": "9P4i"}
+LAYOUTS |= {"gradient": "9P4i", "plan": "10i", "partials": "4P"}
 
 # By program, its arguments and GPU: the kernels, or why there are none.
 _loaded: dict[tuple, dict[str, driver.Kernel] | str] = {}

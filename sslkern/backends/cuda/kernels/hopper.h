@@ -130,18 +130,27 @@ SSLKERN_DEVICE void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
 SSLKERN_DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Until the phase of this parity has ended. A fresh barrier is in phase 0, so that parity 1 counts as ended. The loop
-// has an end, after days: across one that has none ptxas runs no product, and with a trap as its end kernels that need
-// all registers lose them.
-SSLKERN_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
+SSLKERN_DEVICE bool barrier_try(uint32_t barrier, uint32_t parity) {
   uint32_t ended;
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+               : "=r"(ended)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return ended;
+}
+// Until the phase of this parity has ended. A fresh barrier is in phase 0, so that parity 1 counts as ended. The loop
+// has an end, after days: across one that has none ptxas runs no product.
+SSLKERN_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
   int tries = 0;
-  do {
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
-                 : "=r"(ended)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-  } while (!ended && ++tries < 1 << 30);
+  while (!barrier_try(barrier, parity) && ++tries < 1 << 30) {
+  }
+}
+// The same for a loop that reads sums of one product while the other runs: there ptxas wants an end that does not go
+// on, which costs kernels that need all registers some of them.
+SSLKERN_DEVICE void barrier_wait_or_trap(uint32_t barrier, uint32_t parity) {
+  int tries = 0;
+  while (!barrier_try(barrier, parity))
+    if (++tries == 1 << 30) __trap();
 }
 
 // ---- copies of boxes (TMA): x is the inner coordinate, both count numbers; outside of the tensor lie zeros ----------
