@@ -62,40 +62,34 @@ def pair_contrast_fwd(
 ) -> tuple[Tensor | None, ...]:
     """loss [] = share * the sum of the losses; positive [N] and best [sides, N] if asked for; and for an upstream
     gradient of 1 grad [1 or 2, N, D] of x, y or both and parts of that of scale_tensor."""
-    (N, D), sides, blocks = x.shape, _sides(mode), -(-x.shape[0] // ROWS)
+    (N, D), dtype, sides, blocks = x.shape, x.dtype, _sides(mode), -(-x.shape[0] // ROWS)
     x, y = x.contiguous(), y.contiguous()
-    if ids is not None:
-        ids = ids.contiguous()
-    new = functools.partial(x.new_empty, dtype=FP32)
-    lse, cosine, lengths, loss = new(2, N), new(N), new(2, N), new(())
-    positive, top = (new(N), new(sides, N)) if best else (None, None)
-    grad = new(need_x + need_y, N, D) if need_x or need_y else None
+    ids = None if ids is None else ids.contiguous()
+    new, grads = functools.partial(x.new_empty, dtype=FP32), need_x + 2 * need_y
+    loss, scratch = new(()), new(5 * N)
+    positive, top = (new(N), new((sides, N))) if best else (None, None)
+    grad = new((need_x + need_y, N, D)) if grads else None
     dscale = new(2 * blocks) if need_scale else None
-    call = Call("pair_contrast", x.device, x.dtype, *(shape := _class_of(D)))
-    address = call.address
-    from_x, from_y = address("x", x, x.dtype, N * D), address("y", y, x.dtype, N * D)
+    call = Call("pair_contrast", x.device, dtype, *(shape := _class_of(D)))
+    from_x, from_y = call.address("x", x, dtype, N * D), call.address("y", y, dtype, N * D)
     whole = D % PIECE == 0 and from_x % 16 == 0 and from_y % 16 == 0
-    of_scale = address("scale", scale_tensor, FP32, 1)
-    pairs = (
-        *(from_x, from_y, address("ids", ids, torch.int64, N), of_scale, scale),
-        *(N, D, MODES.index(mode), normalize, whole),
-    )
-    lses, cosines = address("lse", lse, FP32, 2 * N), address("cosine", cosine, FP32, N)
-    lengths_ = address("lengths", lengths, FP32, 2 * N)
-    outputs = address("best", top, FP32, sides * N), address("positive", positive, FP32, N)
-    call.launch("pair_scores<{0}>", sides * blocks, *pairs, lses, cosines, lengths_, *outputs)
-    grads = need_x + 2 * need_y
-    outputs = (
-        address("loss", loss, FP32, 1),
-        address("grad", grad, FP32, (need_x + need_y) * N * D),
-        address("dscale", dscale, FP32, 2 * blocks),
-    )
+    given = from_x, from_y, call.address("ids", ids, torch.int64, N), call.address("scale", scale_tensor, FP32, 1)
+    pairs = *given, scale, N, D, MODES.index(mode), normalize, whole
+    lse = scratch.data_ptr()
+    between = lse, lse + 4 * 2 * N, lse + 4 * 3 * N  # the log-sum-exps, cosines and lengths
+    call.launch("pair_scores<{0}>", sides * blocks, *pairs, *between, _start(top), _start(positive))
     call.launch(
         "pair_gradients<{0}, {1}, {2}>",
-        *(2 * blocks if grads or need_scale else 1, *pairs, lses, cosines, lengths_, share, grads, *outputs),
+        2 * blocks if grads or need_scale else 1,
+        *(*pairs, *between, share, grads, loss.data_ptr(), _start(grad), _start(dscale)),
         shared=_shared(*shape),
     )
     return loss, positive, top, grad, dscale
+
+
+def _start(x: Tensor | None) -> int:
+    """Where a tensor that was made here lies."""
+    return 0 if x is None else x.data_ptr()
 
 
 def pair_contrast_fake(
@@ -120,15 +114,10 @@ def pair_contrast_bwd(
     numbers = grad[0].numel() if need_x or need_y else 0
     dx, dy = (grad.new_empty(grad.shape[1:], dtype=dtype) if need else None for need in (need_x, need_y))
     of_scale, parts = (dscale.new_empty(()), dscale.numel()) if need_scale else (None, 0)
-    call = Call("pair_contrast", g.device, dtype, *_class_of(grad.shape[-1] if numbers else 1))
-    address, blocks = call.address, max(1, at_most(-(-numbers // (4 * THREADS))))
-    given = (
-        address("g", g.contiguous(), FP32, 1),
-        address("grad", grad, FP32, (need_x + need_y) * numbers) if numbers else 0,
-        address("dscale", dscale, FP32, parts) if need_scale else 0,
-    )
-    results = address("dx", dx, dtype, numbers), address("dy", dy, dtype, numbers), address("dscale", of_scale, FP32, 1)
-    call.launch("scaled_gradients<{0}>", blocks, numbers, parts, *given, *results)
+    call = Call("pair_contrast", g.device, dtype, *_class_of(grad.shape[2] if numbers else 1))
+    given = call.address("g", g.contiguous(), FP32, 1), _start(grad), _start(dscale)
+    blocks = max(1, at_most(-(-numbers // (4 * THREADS))))
+    call.launch("scaled_gradients<{0}>", blocks, numbers, parts, *given, _start(dx), _start(dy), _start(of_scale))
     return dx, dy, of_scale
 
 
