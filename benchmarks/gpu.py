@@ -246,20 +246,16 @@ def checked(got, want, tolerance: float, least: float = 1e-300) -> float:
     return max(errors)
 
 
+@torch.no_grad()
 def check_some_losses(problem: Problem, count: int = 1024) -> float:
-    """NT-Xent where the truth would take too long: the losses of some views, from their rows of the whole matrix."""
-    with torch.no_grad():
-        *views, scale = problem.inputs
-        got = functional.nt_xent(*views, logit_scale=scale, reduction="none")
-        z = torch.nn.functional.normalize(torch.cat([x.float() for x in views]), dim=1)
-        rows = torch.linspace(0, len(z) - 1, min(count, len(z)), device=z.device).long()
-        want = []
-        for some in rows.split(64):
-            s = z[some] @ z.T * scale
-            positive = s.gather(1, ((some + len(z) // 2) % len(z))[:, None]).squeeze(1)
-            s.scatter_(1, some[:, None], float("-inf"))
-            want.append(s.logsumexp(1) - positive)
-        return checked((got[rows],), (torch.cat(want),), OURS_TOLERANCE["bf16"])
+    """NT-Xent where the truth would take too long: the losses of some views, against rows of the whole matrix."""
+    *views, scale = problem.inputs
+    z, N = torch.cat([x.float() for x in views]), len(views[0])
+    rows = torch.linspace(0, 2 * N - 1, min(count, 2 * N), device=z.device).long()
+    samples = dict(ids=rows % N, negative_ids=torch.arange(2 * N, device=z.device) % N)
+    options = dict(logit_scale=scale, reduction="none")
+    want = chunked(functional.info_nce)(z[rows], z[(rows + N) % (2 * N)], z, **samples, **options)
+    return checked((functional.nt_xent(*views, **options)[rows],), (want,), OURS_TOLERANCE["bf16"])
 
 
 def captured(step: Callable, device: str) -> Callable:
@@ -427,18 +423,11 @@ def talk(part: str, done: set, skip: set, deadline: float, dry: bool, select: st
             process.wait()
 
 
-def warm(processes: int, dry: bool, select: str) -> None:
-    """Fills the compilers' caches on disk: each racer once, from several processes."""
-    parts = [json.dumps([i, processes, dry, select]) for i in range(processes)]
-    command = [sys.executable, __file__, "--warm-part"]
-    for child in [subprocess.Popen([*command, part], env=FEW_COMPILERS) for part in parts]:
-        child.wait()
-
-
-def warm_part(first: int, step: int, dry: bool, select: str) -> None:
+def warm(part: int, parts: int, dry: bool, select: str) -> None:
+    """Fills the compilers' caches on disk: each racer of every so many cases once."""
     device = "cpu" if dry else "cuda"
     cases = [case for case in plan("headlines") + plan("small") if re.search(select, case.key)]
-    for case in cases[first::step]:
+    for case in cases[part::parts]:
         with contextlib.suppress(Exception):
             torch.compiler.reset()
             case = shrunk(case) if dry else case
@@ -488,18 +477,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300, help="how long to measure, about")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: the figures mean nothing")
     parser.add_argument("--select", default="", metavar="REGEX", help="only the cases whose key has it")
-    parser.add_argument("--warm", type=int, metavar="PROCESSES", help="only compile ahead what the cases will need")
+    warm_help = "only compile ahead what the cases will need, as one of so many processes"
+    parser.add_argument("--warm", type=int, nargs=2, metavar=("NUMBER", "PROCESSES"), help=warm_help)
     parser.add_argument("--exercise", action="store_true", help="only run each of our kernels once, for a sanitizer")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--warm-part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         part, done, skip, *rest = json.loads(options.worker)
         return worker(part, set(done), {tuple(pair) for pair in skip}, *rest)
-    if options.warm_part:
-        return warm_part(*json.loads(options.warm_part))
     if options.warm:
-        return warm(options.warm, options.dry_run, options.select)
+        return warm(*options.warm, options.dry_run, options.select)
     if options.exercise:
         return exercise("cpu" if options.dry_run else "cuda")
     if options.out is None:

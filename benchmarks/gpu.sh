@@ -26,8 +26,8 @@ work=$(mktemp -d)
 export PYTHONPATH=$work/site:$PWD:$PWD/python PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 : >"$out/log.txt"
 : >"$out/steps.tsv"
-ahead=  # the process that compiles ahead
-trap 'rm -rf "$work"; [[ -z $ahead ]] || kill "$ahead" 2>/dev/null' EXIT
+ahead=()  # the processes that compile ahead
+trap 'rm -rf "$work"; kill "${ahead[@]}" 2>/dev/null' EXIT
 
 note() {  # NAME STATE REMARK
   printf '%s\t%s\t%s\n' "$1" "$2" "${3//$'\t'/ }" | tee -a "$out/steps.tsv"
@@ -104,20 +104,23 @@ processes=$(($(nproc) / 2))
 ((processes >= 1)) || processes=1
 
 # ---- is it right: the CUDA kernels' tests, and beside them the compiling ahead --------------------------------------
-if wanted headlines; then
-  timeout 120 "$python" benchmarks/gpu.py --warm $(((processes + 2) / 3)) "${options[@]}" >"$work/warm.txt" 2>&1 </dev/null &
-  ahead=$!
-fi
+parts=$(((processes + 2) / 3))
+for ((part = 0; part < parts; part++)); do
+  wanted headlines || break
+  TORCHINDUCTOR_COMPILE_THREADS=4 timeout 120 "$python" benchmarks/gpu.py --warm $part $parts "${options[@]}" \
+    >"$work/warm-$part.txt" 2>&1 </dev/null &
+  ahead+=($!)
+done
 right=yes
 if wanted first; then
   tests first 120 tests/gpu/test_cuda_backend.py tests/ops -k "cuda and not emulated and not compile and not opcheck" ||
     right=
 fi
-if [[ -n $ahead ]]; then
-  wait "$ahead"
-  ahead=
-  cat "$work/warm.txt" >>"$out/log.txt"
+if ((${#ahead[@]})); then
+  wait "${ahead[@]}"
+  cat "$work"/warm-*.txt >>"$out/log.txt"
 fi
+ahead=()
 
 # ---- how fast is it, where does the time go, what do others take ----------------------------------------------------
 if [[ -n $right ]]; then

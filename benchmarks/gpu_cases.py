@@ -84,14 +84,9 @@ class Problem:
 
 def ways_of_cuda(N: int, M: int, D: int) -> dict[str, Callable]:
     """Where the CUDA kernels have two ways, each of them."""
-    cuda, ways = load("cuda", "similarity_lse"), {}
+    ways = {}
     if 64 < D <= 256:  # gradients from owners of rows, or as products of the library
-
-        def widest(features: int):
-            both = mock.patch.object(cuda, "BOTH_SIDES", features)
-            return stacked(both, mock.patch.object(cuda.gradient, "MOST_FEATURES", features))
-
-        ways |= {"owners of rows": partial(widest, 256), "weights": partial(widest, 0)}
+        ways |= {"owners of rows": partial(widest_owners, 256), "weights": partial(widest_owners, 0)}
     if N <= 1024:  # the loss of few pairs as a whole, or from its parts
         left_out = {"pair_contrast": lambda x, **_: "it is left out"}
         ways["in parts"] = lambda: mock.patch.dict(BACKENDS["cuda"].LACKS, left_out)
@@ -99,10 +94,9 @@ def ways_of_cuda(N: int, M: int, D: int) -> dict[str, Callable]:
 
 
 @contextlib.contextmanager
-def stacked(*contexts):
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
+def widest_owners(features: int):
+    cuda = load("cuda", "similarity_lse")
+    with mock.patch.object(cuda, "BOTH_SIDES", features), mock.patch.object(cuda.gradient, "MOST_FEATURES", features):
         yield
 
 
@@ -219,16 +213,12 @@ def learned(scale: float, device: str) -> Tensor:
 
 def nt_xent(n: int, d: int, dtype: torch.dtype, device: str) -> Problem:
     """n counts views."""
-
-    def ours(z0, z1, scale):
-        return functional.nt_xent(z0, z1, logit_scale=scale)
-
     rivals = {"compiled chunks": lambda: nt_xent_chunked, "lightly's formula": lambda: nt_xent_lightly}
     if n <= 256:  # its loss has n^3 elements
         rivals["pytorch-metric-learning"] = partial(metric_learning, n, device)
     return Problem(
         (*views(n // 2, d, dtype, device), learned(1 / TEMPERATURE, device)),
-        ours,
+        lambda z0, z1, scale: functional.nt_xent(z0, z1, logit_scale=scale),
         dense={"cross_entropy": nt_xent_cross_entropy, "logsumexp": nt_xent_logsumexp},
         rivals=rivals,
         textbook=nt_xent_cross_entropy,
@@ -344,16 +334,13 @@ def info_nce(n: int, d: int, dtype: torch.dtype, device: str, frozen: bool = Fal
     """One direction; both sides learn, or the keys are frozen."""
     query, key = views(n, d, dtype, device)
 
-    def ours(query, key, scale):
-        return functional.info_nce(query, key, logit_scale=scale)
-
     def cross_entropy(query, key, scale):
         logits = scale.to(query.dtype) * F.normalize(query, dim=1) @ F.normalize(key, dim=1).T
         return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
 
     return Problem(
         (query, key.detach() if frozen else key, learned(1 / TEMPERATURE, device)),
-        ours,
+        lambda query, key, scale: functional.info_nce(query, key, logit_scale=scale),
         dense={"cross_entropy": cross_entropy},
         textbook=cross_entropy,
         shape=(n, n, d),
@@ -367,9 +354,6 @@ def moco(n: int, d: int, dtype: torch.dtype, device: str, batch: int = 256) -> P
     (query, key), queue = views(batch, d, dtype, device), views(n, d, torch.float32, device)[1].detach()
     key, queue = key.detach(), F.normalize(queue, dim=1).to(dtype)
 
-    def ours(query):
-        return functional.moco(query, key.to(query.dtype), queue.to(query.dtype), TEMPERATURE)
-
     def published(query):
         """He et al., arXiv:1911.05722, without the copy of the queue that it makes each step."""
         q, k = F.normalize(query, dim=1), F.normalize(key.to(query.dtype), dim=1)
@@ -378,7 +362,7 @@ def moco(n: int, d: int, dtype: torch.dtype, device: str, batch: int = 256) -> P
 
     return Problem(
         (query,),
-        ours,
+        lambda query: functional.moco(query, key.to(query.dtype), queue.to(query.dtype), TEMPERATURE),
         dense={"cross_entropy": published},
         textbook=published,
         shape=(batch, n, d),
@@ -636,14 +620,6 @@ def rate(case: dict) -> float:
     return 2 * 8192**3 / case["contenders"][CUBE]["seconds"]
 
 
-def graph_ms(key: str, cases: dict) -> float:
-    return 1e3 * ours(key, cases)["graph_seconds"]
-
-
-def extra_gb(key: str, cases: dict) -> float:
-    return ours(key, cases)["peak_bytes"] / 1e9
-
-
 def times_as_long(other: str, key: str, cases: dict) -> float:
     return ms(key, cases) / ms(other, cases)
 
@@ -673,8 +649,12 @@ def goals() -> list[Goal]:
     faster = {clip: 1.4, nt_xent: 5, "nt_xent-65536-512-bf16": 2.2, "cpc-64-128-tf32": 1}
     most = [
         ("ms", ms, times),
-        ("ms in a CUDA graph", graph_ms, {"moco-65536-128-bf16": 0.027}),
-        ("GB beyond the input", extra_gb, {clip: 1.7, million: 4}),
+        (
+            "ms in a CUDA graph",
+            lambda key, cases: 1e3 * ours(key, cases)["graph_seconds"],
+            {"moco-65536-128-bf16": 0.027},
+        ),
+        ("GB beyond the input", lambda key, cases: ours(key, cases)["peak_bytes"] / 1e9, {clip: 1.7, million: 4}),
         ("times as long as NT-Xent", partial(times_as_long, nt_xent), {"sup_con-65536-128-bf16": 1.4}),
         *(
             (f"times as long as {x}", partial(times_as_long, x), {x.replace("bf16", "fp16"): 1.03})

@@ -85,7 +85,7 @@ def page(results: dict) -> str:
             f"Written by `benchmarks/gpu.sh`. {facts}.{span} [How it is measured](../README.md#on-a-gpu).\n",
             "## Goals\n",
             "For an H100. Times are scaled to a library that multiplies at 784 TFLOP/s, by its rate at that moment.\n",
-            table(["figure", "measured", "goal", ""], [goal_row(goal) for goal in results["goals"]]),
+            table(["figure", "measured", "goal", ""], [goal_row(**goal) for goal in results["goals"]]),
             *(["## Steps\n", table(["step", "", ""], results["steps"])] if results["steps"] else []),
             "## Ours\n",
             "mm: the library's product of the same sizes. Floor: what the algorithm has to multiply or to move, at the "
@@ -103,9 +103,8 @@ def page(results: dict) -> str:
     )
 
 
-def goal_row(goal: dict) -> list[str]:
-    state = f"**{goal['state']}**" if goal["state"] == "MISSED" else goal["state"]
-    return [goal["what"], number(goal["figure"]), goal["goal"], state]
+def goal_row(what: str, figure: float | None, goal: str, state: str) -> list[str]:
+    return [what, number(figure), goal, f"**{state}**" if state == "MISSED" else state]
 
 
 def overview(results: dict) -> tuple[list[str], list[list[str]]]:
