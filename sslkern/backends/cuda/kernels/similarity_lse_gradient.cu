@@ -286,8 +286,9 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
     pin(s);
     weigh_tile(begin, 0, true);
     for (int t = begin + 1; t < end; ++t) {
+      // Or with 0, as ptxas of CUDA 12 takes w and next for one where they are copied, and then lets products wait.
 #pragma unroll
-      for (int k = 0; k < Of::WIDTH / 4; ++k) w[k] = next[k];
+      for (int k = 0; k < Of::WIDTH / 4; ++k) w[k] = next[k] | static_cast<uint32_t>(p.d) >> 31;
       const int before = ring.stage;
       ring.next();
       barrier_wait(shared.full + 8 * ring.stage, ring.phase);

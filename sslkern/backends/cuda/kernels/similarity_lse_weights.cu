@@ -471,6 +471,8 @@ __global__ void __launch_bounds__(BLOCK, 1)
       };
       tile.begin_columns(unit.column);
       tile.prefetch_rows(row + warp % 4 * 16);
+#pragma unroll
+      for (int i = 0; i < 128; i++) d[i] = 0.f;
       pin(d);
       for (int chunk = 0; chunk < chunks; chunk++) {
         barrier_wait(memory.full(ring.stage), ring.phase);
@@ -478,8 +480,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
         const uint32_t b = opaque(rows_at(memory.keys(ring.stage)));
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < CHUNK / 16; i++)
-          wgmma<T>(d, descriptor(a + 2 * i), descriptor(b + 2 * i), chunk > 0 || i > 0);
+        for (int i = 0; i < CHUNK / 16; i++) wgmma<T>(d, descriptor(a + 2 * i), descriptor(b + 2 * i), true);
         wgmma_commit();
         ring.next();
         if (chunk == 0) continue;
