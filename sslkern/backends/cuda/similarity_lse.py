@@ -7,7 +7,7 @@ more features a kernel writes the weights of a strip of rows for two products of
 (similarity_lse_weights.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..problem import Problem
 from ..reference import similarity_lse as reference
 from . import launch
+from . import similarity_lse_forward as forward
 from . import similarity_lse_gradient as gradient
 from . import similarity_lse_rows as rows
 from . import similarity_lse_weights as weights
@@ -41,23 +42,30 @@ def lacks(x: Tensor, sizes: tuple[int, ...], limit: bool = False, frozen: bool =
     return None
 
 
-def _programs(dtype: torch.dtype, D: int, frozen: bool) -> Iterator[tuple]:
+def _programs(dtype: torch.dtype, D: int, frozen: bool) -> list[tuple]:
     """What a forward and its backward need of compile.PROGRAMS, with their arguments."""
-    yield ("similarity_extents",)
     if frozen and D <= rows.FROZEN_FEATURES[-1]:
-        yield "similarity_lse_frozen", dtype, least(rows.FROZEN_FEATURES, D)
-        return
-    yield "similarity_lse_running", dtype
-    yield ("similarity_lse_sides",)
-    if D <= gradient.MOST_FEATURES:
-        yield "similarity_lse_gradient", dtype, least([shape[0] for shape in gradient.SHAPES], D)
-    if D > BOTH_SIDES or frozen:
-        yield "similarity_lse_weights", dtype, "chunks" if D <= weights.KEPT else "stream"
+        return [("similarity_extents",), ("similarity_lse_frozen", dtype, least(rows.FROZEN_FEATURES, D))]
+    needed = [
+        ("similarity_extents",),
+        ("similarity_lse_forward", dtype, least(forward.FEATURES, D)),
+        ("similarity_lse_merge",),
+        ("similarity_lse_running", dtype),
+        ("similarity_lse_sides",),
+    ]
+    if D <= gradient.MOST_FEATURES and not frozen:
+        needed.append(("similarity_lse_gradient", dtype, least([shape[0] for shape in gradient.SHAPES], D)))
+    if D > BOTH_SIDES:
+        needed.append(("similarity_lse_weights", dtype, "chunks" if D <= weights.KEPT else "stream"))
+    return needed
 
 
 def least(classes: Sequence[int], D: int) -> int:
-    """The class of kernels for D features."""
-    return next(features for features in classes if D <= features)
+    """The class of kernels for D features, 0 beyond the largest."""
+    for features in classes:  # not next(), which the compiler of torch 2.6 does not know
+        if D <= features:
+            return features
+    return 0
 
 
 def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: int) -> tuple[Tensor | None, ...]:
@@ -67,7 +75,9 @@ def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: i
     pairs = Pairs.of(problem)
     if best:
         return *rows.largest(pairs, columns), None
-    return *rows.largest(pairs, columns)[:2], None, None
+    row, row_flags, col, col_flags = forward.log_sum_exps(pairs, columns)
+    rows.redo(pairs, row, row_flags, col, col_flags)
+    return row, col, None, None
 
 
 def similarity_lse_frozen_fwd(problem: Problem, best: bool) -> tuple[Tensor | None, ...]:
