@@ -33,10 +33,20 @@ struct Pairs {
   bool whole;  // rows are multiples of 16 bytes
 };
 
-// Side 0 is x, 1 is y. Whether rows of a side have negatives, and whether rows of `keys` are those of `side`, or the
-// other way round.
+// Side 0 is x, 1 is y. Whether rows of a side have negatives.
 SSLKERN_DEVICE bool contrasted(const Pairs& p, int side) { return side == 0 || p.mode != ONE_WAY; }
-SSLKERN_DEVICE bool meet(const Pairs& p, int side, int keys) { return side != keys || p.mode == VIEWS; }
+
+// Keys come in blocks of 8 of one side: `first` and those that follow, which beyond the last are none.
+struct Keys {
+  int side, first;
+};
+
+SSLKERN_DEVICE int key_blocks(const Pairs& p) { return (p.n + 7) / 8 * (p.mode == VIEWS ? 2 : 1); }
+SSLKERN_DEVICE Keys keys_of(const Pairs& p, int side, int block) {
+  const int each = (p.n + 7) / 8;
+  if (p.mode != VIEWS) return {1 - side, block < each ? 8 * block : p.n};
+  return {block < each ? 0 : 1, block < 2 * each ? 8 * (block < each ? block : block - each) : p.n};
+}
 
 SSLKERN_DEVICE float scale_of(const Pairs& p) {
   return p.scale_tensor == nullptr ? p.scale : p.scale * *p.scale_tensor;
@@ -147,7 +157,7 @@ SSLKERN_DEVICE float sigmoid(float x) {
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     pair_scores(Pairs p, float* lse, float* cosine, float* lengths, float* best, float* positive) {
-  constexpr int BLOCKS = 4, KEYS = 8 * BLOCKS;  // of a warp at a time
+  constexpr int BLOCKS = 4;  // of keys, of a warp at a time
   __shared__ float tops[WARPS][ROWS], sums[WARPS][ROWS];
   const int blocks = (p.n + ROWS - 1) / ROWS, side = int(block_id()) / blocks, first = int(block_id()) % blocks * ROWS;
   const int warp = thread_id() / WARP, lane = thread_id() % WARP, r = lane / 4, c = lane % 4;
@@ -159,52 +169,51 @@ __global__ void __launch_bounds__(THREADS)
     if (p.ids != nullptr && rows[half] < p.n) ids[half] = p.ids[rows[half]];
   const Length length[2] = {Length(row_length<T>(p, side, rows[0])), Length(row_length<T>(p, side, rows[1]))};
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
-  for (int keys = 0; keys < 2; keys++) {
-    if (!meet(p, side, keys)) continue;
-    for (int j0 = warp * KEYS; j0 < p.n; j0 += WARPS * KEYS) {
-      float s[BLOCKS][4] = {};
-      Length of_key[BLOCKS];
+  for (int block = warp * BLOCKS; block < key_blocks(p); block += WARPS * BLOCKS) {
+    float s[BLOCKS][4] = {};
+    Length of_key[BLOCKS];
+    Keys keys[BLOCKS];
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      keys[b] = keys_of(p, side, block + b);
+      const int j = keys[b].first + r;
+      const float found = row_length<T>(p, keys[b].side, j);
+      if (p.mode == ONE_WAY && j / ROWS == first / ROWS && j < p.n && c == 0) lengths[p.n + j] = found;
+      of_key[b] = Length(found);
+    }
+    for (int step = 0; step < p.d; step += STEP) {
+      Piece<T> a, a8, k;
+      a.load_unit(p, side, rows[0], step + 8 * c, length[0]);
+      a8.load_unit(p, side, rows[1], step + 8 * c, length[1]);
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
-        const int j = j0 + 8 * b + r;
-        const float found = row_length<T>(p, keys, j);
-        if (p.mode == ONE_WAY && j / ROWS == first / ROWS && j < p.n && c == 0) lengths[keys * p.n + j] = found;
-        of_key[b] = Length(found);
+        k.load_unit(p, keys[b].side, keys[b].first + r, step + 8 * c, of_key[b]);
+        multiply(s[b], a, a8, k);
       }
-      for (int step = 0; step < p.d; step += STEP) {
-        Piece<T> a, a8, k;
-        a.load_unit(p, side, rows[0], step + 8 * c, length[0]);
-        a8.load_unit(p, side, rows[1], step + 8 * c, length[1]);
+    }
+    const float before[2] = {top[0], top[1]};
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-          k.load_unit(p, keys, j0 + 8 * b + r, step + 8 * c, of_key[b]);
-          multiply(s[b], a, a8, k);
+    for (int b = 0; b < BLOCKS; b++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int i = rows[e / 2], j = keys[b].first + 2 * c + e % 2;
+        const float cos = s[b][e];
+        s[b][e] = cos * scale;
+        if (i == j && side == 0 && keys[b].side == 1 && i < p.n) {
+          cosine[i] = cos;
+          if (positive != nullptr) positive[i] = cos * scale;
         }
+        if (j >= p.n || ids[e / 2] == (p.ids == nullptr ? j : p.ids[j])) s[b][e] = -INFINITY;
+        top[e / 2] = fmaxf(top[e / 2], s[b][e]);
       }
-      const float before[2] = {top[0], top[1]};
+    }
 #pragma unroll
-      for (int b = 0; b < BLOCKS; b++) {
+    for (int half = 0; half < 2; half++) {
+      const float shift = shift_of(top[half]);
+      sum[half] *= exponential(before[half] - shift);
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int i = rows[e / 2], j = j0 + 8 * b + 2 * c + e % 2;
-          const float cos = s[b][e];
-          s[b][e] = cos * scale;
-          if (i == j && side == 0 && keys == 1 && i < p.n) {
-            cosine[i] = cos;
-            if (positive != nullptr) positive[i] = cos * scale;
-          }
-          if (j >= p.n || ids[e / 2] == (p.ids == nullptr ? j : p.ids[j])) s[b][e] = -INFINITY;
-          top[e / 2] = fmaxf(top[e / 2], s[b][e]);
-        }
-      }
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const float shift = shift_of(top[half]);
-        sum[half] *= exponential(before[half] - shift);
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++)
-          sum[half] += exponential(s[b][2 * half] - shift) + exponential(s[b][2 * half + 1] - shift);
-      }
+      for (int b = 0; b < BLOCKS; b++)
+        sum[half] += exponential(s[b][2 * half] - shift) + exponential(s[b][2 * half + 1] - shift);
     }
   }
 #pragma unroll
@@ -293,69 +302,68 @@ __global__ void __launch_bounds__(THREADS, 1)
     toward[half] = weight[half] + weight_of(p, lse, cosine[i] * scale, 1 - side, i);
   }
   float sums[SLICE][4] = {}, of_scale = 0.f;
-  for (int keys = 0; keys < 2; keys++) {
-    if (!meet(p, side, keys)) continue;
-    for (int start = 0; start < p.n; start += PASS) {
-      const int j0 = start + warp * KEYS;
-      float s[BLOCKS][4] = {};
-      Length of_key[BLOCKS];
+  for (int start = 0; start < key_blocks(p); start += WARPS * BLOCKS) {
+    const int block = start + warp * BLOCKS;
+    float s[BLOCKS][4] = {};
+    Length of_key[BLOCKS];
+    Keys keys[BLOCKS];
 #pragma unroll
-      for (int b = 0; b < BLOCKS; b++) {
-        const int j = j0 + 8 * b + r;
-        if (j < p.n) of_key[b] = Length(lengths[keys * p.n + j]);
-      }
-      for (int step = 0; step < p.d; step += STEP) {
-        Piece<T> a, a8, k;
-        a.load_unit(p, side, rows[0], step + 8 * c, length[0]);
-        a8.load_unit(p, side, rows[1], step + 8 * c, length[1]);
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-          k.load_unit(p, keys, j0 + 8 * b + r, step + 8 * c, of_key[b]);
-          multiply(s[b], a, a8, k);
-          k.store(units + (warp * KEYS + 8 * b + r) * PITCH + step + 8 * c);
-        }
-      }
-#pragma unroll
-      for (int b = 0; b < BLOCKS; b++) {
-        float weight_of_keys[2], lse_of_keys[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int j = j0 + 8 * b + 2 * c + h;
-          lse_of_keys[h] = j < p.n ? lse[keys * p.n + j] : 0.f;
-          weight_of_keys[h] = j < p.n ? weight_of(p, lse, cosine[j] * scale, keys, j) : 0.f;
-        }
-        float w[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int half = e / 2, h = e % 2, j = j0 + 8 * b + 2 * c + h;
-          const float cos = s[b][e], score = cos * scale;
-          const bool counts = rows[half] < p.n && j < p.n && ids[half] != (p.ids == nullptr ? j : p.ids[j]);
-          float own = 0.f, other = 0.f;
-          if (counts && weight[half] != 0.f) own = weight[half] * exponential(score - lses[half]);
-          if (counts && weight_of_keys[h] != 0.f) other = weight_of_keys[h] * exponential(score - lse_of_keys[h]);
-          if (counts) of_scale += own * cos;
-          w[e] = own + other;
-        }
-        const int column = warp * KEYS + 8 * b + 2 * c;
-        *reinterpret_cast<uint32_t*>(weights + r * WEIGHTS_PITCH + column) = packed<T>(w[0], w[1]);
-        *reinterpret_cast<uint32_t*>(weights + (r + 8) * WEIGHTS_PITCH + column) = packed<T>(w[2], w[3]);
-      }
-      sync_block();
-      if (wanted) {
-#pragma unroll 2
-        for (int k = 0; k < PASS; k += 16) {
-          uint32_t a[4], b[4];
-          load_matrices(a, weights + lane % 16 * WEIGHTS_PITCH + k + lane / 16 * 8);
-#pragma unroll
-          for (int f = 0; f < SLICE; f += 2) {
-            load_matrices_transposed(b, units + (k + lane % 16) * PITCH + (warp * SLICE + f + lane / 16) * 8);
-            mma<T>(sums[f], a[0], a[1], a[2], a[3], b[0], b[1]);
-            mma<T>(sums[f + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-          }
-        }
-      }
-      sync_block();
+    for (int b = 0; b < BLOCKS; b++) {
+      keys[b] = keys_of(p, side, block + b);
+      const int j = keys[b].first + r;
+      if (j < p.n) of_key[b] = Length(lengths[keys[b].side * p.n + j]);
     }
+    for (int step = 0; step < p.d; step += STEP) {
+      Piece<T> a, a8, k;
+      a.load_unit(p, side, rows[0], step + 8 * c, length[0]);
+      a8.load_unit(p, side, rows[1], step + 8 * c, length[1]);
+#pragma unroll
+      for (int b = 0; b < BLOCKS; b++) {
+        k.load_unit(p, keys[b].side, keys[b].first + r, step + 8 * c, of_key[b]);
+        multiply(s[b], a, a8, k);
+        k.store(units + (warp * KEYS + 8 * b + r) * PITCH + step + 8 * c);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      float weight_of_keys[2], lse_of_keys[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int j = keys[b].first + 2 * c + h;
+        lse_of_keys[h] = j < p.n ? lse[keys[b].side * p.n + j] : 0.f;
+        weight_of_keys[h] = j < p.n ? weight_of(p, lse, cosine[j] * scale, keys[b].side, j) : 0.f;
+      }
+      float w[4];
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int half = e / 2, h = e % 2, j = keys[b].first + 2 * c + h;
+        const float cos = s[b][e], score = cos * scale;
+        const bool counts = rows[half] < p.n && j < p.n && ids[half] != (p.ids == nullptr ? j : p.ids[j]);
+        float own = 0.f, other = 0.f;
+        if (counts && weight[half] != 0.f) own = weight[half] * exponential(score - lses[half]);
+        if (counts && weight_of_keys[h] != 0.f) other = weight_of_keys[h] * exponential(score - lse_of_keys[h]);
+        if (counts) of_scale += own * cos;
+        w[e] = own + other;
+      }
+      const int column = warp * KEYS + 8 * b + 2 * c;
+      *reinterpret_cast<uint32_t*>(weights + r * WEIGHTS_PITCH + column) = packed<T>(w[0], w[1]);
+      *reinterpret_cast<uint32_t*>(weights + (r + 8) * WEIGHTS_PITCH + column) = packed<T>(w[2], w[3]);
+    }
+    sync_block();
+    if (wanted) {
+#pragma unroll 2
+      for (int k = 0; k < PASS && k < 8 * (key_blocks(p) - start); k += 16) {
+        uint32_t a[4], b[4];
+        load_matrices(a, weights + lane % 16 * WEIGHTS_PITCH + k + lane / 16 * 8);
+#pragma unroll
+        for (int f = 0; f < SLICE; f += 2) {
+          load_matrices_transposed(b, units + (k + lane % 16) * PITCH + (warp * SLICE + f + lane / 16) * 8);
+          mma<T>(sums[f], a[0], a[1], a[2], a[3], b[0], b[1]);
+          mma<T>(sums[f + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+        }
+      }
+    }
+    sync_block();
   }
 
   if (dscale != nullptr) {
