@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -441,16 +442,16 @@ def warm(part: int, parts: int, dry: bool, select: str) -> None:
 def exercise(device: str) -> None:
     """Every loss and kernel of ours once, at odd sizes; what fails is told, and the exit status is 1."""
     failed = False
-    for name in PROBLEMS:
-        case = Case(name, 194, 72, alone=True)
+    for name, d in itertools.product(PROBLEMS, (72, 200, 776)):  # each a class of kernels for Hopper
+        case = Case(name, 194, d, alone=True)
         problem = case.build(device)
         for contender, factory in (case.contenders(problem) | problem.variants()).items():
             try:
                 step_of(problem, factory(), case)()
-                print(f"{name}, {contender}: ran", flush=True)
+                print(f"{name}, {d} features, {contender}: ran", flush=True)
             except Exception as error:
                 failed = failed or contender == OURS
-                print(f"{name}, {contender}: {error!r}", flush=True)
+                print(f"{name}, {d} features, {contender}: {error!r}", flush=True)
     sys.exit(failed)
 
 

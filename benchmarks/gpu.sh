@@ -113,8 +113,8 @@ for ((part = 0; part < parts; part++)); do
 done
 right=yes
 if wanted first; then
-  tests first 120 tests/gpu/test_cuda_backend.py tests/ops -k "cuda and not emulated and not compile and not opcheck" ||
-    right=
+  tests first 120 tests/gpu/test_cuda_backend.py tests/test_small_batches.py tests/ops \
+    -k "cuda and not emulated and not compile and not opcheck" || right=
 fi
 if ((${#ahead[@]})); then
   wait "${ahead[@]}"

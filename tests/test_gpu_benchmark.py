@@ -84,6 +84,15 @@ def test_the_script_runs_its_steps_in_order_and_times_nothing_that_is_wrong(tmp_
         assert states["memcheck"] == "not run" and "==== first" in (tmp_path / name / "log.txt").read_text()
 
 
+@pytest.mark.slow
+def test_what_sanitizers_watch_runs():
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--exercise", "--dry-run"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for name in ("clip, 776 features, sslkern: ran", "unit_pairs_bwd, 72 features, sslkern, cpu: ran"):
+        assert name in run.stdout
+
+
 RESULT = {"part": "headlines", "flops": 0, "bytes": 0, "contenders": {"sslkern": {"seconds": 1.0}}, "failed": {}}
 
 
