@@ -24,7 +24,7 @@ def number(x) -> float | None:
 
 def check_number(name: str, x: float, low: float, high: float = math.inf, *, closed: bool = False) -> float:
     """x as a float, a number with low <= x < high; with `closed` low <= x <= high."""
-    value = number(x)
+    value = x if type(x) is float else number(x)
     if value is None or not (low <= value < high or (closed and value == high)):
         bound = f"at least {float(low):g}" + (
             f" and {'at most' if closed else 'below'} {float(high):g}" if high < math.inf else ""

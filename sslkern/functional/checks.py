@@ -22,6 +22,30 @@ def check_features(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} is empty; the loss needs at least one row, so skip empty batches")
 
 
+def check_pair(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
+    """x and other, `promoted`: [N, D] with N > 0, of one shape, type and device.
+
+    What fits is seen at one look: a small batch feels each function, and compiled code is guarded for each.
+    """
+    if (
+        isinstance(x, Tensor)
+        and isinstance(other, Tensor)
+        and x.layout is other.layout is torch.strided
+        and not (x.is_nested or other.is_nested)
+        and x.ndim == 2
+        and x.shape == other.shape
+        and x.shape[0] > 0
+        and x.dtype == other.dtype
+        and x.dtype in FLOATS
+        and x.device == other.device
+    ):
+        return x, other
+    x, other = promoted(x, other)
+    check_features(name, x)
+    check_alike(other_name, other, name, x)
+    return x, other
+
+
 def promoted(*features):
     """Inside autocast, features of several types in the widest of them, as torch does with what it does not round: an
     encoder's output in bf16 meets a queue in fp32. Elsewhere, and what is no such tensor, as it is: the checks say so.
@@ -77,9 +101,13 @@ def check_weights(weights: Tensor | None, N: int, like: Tensor) -> None:
 
 def check_options(reduction: str, group=None, strategy: str = "all_gather", **flags: bool) -> None:
     """flags: the options that are True or False."""
-    check_flags(**flags)
-    check_choice("reduction", reduction, "mean", "sum", "none")
-    check_choice("strategy", strategy, "all_gather", "ring")
+    for flag in flags.values():
+        if flag is not True and flag is not False:
+            check_flags(**flags)
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
+        check_choice("reduction", reduction, "mean", "sum", "none")
+    if not isinstance(strategy, str) or strategy not in ("all_gather", "ring"):
+        check_choice("strategy", strategy, "all_gather", "ring")
     if group is not None:
         raise NotImplementedError("group must be None: losses across processes are not available yet")
 
@@ -88,6 +116,8 @@ def scale_of(
     temperature: float | Tensor, logit_scale: float | Tensor | None, like: Tensor | None = None
 ) -> float | Tensor:
     """What the dot products are multiplied by: logit_scale, or else 1 / temperature. Tensors are never read."""
+    if logit_scale is None and type(temperature) is float and 2.0**-100 < temperature < 2.0**100:
+        return 1.0 / temperature
     if logit_scale is not None:
         return scalar("logit_scale", logit_scale, like)
     value = scalar("temperature", temperature, like)
@@ -105,6 +135,16 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None = None) -> floa
     beside features of 64: in fewer, what is computed from it would lose digits."""
     if not isinstance(value, Tensor):
         return check_finite(name, value, " or a tensor with one element")
+    if (
+        value.layout is torch.strided
+        and not value.is_nested
+        and value.ndim == 0
+        and value.dtype == torch.float32
+        and isinstance(like, Tensor)
+        and like.dtype != torch.float64
+        and like.device == value.device
+    ):
+        return value
     if value.numel() != 1:
         wanted = "a number or a tensor with one element"
         raise ValueError(f"{name} must be {wanted}, not {describe(value)}" + _hint(value))

@@ -12,7 +12,7 @@ from ..common.tensors import transformed, wide
 from ..ops import similarity_lse
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different
-from .checks import check_alike, check_features, check_ids, check_options, check_weights, promoted, scale_of
+from .checks import check_alike, check_ids, check_options, check_pair, check_weights, promoted, scale_of
 from .formulas import at_once_of, beaten, logaddexp, reduce
 
 
@@ -76,9 +76,9 @@ def info_nce(
         >>> queue = torch.randn(4096, 32)
         >>> loss = sslkern.functional.info_nce(images, texts, queue, temperature=0.07)  # MoCo
     """
-    query, key, negatives = promoted(query, key, negatives)
-    check_features("query", query)
-    check_alike("key", key, "query", query)
+    if negatives is not None:
+        query, key, negatives = promoted(query, key, negatives)
+    query, key = check_pair("query", query, "key", key)
     check_options(reduction, group, strategy, two_way=two_way, normalize=normalize, stats=stats)
     scale = scale_of(temperature, logit_scale, query)
     N = query.shape[0]
@@ -86,11 +86,13 @@ def info_nce(
         _check_negatives(negatives, query, two_way)
     if in_batch is None:
         in_batch = negatives is None
-    check_flags(in_batch=in_batch)
+    else:
+        check_flags(in_batch=in_batch)
     if not in_batch and negatives is None:
         raise ValueError("in_batch=False leaves no negatives; pass negatives or leave in_batch out")
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
-    check_weights(weights, N, query)
+    if weights is not None:
+        check_weights(weights, N, query)
     if ids is not None:
         check_ids("ids", ids, (N,), query)
     if negative_ids is not None:
@@ -101,7 +103,7 @@ def info_nce(
     if negatives is None:
         at_once = at_once_of(reduction, weights, label_smoothing)
         mode = "two_way" if two_way else "one_way"
-        losses, positive, best = pair_contrast(query, key, scale, ids, mode, normalize, stats, reduction=at_once)
+        losses, positive, best = pair_contrast(query, key, scale, ids, mode, normalize, stats, None, at_once)
         if label_smoothing > 0:
             query, key = (unit(query), unit(key)) if normalize else (query, key)
             row_ids = torch.arange(N, device=query.device) if ids is None else ids

@@ -14,7 +14,7 @@ from ..common.tensors import wide
 from ..ops import similarity_lse
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different, two_views
-from .checks import check_alike, check_features, check_ids, check_options, check_weights, promoted, scale_of
+from .checks import check_alike, check_features, check_ids, check_options, check_pair, check_weights, promoted, scale_of
 from .formulas import at_once_of, beaten, reduce
 
 POSITIVES = ("separate", "joint")
@@ -68,17 +68,16 @@ def nt_xent(
         >>> loss = sslkern.functional.nt_xent(z0, z1, temperature=0.1)
         >>> loss.backward()
     """
-    z0, z1 = promoted(z0, z1)
-    check_features("z0", z0)
-    check_alike("z1", z1, "z0", z0)
+    z0, z1 = check_pair("z0", z0, "z1", z1)
     check_options(reduction, group, strategy, normalize=normalize, stats=stats)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
-    check_weights(weights, z0.shape[0], z0)
+    if weights is not None:
+        check_weights(weights, z0.shape[0], z0)
     scale = scale_of(temperature, logit_scale, z0)
     if ids is not None:
         check_ids("ids", ids, z0.shape[:1], z0)
     at_once = at_once_of(reduction, weights, label_smoothing)
-    loss, positive, best = pair_contrast(z0, z1, scale, ids, "views", normalize, stats, reduction=at_once)
+    loss, positive, best = pair_contrast(z0, z1, scale, ids, "views", normalize, stats, None, at_once)
     if label_smoothing > 0:
         z, ids, cosine = two_views(z0, z1, ids, normalize)
         loss = loss + label_smoothing * scale * above_mean(cosine, *over_different(z, z, ids, ids)).view_as(loss)

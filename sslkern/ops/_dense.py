@@ -9,9 +9,8 @@ from ..backends.problem import Problem, full_scale_of, sizes_of
 from ..common.autocast import autocast_active, cat, stack
 from ..common.node import Node, library, once
 from ..common.rows import dots, unit
-from ..common.sums import pair_loss, times
-from ..common.tensors import wide
-from ._problem import scale_parts
+from ..common.sums import mean, pair_loss, times, total
+from ..common.tensors import accumulator, wide
 from .logsumexp import logsumexp
 
 
@@ -25,13 +24,6 @@ def few(x: Tensor, rows: int, columns: int) -> bool:
     if autocast_active(x.device.type):
         return False  # it would round the products to 16 bits, forward and backward
     return rows * columns <= 2**16
-
-
-def few_pairs(x: Tensor, rows: int, ids: Tensor | None) -> bool:
-    """The same of `dense_contrast`, with scores [rows, rows]; our own products of bf16 lag behind for longer."""
-    if autocast_active(x.device.type) or not _suits(x, ids):
-        return few(x, rows, rows)
-    return rows * rows <= (2**20 if x.dtype == torch.bfloat16 and x.shape[1] >= 128 else 2**18)
 
 
 def dense(problem: Problem, columns: bool, best: bool) -> Tensor | tuple[Tensor, ...]:
@@ -63,13 +55,26 @@ def dense(problem: Problem, columns: bool, best: bool) -> Tensor | tuple[Tensor,
     return out[0] if len(out) == 1 else tuple(out)
 
 
-def dense_contrast(
-    x: Tensor, y: Tensor, scale: float | Tensor, ids: Tensor | None, mode: str, normalize: bool, best: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `pair_contrast` returns."""
+def _dense_contrast(x, y, scale, ids, mode, normalize, best, reduction="none"):
+    """What `pair_contrast` returns, of a scale that is a tensor; best: empty unless asked for."""
+    scale = scale.to(accumulator(x))
     if _suits(x, ids):
-        losses, positive, top = _different_rows(x, y, scale_parts(scale, x)[0], mode, normalize, best)
-        return losses, positive, top if best else None
+        x, y = (unit(x), unit(y)) if normalize else (x, y)
+        losses, positive, top, *_ = _by_hand.way(True, x, y, scale)(x, y, scale, mode, best)
+    else:
+        losses, positive, top = _left_to_the_compiler(x, y, scale, ids, mode, normalize, best)
+    return reduced(losses, mode, reduction), positive, top if best else losses.new_empty(0)
+
+
+def reduced(losses: Tensor, mode: str, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    if reduction == "mean":
+        return mean(losses)
+    return total(losses.mean(0) if mode == "two_way" else losses)
+
+
+def _left_to_the_compiler(x, y, scale, ids, mode, normalize, best):
     N, views = x.shape[0], mode == "views"
     x, y = (unit(x), unit(y)) if normalize else (x, y)
     q, k = (cat((x, y)),) * 2 if views else (x, y)
@@ -98,33 +103,39 @@ def _suits(x: Tensor, ids: Tensor | None) -> bool:
     return ids is None and x.shape[0] > 1 and x.device.type == "cpu" and x.dtype != torch.float16
 
 
-# With share_i = 1 - exp(-loss_i), that of the negatives, the derivative of a sum of losses with weights g by the scores
-# that count, and by the positives, is
+# With share_i = sigmoid(negatives_i - positive_i), that of the negatives, the derivative of a sum of losses with
+# weights g by the scores that count, and by the positives, is
 #
 #     W_ij = g_i share_i exp(s_ij - negatives_i)      (and the same of the columns)      W_ii = - g_i share_i
 #
 # in which no exponential is above 1, however large the scores and their rounding. The positives take the place of the
-# diagonal, and W that of S in the products. Left to itself the compiler spends a mask in each pass over S, a division
-# per score, and two passes on the derivative of a diagonal; and of two views, whose S is symmetric, W + W^T takes one
+# diagonal, and W that of S in the products. S stays in the type of the features: scaled within each pass, it is read in
+# half the bytes where that is bf16. Left to itself the compiler spends a mask in each pass over S, a division per
+# score, and two passes on the derivative of a diagonal; and of two views, whose S is symmetric, W + W^T takes one
 # product instead of two.
 
 
 def _contrast(x, y, scale, mode, best):
     N, views = x.shape[0], mode == "views"
     q, k = (cat((x, y)),) * 2 if views else (x, y)
-    # A pass over S less, but not where rows would be rounded, nor where S is to be symmetric.
-    scale_first = x.dtype != torch.bfloat16 and not views
-    s = (q * scale) @ k.mT if scale_first else wide(q @ k.mT) * scale
-    positive = dots(x, y) * scale
+    s, positive = q @ k.mT, dots(x, y) * scale
+    scale = _nonzero(scale)
     for part in (s, s[:N, N:], s[N:, :N]) if views else (s,):
-        part.diagonal().fill_(-math.inf)
+        part.diagonal().copy_(-math.inf / scale)
+    scores = wide(s) * scale
     sides = (1, 0) if mode == "two_way" else (1,)
-    negatives = [half for side in sides for half in s.logsumexp(side).view(-1, N)]
+    negatives = [half for side in sides for half in scores.logsumexp(side).view(-1, N)]
     # Stacked before the softplus, the inductor of torch 2.13 computes gradients that are wrong (with a scale tensor).
     losses = stack([pair_loss(side, positive) for side in negatives])
-    top = stack([s.amax(side) for side in sides]).view(-1, N) if best else None
-    # The share from here, as in the backward the compiler would compute it once for each score.
-    return losses, positive, top, s, stack(negatives), -torch.expm1(-losses)
+    top = stack([scores.amax(side) for side in sides]).view(-1, N) if best else None
+    # What is stacked the compiler keeps: the share of the negatives, in the backward, it would compute for each score.
+    kept = stack(negatives + [torch.sigmoid(side - positive) for side in negatives])
+    return losses, positive, top, s, kept
+
+
+def _nonzero(scale):
+    """scale, by which an infinite score is still one."""
+    return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).tiny)
 
 
 def _save(ctx, inputs, outputs):
@@ -133,45 +144,42 @@ def _save(ctx, inputs, outputs):
 
 
 def _backward(ctx, g, *_):
-    x, y, scale, s, negatives, share = ctx.saved_tensors
+    x, y, scale, s, kept = ctx.saved_tensors
     N, dtype = x.shape[0], x.dtype
+    negatives, share = kept.chunk(2)
     weight = g * share
     diagonal = -weight.sum(0)
+    scores = torch.mul(_nonzero(scale), wide(s))  # in this order not that of the forward, which would be kept, beside s
     if ctx.mode == "views":
         z, weight, negatives = cat((x, y)), weight.view(-1), negatives.view(-1)
         # Rounded, s_ij may be above s_ji, whose negatives_j these are.
-        w = weight.unsqueeze(1) * (s - negatives.unsqueeze(1)).exp() + weight * (s - negatives).clamp(max=0).exp()
+        w = weight.unsqueeze(1) * (scores - negatives.unsqueeze(1)).exp()
+        w = (w + weight * (scores - negatives).clamp(max=0).exp()).to(dtype)
         for part in (w[:N, N:], w[N:, :N]):
             part.diagonal().copy_(diagonal)
-        dz = wide(w.to(dtype) @ z)
+        dz = wide(w @ z)
         dx, dy = (dz * scale).to(dtype).split(N)
         dscale = (dz * z).sum() / 2
     else:
-        w = weight[0].unsqueeze(1) * (s - negatives[0].unsqueeze(1)).exp()
+        w = weight[0].unsqueeze(1) * (scores - negatives[0].unsqueeze(1)).exp()
         if ctx.mode == "two_way":
-            w = w + weight[1] * (s - negatives[1]).exp()
-        w.diagonal().copy_(diagonal)
+            w = w + weight[1] * (scores - negatives[1]).exp()
         w = w.to(dtype)
+        w.diagonal().copy_(diagonal)
         dx, dy = wide(w @ y), wide(w.mT @ x)
         dscale = (dx * x).sum()
         dx, dy = (dx * scale).to(dtype), (dy * scale).to(dtype)
     return *once((g, x, y, scale), dx, dy, dscale), None, None
 
 
-_by_hand = Node(_contrast, _save, _backward, name="dense_contrast", outputs=1)
+_by_hand = Node(_contrast, _save, _backward, name="different_rows", outputs=1)
 
 
-def _of_different_rows(x, y, scale, mode, normalize, best):
-    x, y = (unit(x), unit(y)) if normalize else (x, y)
-    losses, positive, top, *_ = _by_hand.way(True, x, y, scale)(x, y, scale, mode, best)
-    return losses, positive, top if best else losses.new_empty(0)
-
-
-# An operator that the compiler takes as one and then takes apart: each function that it looked into would cost a guard
+# An operator that the compiler takes as one and then takes apart: each function that it looked into would cost guards
 # in every call.
 library.define(
-    "different_rows(Tensor x, Tensor y, Tensor scale, str mode, bool normalize, bool best)"
-    " -> (Tensor losses, Tensor positive, Tensor best)"
+    "dense_contrast(Tensor x, Tensor y, Tensor scale, Tensor? ids, str mode, bool normalize, bool best,"
+    " str reduction='none') -> (Tensor losses, Tensor positive, Tensor best)"
 )
-library.impl("different_rows", _of_different_rows, "CompositeImplicitAutograd")
-_different_rows = torch.ops.sslkern.different_rows.default
+library.impl("dense_contrast", _dense_contrast, "CompositeImplicitAutograd")
+dense_contrast = torch.ops.sslkern.dense_contrast.default

@@ -24,9 +24,9 @@ from ..backends import find, kept_rows, load, offered, resolve_each
 from ..backends.problem import Problem
 from ..common.node import Node, Operator, from_eager, once, past_dispatcher_in
 from ..common.rows import dots, row_numbers
-from ..common.sums import dot, mean, total
+from ..common.sums import dot
 from ..common.tensors import accumulator, transformed
-from ._dense import dense_contrast, few_pairs
+from ._dense import dense_contrast, few, reduced
 from ._problem import scale_parts
 from .similarity_lse import frozen_gradient
 
@@ -62,16 +62,19 @@ def pair_contrast(
     """
     N, views = x.shape[0], mode == "views"
     rows = 2 * N if views else N
-    if reduction != "none" and offered("pair_contrast"):
+    # Keys that do not learn are not kept: a queue may be overwritten before the backward.
+    frozen = mode == "one_way" and (bank is not None or not (y.requires_grad or transformed()))
+    by_formula = torch.compiler.is_compiling() and not frozen and few_pairs(x, rows, ids)
+    if reduction != "none" and not (by_formula and x.device.type == "cpu") and offered("pair_contrast"):
         sizes = (1, rows, rows if bank is None else bank.shape[0], x.shape[1])
         backend = find("pair_contrast", x, sizes=sizes, mode=mode, normalize=normalize, bank=bank is not None)
         if backend is not None:
             return _whole(x, y, scale, ids, mode, normalize, best, reduction, backend)
-    # Keys that do not learn are not kept: a queue may be overwritten before the backward.
-    frozen = mode == "one_way" and (bank is not None or not (y.requires_grad or transformed()))
-    if torch.compiler.is_compiling() and not frozen and few_pairs(x, rows, ids):
-        losses, positive, top = dense_contrast(x, y, scale, ids, mode, normalize, best)
-        return _reduced(losses, mode, reduction), positive, top
+    if by_formula:
+        one = x.new_ones(())  # a number that changes is compiled once as a tensor
+        scale = (one if x.dtype.itemsize > 4 else one.float()) * scale
+        losses, positive, top = dense_contrast(x, y, scale, ids, mode, normalize, best, reduction)
+        return losses, positive, top if best else None
 
     if bank is not None:
         if ids is not None:
@@ -93,15 +96,19 @@ def pair_contrast(
     losses, positive, top, *_ = way(
         x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, ",".join(parts)
     )
-    return _reduced(losses, mode, reduction), positive, top if best else None
+    return reduced(losses, mode, reduction), positive, top if best else None
 
 
-def _reduced(losses: Tensor, mode: str, reduction: str) -> Tensor:
-    if reduction == "none":
-        return losses
-    if reduction == "mean":
-        return mean(losses)
-    return total(losses.mean(0) if mode == "two_way" else losses)
+def few_pairs(x: Tensor, rows: int, ids: Tensor | None) -> bool:
+    """Whether the losses of scores [rows, rows] are better left to the compiler. Of two views, whose scores are
+    symmetric, our kernels spare half of the products."""
+    if ids is not None or x.shape[0] == 1 or x.device.type != "cpu" or x.dtype == torch.float16:
+        return few(x, rows, rows)
+    if rows == x.shape[0]:
+        most = 2**22
+    else:
+        most = 2**20 if x.dtype == torch.bfloat16 and x.shape[1] >= 128 else 2**18
+    return rows * rows <= most and not torch.is_autocast_enabled("cpu")
 
 
 # ---- the node --------------------------------------------------------------------------------------------------------

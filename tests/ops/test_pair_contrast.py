@@ -75,6 +75,23 @@ def test_scores_of_any_size_in_compiled_code(mode, scale):
     assert compiled <= 4 * ours + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale", [0.0, -5.0])
+def test_scales_of_any_sign_in_compiled_code(mode, scale, dtype):
+    """What is left out is infinite before it is scaled."""
+    x, y = (side.to(dtype) for side in torch.randn(2, 8, 4))
+    results = []
+    for call in (pair_contrast, _dense.dense_contrast):
+        leaves = [x.clone().requires_grad_(), y.clone().requires_grad_(), torch.tensor(scale, requires_grad=True)]
+        losses, _, best = call(*leaves, None, mode, True, True)
+        results.append((losses, best, *torch.autograd.grad(losses.sum(), leaves)))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, formula in zip(*results, strict=True):
+        atol = tolerance * (1 + ours.abs().max().item())
+        assert torch.allclose(ours.float(), formula.float(), rtol=tolerance, atol=atol)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_row_without_negatives_gets_zero_whatever_arrives(backend, mode):
     x, y = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
@@ -333,6 +350,7 @@ def test_a_backend_may_have_the_whole_loss(whole, monkeypatch, mode, reduction):
     assert whole.calls == ["forward", "backward"]
     for ours, composed in zip(got, want, strict=True):
         assert torch.allclose(ours, composed, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(ops_pair_contrast, "few_pairs", lambda *_: False)  # on a CPU a formula comes before it
     torch.compiler.reset()
     for ours, composed in zip(step(torch.compile(pair_contrast, backend="aot_eager")), want, strict=True):
         assert torch.allclose(ours, composed, rtol=1e-4, atol=1e-5)
