@@ -124,7 +124,7 @@ ahead=()
 
 # ---- how fast is it, where does the time go, what do others take ----------------------------------------------------
 if [[ -n $right ]]; then
-  timings headlines 150
+  timings headlines 200
   timings profile 40
   timings rivals 60
   timings small 60
