@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import WARP, Call
+from .launch import Call
 from .pairs import Pairs
 
 BLOCK, HALF, TILE, PANEL, BOX_ROWS = 384, 128, 128, 64, 64  # as in kernels/similarity_lse_forward.cu
 WARPS, OF_WARP = 8, 16  # as in kernels/segments.h
+MERGED = 8  # rows or columns of a block, as in kernels/similarity_lse_merge.cu
 FEATURES = 64, 128, 704  # of the kernels that keep a block of queries in shared memory; more stream by
 SHARED, GROUP_BYTES = 227 << 10, 1024  # bytes: a block has a processor for itself; what the swizzle aligns to
 START = 3  # tiles that take as long as the start and the end of a segment
@@ -145,7 +146,7 @@ def log_sum_exps(pairs: Pairs, columns: bool) -> tuple[Tensor, Tensor, Tensor | 
             "forward<{0}, {1}>", clusters * kind.blocks, *maps, *pairs.words(), *part, *partials, stages,
             threads=BLOCK, shared=shared, cluster=kind.blocks,
         )  # fmt: skip
-        blocks = -(-N // WARP) + (0 if col is None else -(-M // WARP))
+        blocks = -(-N // MERGED) + (0 if col is None else -(-M // MERGED))
         merge.launch("merge", blocks, *part, *partials, N, M, *map(_address, (state, row, col, *flags)))
     return row, flags[0], col, flags[1]
 

@@ -48,10 +48,10 @@ __device__ inline Segment segment_of(const Plan& plan, int sequence, int slot, i
 
 // Where a tile stands in the sequence, as one of this part; -1 where it does not.
 __device__ inline int position_of(const Plan& plan, int sequence, int part, int tile) {
-  if (!plan.triangle) return tile;
-  const int group = part == 0 ? sequence : plan.other(sequence);
-  if ((part == 1 && group == sequence) || tile < plan.first_tile(group)) return -1;
-  return plan.start_of(sequence, part) + plan.tiles - 1 - tile;
+  const int group = part == 0 ? sequence : plan.other(sequence), first = plan.first_tile(group);
+  const bool there = tile >= first && (part == 0 || group != sequence);
+  const int position = plan.triangle ? plan.start_of(sequence, part) + plan.tiles - 1 - tile : tile;
+  return there ? position : -1;
 }
 
 // The segments of one cluster, one of `step` that share the work: those that stand beside each other in time have the

@@ -17,61 +17,86 @@ struct Total {
   }
 };
 
-// Of the segments of row i's queries.
-SSLKERN_DEVICE void add_rows(Total& total, const Plan& plan, const Partials& from, int i, int warp) {
-  const int group = i / plan.group_rows,
-            sequence = plan.triangle && plan.other(group) < group ? plan.other(group) : group;
+// What a row or a column is the sum of is shared by SHARES threads, each of which has AT_ONCE loads under way.
+constexpr int SHARES = 32, AT_ONCE = 4;
+constexpr int MERGED = THREADS / SHARES;  // rows or columns of a block
+
+// Where a partial sum is, if it is there, and its shift.
+struct Place {
+  bool there;
+  int shift, sum;
+};
+
+// find: the k-th of `count`. None branches, so that loads do not wait for each other.
+template <class Find>
+SSLKERN_DEVICE void add_share(Total& total, const float* shifts, const float* sums, int count, int share, Find find) {
+  for (int first = share; first < count; first += SHARES * AT_ONCE) {
+    float shift[AT_ONCE], sum[AT_ONCE];
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; ++n) {
+      const int k = first + n * SHARES;
+      const Place place = find(k < count ? k : first);
+      const bool there = place.there && k < count;
+      shift[n] = shifts[there ? place.shift : 0];
+      sum[n] = sums[there ? place.sum : 0];
+      if (!there) shift[n] = -INFINITY;
+    }
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; ++n) total.add(shift[n], sum[n]);
+  }
+}
+
+// Of the segments of row i's queries, which warps have added up.
+SSLKERN_DEVICE void add_rows(Total& total, const Plan& plan, const Partials& from, int i, int share) {
+  const int group = i / plan.group_rows, other = plan.other(group);
+  const int sequence = plan.triangle && other < group ? other : group, part = group != sequence;
   if (sequence < plan.first || sequence >= plan.first + plan.count) return;
-  const int part = group != sequence, warps = WARPS * plan.tile_blocks, queries = plan.group_rows / plan.group_blocks;
+  const int warps = WARPS * plan.tile_blocks, queries = plan.group_rows / plan.group_blocks;
   const int blocks = plan.count * plan.parts() * plan.group_blocks;
   const int block = ((sequence - plan.first) * plan.parts() + part) * plan.group_blocks + i % plan.group_rows / queries;
-  for (int slot = 0; slot < plan.slots; ++slot) {
-    const Segment segment = segment_of(plan, sequence, slot, part);
-    if (segment.from >= segment.to) continue;
-    for (int w = warp; w < warps; w += WARPS) {
-      const int at = (slot * warps + w) * blocks + block;
-      total.add(from.row_shifts[at], from.rows[at * queries + i % queries]);
-    }
-  }
+  add_share(total, from.row_shifts, from.rows, plan.slots * warps, share, [&](int k) {
+    const Segment segment = segment_of(plan, sequence, k / warps, part);
+    const int at = k * blocks + block;
+    return Place{segment.from < segment.to, at, at * queries + i % queries};
+  });
 }
 
-// Of the sequences that come to key j.
-SSLKERN_DEVICE void add_columns(Total& total, const Plan& plan, const Partials& from, int j, int warp) {
-  const int tile = j / plan.tile_rows, length = plan.length();
-#pragma unroll 4
-  for (int sequence = warp; sequence < plan.count; sequence += WARPS)
-    for (int part = 0; part < plan.parts(); ++part) {
-      const int position = position_of(plan, plan.first + sequence, part, tile);
-      if (position < 0) continue;
-      for (int block = 0; block < plan.group_blocks; ++block) {
-        const int at =
-            ((sequence * plan.group_blocks + block) * length + position) * plan.tile_rows + j % plan.tile_rows;
-        total.add(from.column_shifts[at / OF_WARP], from.columns[at]);
-      }
-    }
+// Of the sequences that come to key j. These have one or two parts, groups one or two blocks.
+SSLKERN_DEVICE void add_columns(Total& total, const Plan& plan, const Partials& from, int j, int share) {
+  const int tile = j / plan.tile_rows, length = plan.length(), two_blocks = plan.group_blocks - 1;
+  const int each = plan.triangle + two_blocks;  // the logarithm of how many a sequence has
+  add_share(total, from.column_shifts, from.columns, plan.count << each, share, [&](int k) {
+    const int sequence = k >> each, block = k & two_blocks, part = (k >> two_blocks) & plan.triangle;
+    const int position = position_of(plan, plan.first + sequence, part, tile);
+    const int at = (((sequence << two_blocks) + block) * length + position) * plan.tile_rows + j % plan.tile_rows;
+    return Place{position >= 0, at / OF_WARP, at};
+  });
 }
 
-// Adds the partial sums of a launch to those of the launches before, state [2, n + m], for WARP rows or columns in each
-// block. After the last: log-sum-exps, and which may be wrong.
+// Adds the partial sums of a launch to those of the launches before, state [2, n + m], for MERGED rows or columns in
+// each block. After the last: log-sum-exps, and which may be wrong.
 __global__ void __launch_bounds__(THREADS) merge(const Plan plan, const Partials from, int n, int m, float* state,
                                                  float* row, float* column, uint8_t* row_flags, uint8_t* column_flags) {
-  __shared__ float shifts[WARPS][WARP], sums[WARPS][WARP];
-  const int warp = thread_id() / WARP, lane = thread_id() % WARP, row_blocks = (n + WARP - 1) / WARP;
+  __shared__ float shifts[SHARES][MERGED], sums[SHARES][MERGED];
+  const int share = thread_id() / MERGED, of_block = thread_id() % MERGED, row_blocks = (n + MERGED - 1) / MERGED;
   const bool of_rows = block_id() < row_blocks;
-  const int size = of_rows ? n : m, x = static_cast<int>(block_id() - (of_rows ? 0 : row_blocks)) * WARP + lane;
+  const int size = of_rows ? n : m;
+  const int x = static_cast<int>(block_id() - (of_rows ? 0 : row_blocks)) * MERGED + of_block;
   Total total;
   if (x < size) {
-    if (of_rows) add_rows(total, plan, from, x, warp);
-    if (!of_rows || plan.triangle) add_columns(total, plan, from, x, warp);
+    if (of_rows) add_rows(total, plan, from, x, share);
+    if (!of_rows || plan.triangle) add_columns(total, plan, from, x, share);
   }
-  shifts[warp][lane] = total.shift;
-  sums[warp][lane] = total.sum;
-  sync_block();
-  if (warp == 0 && x < size) {
+  for (int half = SHARES / 2; half > 0; half /= 2) {  // the second half of the shares to the first
+    shifts[share][of_block] = total.shift;
+    sums[share][of_block] = total.sum;
+    sync_block();
+    if (share < half) total.add(shifts[share + half][of_block], sums[share + half][of_block]);
+    sync_block();
+  }
+  if (share == 0 && x < size) {
     const int64_t all = static_cast<int64_t>(n) + m, at = of_rows ? x : static_cast<int64_t>(n) + x;
-    total = Total();
     if (plan.first > 0) total.add(state[at], state[all + at]);
-    for (int w = 0; w < WARPS; ++w) total.add(shifts[w][lane], sums[w][lane]);
     const int sequences = plan.triangle ? (plan.groups + 1) / 2 : plan.groups;
     if (plan.first + plan.count < sequences) {
       state[at] = total.shift;
