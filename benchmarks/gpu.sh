@@ -21,6 +21,10 @@ dry=${GPU_DRY_RUN:-}
 options=(${dry:+--dry-run} ${SELECT:+--select "$SELECT"})  # of gpu.py
 steps=${STEPS:-first headlines profile rivals small tests memcheck synccheck racecheck initcheck tuning training}
 
+if [[ -e $out/results.json ]] && ! grep -q '"form": 2' "$out/results.json"; then
+  echo "$out has results of an earlier form of this benchmark; name another folder" >&2
+  exit 1
+fi
 mkdir -p "$out"
 work=$(mktemp -d)
 export PYTHONPATH=$work/site:$PWD:$PWD/python PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1

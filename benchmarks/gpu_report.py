@@ -3,19 +3,23 @@
 python benchmarks/gpu_report.py OUT
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
 
 from gpu_cases import COPY, COPY_BYTES, CUBE, OURS, PRODUCT, goals, ours, plan, rate
 
-EMPTY = {"dry_run": False, "machine": {}, "cases": {}, "crashes": [], "complete": False}
+EMPTY = {"form": 2, "dry_run": False, "machine": {}, "cases": {}, "crashes": [], "complete": False}
 STATES = {None: "not measured", True: "met", False: "MISSED"}
 
 
 def read(out: Path) -> dict:
     path = out / "results.json"
-    return EMPTY | {"cases": {}, "crashes": []} | (json.loads(path.read_text()) if path.exists() else {})
+    found = json.loads(path.read_text()) if path.exists() else copy.deepcopy(EMPTY)
+    if found.get("form") != EMPTY["form"]:
+        sys.exit(f"{path} is of an earlier form of this benchmark; name another folder")
+    return found
 
 
 def write(out: Path, results: dict) -> None:
@@ -85,7 +89,13 @@ def page(results: dict) -> str:
             f"Written by `benchmarks/gpu.sh`. {facts}.{span} [How it is measured](../README.md#on-a-gpu).\n",
             "## Goals\n",
             "For an H100. Times are scaled to a library that multiplies at 784 TFLOP/s, by its rate at that moment.\n",
-            table(["figure", "measured", "goal", ""], [goal_row(**goal) for goal in results["goals"]]),
+            table(
+                ["figure", "measured", "goal", ""],
+                [
+                    [g["what"], number(g["figure"]), g["goal"], g["state"].replace("MISSED", "**MISSED**")]
+                    for g in results["goals"]
+                ],
+            ),
             *(["## Steps\n", table(["step", "", ""], results["steps"])] if results["steps"] else []),
             "## Ours\n",
             "mm: the library's product of the same sizes. Floor: what the algorithm has to multiply or to move, at the "
@@ -101,10 +111,6 @@ def page(results: dict) -> str:
             *(detailed(key, case) for key, case in results["cases"].items() if case["part"] != "profile"),
         ]
     )
-
-
-def goal_row(what: str, figure: float | None, goal: str, state: str) -> list[str]:
-    return [what, number(figure), goal, f"**{state}**" if state == "MISSED" else state]
 
 
 def overview(results: dict) -> tuple[list[str], list[list[str]]]:

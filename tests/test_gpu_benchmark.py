@@ -134,6 +134,11 @@ def test_a_run_that_is_killed_leaves_what_it_measured_and_the_next_one_adds_to_i
     assert list(json.loads((tmp_path / "results.json").read_text())["cases"]) == ["a", "b"]
 
 
+def test_results_of_an_earlier_form_are_left_alone(gpu):
+    with pytest.raises(SystemExit, match="is of an earlier form of this benchmark; name another folder"):
+        gpu.supervise(BENCHMARKS / "results/nvidia-h100-80gb-hbm3", "", 60, False)
+
+
 def test_a_worker_that_never_speaks_ends_the_run(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "talk", lambda *_: iter([{"event": "gone", "reason": "exit status 1"}]))
     results = gpu.supervise(tmp_path, "", 60, False)
