@@ -1,5 +1,6 @@
 """What the kernels of the similarity family for Hopper have around them on the host, with the emulated driver."""
 
+import ctypes
 import struct
 
 import pytest
@@ -147,26 +148,62 @@ def test_same_bits_every_run(D):
     assert all(torch.equal(a, b) for a, b in zip(work.run(), work.run(), strict=True))
 
 
+@pytest.mark.parametrize(
+    "D, clip, views, frozen", [(64, (4, 6), (4, 3), 2), (200, (4, 3), (4, 3), 2), (600, (4, 3), (4, 3), 7)]
+)
+def test_few_launches(emulated, D, clip, views, frozen):
+    """What a small problem waits for: the extents of ids, sums, their merge, and what has to be done again."""
+    q, k = (torch.randn(256, D).bfloat16() for _ in range(2))
+    ids, scale, g = torch.arange(256), torch.full((), 5.0), torch.rand(256)
+    primitive = load("cuda", "similarity_lse")
+
+    def launches(work, *arguments) -> int:
+        before = launched(emulated)
+        found.append(work(*arguments))
+        return launched(emulated) - before
+
+    for problem, columns, expected in (
+        (Problem(q, k, scale, 1.0, ids, ids), True, clip),
+        (Problem(q, None, None, 5.0, ids // 2), False, views),
+    ):
+        found: list = []
+        forward = launches(primitive.similarity_lse_fwd, problem, columns, False, 0)
+        row, col, *_ = found[0]
+        given = row, col, g, g if columns else None, None
+        backward = launches(primitive.similarity_lse_bwd, problem, *given, True, columns, columns, False)
+        assert (forward, backward) == expected
+    assert launches(primitive.similarity_lse_frozen_fwd, Problem(q, k, None, 5.0, ids, ids), False) == frozen
+
+
+def launched(library) -> int:
+    """Kernels so far."""
+    numbers = (ctypes.c_int64 * 7)()
+    library.emulated_last(numbers)
+    return numbers[4]
+
+
 LOSSES = {
     "clip": lambda x, y: sslkern.functional.clip(x, y, 10.0),
     "nt_xent": lambda x, y: sslkern.functional.nt_xent(x, y, 0.1),
     "info_nce": lambda x, y: sslkern.functional.info_nce(x, y, temperature=0.1),
     "moco": lambda x, y: sslkern.functional.moco(x, y, torch.nn.functional.normalize(y.detach().flip(0), dim=1), 0.1),
+    "sup_con": lambda x, y: sslkern.functional.sup_con(torch.stack((x, y), 1), torch.arange(150) % 20, 0.1),
 }
 
 
 @pytest.mark.parametrize("D", [48, 200, 320])
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses(others, monkeypatch, name, D):
+def test_losses(others, emulated, monkeypatch, name, D):
     """The whole way of a loss in 16 bits, with the other parts of it from the reference."""
     monkeypatch.setattr(load("cuda", "pair_contrast"), "MOST_ROWS", 0)  # which has few pairs for itself
     x, y = (torch.randn(150, D).bfloat16() for _ in range(2))
-    found = {}
+    found, before = {}, launched(emulated)
     for backend in ("auto", "reference"):
         sides = [side.clone().requires_grad_() for side in (x, y)]
         with sslkern.use_backend(backend):
             loss = LOSSES[name](*sides)
             loss.backward()
         found[backend] = loss.detach(), *(side.grad for side in sides if side.grad is not None)
+    assert launched(emulated) > before + 1
     for got, expected in zip(*found.values(), strict=True):
         assert torch.allclose(got, expected, rtol=2**-6, atol=2**-7 * expected.abs().max().item()), name

@@ -56,7 +56,7 @@ SSLKERN_DEVICE uint32_t look_at_ids(Extent a, Extent b, bool same) {
   if (a.high < b.low || b.high < a.low) return same ? NONE_COUNTS : ALL_COUNT;
   const int64_t low = a.low < b.low ? a.low : b.low, high = a.high > b.high ? a.high : b.high;
   if (low == high) return same ? ALL_COUNT : NONE_COUNTS;
-  return static_cast<uint64_t>(high) - static_cast<uint64_t>(low) >> 32 == 0 ? IDS : LONG_IDS;
+  return (static_cast<uint64_t>(high) - static_cast<uint64_t>(low)) >> 32 == 0 ? IDS : LONG_IDS;
 }
 
 // Of the pairs of `rows` queries from i on with `columns` keys from j on; all four are multiples of EXTENT.
