@@ -44,6 +44,7 @@ MISTAKES = {
     "an overwritten store": "overwrites at .* what a copy may still read",
     "a box of another warp": "may still|has written and not published",
     "no publish_shared": "has written and not published",
+    "no sync_block": "what warp . may still (read|write)",
     "no sync_warp": "has written and not published",
     "no commit_stores": "stores that are not committed",
     "an end before stores are read": "stores still read shared memory",

@@ -32,7 +32,6 @@ struct Lanes : Meeting {
 // Of the cluster that runs, threads counted through.
 std::deque<Fiber> fibers;
 std::deque<Lanes> lanes;      // which meet, by the first of them
-std::deque<Meeting> blocks;   // whose threads meet, by rank
 std::vector<uint32_t> ready;  // lanes of each warp
 std::vector<int> warps;       // that may have lanes which are ready
 std::vector<bool> listed;     // of each warp: is it among them
@@ -185,7 +184,6 @@ const Launch& launch() { return launched; }
 int rank() { return current / launched.threads; }
 int thread() { return current % launched.threads; }
 bool gone(int rank) { return left_of[rank] == 0; }
-int threads_left() { return left; }
 
 uint32_t drawn(uint32_t below) {  // splitmix64
   uint64_t x = state += 0x9e3779b97f4a7c15u;
@@ -243,7 +241,6 @@ void run(const Launch& launch, const std::function<void()>& body) {
   state = seed_of_launches++;
   if (int(fibers.size()) < count) create(count);
   if (int(lanes.size()) < count) lanes.resize(count);
-  while (int(blocks.size()) < launch.cluster) blocks.emplace_back("at sync_block");
   ready.assign(count / WARP, 0);
   listed.assign(count / WARP, false);
   lagging.assign(count / WARP, false);
@@ -263,7 +260,6 @@ void run(const Launch& launch, const std::function<void()>& body) {
     if (all_end()) continue;
     fibers.clear();
     lanes.clear();
-    blocks.clear();
     soon.clear();
     late.clear();
     forget_blocks();
@@ -271,8 +267,6 @@ void run(const Launch& launch, const std::function<void()>& body) {
   }
 }
 void seed(uint32_t x) { seed_of_launches = uint64_t(x) << 32; }
-
-void sync_block() { blocks[rank()].join(launched.threads); }
 
 const uint32_t* shown(uint32_t x, int width) {
   Lanes& meeting = lanes[current & ~(width - 1)];

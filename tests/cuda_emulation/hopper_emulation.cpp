@@ -126,6 +126,12 @@ struct Chunk {
   int written_by = -1, written = 0;  // the warp that wrote it last, and when
 };
 
+// A meeting after which each warp knows what all of them knew.
+struct Sync : Meeting {
+  using Meeting::Meeting;
+  Knowledge coming, all;
+};
+
 struct Block {
   std::vector<uint8_t> memory;
   std::vector<Chunk> chunks;
@@ -138,12 +144,11 @@ struct Block {
   std::deque<Thread> threads;
   Pool pool;
   int loads = 0;  // under way
-  Knowledge syncing, synced;
+  Sync sync{"at sync_block"};
 };
 
 std::deque<Block> blocks;  // by rank
-Meeting all_blocks("at sync_cluster");
-Knowledge syncing_cluster, synced_cluster;
+Sync cluster("at sync_cluster");
 int barriers;  // of the cluster
 
 Block& mine() { return blocks[rank()]; }
@@ -166,10 +171,10 @@ void tell(Knowledge& there) {
 }
 uint32_t now() { return my_warp().knows.of(my_warp_in_cluster()); }
 
-void meet(Meeting& meeting, int count, Knowledge& coming, Knowledge& there) {
-  tell(coming);
-  if (meeting.join(count)) there = coming;
-  my_warp().knows.learn(there);
+void meet(Sync& sync, int count) {
+  tell(sync.coming);
+  if (sync.join(count)) sync.all = sync.coming;
+  my_warp().knows.learn(sync.all);
 }
 
 // ---- Shared memory -------------------------------------------------------------------------------------------------
@@ -753,9 +758,11 @@ uint32_t dynamic_shared() {
 }
 
 uint32_t cluster_rank() { return uint32_t(rank()); }
-void sync_cluster() { meet(all_blocks, launch().cluster * launch().threads, syncing_cluster, synced_cluster); }
+void sync_cluster() { meet(cluster, launch().cluster * launch().threads); }
 
 namespace emulation {
+
+void sync_block() { meet(mine().sync, launch().threads); }
 
 // The last thread of a warpgroup gives or takes the registers of all.
 void change_registers(int count, bool up) {
@@ -777,7 +784,7 @@ void begin_cluster() {
   const int threads = launch().threads;
   while (int(blocks.size()) < launch().cluster) blocks.emplace_back();
   barriers = 0;
-  syncing_cluster = synced_cluster = {};
+  cluster.coming = cluster.all = {};
   for (int r = 0; r < launch().cluster; ++r) {
     Block& block = blocks[r];
     const size_t chunks = launch().shared == 0 ? 0 : (shared_end() + CHUNK - 1) / CHUNK;
@@ -798,7 +805,7 @@ void begin_cluster() {
     block.threads.resize(threads);
     block.pool.registers = 0;
     block.loads = 0;
-    block.syncing = block.synced = {};
+    block.sync.coming = block.sync.all = {};
   }
 }
 
@@ -823,8 +830,8 @@ void end_thread() {
 
 void forget_blocks() {
   blocks.clear();
-  all_blocks.arrived = 0;
-  all_blocks.fibers.clear();
+  cluster.arrived = 0;
+  cluster.fibers.clear();
 }
 
 }  // namespace emulation

@@ -20,7 +20,6 @@ namespace sslkern::cuda::emulation {
 const Launch& launch();
 int rank();    // of the block in its cluster
 int thread();  // in its block
-inline int fiber(int rank, int thread) { return rank * launch().threads + thread; }
 
 uint32_t drawn(uint32_t below);
 inline bool one_in(uint32_t n) { return drawn(n) == 0; }
@@ -36,7 +35,6 @@ void wake(Place&);
 void pause();         // others may run first
 void maybe_pause();   // now and then
 bool gone(int rank);  // all threads of that block have ended
-int threads_left();   // of the cluster
 
 // A place where `count` threads meet. True for the last to come, which goes on before the others do.
 struct Meeting : Place {

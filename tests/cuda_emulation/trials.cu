@@ -181,6 +181,8 @@ __global__ void __launch_bounds__(384, 1)
       wgmma_commit();
     }
   }
+  if (!mistake("no sync_block")) sync_block();
+  load_shared(at.out + thread_id() * 16);  // of another warp
   if (!mistake("no sync_cluster at the end")) sync_cluster();
   if (mistake("an end with copies under way") && thread_id() == 0) {
     barrier_expect(spare, P::VECTOR);
