@@ -19,7 +19,6 @@ import os
 import platform
 import queue
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -365,12 +364,10 @@ def supervise(out: Path, part: str, seconds: float, dry: bool, select: str = "")
         key = begun = crash = None
         for message in talk(part, done, skip, deadline, dry, select):
             event = message.pop("event")
-            if event == "case":
-                key, begun = message["key"], None
+            if event in ("case", "timing"):
+                key, begun = message.get("key", key), None
             elif event == "contender":
                 begun = (key, message["name"])
-            elif event == "timing":
-                begun = None
             elif event == "result":
                 results["cases"][message.pop("key")] = message
                 done.add(key)
@@ -420,9 +417,8 @@ def talk(part: str, done: set, skip: set, deadline: float, dry: bool, select: st
         if process.wait() not in (0, 3):
             yield {"event": "gone", "reason": f"exit status {process.returncode}"}
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 def warm(part: int, parts: int, dry: bool, select: str) -> None:

@@ -134,7 +134,6 @@ class Case:
 
 
 LATE = ("cut-cross-entropy",)
-
 # Passes of 2 N M D flop: what the algorithm needs, and what kernels execute, by a part of their names; of a backward
 # what one that owns rows of gradients takes for all sides (less where it writes weights for products of the library).
 LIBRARY = "gemm|nvjet|cutlass|xmma"
@@ -592,8 +591,7 @@ def plan(part: str = "") -> list[Case]:
     return [case for case in headlines + profile + small + rivals if part in ("", case.part)]
 
 
-PARTS = "headlines", "profile", "small", "rivals"
-SMALL, FP32 = (256, 1024, 512), ("tf32", "fp32")
+PARTS, SMALL, FP32 = ("headlines", "profile", "small", "rivals"), (256, 1024, 512), ("tf32", "fp32")
 
 # The goals: figures of cases, in the units of their names. They are set for an H100 whose library multiplies at RATE;
 # the times of what products decide are scaled to it by the rate of the moment.
