@@ -1,6 +1,8 @@
 """Small problems in compiled code: the formula itself, which the compiler fuses with its surroundings."""
 
 import math
+import zlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -176,10 +178,11 @@ _by_hand = Node(_contrast, _save, _backward, name="different_rows", outputs=1)
 
 
 # An operator that the compiler takes as one and then takes apart: each function that it looked into would cost guards
-# in every call.
+# in every call. What it compiles it keeps on disk under the names of operators, this one's for the formulas above.
+_NAME = f"dense_contrast_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 library.define(
-    "dense_contrast(Tensor x, Tensor y, Tensor scale, Tensor? ids, str mode, bool normalize, bool best,"
+    f"{_NAME}(Tensor x, Tensor y, Tensor scale, Tensor? ids, str mode, bool normalize, bool best,"
     " str reduction='none') -> (Tensor losses, Tensor positive, Tensor best)"
 )
-library.impl("dense_contrast", _dense_contrast, "CompositeImplicitAutograd")
-dense_contrast = torch.ops.sslkern.dense_contrast.default
+library.impl(_NAME, _dense_contrast, "CompositeImplicitAutograd")
+dense_contrast = getattr(torch.ops.sslkern, _NAME).default
