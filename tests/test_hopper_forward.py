@@ -9,6 +9,7 @@ import torch
 from sslkern.backends.cuda import similarity_lse_forward as kernels
 from sslkern.backends.cuda import similarity_lse_rows as rows
 from sslkern.backends.cuda.pairs import Pairs
+from sslkern.backends.cuda.similarity_lse import MOST
 from sslkern.backends.problem import Problem
 from sslkern.backends.reference import similarity_lse as reference
 
@@ -243,7 +244,13 @@ def test_what_fits_into_shared_memory(D):
 def test_memory_of_partial_sums(N, M, D):
     plan = kernels.plan_of(kernels.kind_of(D), N or M, M, N is None, True, 132)
     assert 4 * (plan.row_sums + plan.column_sums) <= kernels.PARTIALS
-    assert max(plan.row_sums, plan.column_sums) < 2**31  # the kernel counts in 32 bits
+
+
+@pytest.mark.parametrize("D", [128, 512, 768])
+@pytest.mark.parametrize("N", [None, 1, MOST - 1])
+def test_kernels_count_in_32_bits(N, D):
+    plan = kernels.plan_of(kernels.kind_of(D), N or MOST - 1, MOST - 1, N is None, True, 132)
+    assert max(plan.row_sums, plan.column_sums, plan.length * plan.slots) < 2**31
 
 
 def test_how_work_is_shared():

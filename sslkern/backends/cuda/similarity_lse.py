@@ -22,7 +22,7 @@ from . import similarity_lse_weights as weights
 from .pairs import Pairs
 
 BOTH_SIDES = 128  # features up to which two gradients come from owners of rows, which compute S for each of them
-MOST = 2**31  # rows that are counted
+MOST = 2**28  # rows: with those, kernels count partial sums in 32 bits
 
 
 def lacks(x: Tensor, sizes: tuple[int, ...], limit: bool = False, frozen: bool = False, **_) -> str | None:
