@@ -5,7 +5,8 @@
 // that hold many registers makes it drop their budget (spills, products one after another); descriptors that it can see
 // through are hoisted out of loops and spilled (`opaque`); a loop without an end that it knows, or one that ends in
 // a trap, while products run (`barrier_wait`). NVRTC 12 also runs products one after another in a loop whose first one
-// overwrites the accumulators: set them to 0 before it. And before 13.5 it compiles no lambda with `auto` parameters.
+// overwrites the accumulators: set them to 0 before it; and before 13.5 where registers of a are copies of others. Nor
+// does it compile lambdas with `auto` parameters then.
 #pragma once
 
 #include "device.h"

@@ -109,7 +109,7 @@ SSLKERN_DEVICE void accumulate(float (&o)[D / 2], const uint32_t (&w)[P], uint32
   wgmma_commit();
 }
 
-// Pairs that do not count get the product `away`, of a tile in which some do. i and j are those of the first of s.
+// Pairs that do not count get the product `away`. i and j are those of the first of s.
 template <int S>
 SSLKERN_DEVICE void leave_out(float (&s)[S], const Problem& p, uint32_t asks, int i, int j, float away) {
   const bool by_id = asks & (IDS | LONG_IDS);
@@ -122,9 +122,10 @@ SSLKERN_DEVICE void leave_out(float (&s)[S], const Problem& p, uint32_t asks, in
     }
     return;
   }
-  uint32_t out = 0, out_below = 0;  // a bit for each column
+  const bool none = asks & NONE_COUNTS;
+  uint32_t out = none ? ~0u : 0, out_below = out;  // a bit for each column
 #pragma unroll 2
-  for (int k = 0; k < S / 2; ++k) {
+  for (int k = 0; k < S / 2 && !none; ++k) {
     const int column = j + k / 2 * 8 + k % 2;
     const int64_t of_column = by_id ? id_of(p.k_ids, p.m, column) : 0;
     if (!counts(p, asks, i, column, id, of_column)) out |= 1u << k;
@@ -143,10 +144,9 @@ SSLKERN_DEVICE void pack(uint32_t (&w)[S / 2], const float (&s)[S]) {
   for (int k = 0; k < S / 2; ++k) w[k] = packed<T>(s[2 * k], s[2 * k + 1]);
 }
 
-// The weights w of the dot products s, by one exponential. Returns the sum of weights times dot products.
-template <class T, int S>
-SSLKERN_DEVICE float weigh(uint32_t (&w)[S / 2], float (&s)[S], uint32_t near, const float (&own)[2],
-                           const float (&shift)[2], float c) {
+// The dot products s become weights, by one exponential. Returns the sum of weights times dot products.
+template <int S>
+SSLKERN_DEVICE float weigh(float (&s)[S], uint32_t near, const float (&own)[2], const float (&shift)[2], float c) {
   float sum = 0.f;
 #pragma unroll
   for (int k = 0; k < S; k += 4) {
@@ -159,16 +159,14 @@ SSLKERN_DEVICE float weigh(uint32_t (&w)[S / 2], float (&s)[S], uint32_t near, c
       sum += s[k + e] * dot;
     }
   }
-  pack<T>(w, s);
   return sum;
 }
 
 // The same by two exponentials. of_bias: adds the sums over columns of the terms that the bias of the rows is in, which
 // are the columns' terms and, times `both`, the rows'.
-template <class T, int S>
-SSLKERN_DEVICE float weigh_apart(uint32_t (&w)[S / 2], float (&s)[S], const float* columns, const float (&grad)[2],
-                                 const float (&own)[2], const float (&other)[2], float c, float both,
-                                 float (&of_bias)[2]) {
+template <int S>
+SSLKERN_DEVICE float weigh_apart(float (&s)[S], const float* columns, const float (&grad)[2], const float (&own)[2],
+                                 const float (&other)[2], float c, float both, float (&of_bias)[2]) {
   constexpr int WIDTH = 2 * S;
   float sum = 0.f;
 #pragma unroll
@@ -183,7 +181,6 @@ SSLKERN_DEVICE float weigh_apart(uint32_t (&w)[S / 2], float (&s)[S], const floa
     sum += s[k] * dot;
     of_bias[h] += both * of_row + of_column;
   }
-  pack<T>(w, s);
   return sum;
 }
 
@@ -227,7 +224,7 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
     }
 
     float o[D / 2], s[Of::WIDTH / 2], of_scale = 0.f, of_bias[2] = {};
-    uint32_t w[Of::WIDTH / 4], next[Of::WIDTH / 4];  // weights that a product reads, and those for the next
+    uint32_t w[Of::WIDTH / 4];
 #pragma unroll
     for (int k = 0; k < D / 2; ++k) o[k] = 0.f;
 
@@ -243,17 +240,13 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
       }
       if (asking >> nth & 1) {
         const uint32_t of_tile = from_lane(static_cast<int>(asks), nth);
-        if (of_tile & NONE_COUNTS) {
-#pragma unroll
-          for (int k = 0; k < Of::WIDTH / 4; ++k) next[k] = 0;
-          return;
-        }
         leave_out(s, p, of_tile, i, t * Of::WIDTH + lane % 4 * 2, c < 0.f ? 1e30f : -1e30f);
       }
       const uint32_t near = shared.near + stage * Of::NEAR_ROOM;
       float shift, spread;
       load_shared(near + Of::WIDTH * 4, shift, spread);
-      const bool close = spread < SPREAD && !(shift - fminf(r[0], r[1]) >= ABOVE);
+      // Products of rows beyond the last are 0, and 2^-m is their only factor.
+      const bool close = spread < SPREAD && !(shift - fminf(r[0], r[1]) >= ABOVE) && (shift > -ABOVE || i < p.n - 8);
       if (any_lane(given.biased || (given.with_columns && !close))) {
         float own[2], other[2];
 #pragma unroll
@@ -264,15 +257,15 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
           if (i + 8 * h >= p.n) own[h] = other[h] = -INFINITY;
         }
         const float* const columns = given.apart + int64_t(t) * 3 * Of::WIDTH + lane % 4 * 2;
-        of_scale += weigh_apart<T>(next, s, columns, g, own, other, c, p.itself ? 0.f : 1.f, of_bias);
+        of_scale += weigh_apart(s, columns, g, own, other, c, p.itself ? 0.f : 1.f, of_bias);
       } else {
         float own[2], shifts[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           own[h] = given.with_columns ? g[h] * exp2_fast(shift - r[h]) : g[h];
-          shifts[h] = i + 8 * h >= p.n ? -INFINITY : given.with_columns ? -shift : -r[h];
+          shifts[h] = given.with_columns ? -shift : -r[h];
         }
-        of_scale += weigh<T>(next, s, near + lane % 4 * 8, own, shifts, c);
+        of_scale += weigh(s, near + lane % 4 * 8, own, shifts, c);
       }
     };
 
@@ -285,10 +278,8 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
     wgmma_wait<0>();
     pin(s);
     weigh_tile(begin, 0, true);
+    pack<T>(w, s);
     for (int t = begin + 1; t < end; ++t) {
-      // Or with 0, as ptxas of CUDA 12 takes w and next for one where they are copied, and then lets products wait.
-#pragma unroll
-      for (int k = 0; k < Of::WIDTH / 4; ++k) w[k] = next[k] | static_cast<uint32_t>(p.d) >> 31;
       const int before = ring.stage;
       ring.next();
       barrier_wait(shared.full + 8 * ring.stage, ring.phase);
@@ -302,12 +293,13 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
       wgmma_wait<0>();
       pin(w), pin(o);
       if (lane == 0) barrier_arrive(shared.empty + 8 * before);
+      pack<T>(w, s);
     }
-    pin(next), pin(o);
+    pin(w), pin(o);
     wgmma_fence();
-    accumulate<T, D>(o, next, shared.y + ring.stage * Of::Y_BYTES);
+    accumulate<T, D>(o, w, shared.y + ring.stage * Of::Y_BYTES);
     wgmma_wait<0>();
-    pin(next), pin(o);
+    pin(w), pin(o);
 
     const float unfold = unfold_of(given.fold);
     if (given.dscale != nullptr) {
