@@ -144,8 +144,8 @@ def test_only_what_is_needed(D):
 @pytest.mark.parametrize("D", [200, 520])
 def test_strips(short_strips, dtype, D):
     """That begin where others end, and in the triangle of q with itself at their own first row."""
-    check(problem(600, 270, D, dtype) | {"q_ids": torch.arange(600), "k_ids": torch.arange(270)}, columns=True)
-    check(itself(700, D, dtype) | {"q_ids": torch.arange(700) % 350})
+    check(problem(400, 270, D, dtype) | {"q_ids": torch.arange(400), "k_ids": torch.arange(270)}, columns=True)
+    check(itself(530, D, dtype) | {"q_ids": torch.arange(530) % 265})
     bias = torch.randn(300).requires_grad_()
     check(itself(300, D, dtype) | {"k_bias": bias})
     check(problem(300, 300, D, dtype) | {"k_bias": bias}, columns=True)
@@ -162,6 +162,13 @@ def test_means(short_strips, dtype, D):
         mean = weights.means_of(Pairs.of(Problem(q, k, None, 9.0, ids, k_ids)), row.float())
         exact = torch.exp(s - row.masked_fill(row == -math.inf, 0)[:, None])
         dense.within(mean, exact @ k.double(), exact.to(dtype).double() @ k.double(), "mean")
+
+
+def test_tiles_beyond_the_32nd_of_a_block_of_keys(monkeypatch):
+    """Whose pairs are looked at for 32 tiles together."""
+    monkeypatch.setattr(weights, "_plan", lambda N, M, D, processors, plan=weights._plan: plan(N, M, D, 2))
+    ids = {"q_ids": torch.arange(4300), "k_ids": torch.arange(4100, 4230)}
+    check(problem(4300, 130, 64, torch.bfloat16) | ids, columns=True)
 
 
 # ---- Numbers that are large or far apart ----------------------------------------------------------------------------
