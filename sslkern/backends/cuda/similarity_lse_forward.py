@@ -14,7 +14,7 @@ WARPS, OF_WARP = 8, 16  # as in kernels/segments.h
 MERGED = 8  # rows or columns of a block, as in kernels/similarity_lse_merge.cu
 FEATURES = 64, 128, 704  # of the kernels that keep a block of queries in shared memory; more stream by
 SHARED, GROUP_BYTES = 227 << 10, 1024  # bytes: a block has a processor for itself; what the swizzle aligns to
-START = 3  # tiles that take as long as the start and the end of a segment
+START, LAUNCH = 3, 20  # tiles that take as long as the start and the end of a segment, and of a launch
 PARTIALS = 256 << 20  # bytes that partial sums may take at a time
 
 
@@ -84,6 +84,10 @@ class Plan(NamedTuple):
             return self.tiles
         return 2 * self.tiles - (self.groups - 1) * (self.group_rows // self.tile_rows)
 
+    def time(self, clusters: int) -> int:
+        """Of a launch, in tiles."""
+        return -(-self.count * self.slots // clusters) * (-(-self.length // self.slots) + START)
+
     @property
     def row_sums(self) -> int:
         """For all slots of a launch, WARPS in each block."""
@@ -100,26 +104,27 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plan_of(kind: Kind, N: int, M: int, triangle: bool, columns: bool, processors: int) -> Plan:
-    """Of the first launch, which has as many sequences as partial sums fit; the others go on from there."""
+    """Of the first launch; where partial sums of all take too much, others go on from there."""
     groups, tiles = -(-N // kind.group_rows), -(-M // kind.tile_rows)
-    plan = Plan(kind.group_rows, kind.group_blocks, kind.tile_rows, kind.tile_blocks, groups, tiles, 1, triangle, 0, 0)
-    clusters, launches = max(1, processors // kind.blocks), 1
-    while True:
-        plan = plan._replace(count=-(-plan.sequences // launches))
-        plan = plan._replace(slots=_balanced(plan.count, plan.length, clusters))
-        bytes = 4 * (plan.row_sums + (plan.column_sums if columns or triangle else 0))
-        if bytes <= PARTIALS or plan.count == 1:
-            return plan
-        launches = max(launches + 1, launches * bytes // PARTIALS)
+    whole = Plan(kind.group_rows, kind.group_blocks, kind.tile_rows, kind.tile_blocks, groups, tiles, 1, triangle, 0, 0)
+    clusters = max(1, processors // kind.blocks)
 
+    def cut(count: int) -> Plan:
+        slots = range(1, min(whole.length, 2 * clusters // count + 2) + 1)
+        return min((whole._replace(count=count, slots=n) for n in slots), key=lambda plan: plan.time(clusters))
 
-def _balanced(sequences: int, length: int, clusters: int) -> int:
-    """Into how many slots to cut sequences, so that clusters have as much to do as possible to the end."""
+    def bytes(plan: Plan) -> int:
+        return 4 * (plan.row_sums + (plan.column_sums if columns or triangle else 0))
 
-    def time(slots: int) -> int:
-        return -(-sequences * slots // clusters) * (-(-length // slots) + START)
+    def time(plan: Plan) -> int:
+        return -(-plan.sequences // plan.count) * (plan.time(clusters) + LAUNCH)
 
-    return min(range(1, min(length, 2 * clusters // sequences + 2) + 1), key=time)
+    if bytes(plan := cut(whole.sequences)) <= PARTIALS:
+        return plan
+    # As many sequences as fit, or some less if these share the work better.
+    most = max(1, min(whole.sequences, PARTIALS // bytes(whole._replace(count=1))))
+    counts = *range(most, 1, -max(1, most // 64)), 1
+    return min((plan for plan in map(cut, counts) if bytes(plan) <= PARTIALS or plan.count == 1), key=time)
 
 
 def log_sum_exps(pairs: Pairs, columns: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
