@@ -56,12 +56,14 @@ def pytest_generate_tests(metafunc):
     known = primitive in BACKENDS["reference"].PRIMITIVES
     needed = primitive if known else "similarity_lse"
     names = [name for name in EVERY if needed in BACKENDS[name.partition("-")[0]].PRIMITIVES]
-    if not known:  # that of CUDA has no losses of pairs, and a part of similarity_lse
+    if not known:  # the CUDA kernels are a part of what losses take; the rest of it `auto` finds
         names = [name for name in names if not name.startswith("cuda")]
+        if "cuda" in EVERY and ".functional." in metafunc.module.__name__:
+            names.append("auto")
     for mark in metafunc.definition.iter_markers("without"):  # of backends that it is not for
         names = [name for name in names if name.partition("-")[0] not in mark.args]
     if any(word in metafunc.function.__name__ for word in ("compile", "opcheck")):
-        quick = f"cpu-{_native.isa()}" if _native else "reference", "cuda", "triton"
+        quick = f"cpu-{_native.isa()}" if _native else "reference", "auto", "cuda", "triton"
         names = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
     metafunc.parametrize("backend", names, indirect=True)
 
@@ -164,7 +166,7 @@ def backend(request, monkeypatch):
 @contextlib.contextmanager
 def _device(backend: str, test: str):
     """The default device of a test."""
-    if GPU and backend in ("cuda", "triton"):
+    if GPU and backend in ("auto", "cuda", "triton"):
         torch.set_default_device("cuda")
         yield
         torch.set_default_device(None)
