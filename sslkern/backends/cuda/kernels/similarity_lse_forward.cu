@@ -196,7 +196,8 @@ struct Scores {
           const uint64_t outside = groups <= 0 ? ~uint64_t(0) : groups >= HALF / 8 ? 0 : ~uint64_t(0) << 4 * groups;
           bits &= ~(outside & uint64_t(0x1111111111111111) << (2 * r + h));
           const int self = key - p.diagonal - query - h;
-          if (p.itself && self >= 0 && self < HALF && self % 8 == 0) bits &= ~(uint64_t(1) << (self / 2 + 2 * r + h));
+          if (p.itself && !plan.triangle && self >= 0 && self < HALF && self % 8 == 0)
+            bits &= ~(uint64_t(1) << (self / 2 + 2 * r + h));
         }
       }
     }
