@@ -154,7 +154,7 @@ struct Tile {
       grad[i] = w.row_lse == nullptr ? 0.f : arrived(w.row_grad[queries[i].at], x, fold_of(w.fold));
     }
     const int64_t to = row / 16 * int64_t(p.m) + first;
-#pragma unroll
+#pragma unroll 1  // so that the compiler has less to do
     for (int j = 0; j < 4; j++) {
       const int right = j / 2 * 8 + j % 2;
       Name key = key_name(p, asks, first + right);
@@ -164,13 +164,17 @@ struct Tile {
       float sum = 0.f;
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        float& score = d[8 * n + j / 2 * 4 + 2 * i + j % 2];
+        float* scores = d + 8 * n + 2 * i;  // of the four columns those at 0, 1, 4 and 5
+        const float score = j < 2 ? j == 0 ? scores[0] : scores[1] : j == 2 ? scores[4] : scores[5];
+        float weight = grad[i] * exp2_fast(score * scale + (bias - lse[i])) +
+                       column_grad * exp2_fast(score * scale + column_shift);
         const bool yes = counts(queries[i], key, p.same);
-        const float weight = grad[i] * exp2_fast(score * scale + (bias - lse[i])) +
-                             column_grad * exp2_fast(score * scale + column_shift);
         scale_sum += yes ? weight * score : 0.f;
-        score = yes ? weight : 0.f;
-        sum += score;
+        weight = yes ? weight : 0.f;
+        sum += weight;
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+          if (k == j) scores[k / 2 * 4 + k % 2] = weight;
       }
       if (w.bias_parts == nullptr) continue;
       sum += exchange(sum, 4);
