@@ -241,6 +241,23 @@ def test_an_infinite_product_that_is_left_out_has_no_part_in_the_gradient_of_the
 
 
 @pytest.mark.parametrize("D", [200, 520])
+def test_a_column_taken_out_by_its_bias_may_hold_anything(D):
+    given, kept = problem(70, 130, D, torch.bfloat16), torch.arange(130) % 64 != 3
+    bias = torch.zeros(130).masked_fill(~kept, -math.inf).requires_grad_()
+
+    def gradients(k, bias):
+        row, _ = lse(given["q"], k, given["scale"], bias, columns=True)
+        return torch.autograd.grad(row.sum(), (k, given["scale"], bias))
+
+    k = given["k"].detach().masked_fill(~kept[:, None], math.nan).requires_grad_()
+    got = gradients(k, bias)
+    want = gradients(given["k"].detach()[kept].requires_grad_(), bias.detach()[kept].requires_grad_())
+    for a, b in ((got[0][kept], want[0]), (got[1], want[1]), (got[2][kept], want[2])):
+        assert torch.allclose(a, b, rtol=1e-2, atol=1e-2 * b.abs().max().item())
+    assert (got[2][~kept] == 0).all()
+
+
+@pytest.mark.parametrize("D", [200, 520])
 def test_nan_and_inf_stay_in_their_rows(D):
     q, k = features(130, D).bfloat16(), features(70, D).bfloat16()
     q[5, 3], q[41, 0] = math.nan, math.inf
