@@ -6,7 +6,7 @@
 // more features than fit, streams both.
 //
 // Per pair of such tiles of 512 features the matrix units need 4096 cycles, shared memory 4608, exponentials 1024, and
-// the schedulers 1400 instructions each.
+// the schedulers some 1960 instructions each (docs/gpu.md).
 #include "sides.h"
 
 namespace sslkern::cuda {
