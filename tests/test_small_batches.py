@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import sslkern
 from sslkern.backends import BACKENDS, find, load
@@ -163,10 +164,21 @@ def test_compiled(whole, monkeypatch, mode):
     assert whole == ["forward", "backward"] * 2
 
 
+def test_compiled_once_for_batches_of_any_size(whole, monkeypatch):
+    monkeypatch.setattr(sys.modules["sslkern.ops.pair_contrast"], "few_pairs", lambda *_: False)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(nt_xent, fullgraph=True, backend=counter)
+    for N in (5, 6, 7, 20):
+        x, y = torch.randn(2, N, 8).bfloat16()
+        assert torch.equal(compiled(x.requires_grad_(), y), nt_xent(x, y))
+    assert counter.frame_count == 2 and whole == ["forward"] * 8  # the first is for its size alone
+
+
 def test_opcheck(whole):
     x, y = torch.randn(2, 6, 8).bfloat16()
     scale = torch.tensor(2.0, requires_grad=True)
-    args = (x.requires_grad_(), y, scale, 1.0, None, "two_way", True, True, 0.5, True, False, True, "cuda")
+    args = (x.requires_grad_(), y, scale, 1.0, None, "two_way", True, True, "mean", True, False, True, "cuda")
     torch.library.opcheck(torch.ops.sslkern.small_pair_contrast.default, args)
     *_, grad, dscale = torch.ops.sslkern.small_pair_contrast.default(*(a.detach() if a is x else a for a in args))
     args = (torch.tensor(1.0), grad.detach(), dscale.detach(), x.dtype, True, False, True, "cuda")

@@ -11,8 +11,8 @@ nodes, here one, composed of the primitives `unit_pairs`, `similarity_lse` and `
 
 Where the losses are only summed up, their gradient but for one factor is known in the forward. A backend may have all
 of that, for few rows that would wait for launches: `pair_contrast_fwd`, `pair_contrast_fake` and `pair_contrast_bwd`
-with the arguments of `_whole_forward`, `_whole_fake` and `_scale` but the last; what it keeps for the backward is its
-own affair.
+with the arguments of `_whole_forward`, `_whole_fake` and `_scale` but the last, the first with a `_share` for the
+reduction; what it keeps for the backward is its own affair.
 """
 
 from typing import NamedTuple
@@ -271,17 +271,22 @@ def _whole(x, y, scale, ids, mode, normalize, best, reduction, backend) -> tuple
     scale_tensor, scale = scale_parts(scale, x)
     learning = torch.is_grad_enabled()
     needs = [learning and side is not None and (side.requires_grad or transformed()) for side in (x, y, scale_tensor)]
-    share = 1 / (x.shape[0] if reduction == "mean" else 1)  # of the loss of a row
-    if mode == "two_way" or (mode == "views" and reduction == "mean"):
-        share = share / 2
     way = _node_of_whole.way(any(needs), x, y, scale_tensor, ids)
-    loss, positive, top, *_ = way(x, y, scale_tensor, scale, ids, mode, normalize, best, share, *needs, backend)
+    loss, positive, top, *_ = way(x, y, scale_tensor, scale, ids, mode, normalize, best, reduction, *needs, backend)
     return (loss, positive, top) if best else (loss, None, None)
 
 
-def _whole_forward(*inputs):
-    *inputs, backend = inputs
-    return load(backend, "pair_contrast").pair_contrast_fwd(*inputs)
+def _whole_forward(x, y, scale_tensor, scale, ids, mode, normalize, best, reduction, *needs):
+    *needs, backend = needs
+    share = _share(mode, reduction, x.shape[0])  # not before: compiled code would be for one batch size
+    forward = load(backend, "pair_contrast").pair_contrast_fwd
+    return forward(x, y, scale_tensor, scale, ids, mode, normalize, best, share, *needs)
+
+
+def _share(mode: str, reduction: str, N: int) -> float:
+    """What the loss of a row is multiplied by."""
+    share = 1 / (N if reduction == "mean" else 1)
+    return share / 2 if mode == "two_way" or (mode == "views" and reduction == "mean") else share
 
 
 def _whole_fake(*inputs):
@@ -322,7 +327,7 @@ def _scale_fake(g, grad, dscale, dtype, need_x, need_y, need_scale, backend):
 _node_of_whole = Node(
     Operator(
         "small_pair_contrast(Tensor x, Tensor y, Tensor? scale_tensor, float scale, Tensor? ids, str mode,"
-        " bool normalize, bool best, float share, bool need_x, bool need_y, bool need_scale, str backend)"
+        " bool normalize, bool best, str reduction, bool need_x, bool need_y, bool need_scale, str backend)"
         " -> (Tensor loss, Tensor positive, Tensor best, Tensor grad, Tensor dscale)",
         _whole_forward,
         _whole_fake,

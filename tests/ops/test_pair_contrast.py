@@ -311,7 +311,7 @@ class Whole(types.ModuleType):
         dx, dy, dscale = ops_pair_contrast._gradients_of(g, *kept, *of_scale, False, True, True, True, self.PARTS)
         return losses.sum() * share, positive, top, torch.stack((dx, dy)), dscale
 
-    def pair_contrast_fake(self, x, y, scale_tensor, scale, ids, mode, normalize, best, share, *needs):
+    def pair_contrast_fake(self, x, y, scale_tensor, scale, ids, mode, normalize, best, reduction, *needs):
         N, D = x.shape
         shapes = (), N if best else 0, (1 if mode == "one_way" else 2, N) if best else 0, (2, N, D), ()
         return tuple(x.new_empty(shape) for shape in shapes)

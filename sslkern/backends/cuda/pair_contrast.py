@@ -93,7 +93,7 @@ def _start(x: Tensor | None) -> int:
 
 
 def pair_contrast_fake(
-    x, y, scale_tensor, scale, ids, mode, normalize, best, share, need_x, need_y, need_scale
+    x, y, scale_tensor, scale, ids, mode, normalize, best, reduction, need_x, need_y, need_scale
 ) -> tuple[Tensor, ...]:
     (N, D), sides, new = x.shape, _sides(mode), functools.partial(x.new_empty, dtype=FP32)
     grad = new((need_x + need_y, N, D) if need_x or need_y else 0)
