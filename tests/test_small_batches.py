@@ -132,7 +132,42 @@ def test_what_is_not_a_number_stays_so(whole):
     x, y = torch.randn(2, 20, 16).bfloat16()
     x[3, 2] = math.nan
     for mode in MODES:
-        assert loss_of(mode)(x, y, 0.1).isnan()
+        loss, share = loss_of(mode)(x, x, 0.1, stats=True)
+        with sslkern.use_backend("reference"):
+            _, expected = loss_of(mode)(x, x, 0.1, stats=True)
+        assert loss.isnan() and torch.allclose(share, expected) and share < 0.6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_positive_of_minus_infinity(whole, mode):
+    x = torch.tensor([[1e20, 0.0], [0.0, 1.0], [0.0, 1.0]]).bfloat16()
+    assert loss_of(mode)(x, -x, 1.0, normalize=False) == math.inf
+
+
+@pytest.mark.parametrize("arriving", [math.nan, math.inf])
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_without_negatives_get_zero_whatever_arrives(whole, mode, arriving):
+    x, y = torch.randn(2, 3, 8).bfloat16()
+    leaves = [leaf.requires_grad_() for leaf in (x, y, torch.tensor(2.0))]
+    loss = loss_of(mode)(x, y, 1.0, logit_scale=leaves[2], ids=torch.zeros(3, dtype=torch.int64))
+    assert loss == 0 and all((grad == 0).all() for grad in torch.autograd.grad(loss, leaves, torch.tensor(arriving)))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.03, 0.01])
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_near_zero(whole, mode, temperature):
+    x, noise = torch.randn(2, 32, 64)
+    leaves = [side.half().requires_grad_() for side in (x, x + 0.1 * noise)]
+
+    def gradients():
+        loss = loss_of(mode)(*leaves, temperature=temperature)
+        return torch.autograd.grad(loss / loss.detach(), leaves)
+
+    ours = gradients()
+    with sslkern.use_backend("reference"):
+        theirs = gradients()
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.float() - other.float()).norm() <= 0.005 * other.float().norm()
 
 
 def test_statistics(whole):

@@ -144,9 +144,7 @@ SSLKERN_DEVICE float shift_of(float top) { return top == -INFINITY ? 0.f : top; 
 SSLKERN_DEVICE float gap_of(float lse, float positive) {
   return lse == INFINITY || positive == INFINITY ? INFINITY - INFINITY : lse - positive;
 }
-SSLKERN_DEVICE float softplus(float x) {
-  return x == -INFINITY ? 0.f : fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))) + 0.f * x;
-}
+SSLKERN_DEVICE float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
 SSLKERN_DEVICE float sigmoid(float x) {
   const float e = expf(-fabsf(x));
   return x >= 0.f ? 1.f / (1.f + e) : e / (1.f + e);
@@ -237,24 +235,44 @@ __global__ void __launch_bounds__(THREADS)
   for (int w = 0; w < WARPS; w++) all = fmaxf(all, tops[w][thread_id()]);
   for (int w = 0; w < WARPS; w++) total += sums[w][thread_id()] * exponential(tops[w][thread_id()] - shift_of(all));
   lse[side * p.n + i] = shift_of(all) + logf(total);
-  if (best != nullptr) best[side * p.n + i] = all;
+  if (best != nullptr) best[side * p.n + i] = total == total ? all : total;  // NaN where a score is
 }
 
-// The sum of what the threads of a block have, in one order; all threads get it.
-SSLKERN_DEVICE float block_sum(float x) {
+// What `both` of two makes of what the threads of a block have, in one order; all threads get it.
+template <class Both>
+SSLKERN_DEVICE float of_block(float x, const Both& both) {
   __shared__ float parts[WARPS];
-  for (int by = 1; by < WARP; by *= 2) x += exchange(x, by);
-  sync_block();  // the parts of a sum before have been read
+  for (int by = 1; by < WARP; by *= 2) x = both(x, exchange(x, by));
+  sync_block();  // the parts of a call before have been read
   if (thread_id() % WARP == 0) parts[thread_id() / WARP] = x;
   sync_block();
-  float sum = 0.f;
-  for (int w = 0; w < WARPS; w++) sum += parts[w];
-  return sum;
+  float all = parts[0];
+  for (int w = 1; w < WARPS; w++) all = both(all, parts[w]);
+  return all;
+}
+SSLKERN_DEVICE float block_sum(float x) {
+  return of_block(x, [](float a, float b) { return a + b; });
+}
+SSLKERN_DEVICE float block_max(float x) {
+  return of_block(x, [](float a, float b) { return fmaxf(a, b); });
 }
 
 // What a row does to the loss: sigmoid(lse - positive), 0 on a side without negatives.
 SSLKERN_DEVICE float weight_of(const Pairs& p, const float* lse, float positive, int side, int i) {
   return contrasted(p, side) ? sigmoid(gap_of(lse[side * p.n + i], positive)) : 0.f;
+}
+
+// What weights of pairs are multiplied by on their way through fp16, where those of small losses and large batches
+// would vanish: a power of two that brings the largest, of a row and a key that both weigh the most, near 2^14.
+template <class T>
+SSLKERN_DEVICE float fold_of(const Pairs& p, const float* lse, const float* cosine, float scale) {
+  if constexpr (SAME<T, fp16>) {
+    float largest = 0x1p-100f;
+    for (int i = thread_id(); i < p.n; i += THREADS)
+      for (int side = 0; side < 2; side++) largest = fmaxf(largest, weight_of(p, lse, cosine[i] * scale, side, i));
+    return 0x1p13f * exp2f(-floorf(log2f(block_max(largest))));
+  }
+  return 1.f;
 }
 
 // From the results of `pair_scores`: loss [] = share * the sum of the losses, and, where they are asked for, for an
@@ -286,6 +304,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     return;
   }
 
+  const float fold = fold_of<T>(p, lse, cosine, scale), unfold = 1.f / fold;
   const int rows[2] = {first + r, first + r + 8};
   int64_t ids[2] = {rows[0], rows[1]};
   Length length[2], of_other[2];
@@ -343,7 +362,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (counts && weight[half] != 0.f) own = weight[half] * exponential(score - lses[half]);
         if (counts && weight_of_keys[h] != 0.f) other = weight_of_keys[h] * exponential(score - lse_of_keys[h]);
         if (counts) of_scale += own * cos;
-        w[e] = own + other;
+        w[e] = fold * (own + other);
       }
       const int column = warp * KEYS + 8 * b + 2 * c;
       *reinterpret_cast<uint32_t*>(weights + r * WEIGHTS_PITCH + column) = packed<T>(w[0], w[1]);
@@ -391,7 +410,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       const int half = e / 2, i = rows[half], feature = (warp * SLICE + f) * 8 + 2 * c + e % 2;
       if (i >= p.n || feature >= p.d) continue;
       const float pull = toward[half] * unit_of(other_rows, i, feature, of_other[half]);
-      sums[f][e] = share * scale * (sums[f][e] - pull);
+      sums[f][e] = share * scale * (sums[f][e] * unfold - pull);
       along[half] += sums[f][e] * unit_of(own_rows, i, feature, length[half]);
     }
   }
@@ -422,21 +441,21 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 // dx, dy [n, d] = g grad of x and y, and dscale [] = g times the sum of its `parts`; null for those that are not
-// wanted.
+// wanted. Rows without negatives have none, whatever g is.
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     scaled_gradients(int64_t numbers, int parts, const float* g, const float* grad, const float* scale_parts, T* dx,
                      T* dy, float* dscale) {
-  const float by = *g;
+  const auto times_g = [by = *g](float x) { return x == 0.f ? 0.f : by * x; };
   for (int64_t i = block_id() * THREADS + thread_id(); i < numbers; i += block_count() * THREADS) {
-    if (dx != nullptr) dx[i] = from_float<T>(by * grad[i]);
-    if (dy != nullptr) dy[i] = from_float<T>(by * grad[(dx != nullptr ? numbers : 0) + i]);
+    if (dx != nullptr) dx[i] = from_float<T>(times_g(grad[i]));
+    if (dy != nullptr) dy[i] = from_float<T>(times_g(grad[(dx != nullptr ? numbers : 0) + i]));
   }
   if (dscale == nullptr || block_id() > 0) return;
   float sum = 0.f;
   for (int i = thread_id(); i < parts; i += THREADS) sum += scale_parts[i];
   sum = block_sum(sum);
-  if (thread_id() == 0) *dscale = by * sum;
+  if (thread_id() == 0) *dscale = times_g(sum);
 }
 
 }  // namespace sslkern::cuda
