@@ -147,11 +147,19 @@ SSLKERN_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
   }
 }
 // The same for a loop that reads sums of one product while the other runs: there ptxas wants an end that does not go
-// on, which costs kernels that need all registers some of them.
+// on, each version another, or it takes registers away or runs products one after another. Nobody gets there.
 SSLKERN_DEVICE void barrier_wait_or_trap(uint32_t barrier, uint32_t parity) {
   int tries = 0;
-  while (!barrier_try(barrier, parity))
-    if (++tries == 1 << 30) __trap();
+  while (!barrier_try(barrier, parity)) {
+    if (++tries < 1 << 30) continue;
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+    __trap();
+#elif __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1206
+    asm volatile("exit;");
+#else
+    for (;;) asm volatile("" ::: "memory");
+#endif
+  }
 }
 
 // ---- copies of boxes (TMA): x is the inner coordinate, both count numbers; outside of the tensor lie zeros ----------
