@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sslkern.backends import strips
 from sslkern.backends.cuda import similarity_lse_weights as weights
@@ -297,3 +298,20 @@ def test_memory_of_strips():
         return strips.room(strips.cut(N, N, weights.ROWS, symmetric), N, like).numel()
 
     assert numbers(65536, False) == numbers(65536, True) == 8192 * 65536 and numbers(1000, False) == 1024 * 1024
+
+
+@pytest.mark.parametrize("version", [(2, 7), (2, 8), (2, 11)])
+def test_products_of_the_library_take_no_option_that_torch_has_not(monkeypatch, version):
+    """`out_dtype` is there from 2.8 on, and adds to fp32 from 2.11 on."""
+    monkeypatch.setattr(strips, "VERSION", version)
+    options = []
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, lambda *_, out, name=name, **given: options.append((name, *given)) or out)
+    with FakeTensorMode():
+        w, x, out = (
+            torch.empty(64, 64, device="cuda", dtype=dtype) for dtype in (*2 * [torch.bfloat16], torch.float32)
+        )
+        for add in (False, True):
+            strips.multiply(w, x, out, add)
+    has = () if version < (2, 8) else ("out_dtype",)
+    assert options == [("mm", *has), ("mm" if (2, 8) <= version < (2, 11) else "addmm", *has)]

@@ -63,7 +63,7 @@ def gradients(
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """out = a @ b, or out + a @ b, summed in fp32; into a tensor that is there, which autocast leaves alone."""
-    if a.dtype == torch.float32 or a.device.type != "cuda":
+    if a.dtype == torch.float32 or a.device.type != "cuda" or VERSION < (2, 8):  # which had no `out_dtype`
         a, b = a.float(), b.float()
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     if not add:
