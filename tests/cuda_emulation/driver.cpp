@@ -183,6 +183,7 @@ DRIVER cuTensorMapEncodeTiled(void* map, int type, unsigned rank, uint8_t* addre
                               const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave,
                               int swizzle, int promotion, int fill) {
   constexpr int FP16 = 6, FP32 = 7, BF16 = 9, SWIZZLE_NONE = 0, SWIZZLE_128B = 3;
+  if (now() == nullptr) return INVALID_CONTEXT;
   if (type != FP16 && type != FP32 && type != BF16) return INVALID_VALUE;
   if (uintptr_t(map) % 64 != 0 || uintptr_t(address) % 16 != 0 || rank < 1 || rank > 2) return INVALID_VALUE;
   if (swizzle != SWIZZLE_NONE && swizzle != SWIZZLE_128B) return INVALID_VALUE;

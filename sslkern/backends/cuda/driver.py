@@ -146,7 +146,7 @@ class Kernel:
     """
 
     def __init__(self, context: Context, function: ctypes.c_void_p, layout: list[str], shown: str):
-        self._context, self._function, self._shown = context, function, shown
+        self.context, self._function, self._shown = context, function, shown
         starts, whole = [], "@0q"
         for one in layout:
             starts.append(struct.calcsize(whole))
@@ -168,10 +168,10 @@ class Kernel:
         with self._lock:
             self._layout.pack_into(self._arguments, 0, *arguments)
             status = self._current_of_thread(ctypes.byref(self._current))
-            if status == 0 and self._current.value == self._context.handle:
+            if status == 0 and self._current.value == self.context.handle:
                 status = self._launch(blocks, threads, stream, shared, cluster)
             else:  # a thread in which torch has not been at work, or another GPU
-                with self._context:
+                with self.context:
                     status = self._launch(blocks, threads, stream, shared, cluster)
         if status != 0:
             raise DriverError(_sentence(status, f"to launch {self._shown}"))
@@ -202,25 +202,33 @@ _Room, _Longs, _Ints = ctypes.c_char * (MAP_BYTES + 64), ctypes.c_uint64 * 2, ct
 _ONES = _Ints(1, 1)
 
 
-def matrix_map(address: int, type: str, rows: int, columns: int, stride: int, box_rows: int) -> bytes:
+def matrix_map(context: Context, address: int, type: str, rows: int, columns: int, stride: int, box_rows: int) -> bytes:
     """Of a matrix of "bf16" or "fp16" whose rows lie `stride` numbers apart: boxes [box_rows, COLUMNS] with the swizzle
     of 128 bytes."""
-    return _map(TYPES[type], address, (columns, rows), 2 * stride, (COLUMNS, box_rows), _SWIZZLE_128B, _L2_256B)
+    sizes, box = (columns, rows), (COLUMNS, box_rows)
+    return _map(context, TYPES[type], address, sizes, 2 * stride, box, _SWIZZLE_128B, _L2_256B)
 
 
-def vector_map(address: int, size: int, box: int) -> bytes:
+def vector_map(context: Context, address: int, size: int, box: int) -> bytes:
     """Of fp32 numbers: boxes of so many, as they lie."""
-    return _map(_FLOAT, address, (size,), 4 * size, (box,), _SWIZZLE_NONE, _L2_128B)
+    return _map(context, _FLOAT, address, (size,), 4 * size, (box,), _SWIZZLE_NONE, _L2_128B)
 
 
-def _map(type: int, address: int, sizes: tuple, stride: int, box: tuple, swizzle: int, promotion: int) -> bytes:
+def _map(
+    context: Context, type: int, address: int, sizes: tuple, stride: int, box: tuple, swizzle: int, promotion: int
+) -> bytes:
     """Sizes and boxes with the inner dimension first."""
     room = _Room()
     start = -ctypes.addressof(room) % 64
-    status = library().cuTensorMapEncodeTiled(
+    arguments = (
         ctypes.byref(room, start), type, len(sizes), ctypes.c_void_p(address), _Longs(*sizes), _Longs(stride),
         _Ints(*box), _ONES, 0, swizzle, promotion, 0,
     )  # fmt: skip
+    encode = library().cuTensorMapEncodeTiled
+    status = encode(*arguments)
+    if status != 0:  # a thread in which torch has not been at work has no context, for which the driver may ask
+        with context:
+            status = encode(*arguments)
     if status != 0:
         shown = "x".join(map(str, reversed(sizes)))
         raise DriverError(_sentence(status, f"a tensor map of {shown} numbers in boxes of {list(reversed(box))}"))

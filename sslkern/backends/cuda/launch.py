@@ -154,6 +154,10 @@ class Call:
     def processors(self) -> int:
         return driver.processors(self._index)
 
+    @property
+    def _context(self) -> driver.Context:
+        return next(iter(self._kernels.values())).context
+
     def launch(
         self, kernel: str, blocks: int, *arguments, threads: int = THREADS, shared: int = 0, cluster: int = 1
     ) -> None:
@@ -172,11 +176,11 @@ class Call:
         start = x.data_ptr()
         if x.stride(1) != 1 or x.stride(0) % PIECE or start % 16 or x.device != self._device or x.is_neg():
             raise ValueError(f"{name} must have rows without gaps that begin on 16 bytes on {self._device}")
-        return driver.matrix_map(start, NAMES[x.dtype], rows, d, x.stride(0), box_rows)
+        return driver.matrix_map(self._context, start, NAMES[x.dtype], rows, d, x.stride(0), box_rows)
 
     def vector(self, name: str, x: Tensor, size: int, box: int) -> bytes:
         """A tensor map of x, so many numbers of fp32, in boxes of `box`."""
-        return driver.vector_map(self.address(name, x, torch.float32, size), size, box)
+        return driver.vector_map(self._context, self.address(name, x, torch.float32, size), size, box)
 
     def address(self, name: str, x: Tensor | None, dtype: torch.dtype, size: int) -> int:
         """Where x lies in memory, if that is as the kernel reads or writes it: `size` numbers of a type without gaps.
