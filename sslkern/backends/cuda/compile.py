@@ -75,11 +75,12 @@ PROGRAMS = {
     ),
     "pair_contrast": Program(
         "pair_contrast.cu",
-        {
-            "pair_scores<{0}>": "pairs pointer*5",
-            "pair_gradients<{0}, {1}, {2}>": "pairs pointer*3 float int pointer*3",
-            "scaled_gradients<{0}>": "int64 int pointer*6",
-        },
+        {"pair_scores<{0}>": "pairs pointer*5", "scaled_gradients<{0}>": "int64 int pointer*6"},
+        [(name,) for name in HOPPER_TYPES],
+    ),
+    "pair_gradients": Program(
+        "pair_contrast.cu",
+        {"pair_gradients<{0}, {1}, {2}>": "pairs pointer*3 float int pointer*3"},
         [(name, *shape) for name in HOPPER_TYPES for shape in (("4", "2"), ("1", "8"), ("1", "16"))],
     ),
     "similarity_lse_gradient": Program(

@@ -33,7 +33,7 @@ def lacks(x: Tensor, sizes: tuple[int, ...], mode: str, bank: bool, **_) -> str 
 def _missing(dtype: torch.dtype, blocks: int, slice: int, index: int) -> str | None:
     if _shared(blocks, slice) > driver.shared_memory(index):
         return "this GPU has too little shared memory for so many features"
-    return missing("pair_contrast", (dtype, blocks, slice), index)
+    return missing("pair_contrast", (dtype,), index) or missing("pair_gradients", (dtype, blocks, slice), index)
 
 
 def _class_of(D: int) -> tuple[int, int]:
@@ -70,7 +70,7 @@ def pair_contrast_fwd(
     positive, top = (new(N), new((sides, N))) if best else (None, None)
     grad = new((need_x + need_y, N, D)) if grads else None
     dscale = new(2 * blocks) if need_scale else None
-    call = Call("pair_contrast", x.device, dtype, *(shape := _class_of(D)))
+    call, shape = Call("pair_contrast", x.device, dtype), _class_of(D)
     from_x, from_y = call.address("x", x, dtype, N * D), call.address("y", y, dtype, N * D)
     whole = D % PIECE == 0 and from_x % 16 == 0 and from_y % 16 == 0
     given = from_x, from_y, call.address("ids", ids, torch.int64, N), call.address("scale", scale_tensor, FP32, 1)
@@ -78,7 +78,7 @@ def pair_contrast_fwd(
     lse = scratch.data_ptr()
     between = lse, lse + 4 * 2 * N, lse + 4 * 3 * N  # the log-sum-exps, cosines and lengths
     call.launch("pair_scores<{0}>", sides * blocks, *pairs, *between, _start(top), _start(positive))
-    call.launch(
+    Call("pair_gradients", x.device, dtype, *shape).launch(
         "pair_gradients<{0}, {1}, {2}>",
         2 * blocks if grads or need_scale else 1,
         *(*pairs, *between, share, grads, loss.data_ptr(), _start(grad), _start(dscale)),
@@ -114,7 +114,7 @@ def pair_contrast_bwd(
     numbers = grad[0].numel() if need_x or need_y else 0
     dx, dy = (grad.new_empty(grad.shape[1:], dtype=dtype) if need else None for need in (need_x, need_y))
     of_scale, parts = (dscale.new_empty(()), dscale.numel()) if need_scale else (None, 0)
-    call = Call("pair_contrast", g.device, dtype, *_class_of(grad.shape[2] if numbers else 1))
+    call = Call("pair_contrast", g.device, dtype)
     given = call.address("g", g.contiguous(), FP32, 1), _start(grad), _start(dscale)
     blocks = max(1, at_most(-(-numbers // (4 * THREADS))))
     call.launch("scaled_gradients<{0}>", blocks, numbers, parts, *given, _start(dx), _start(dy), _start(of_scale))

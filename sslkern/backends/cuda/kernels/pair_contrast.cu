@@ -15,7 +15,6 @@ constexpr int ROWS = 16;  // of a block
 constexpr int WARPS = THREADS / WARP;
 constexpr int STEP = 32;  // features of a step: 8 of each of the four lanes that have a row
 constexpr float LOG2_E = 1.44269504f;
-constexpr float EPS = 1e-12f;  // rows shorter than this are divided by it
 
 enum Mode : int {
   VIEWS,    // the negatives of a row of x or y are rows of both
@@ -72,6 +71,7 @@ struct Length {
 // From the square of the length; a gradient divided by EPS would be infinite in fp16.
 template <class T>
 SSLKERN_DEVICE float length_of(float square) {
+  constexpr float EPS = 1e-12f;  // rows shorter than this are divided by it
   const float length = sqrtf(square);
   return length < EPS ? (SAME<T, fp16> ? INFINITY : EPS) : length;
 }
