@@ -290,6 +290,11 @@ def test_a_plan_fits_a_processor(D):
     assert D > 512 or weights._plan(8192, 8192, D, 132).slots == 2
 
 
+def test_strips_are_shorter_where_rows_are_long():
+    rows = [weights.rows_of_strip(2**bits, True) for bits in (0, 10, 17, 18, 19, 20, 24)]
+    assert rows == [8192, 8192, 8192, 4096, 2048, 2048, 2048] and weights.rows_of_strip(2**16, False) == 4096
+
+
 def test_memory_of_strips():
     """Of CLIP of 65,536 x 512 some 1.1 GB, of a small problem a number for each pair."""
     like = torch.empty(0, device="meta")

@@ -17,7 +17,8 @@ BLOCK, TILE, COLUMNS, CHUNK, PANEL, CLUSTER = 384, 64, 128, 64, 8192, 2  # as in
 SHARED = 227 << 10  # bytes of a block
 ALIGNED = 1024 - 16  # of these, as the kernels begin at a multiple of 1024
 KEPT = 512  # features of keys that stay in shared memory; of more both sides stream
-ROWS = 8192  # of a strip: to add to dk once more for each costs 4 % of the time
+ROWS, FEWEST = 8192, 2048  # of a strip: to add to dk once more for each costs 4 % of the time, 15 % at the fewest
+STRIP = 2**30  # weights of a strip, 2 GB; more only where a strip of the fewest rows has more
 
 
 def gradients_of(
@@ -50,6 +51,11 @@ def means_of(pairs: Pairs, row: Tensor) -> Tensor:
     return mean if weights.fold is None else mean.mul_(weights.fold[1])
 
 
+def rows_of_strip(M: int, adds: bool) -> int:
+    """adds: each strip adds to what those before it made of the keys."""
+    return min(ROWS if adds else ROWS // 2, max(FEWEST, STRIP // M))
+
+
 class _Weights(NamedTuple):
     """The weights of a problem, and what is summed over them on the way."""
 
@@ -74,8 +80,7 @@ class _Weights(NamedTuple):
     def gradients(self, need_q: bool, need_k: bool) -> tuple[Tensor | None, Tensor | None]:
         """dq and dk, times fold and without the scale."""
         N, M, _ = self.pairs.sizes
-        rows = ROWS if need_k or self.symmetric else ROWS // 2
-        cut = strips.cut(N, M, rows, self.symmetric)
+        cut = strips.cut(N, M, rows_of_strip(M, need_k or self.symmetric), self.symmetric)
         return strips.gradients(self.write, self.pairs.q, self.pairs.k, cut, self.symmetric, need_q, need_k)
 
     def write(self, strip: Strip, weights: Tensor) -> None:
