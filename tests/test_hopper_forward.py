@@ -118,6 +118,20 @@ def test_what_the_shift_cannot_represent_has_a_flag(D, monkeypatch):
 
 
 @pytest.mark.parametrize("D", FEATURES)
+def test_a_large_sum_of_a_small_shift_is_not_lost_beside_a_large_shift(D, monkeypatch):
+    """In base 2 row 0 is 125, of a warp whose first tile has scores of 0; beside a warp in which it is 110 and whose
+    shift, row 1, is 150."""
+    monkeypatch.setattr(kernels.Call, "processors", 1)
+    later = kernels.kind_of(D).tile_rows  # the first key of the next tile, of the same warp as the first
+    q, k = torch.zeros(2, D, dtype=torch.bfloat16), torch.zeros(2 * later, D, dtype=torch.bfloat16)
+    q[0, 0] = q[1, 1] = 1
+    k[16, 0], k[16, 1], k[later, 0] = 110, 150, 125
+    given = Problem(q, k, None, math.log(2))
+    found, _ = sums(given, False)
+    within(given, found)
+
+
+@pytest.mark.parametrize("D", FEATURES)
 def test_no_flags_where_scores_are_of_any_size_but_alike(D):
     given = problem(150, 200, D, scale=100.0, size=10.0)
     given.q[0, 64:] = 0  # long sums are cut off by tensor units

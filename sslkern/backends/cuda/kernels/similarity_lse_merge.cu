@@ -12,8 +12,15 @@ struct Total {
   SSLKERN_DEVICE void add(float other_shift, float other) {
     if (other_shift == -INFINITY) return;
     const float largest = fmaxf(shift, other_shift);
-    sum = sum * exp2_fast(shift - largest) + other * exp2_fast(other_shift - largest);
+    sum = moved(sum, shift - largest) + moved(other, other_shift - largest);
     shift = largest;
+  }
+
+  // sum 2^by; a large sum of a small shift survives where 2^by alone is 0.
+  SSLKERN_DEVICE static float moved(float sum, float by) {
+    const bool far = by < -120.f;
+    const float factor = exp2_fast(far ? 0.5f * by : by);
+    return sum * factor * (far ? factor : 1.f);
   }
 };
 
@@ -102,7 +109,7 @@ __global__ void __launch_bounds__(THREADS) merge(const Plan plan, const Partials
       state[at] = total.shift;
       state[all + at] = total.sum;
     } else {
-      // Terms of less than 2^-126 of the largest shift vanished, which are less than 2^-62 of a sum that passes.
+      // Terms of less than 2^-124 of the largest shift vanished, which are less than 2^-60 of a sum that passes.
       const bool sound = total.sum >= 0x1p-64f && total.sum < INFINITY;
       (of_rows ? row : column)[x] = fmaf(total.shift, 1 / LOG2_E, logf(total.sum));
       (of_rows ? row_flags : column_flags)[x] = !sound;
