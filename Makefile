@@ -88,7 +88,7 @@ $(VENV)/nvrtc: | $(VENV)/.setup
 OFFLINE = PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0:$(CURDIR)/$(VENV)/nvrtc $(BIN)/python
 
 cuda-test: $(VENV)/triton-3.6.0 $(VENV)/nvrtc  ## the CUDA kernels without a GPU or nvcc: how they compile, their code for three architectures
-	$(OFFLINE) -m pytest -m '' tests/test_cuda_kernels.py tests/gpu/test_cuda_resources.py tests/gpu/test_hopper_resources.py
+	$(OFFLINE) -m pytest -n 2 --dist loadfile -m '' tests/test_cuda_kernels.py tests/gpu/test_cuda_resources.py tests/gpu/test_hopper_resources.py
 
 triton-offline: $(VENV)/triton-3.6.0  ## compile all Triton kernels, into benchmarks/results/offline
 	PYTHONPATH=$(CURDIR)/$< $(BIN)/python tests/gpu/offline.py --all
