@@ -63,7 +63,7 @@ def test_dry_run_measures_checks_and_reports(tmp_path):
     assert "- not measured: siglip-65536-768-bf16\n" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_runs_its_steps_in_order_and_times_nothing_that_is_wrong(tmp_path):
     environment = os.environ | {"GPU_DRY_RUN": "1", "SELECT": "^queue_push", "PYTHON": sys.executable}
     environment |= {"STEPS": "first headlines"}
