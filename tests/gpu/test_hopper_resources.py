@@ -21,7 +21,7 @@ REGISTERS, WARPGROUP, MOST_INSTANCES = 65536, 128, 36
 # Products of 16 features each in every loop that has some, inner loops first; what a loop holds its outer one does too.
 PRODUCTS: dict[str, list[int]] = {
     f"{kernel}<{words}>": loops
-    for dtype in compile.HOPPER_TYPES
+    for dtype in compile.HALF_TYPES
     for kernel, words, loops in (
         ("gradient_rows", f"{dtype}, 64", [12]),
         ("gradient_rows", f"{dtype}, 128", [16]),

@@ -1,5 +1,5 @@
-"""The hand-written CUDA kernels (`kernels/`), compiled when they are first needed: of the memory-bound primitives, and
-for Hopper (compute capability 9.0) of `similarity_lse`.
+"""The hand-written CUDA kernels (`kernels/`), compiled when they are first needed: of the memory-bound primitives, of
+losses of few pairs as a whole, and for Hopper (compute capability 9.0) of `similarity_lse`.
 
     nvrtc.py     the compiler that every CUDA build of torch brings
     compile.py   what is compiled for which types, and where it is kept

@@ -43,7 +43,7 @@ class Program(NamedTuple):
 
 
 ONE_TYPE = [(name,) for name in TYPES]
-HOPPER_TYPES = "bf16", "fp16"
+HALF_TYPES = "bf16", "fp16"
 TWO_TYPES = list(itertools.product(TYPES, TYPES))  # of what is written and of what is read
 
 PROGRAMS = {
@@ -76,12 +76,12 @@ PROGRAMS = {
     "pair_contrast": Program(
         "pair_contrast.cu",
         {"pair_scores<{0}>": "pairs pointer*5", "scaled_gradients<{0}>": "int64 int pointer*6"},
-        [(name,) for name in HOPPER_TYPES],
+        [(name,) for name in HALF_TYPES],
     ),
     "pair_gradients": Program(
         "pair_contrast.cu",
         {"pair_gradients<{0}, {1}, {2}>": "pairs pointer*3 float int pointer*3"},
-        [(name, *shape) for name in HOPPER_TYPES for shape in (("4", "2"), ("1", "8"), ("1", "16"))],
+        [(name, *shape) for name in HALF_TYPES for shape in (("4", "2"), ("1", "8"), ("1", "16"))],
     ),
     "similarity_lse_gradient": Program(
         "similarity_lse_gradient.cu",
@@ -90,13 +90,13 @@ PROGRAMS = {
             "gradient_of_parts": "int64 int pointer*2",
             "gradient_of_scale": "int64 pointer float pointer",
         },
-        [(name, features) for name in HOPPER_TYPES for features in ("64", "128", "256")],
+        [(name, features) for name in HALF_TYPES for features in ("64", "128", "256")],
         hopper=True,
     ),
     "similarity_lse_forward": Program(
         "similarity_lse_forward.cu",
         {"forward<{0}, {1}>": "map*2 problem plan partials int"},
-        [(name, features) for name in HOPPER_TYPES for features in ("64", "128", "704", "0")],
+        [(name, features) for name in HALF_TYPES for features in ("64", "128", "704", "0")],
         hopper=True,
     ),
     "similarity_lse_merge": Program(
@@ -109,7 +109,7 @@ PROGRAMS = {
             "frozen<{0}, {1}>": "map*3 problem int pointer*2 int pointer",
             "merge_means": "parts int pointer*2",
         },
-        [(name, features) for name in HOPPER_TYPES for features in ("64", "128", "256")],
+        [(name, features) for name in HALF_TYPES for features in ("64", "128", "256")],
         hopper=True,
     ),
     "similarity_lse_running": Program(
@@ -118,7 +118,7 @@ PROGRAMS = {
             "running<{0}>": "map*3 sides",
             "merge_rows": "parts_of_sides",
         },
-        [(name,) for name in HOPPER_TYPES],
+        [(name,) for name in HALF_TYPES],
         hopper=True,
     ),
     "similarity_lse_sides": Program(
@@ -130,7 +130,7 @@ PROGRAMS = {
     "similarity_lse_weights": Program(
         "similarity_lse_weights.cu",
         {"weights_{1}<{0}>": "map*3 problem weights"},
-        list(itertools.product(HOPPER_TYPES, ("chunks", "stream"))),
+        list(itertools.product(HALF_TYPES, ("chunks", "stream"))),
         hopper=True,
     ),
 }

@@ -2,14 +2,12 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..problem import Problem
 from .launch import THREADS, Call, aligned, padded
 
 EXTENT = 64  # as in kernels/similarity.h
-HOPPER_TYPES = torch.bfloat16, torch.float16
 
 
 class Pairs(NamedTuple):

@@ -1,5 +1,5 @@
-// What kernels ask of the machine: intrinsics and PTX stand here and nowhere else. With SSLKERN_EMULATED
-// tests/cuda_emulation takes the machine's place, and a C++ compiler compiles the same sources.
+// What kernels ask of the machine: intrinsics and PTX stand here, in hopper.h and matrix.h, nowhere else. With
+// SSLKERN_EMULATED tests/cuda_emulation takes the machine's place, and a C++ compiler compiles the same sources.
 #pragma once
 
 #ifdef __CUDACC_RTC__  // NVRTC has no header of the standard library, and needs none

@@ -1,5 +1,6 @@
 // What kernels for Hopper ask of the machine: barriers in shared memory, copies of boxes, products of warpgroups. PTX
-// stands here and in device.h, nowhere else; with SSLKERN_EMULATED tests/cuda_emulation takes the machine's place.
+// stands here, in device.h and matrix.h, nowhere else; with SSLKERN_EMULATED tests/cuda_emulation takes the machine's
+// place.
 //
 // What ptxas punishes: a second exit (`require`, a return in the middle) or any code after the loop of the warpgroups
 // that hold many registers makes it drop their budget (spills, products one after another); descriptors that it can see
@@ -19,6 +20,7 @@
 
 namespace sslkern::cuda {
 
+constexpr float LOG2_E = 1.44269504f;
 constexpr int WARPGROUP = 128;     // threads that issue a product together
 constexpr int GROUP_BYTES = 1024;  // 8 rows of 128 bytes: what the swizzle permutes, and must be aligned to
 

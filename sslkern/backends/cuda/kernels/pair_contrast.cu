@@ -1,12 +1,12 @@
 // The loss of pairs as a whole, for batches so small that they wait for launches.
 //
 //     s_ij = scale <u_i, v_j>, u = x / |x|, v = y / |y|      lse_i = log of the sum of exp(s_ij) over the negatives
-//     loss_i = softplus(lse_i - s_ii)      weight_i = share sigmoid(lse_i - s_ii)      toward_i = the sum of both
-//     sides' du_i = scale (sum_j (weight_i exp(s_ij - lse_i) + weight_j exp(s_ij - lse_j)) v_j - toward_i v_i)
+//     loss_i = softplus(lse_i - s_ii)      weight_i = share sigmoid(lse_i - s_ii)      toward_i: that of both sides
+//     du_i = scale (sum_j (weight_i exp(s_ij - lse_i) + weight_j exp(s_ij - lse_j)) v_j - toward_i v_i)
 //
 // `pair_scores` makes the lse, `pair_gradients` the loss and, for an upstream gradient of 1, the gradients, which
-// `scaled_gradients` multiplies by the true one. Rows are not normalised beforehand: products of raw rows are divided
-// by the norms, which come from the same loads. A block has 16 rows of one side, and its warps share the keys.
+// `scaled_gradients` multiplies by the true one. Each block normalises what it reads, u and v rounded to the type of
+// the features, as that takes less time than a launch. A block has 16 rows of one side, and its warps share the keys.
 #include "matrix.h"
 
 namespace sslkern::cuda {
@@ -14,7 +14,6 @@ namespace sslkern::cuda {
 constexpr int ROWS = 16;  // of a block
 constexpr int WARPS = THREADS / WARP;
 constexpr int STEP = 32;  // features of a step: 8 of each of the four lanes that have a row
-constexpr float LOG2_E = 1.44269504f;
 
 enum Mode : int {
   VIEWS,    // the negatives of a row of x or y are rows of both

@@ -21,8 +21,6 @@ struct Problem {
   bool same;  // or those with different ids do not
 };
 
-constexpr float LOG2_E = 1.44269504f;
-
 // By which products are multiplied for scores in base 2, of which exp2 gives exp(s).
 SSLKERN_DEVICE float scale_in_base_2(const Problem& p) {
   return LOG2_E * (p.scale_tensor == nullptr ? p.scale : p.scale * *p.scale_tensor);
