@@ -8,8 +8,8 @@ The function is found by its name, so it stands in a module, which every rank im
 of that); arguments and results are pickled. The ranks of a group of W are the last W of the world: a rank has another
 number there than in the world, and who confuses them fails.
 
-A server of multiprocessing's, which has imported torch, forks the ranks, so that a new pool takes 0.2 s. It is made when
-it is first needed, and again after a call that did not end on all ranks alike.
+A server of multiprocessing's, which has imported torch, forks the ranks, so that a new pool takes 0.2 s. It is made
+when it is first needed, and again after a call that did not end on all ranks alike.
 """
 
 import contextlib
@@ -61,8 +61,8 @@ class Pool:
         return [result for result, _, _ in answers]
 
     def outcomes(self, function: Callable, *args, ranks: int, within: float = 60, lost: int | None = None) -> list:
-        """What each rank returned, or the exception it raised: NoAnswer where it died or took more than `within` s. When
-        all others have answered, `lost` is not waited for."""
+        """What each rank returned, or the exception it raised: NoAnswer where it died or took more than `within` s.
+        Rank `lost` is not waited for when all others have answered."""
         return [error or result for result, error, _ in self._call(function, args, ranks, within, lost)]
 
     def pids(self, ranks: int) -> list[int]:
