@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ssltrain import UsageError
 from ssltrain.config import Config
+from ssltrain.draws import Draws
 from ssltrain.speech import Clips
 
 WARMUP = 0.05  # of the schedule
@@ -141,12 +142,13 @@ def _train(
     progress = _progress(state, config, steps_per_epoch)
     saved = clock = time.perf_counter()
     with Stopwatch(method.criterion, device) as stopwatch, _signals() as stop_requested:
-        for batch in _batches(data, config, state.step):
+        for draws, batch in _batches(data, config, state.step):
             if progress >= 1:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * _cosine_with_warmup(progress)
-            views = method.views(batch)
+            with draws:
+                views = method.views(batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=state.precision == "bf16"):
                 loss, stats = method.loss(views)
             optimizer.zero_grad(set_to_none=True)
@@ -205,18 +207,22 @@ def _cosine_with_warmup(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
 
 
-def _batches(data: Tensor | Clips, config: Config, step: int) -> Iterator[Tensor | Clips]:
-    """Batches without end from `step` on. The order of an epoch depends only on its number and the seed."""
-    steps_per_epoch = len(data) // config.batch_size
+def _batches(data: Tensor | Clips, config: Config, step: int) -> Iterator[tuple[Draws, Tensor | Clips]]:
+    """Batches without end from `step` on, and the draws that augment them.
+
+    The order of an epoch depends only on its number and the seed.
+    """
+    steps_per_epoch = len(data) // config.batch_size  # the uneven rest waits for another order
     while True:
         epoch, first = divmod(step, steps_per_epoch)
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(len(data), generator=generator)
         if config.device.startswith("cuda"):
             order = order.pin_memory()  # else the copy would wait for the steps that are queued
-        order = order.to(config.device, non_blocking=True)
-        for rows in order.split(config.batch_size)[first:steps_per_epoch]:  # the uneven rest waits for another order
-            yield data[rows]
+        there = order.to(config.device, non_blocking=True)
+        for number in range(first, steps_per_epoch):
+            rows = slice(number * config.batch_size, (number + 1) * config.batch_size)
+            yield Draws(config.seed, epoch, number, order[rows]), data[there[rows]]
             step += 1
 
 

@@ -9,6 +9,7 @@ import traceback
 
 import torch
 from ssltrain import augment, config, encoders, loop, methods, speech
+from ssltrain.draws import Draws
 from ssltrain.methods.moco import MoCo
 from ssltrain.methods.simclr import SimCLR
 from torch import Tensor, nn
@@ -94,8 +95,9 @@ def main() -> None:
         batch = gpu.to(batch) if isinstance(batch, Tensor) else speech.Clips(*map(gpu.to, vars(batch).values()))
         optimizer = loop._optimizer(method, config.SimCLRConfig(device="gpu"))
         with gpu:
-            for _ in range(2):
-                views = method.views(batch)
+            for step in range(2):
+                with Draws(0, 0, step, torch.arange(8)):
+                    views = method.views(batch)
                 loss, stats = method.loss(views)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

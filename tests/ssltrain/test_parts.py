@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from ssltrain import UsageError, augment, encoders, evaluate
+from ssltrain.draws import Draws
 
 from ..functional.agreement import peer
 
@@ -19,11 +20,49 @@ def test_augmentation_keeps_shape_and_range_and_draws_for_each_image(channels, s
     assert all(not torch.equal(views[0], v) for v in views[1:])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_an_image_gets_does_not_depend_on_the_others(channels):
+    augmented = augment.build(channels, (8, 8), flip=True)
+    images, rows = torch.rand(20, channels, 8, 8), torch.randperm(1000)[:20]
+
+    def views(part, seed=0, epoch=1, batch=2):
+        with Draws(seed, epoch, batch, rows[part]):
+            return torch.stack(augmented(torch.cat([images[part], images[part]])).chunk(2), 1)
+
+    torch.manual_seed(1)
+    whole = views(slice(0, 20))
+    before = torch.get_rng_state()
+    for part in (slice(0, 7), slice(7, 8), slice(8, 20)):
+        assert torch.equal(views(part), whole[part])
+    assert torch.equal(torch.get_rng_state(), before)
+    for other in (views(slice(0, 20), seed=1), views(slice(0, 20), epoch=2), whole.flip(1)):
+        assert not (other == whole).flatten(1).all(1).any()
+
+
+def test_draws_are_uniform_and_do_not_belong_together():
+    with Draws(0, 0, 0, torch.arange(5000)):
+        a, b = torch.rand(10_000, 8), torch.rand((10_000, 8), dtype=torch.float64)
+        orders = [tuple(torch.randperm(4).tolist()) for _ in range(200)]
+    x = torch.cat([a.double(), b], 1)
+    x = torch.cat([x.view(2, 5000, 16).unbind()[0], x[5000:], x[:5000].roll(1, 0)], 1)  # both views, the next sample
+    assert x.min() >= 0 and x.max() < 1 and a.dtype == torch.float32 and len(set(orders)) == 24
+    assert (x.mean(0) - 1 / 2).abs().max() < 5 * (1 / 12 / 5000) ** 0.5
+    assert (torch.corrcoef(x.T).fill_diagonal_(0)).abs().max() < 5 / 5000**0.5
+    counts = torch.stack([column.histc(50, 0, 1) for column in x.float().T])
+    assert ((counts - 100).square().sum(1) / 100).max() < 49 + 5 * (2 * 49) ** 0.5  # chi-squared
+
+
+def test_a_draw_that_fits_to_no_sample():
+    with Draws(0, 0, 0, torch.arange(3)), pytest.raises(RuntimeError, match="^torch.rand draws 4 rows for 3 samples"):
+        torch.rand(4)
+
+
 def flipped_first(channels: int, flip: bool | None) -> bool:
     import kornia.augmentation as K
 
     steps = augment.build(channels, (8, 8), flip).__closure__
-    return any(isinstance(s, K.RandomHorizontalFlip) for cell in steps for s in cell.cell_contents)
+    modules = [m for cell in steps for step in cell.cell_contents for m in step.modules()]
+    return any(isinstance(m, K.RandomHorizontalFlip) for m in modules)
 
 
 def test_flips_are_for_colour_images_unless_asked_for():
