@@ -1,0 +1,133 @@
+"""What a loss over ranks costs, by a model: bytes, flop, time and memory of a rank. `strategy="auto"` goes by it.
+
+n rows of D features on each of W ranks, in types of b bytes, with sums in a = 4 (of fp64 8) bytes: the keys of a rank
+are k = n (D b + 8) bytes with their ids, their gradient is d = n D a, and numbers of rows are s = n a. A pass is the
+product for a block of n x n scores, 2 n^2 D flop. What a rank moves, and holds beside its own rows:
+
+                      q with k, rows and columns                  q with itself
+    forward           W passes, (W - 1) (k + s)                   W/2 passes, W/2 (k + s)
+    backward          3 W passes, (W - 1) (k + 2 s + d)           2 W passes, (W - 1) (k + 2 s)
+    all_gather holds  W (k + 2 d), the keys and two of dk         W k
+    ring holds        2 k + 3 d + W s                             2 k + d + W s
+
+and the gradients, d for each set of rows. Who has gathered the keys does not move them again in the backward.
+
+All_gather exchanges, then computes. The ring does both at the same time, step by step (schedule.py), and takes the
+longer of the two; but it computes in W blocks what the other does in one, each of which costs a launch. What a device
+can do are assumptions, DEVICES, rounded figures of data sheets; nothing of it has been measured.
+"""
+
+import functools
+from typing import NamedTuple
+
+from .schedule import Schedule, Step, ring, triangle
+
+
+class Device(NamedTuple):
+    """What is assumed of a rank and its way to the others."""
+
+    flops: float  # of products, per second
+    bandwidth: float  # bytes per second that a rank sends, while it receives as many
+    latency: float  # seconds until a message arrives, whatever its size
+    launch: float  # seconds that a block costs beside its flop
+    memory: float  # bytes
+
+
+DEVICES = {
+    "cpu": Device(flops=1e11, bandwidth=1e9, latency=1e-4, launch=1e-4, memory=1.6e10),
+    "cuda": Device(flops=4e14, bandwidth=5e10, latency=2e-5, launch=5e-5, memory=8e10),  # H100, 400 Gb/s to others
+}
+SHARE = 1 / 8  # of the memory that the loss of a network may take
+
+
+class Problem(NamedTuple):
+    """n rows on each of `size` ranks; q with itself, or q with k."""
+
+    rows: int
+    features: int
+    size: int
+    itself: bool
+    itemsize: int = 2
+
+
+class Phase(NamedTuple):
+    """The forward or the backward of the rank that has most to do: bytes that it sends, or receives where these are
+    more, flop, and seconds, in `exposed` of which it only waits for others."""
+
+    moved: int
+    flop: int
+    seconds: float
+    exposed: float
+
+
+class Cost(NamedTuple):
+    forward: Phase
+    backward: Phase
+    memory: int  # the most beside this rank's rows, with their gradients
+
+    @property
+    def seconds(self) -> float:
+        return self.forward.seconds + self.backward.seconds
+
+
+@functools.cache
+def cost(strategy: str, problem: Problem, device: Device) -> Cost:
+    """A forward and a backward by "all_gather" or "ring"."""
+    n, D, W, itself, b = problem
+    a = max(b, 4)
+    keys, sums, gradient = n * (D * b + 8), n * a, n * D * a
+    phase = _overlapped if strategy == "ring" else _one_after_the_other
+    again = keys if strategy == "ring" else 0
+    if itself:
+        forward = phase(triangle(0, W), problem, device, 1, keys, sums)
+        backward = phase(ring(0, W), problem, device, 2, again + 2 * sums, 0)
+        memory = gradient + (2 * keys + gradient + W * sums if strategy == "ring" else W * keys)
+    else:
+        forward = phase(ring(0, W, results=True), problem, device, 1, keys, sums)
+        backward = phase(ring(0, W, results=True), problem, device, 3, again + 2 * sums, gradient)
+        held = 2 * keys + 3 * gradient + W * sums if strategy == "ring" else W * (keys + 2 * gradient)
+        memory = 2 * gradient + held
+    return Cost(forward, backward, memory)
+
+
+def _overlapped(schedule: Schedule, problem: Problem, device: Device, passes: int, keys: int, result: int) -> Phase:
+    """Step by step: the longer of computing and exchanging."""
+    size = {"keys": keys, "result": result}
+    moved = flop = seconds = exposed = 0
+    for step in schedule:
+        out, come = (sum(size[m.what] for m in messages) for messages in (step.sends, step.receives))
+        exchanges = max(out, come) / device.bandwidth + (device.latency if step.sends or step.receives else 0)
+        work = _flop(schedule, step, problem, passes)
+        computes = work / device.flops + (device.launch if work else 0)
+        moved, flop = moved + max(out, come), flop + work
+        seconds, exposed = seconds + max(computes, exchanges), exposed + max(0, exchanges - computes)
+    return Phase(moved, flop, seconds, exposed)
+
+
+def _one_after_the_other(
+    schedule: Schedule, problem: Problem, device: Device, passes: int, keys: int, result: int
+) -> Phase:
+    """All keys, one block of everything, all results."""
+    others = problem.size - 1
+    results = sum(m.what == "result" for step in schedule for m in step.sends)
+    moved = others * keys + results * result
+    flop = sum(_flop(schedule, step, problem, passes) for step in schedule)
+    exposed = moved / device.bandwidth + (device.latency * (1 + (results > 0)) if others else 0)
+    return Phase(moved, flop, exposed + flop / device.flops + device.launch, exposed)
+
+
+def _flop(schedule: Schedule, step: Step, problem: Problem, passes: int) -> int:
+    """A pass is 2 n^2 D; of the triangle's own block only a half is needed."""
+    if step.compute is None:
+        return 0
+    half = schedule.once and step.compute == schedule.rank
+    return passes * problem.rows**2 * problem.features * (1 if half else 2)
+
+
+def choose(problem: Problem, device: Device) -> str:
+    """What "auto" is: the quicker of the two, but nothing that takes more than SHARE of the memory where the other
+    takes less."""
+    gather, walk = (cost(strategy, problem, device) for strategy in ("all_gather", "ring"))
+    if gather.memory > max(walk.memory, SHARE * device.memory):
+        return "ring"
+    return "ring" if walk.seconds < gather.seconds else "all_gather"
