@@ -3,7 +3,7 @@
 loss = sslkern.functional.nt_xent(z0, z1, temperature=0.5)   # or sslkern.NTXentLoss(temperature=0.5)(z0, z1)
 """
 
-from . import functional, ops
+from . import distributed, functional, ops
 from .backends import use_backend
 from .cached import CachedLoss
 from .losses import (
@@ -58,6 +58,7 @@ __all__ = [
     "NTXentMultiViewLoss",
     "SigLIPLoss",
     "SupConLoss",
+    "distributed",
     "functional",
     "ops",
     "use_backend",

@@ -11,6 +11,7 @@ from . import functional
 from .common.arguments import check_choice, check_flags
 from .common.numbers import FLOAT32_MAX, check_number, check_size
 from .common.rows import unit
+from .distributed import Group
 from .functional.checks import check_features, check_ids, check_options, scale_of
 from .functional.cpc import NEGATIVES
 from .functional.deep_infomax import check_estimator
@@ -21,6 +22,7 @@ from .functional.nt_xent import POSITIVES
 from .functional.sup_con import FORMS as SUP_CON_FORMS
 from .memory import FeatureQueue, MemoryBank
 
+_SHARING = "group", "strategy", "grad_reduce"
 _FLAGS = ("normalize", "stats", "two_way", "times_2t")
 _NUMBERS = {  # options that are numbers, with the bounds that the functions ask for at each call
     "alpha": (1,),
@@ -62,7 +64,7 @@ def _on_one_line(value) -> str:
 class _Loss(nn.Module):
     def __init__(self, temperature, logit_scale, **options):
         super().__init__()
-        check_options(options["reduction"], options.get("group"), options.get("strategy", "all_gather"))
+        check_options(options["reduction"], *(options[name] for name in _SHARING if name in options))
         _check(options)
         scale_of(temperature, logit_scale)
         self.temperature, self.logit_scale, self.options = temperature, logit_scale, options
@@ -94,12 +96,22 @@ class NTXentLoss(_Loss):
         normalize: bool = True,
         reduction: str = "mean",
         stats: bool = False,
-        group: None = None,
-        strategy: str = "all_gather",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
         label_smoothing: float = 0.0,
     ):
-        options = dict(normalize=normalize, reduction=reduction, stats=stats, group=group, strategy=strategy)
-        super().__init__(temperature, logit_scale, **options, label_smoothing=label_smoothing)
+        super().__init__(
+            temperature,
+            logit_scale,
+            normalize=normalize,
+            reduction=reduction,
+            stats=stats,
+            group=group,
+            strategy=strategy,
+            grad_reduce=grad_reduce,
+            label_smoothing=label_smoothing,
+        )
 
     def forward(
         self,
@@ -133,8 +145,9 @@ class InfoNCELoss(_Loss):
         normalize: bool = True,
         reduction: str = "mean",
         stats: bool = False,
-        group: None = None,
-        strategy: str = "all_gather",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
         label_smoothing: float = 0.0,
     ):
         check_flags(in_batch=in_batch is None or in_batch)
@@ -148,6 +161,7 @@ class InfoNCELoss(_Loss):
             stats=stats,
             group=group,
             strategy=strategy,
+            grad_reduce=grad_reduce,
             label_smoothing=label_smoothing,
         )
 
@@ -177,7 +191,7 @@ class CLIPLoss(nn.Module):
         logit_scale: where the scale starts, a positive number.
         max_scale: the most it may become.
         min_scale: the least it may become; 0: no bound, as in CLIP. OpenCLIP's is 1.
-        normalize, reduction, stats, label_smoothing: as in `sslkern.functional.clip`.
+        normalize, reduction, stats, group, strategy, grad_reduce, label_smoothing: as in `sslkern.functional.clip`.
 
     Example:
         >>> criterion = sslkern.CLIPLoss()
@@ -193,10 +207,13 @@ class CLIPLoss(nn.Module):
         normalize: bool = True,
         reduction: str = "mean",
         stats: bool = False,
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
         label_smoothing: float = 0.0,
     ):
         super().__init__()
-        check_options(reduction)
+        check_options(reduction, group, strategy, grad_reduce)
         check_number("logit_scale", logit_scale, 1e-6)
         check_number("max_scale", max_scale, logit_scale)
         check_number("min_scale", min_scale, 0)
@@ -207,7 +224,9 @@ class CLIPLoss(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))
         self.max_log_scale = math.log(max_scale)
         self.min_log_scale = math.log(min_scale) if min_scale else None
-        self.options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
+        shared = dict(group=group, strategy=strategy, grad_reduce=grad_reduce)
+        options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
+        self.options = options | shared
         _check(self.options)
 
     def forward(

@@ -15,6 +15,7 @@ LAYERS = [
     "sslkern.backends.reference",
     "sslkern.backends",
     "sslkern.ops",
+    "sslkern.distributed",
     "sslkern.functional",
     "sslkern",
 ]
@@ -81,10 +82,10 @@ def test_the_checks_above_find_what_they_look_for():
     assert wrong("sslkern.backends.cpu.similarity_lse", "sslkern.ops", "similarity_lse")
     assert wrong("sslkern.ops.similarity_lse", "sslkern.functional", "nt_xent")
     assert wrong("sslkern.common.sums", "sslkern.backends", "resolve")
-    assert wrong("sslkern.functional.nt_xent", "sslkern.ops._problem", "SCHEMA")
+    assert wrong("sslkern.functional.nt_xent", "sslkern.ops._dense", "dense")
     assert wrong("sslkern.ops.similarity_topk", "sslkern.ops.similarity_lse", "_forward")
     assert wrong("sslkern.functional.nt_xent", "sslkern.backends", "resolve")
-    assert not wrong("sslkern.ops.similarity_topk", "sslkern.ops._problem", "SCHEMA")
+    assert not wrong("sslkern.ops.similarity_topk", "sslkern.ops._dense", "dense")
     assert not wrong("sslkern.functional.nt_xent", "sslkern.ops", "similarity_lse")
     assert ("sslkern.common.sums", "times") in imports("sslkern.functional.nt_xent")
     assert ("sslkern._cpu", "") in imports("sslkern.backends.cpu.similarity_lse")

@@ -102,14 +102,15 @@ def offered(primitive: str) -> bool:
     return primitive in _OFFERED
 
 
-def _choice() -> str:
+def chosen() -> str:
+    """The name that counts here and now; in compiled code the last one chosen anywhere."""
     return _latest if torch.compiler.is_compiling() else current()
 
 
 def find(primitive: str, x: Tensor, **options) -> str | None:
     """The backend that runs `primitive` on features x: under "auto" the fastest that can, else the one asked for by
     name; None if it cannot. options: what else a backend may decide by, see `resolve`."""
-    return _find(primitive, _choice(), x.device.type, x.dtype, x, options)
+    return _find(primitive, chosen(), x.device.type, x.dtype, x, options)
 
 
 def resolve(primitive: str, x: Tensor, **options) -> str:
@@ -133,7 +134,7 @@ def resolve(primitive: str, x: Tensor, **options) -> str:
 
 def resolve_each(primitives: Sequence[str], x: Tensor, options: dict) -> list[str]:
     """`resolve`, of several primitives."""
-    choice, device, dtype, names = _choice(), x.device.type, x.dtype, []
+    choice, device, dtype, names = chosen(), x.device.type, x.dtype, []
     for primitive in primitives:
         name = _find(primitive, choice, device, dtype, x, options)
         if name is None:

@@ -65,6 +65,10 @@ class Schedule(Sequence[Step]):
         compute = self._at(-step) if self._computes(self.rank, step) else None
         return Step(compute, tuple(sends), tuple(receives))
 
+    def has_result_of(self, worker: int) -> bool:
+        """Whether that rank computes with this one's keys."""
+        return self._computes(worker, (worker - self.rank) % self.size)
+
     def _at(self, distance: int) -> int:
         return (self.rank + distance) % self.size
 

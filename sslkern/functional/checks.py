@@ -9,21 +9,24 @@ from ..common.arguments import FLOATS, check_choice, check_dense, check_device, 
 from ..common.autocast import autocast_active
 from ..common.numbers import FLOAT32_MAX, check_finite
 from ..common.tensors import wide
+from ..distributed import GRAD_REDUCES, STRATEGIES, Ranks, all_rows, alone, check_group
 
 
-def check_features(name: str, x: Tensor) -> None:
-    """x: [N, D] with N > 0, floating point."""
+def check_features(name: str, x: Tensor, ranks: Ranks | None = None) -> None:
+    """x: [N, D] with N > 0, on this rank or another, floating point."""
     check_dense(name, x)
     if not isinstance(x, Tensor) or x.ndim != 2:
         raise ValueError(f"{name} must be a tensor [N, D], not {describe(x)}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, not {x.dtype}; convert it with .float()")
-    if x.shape[0] == 0:
+    if x.shape[0] == 0 and all_rows(0, ranks) == 0:
         raise ValueError(f"{name} is empty; the loss needs at least one row, so skip empty batches")
 
 
-def check_pair(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
-    """x and other, `promoted`: [N, D] with N > 0, of one shape, type and device.
+def check_pair(
+    name: str, x: Tensor, other_name: str, other: Tensor, ranks: Ranks | None = None
+) -> tuple[Tensor, Tensor]:
+    """x and other, `promoted`: [N, D] with N > 0, on this rank or another, of one shape, type and device.
 
     What fits is seen at one look: a small batch feels each function, and compiled code is guarded for each.
     """
@@ -41,7 +44,7 @@ def check_pair(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Te
     ):
         return x, other
     x, other = promoted(x, other)
-    check_features(name, x)
+    check_features(name, x, ranks)
     check_alike(other_name, other, name, x)
     return x, other
 
@@ -99,17 +102,26 @@ def check_weights(weights: Tensor | None, N: int, like: Tensor) -> None:
     check_device("weights", weights, like)
 
 
-def check_options(reduction: str, group=None, strategy: str = "all_gather", **flags: bool) -> None:
-    """flags: the options that are True or False."""
+def check_options(reduction: str, group=None, strategy: str = "auto", grad_reduce: str = "mean", **flags: bool) -> None:
+    """group, strategy, grad_reduce: who shares the batch, see `ranks_of`. flags: the options that are True or False."""
     for flag in flags.values():
         if flag is not True and flag is not False:
             check_flags(**flags)
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         check_choice("reduction", reduction, "mean", "sum", "none")
-    if not isinstance(strategy, str) or strategy not in ("all_gather", "ring"):
-        check_choice("strategy", strategy, "all_gather", "ring")
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
+        check_choice("strategy", strategy, *STRATEGIES)
+    if not isinstance(grad_reduce, str) or grad_reduce not in GRAD_REDUCES:
+        check_choice("grad_reduce", grad_reduce, *GRAD_REDUCES)
     if group is not None:
-        raise NotImplementedError("group must be None: losses across processes are not available yet")
+        check_group(group)
+    elif not torch.compiler.is_compiling():
+        alone()
+
+
+def check_alone(group) -> None:
+    if group is not None:
+        raise NotImplementedError("group must be None: this loss is not available across processes yet")
 
 
 def scale_of(

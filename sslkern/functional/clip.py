@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..common.arguments import FLOATS, check_dense, check_own_memory
 from ..common.numbers import check_number, constant
+from ..distributed import Group, ranks_of
 from .checks import check_alike, check_features, promoted, scalar
 from .info_nce import info_nce
 
@@ -20,6 +21,9 @@ def clip(
     normalize: bool = True,
     reduction: str = "mean",
     stats: bool = False,
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -40,6 +44,7 @@ def clip(
             `clamp_logit_scale_`, which also takes a lower bound.
         ids: int64 [N]; rows with equal ids (a caption's hash) are not negatives of each other. Default: all differ.
         normalize, reduction, stats, weights, label_smoothing: as in `info_nce`.
+        group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`.
 
     Returns:
         The loss, 0-d, or for "none" [N], in fp32 (fp64); with `stats` also the share of rows and columns whose positive
@@ -54,8 +59,13 @@ def clip(
         >>> sslkern.functional.clip(image, text, log_scale.exp()).backward()
         >>> log_scale = sslkern.functional.clamp_logit_scale_(log_scale)  # after the optimizer's step
     """
+    ranks = None
+    if group is not None:
+        given = dict(image=image, text=text, logit_scale=logit_scale, ids=ids, weights=weights, normalize=normalize)
+        options = dict(reduction=reduction, stats=stats, label_smoothing=label_smoothing)
+        ranks = ranks_of(group, strategy, grad_reduce, "clip", **given, **options)
     image, text = promoted(image, text)
-    check_features("image", image)
+    check_features("image", image, ranks)
     check_alike("text", text, "image", image)
     logit_scale = scalar("logit_scale", logit_scale, image)
     return info_nce(
@@ -67,6 +77,9 @@ def clip(
         normalize=normalize,
         reduction=reduction,
         stats=stats,
+        group=ranks,
+        strategy=strategy,
+        grad_reduce=grad_reduce,
         weights=weights,
         label_smoothing=label_smoothing,
     )

@@ -8,7 +8,7 @@ from ..common.autocast import cat, product, stack
 from ..common.rows import dots, unit
 from ..common.sums import mean, pair_loss, times
 from ..ops import similarity_lse
-from .checks import check_features, check_options, promoted, scale_of
+from .checks import check_alone, check_features, check_options, promoted, scale_of
 from .formulas import reduce
 
 NEGATIVES = ("all", "sample", "time")
@@ -70,6 +70,7 @@ def cpc(
     """
     context, targets = promoted(context, targets)
     _check(context, targets, predictors, negatives)
+    check_alone(group)
     check_options(reduction, group, strategy, normalize=normalize, stats=stats)
     scale = scale_of(temperature, logit_scale, context)
     (N, T, _), (K, Dz, _) = context.shape, predictors.shape

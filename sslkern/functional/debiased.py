@@ -6,10 +6,11 @@ import math
 import torch
 from torch import Tensor
 
+from ..common.equal import equal_ids
 from ..common.numbers import check_finite, check_number, log
 from ..common.sums import pair_loss, times
 from ..ops import similarity_lse
-from ._pairs import equal_ids, two_views
+from ._pairs import two_views
 from .checks import check_options, check_weights, scale_of
 from .formulas import reduce
 

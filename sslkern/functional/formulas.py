@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from ..common.sums import mean, total
+from ..distributed import Ranks, all_rows, over_ranks, own_rows
 
 
-def beaten(best: Tensor, positive: Tensor) -> Tensor:
+def beaten(best: Tensor, positive: Tensor, ranks: Ranks | None = None) -> Tensor:
     """The share of rows whose positive beats every negative, 0-d."""
-    return (best < positive.detach()).float().mean()
+    wins = (best < positive.detach()).float()
+    return wins.mean() if ranks is None else reduce(wins, "mean", ranks=ranks)
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
@@ -19,18 +21,27 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     return torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)).masked_fill(empty, -math.inf)
 
 
-def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None) -> Tensor:
-    """losses [.., N] and weights [N]: sum w l / sum w for "mean" (0 where all weights are 0), sum w l, or w l."""
+def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None, ranks: Ranks | None = None) -> Tensor:
+    """losses [.., N] and weights [N]: sum w l / sum w for "mean" (0 where all weights are 0), sum w l, or w l; the
+    sums over the rows of all ranks."""
     if weights is None:
-        return mean(losses) if reduction == "mean" else total(losses) if reduction == "sum" else losses
+        if reduction == "none":
+            return own_rows(losses, ranks)
+        if ranks is None:
+            return mean(losses) if reduction == "mean" else total(losses)
+        loss = over_ranks(total(losses), ranks)
+        return loss / (losses.shape[:-1].numel() * all_rows(losses.shape[-1], ranks)) if reduction == "mean" else loss
     weights = weights.to(losses.dtype).expand_as(losses)
     losses = weights * losses
     if reduction == "none":
-        return losses
-    share = total(weights)
-    return total(losses) / share.masked_fill(share == 0, 1) if reduction == "mean" else total(losses)
+        return own_rows(losses, ranks)
+    loss = over_ranks(total(losses), ranks)
+    if reduction == "sum":
+        return loss
+    share = over_ranks(total(weights), ranks)
+    return loss / share.masked_fill(share == 0, 1)
 
 
-def at_once_of(reduction: str, weights: Tensor | None, label_smoothing: float) -> str:
+def at_once_of(reduction: str, weights: Tensor | None, label_smoothing: float, ranks: Ranks | None = None) -> str:
     """The reduction that `pair_contrast` can take over: none where something comes before it."""
-    return reduction if weights is None and label_smoothing == 0 else "none"
+    return reduction if weights is None and label_smoothing == 0 and ranks is None else "none"

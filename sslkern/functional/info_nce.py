@@ -9,7 +9,7 @@ from ..common.numbers import check_number
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
 from ..common.tensors import transformed, wide
-from ..ops import similarity_lse
+from ..distributed import Group, pair_contrast_over, ranks_of, replicated, row_ids, similarity_lse
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different
 from .checks import check_alike, check_ids, check_options, check_pair, check_weights, promoted, scale_of
@@ -30,8 +30,9 @@ def info_nce(
     normalize: bool = True,
     reduction: str = "mean",
     stats: bool = False,
-    group: None = None,
-    strategy: str = "all_gather",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -59,7 +60,8 @@ def info_nce(
         normalize: divide all rows by their norm first (cosine similarity).
         reduction: "mean" or "sum" over the N rows, or "none".
         stats: also return the share of rows whose positive beats every negative (with `two_way`, of both directions).
-        group, strategy: the processes that share a batch; only None, this process, so far.
+        group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. `negatives` [M, D] are the same
+            on all of them, [N, M, D] and all others have this process's rows.
         weights: floating point [N], w_i for row i: "mean" is sum w_i l_i / sum w_i.
         label_smoothing: in [0, 1), the share of the target that is spread over the positive and all negatives.
 
@@ -76,11 +78,17 @@ def info_nce(
         >>> queue = torch.randn(4096, 32)
         >>> loss = sslkern.functional.info_nce(images, texts, queue, temperature=0.07)  # MoCo
     """
+    ranks = None
+    if group is not None:
+        given = dict(query=query, key=key, negatives=negatives, temperature=temperature, logit_scale=logit_scale)
+        given |= dict(ids=ids, negative_ids=negative_ids, weights=weights, in_batch=in_batch, two_way=two_way)
+        options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
+        ranks = ranks_of(group, strategy, grad_reduce, "info_nce", **given, **options)
     if negatives is not None:
         query, key, negatives = promoted(query, key, negatives)
-    query, key = check_pair("query", query, "key", key)
-    check_options(reduction, group, strategy, two_way=two_way, normalize=normalize, stats=stats)
-    scale = scale_of(temperature, logit_scale, query)
+    query, key = check_pair("query", query, "key", key, ranks)
+    check_options(reduction, group, strategy, grad_reduce, two_way=two_way, normalize=normalize, stats=stats)
+    scale = replicated(scale_of(temperature, logit_scale, query), ranks)
     N = query.shape[0]
     if negatives is not None:
         _check_negatives(negatives, query, two_way)
@@ -101,45 +109,48 @@ def info_nce(
         check_ids("negative_ids", negative_ids, tuple(negatives.shape[:-1]), query)
 
     if negatives is None:
-        at_once = at_once_of(reduction, weights, label_smoothing)
+        at_once = at_once_of(reduction, weights, label_smoothing, ranks)
         mode = "two_way" if two_way else "one_way"
-        losses, positive, best = pair_contrast(query, key, scale, ids, mode, normalize, stats, None, at_once)
+        contrast = pair_contrast_over(ranks)
+        losses, positive, best = contrast(query, key, scale, ids, mode, normalize, stats, None, at_once)
         if label_smoothing > 0:
             query, key = (unit(query), unit(key)) if normalize else (query, key)
-            row_ids = torch.arange(N, device=query.device) if ids is None else ids
+            own_ids = row_ids(N, query.device, ranks) if ids is None else ids
             cosine, ways = dots(query, key), ((query, key), (key, query))[: 1 + two_way]
-            smooth = [above_mean(cosine, *over_different(q, k, row_ids, row_ids)) for q, k in ways]
+            smooth = [above_mean(cosine, *over_different(q, k, own_ids, own_ids, ranks)) for q, k in ways]
             losses = losses + label_smoothing * scale * stack(smooth)
         if at_once == "none":
             whole = reduction == "mean" and weights is None  # one mean of both ways instead of two
-            losses = reduce(losses if whole else losses.mean(0), reduction, weights)
-        return (losses, beaten(best, positive)) if stats else losses
+            losses = reduce(losses if whole else losses.mean(0), reduction, weights, ranks)
+        return (losses, beaten(best, positive, ranks)) if stats else losses
 
     one_bank = negatives.ndim == 2 and negative_ids is None and not in_batch
     if one_bank and not (negatives.requires_grad or transformed()):
         bank = unit(negatives) if normalize else negatives
         losses, positive, best = over_bank(query, key, bank, scale, normalize, stats, label_smoothing)
-        loss = reduce(losses, reduction, weights)
-        return (loss, beaten(best, positive)) if stats else loss
+        loss = reduce(losses, reduction, weights, ranks)
+        return (loss, beaten(best, positive, ranks)) if stats else loss
 
-    row_ids = torch.arange(N, device=query.device) if ids is None else ids
+    own_ids = row_ids(N, query.device, ranks) if ids is None else ids
+    negatives = replicated(negatives, ranks) if negatives.ndim == 2 else negatives
     if normalize:
         query, key, negatives = unit(query), unit(key), unit(negatives)
     cosine = dots(query, key)
     positive = times(cosine, scale)
     row, best = _over_negatives(query, negatives, scale, ids, negative_ids, stats)
     if in_batch:
-        out = similarity_lse(query, key, scale, q_ids=row_ids, k_ids=row_ids, best=stats)
+        out = similarity_lse(query, key, scale, q_ids=own_ids, k_ids=own_ids, best=stats, ranks=ranks)
         others, other_best = out if stats else (out, None)
         row, best = logaddexp(row, others), torch.maximum(best, other_best) if stats else None
     losses = pair_loss(row, positive)
     if label_smoothing > 0:
         total, count = _sum_over_negatives(query, negatives, ids, negative_ids)
         if in_batch:
-            total, count = map(sum, zip((total, count), over_different(query, key, row_ids, row_ids), strict=True))
+            others, number = over_different(query, key, own_ids, own_ids, ranks)
+            total, count = total + others, count + number
         losses = losses + label_smoothing * scale * above_mean(cosine, total, count)
-    loss = reduce(losses, reduction, weights)
-    return (loss, beaten(best, positive)) if stats else loss
+    loss = reduce(losses, reduction, weights, ranks)
+    return (loss, beaten(best, positive, ranks)) if stats else loss
 
 
 def over_bank(query, key, bank, scale, normalize, best, label_smoothing):

@@ -16,7 +16,7 @@ from ..common.sums import pair_loss, times
 from ..common.tensors import transformed, wide
 from ..ops import logsumexp, similarity_lse
 from ..ops.pair_contrast import pair_contrast
-from .checks import check_alike, check_features, check_ids, check_options, promoted, scale_of
+from .checks import check_alike, check_alone, check_features, check_ids, check_options, promoted, scale_of
 from .formulas import beaten, logaddexp, reduce
 
 BLOCK = 2**20  # scores that a guide decides on at a time
@@ -110,6 +110,7 @@ def mnrl(
     anchor, positive, negatives = promoted(anchor, positive, negatives)
     check_features("anchor", anchor)
     check_alike("positive", positive, "anchor", anchor)
+    check_alone(group)
     check_options(reduction, group, strategy, normalize=normalize, stats=stats)
     scale = scale_of(temperature, logit_scale, anchor)
     check_directions(directions, partition)

@@ -7,7 +7,7 @@ from ..common.arguments import check_flags
 from ..common.autocast import cat
 from ..common.rows import unit
 from ..ops import similarity_topk
-from .checks import check_alike, check_features, check_options, promoted
+from .checks import check_alike, check_alone, check_features, check_options, promoted
 from .info_nce import info_nce
 
 
@@ -70,6 +70,7 @@ def nnclr(
     check_features("z0", z0)
     for name, x in (("z1", z1), ("p0", p0), ("p1", p1)):
         check_alike(name, x, "z0", z0)
+    check_alone(group)
     check_options(reduction, group, strategy, two_way=two_way, normalize=normalize, stats=stats)
     near0, near1 = nearest_neighbors(cat((z0, z1)), support, normalize=normalize).chunk(2)
     options = dict(

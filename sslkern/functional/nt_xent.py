@@ -11,8 +11,8 @@ from ..common.numbers import check_number
 from ..common.rows import unit
 from ..common.sums import pair_loss, times
 from ..common.tensors import wide
+from ..distributed import Group, copies, pair_contrast_over, ranks_of, replicated
 from ..ops import similarity_lse
-from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different, two_views
 from .checks import check_alike, check_features, check_ids, check_options, check_pair, check_weights, promoted, scale_of
 from .formulas import at_once_of, beaten, reduce
@@ -30,8 +30,9 @@ def nt_xent(
     normalize: bool = True,
     reduction: str = "mean",
     stats: bool = False,
-    group: None = None,
-    strategy: str = "all_gather",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -52,7 +53,12 @@ def nt_xent(
         normalize: divide the rows by their norm first (cosine similarity).
         reduction: "mean" or "sum" over the 2N rows, or "none".
         stats: also return the share of rows whose positive beats every negative.
-        group, strategy: the processes that share a batch; only None, this process, so far.
+        group: the processes that share a batch, each with its own rows: None (this one), "world", a process group or a
+            device mesh of one dimension. The loss is that of all their rows, the same on each; ids are global.
+        strategy: how keys come from other processes: "all_gather", all at once; "ring", one process's at a time, in
+            memory for two; "auto".
+        grad_reduce: "mean" where gradients of the encoder are averaged over the group (DDP, FSDP), "sum" where they are
+            added up. [Which gradient is multiplied by what](docs/distributed.md).
         weights: floating point [N], w_i for both rows of sample i: "mean" is sum w_i l_i / sum w_i.
         label_smoothing: in [0, 1), the share of the target that is spread over the positive and all negatives.
 
@@ -68,23 +74,29 @@ def nt_xent(
         >>> loss = sslkern.functional.nt_xent(z0, z1, temperature=0.1)
         >>> loss.backward()
     """
-    z0, z1 = check_pair("z0", z0, "z1", z1)
-    check_options(reduction, group, strategy, normalize=normalize, stats=stats)
+    ranks = None
+    if group is not None:
+        options = dict(ids=ids, normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
+        given = dict(z0=z0, z1=z1, temperature=temperature, logit_scale=logit_scale, weights=weights)
+        ranks = ranks_of(group, strategy, grad_reduce, "nt_xent", **given, **options)
+    z0, z1 = check_pair("z0", z0, "z1", z1, ranks)
+    check_options(reduction, group, strategy, grad_reduce, normalize=normalize, stats=stats)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     if weights is not None:
         check_weights(weights, z0.shape[0], z0)
-    scale = scale_of(temperature, logit_scale, z0)
+    scale = replicated(scale_of(temperature, logit_scale, z0), ranks)
     if ids is not None:
         check_ids("ids", ids, z0.shape[:1], z0)
-    at_once = at_once_of(reduction, weights, label_smoothing)
-    loss, positive, best = pair_contrast(z0, z1, scale, ids, "views", normalize, stats, None, at_once)
+    at_once = at_once_of(reduction, weights, label_smoothing, ranks)
+    loss, positive, best = pair_contrast_over(ranks)(z0, z1, scale, ids, "views", normalize, stats, None, at_once)
     if label_smoothing > 0:
-        z, ids, cosine = two_views(z0, z1, ids, normalize)
-        loss = loss + label_smoothing * scale * above_mean(cosine, *over_different(z, z, ids, ids)).view_as(loss)
+        z, ids, cosine = two_views(z0, z1, ids, normalize, ranks)
+        smooth = above_mean(cosine, *over_different(z, z, ids, ids, copies(ranks, 2)))
+        loss = loss + label_smoothing * scale * smooth.view_as(loss)
     if at_once == "none":
-        loss = reduce(loss, reduction, weights)
+        loss = reduce(loss, reduction, weights, ranks)
         loss = loss.view(-1) if reduction == "none" else loss
-    return (loss, beaten(best, positive)) if stats else loss
+    return (loss, beaten(best, positive, ranks)) if stats else loss
 
 
 def nt_xent_multi_view(

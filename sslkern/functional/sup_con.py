@@ -5,11 +5,11 @@ from torch import Tensor
 
 from ..common.arguments import check_choice, check_dense, check_device, describe
 from ..common.autocast import product, stack
+from ..common.equal import sum_of_equal
 from ..common.rows import dots, unit
 from ..common.sums import softplus
 from ..common.tensors import wide
 from ..ops import similarity_lse
-from ._pairs import sum_of_equal
 from .checks import check_features, check_ids, check_options, check_weights, scale_of
 from .formulas import reduce
 

@@ -27,7 +27,7 @@ from ..common.rows import dots, row_numbers
 from ..common.sums import dot
 from ..common.tensors import accumulator, transformed
 from ._dense import dense_contrast, few, reduced
-from ._problem import scale_parts
+from .problem import scale_parts
 from .similarity_lse import frozen_gradient
 
 PARTS = "similarity_lse", "unit_pairs", "pair_losses"

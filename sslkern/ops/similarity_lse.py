@@ -27,7 +27,7 @@ from ..common.node import Node, Operator, once
 from ..common.sums import total
 from ..common.tensors import accumulator, transformed
 from ._dense import dense, is_small
-from ._problem import SCHEMA, checked_problem, options
+from .problem import SCHEMA, checked_problem, options
 
 
 def similarity_lse(

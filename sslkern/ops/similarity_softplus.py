@@ -21,7 +21,7 @@ from ..common.node import Node, Operator, once
 from ..common.numbers import check_finite, constant, number, shown
 from ..common.sums import total as sum_of_all
 from ..common.tensors import accumulator, transformed
-from ._problem import FIELDS, SCHEMA, checked_problem, options
+from .problem import FIELDS, SCHEMA, checked_problem, options
 
 
 def similarity_softplus(

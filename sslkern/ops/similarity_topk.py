@@ -18,7 +18,7 @@ from ..common.node import Node, Operator
 from ..common.numbers import check_size
 from ..common.sums import total
 from ..common.tensors import accumulator
-from ._problem import SCHEMA, checked_problem, options
+from .problem import SCHEMA, checked_problem, options
 
 
 def similarity_topk(

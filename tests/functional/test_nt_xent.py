@@ -135,7 +135,9 @@ def test_bad_arguments_are_named():
         ("ids must be int64", (z, z), {"ids": torch.ones(4)}),
         ("reduction must", (z, z), {"reduction": "avg"}),
         ("strategy must", (z, z), {"strategy": "tree"}),
-        ("group must be None", (z, z), {"group": "world"}),
+        ("group must be None, 'world'", (z, z), {"group": "words"}),
+        ("group must be None, 'world'", (z, z), {"group": z}),
+        ("grad_reduce must", (z, z), {"grad_reduce": "none"}),
     ]
     for message, args, options in cases:
         with pytest.raises((ValueError, TypeError, NotImplementedError), match=message) as error:

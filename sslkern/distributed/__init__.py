@@ -1,0 +1,50 @@
+"""One loss of the rows of many processes: who shares a batch, what they exchange, and the primitives over all of it.
+
+A loss asks `ranks_of` first, and is then the code that it is for one process: what is row by row stays here, and what
+looks across rows is one of the functions below, with `ranks` as last argument. With `ranks=None` each of them is what
+it is named after in `sslkern.ops`, or does nothing.
+"""
+
+from .collectives import recorded
+from .contract import gather, over_ranks, own_rows, replicated, total_of
+from .pair_contrast import pair_contrast_over
+from .preflight import preflight
+from .ranks import (
+    GRAD_REDUCES,
+    STRATEGIES,
+    Group,
+    Ranks,
+    all_rows,
+    alone,
+    check_group,
+    copies,
+    first_row,
+    ranks_of,
+    row_ids,
+)
+from .similarity_lse import similarity_lse
+from .sum_of_equal import sum_of_equal
+
+__all__ = [
+    "GRAD_REDUCES",
+    "STRATEGIES",
+    "Group",
+    "Ranks",
+    "all_rows",
+    "alone",
+    "check_group",
+    "copies",
+    "first_row",
+    "gather",
+    "over_ranks",
+    "own_rows",
+    "pair_contrast_over",
+    "preflight",
+    "ranks_of",
+    "recorded",
+    "replicated",
+    "row_ids",
+    "similarity_lse",
+    "sum_of_equal",
+    "total_of",
+]

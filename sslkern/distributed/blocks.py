@@ -1,0 +1,198 @@
+"""The keys of all ranks, a block at a time, and what comes out for them, on its way to their owners.
+
+"all_gather" brings all keys together first, and a block is those of several ranks; results go home together at the end.
+"ring" passes keys on from rank to rank (see schedule.py), and a block is those of one; the next is on its way, and the
+results of the last, while this one is computed with. What is computed is the same for both.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .collectives import Post, exchange_rows, gather_rows, group_of, happened
+from .cost import DEVICES, Problem, choose
+from .preflight import equal_rows
+from .ranks import Ranks
+from .schedule import Schedule
+
+PLACE = "str group, int[] counts, str strategy"
+
+
+def place_of(ranks: Ranks, strategy: str) -> tuple:
+    """What an operator is told of the ranks; PLACE in its schema."""
+    return ranks.group, ranks.counts, strategy
+
+
+def strategy_of(ranks: Ranks, keys: Tensor, itself: bool) -> str:
+    """What "auto" is; the same on all ranks."""
+    if ranks.strategy != "auto":
+        return ranks.strategy
+    if torch.compiler.is_compiling():
+        return "all_gather"
+    rows = max(ranks.counts) if ranks.counts else keys.shape[-2]
+    device = DEVICES.get(keys.device.type, DEVICES["cuda"])
+    return choose(Problem(rows, keys.shape[-1], ranks.size, itself, keys.element_size()), device)
+
+
+class Place(NamedTuple):
+    """A rank among others, and whose rows stand where."""
+
+    group: str
+    size: int
+    rank: int
+    counts: list[int]
+    strategy: str
+    dim: int  # of the rows of tensors, features [.., M, D] and vectors [.., M]
+
+    @classmethod
+    def of(cls, keys: Tensor, group: str, counts: Sequence[int], strategy: str) -> "Place":
+        ranks, dim = group_of(group), keys.ndim - 2
+        if not counts:
+            equal_rows(ranks, keys.shape[dim])
+            counts = [keys.shape[dim]] * ranks.size()
+        return cls(group, ranks.size(), ranks.rank(), list(counts), strategy, dim)
+
+
+class Block:
+    """The keys of the ranks `first` to `last`, without those of `last`. Who computes with them leaves in `results`, if
+    the schedule has some, what is for their owners: tensors with a row for each key."""
+
+    def __init__(self, first: int, last: int, tensors: Sequence[Tensor | None]):
+        self.first, self.last, self.tensors = first, last, tensors
+        self.results: Sequence[Tensor] = ()
+
+
+Tensors = Sequence[Tensor | None]
+
+
+def gathered(tensors: Tensors, place: Place) -> Tensors:
+    """The rows of all ranks."""
+
+    def everyones(x):
+        return gather_rows(x.movedim(place.dim, 0), place.counts, place.group).movedim(0, place.dim).contiguous()
+
+    return [None if x is None else everyones(x) for x in tensors]
+
+
+def blocks(
+    place: Place,
+    schedule: Schedule,
+    tensors: Tensors,
+    apart: bool,
+    results: Sequence[Tensor] = (),
+    arrive: Callable[[int, Sequence[Tensor]], None] = lambda worker, results: None,
+) -> Iterator[Block]:
+    """Blocks of the keys that this rank computes with.
+
+    Args:
+        schedule: `ring` or `triangle`.
+        tensors: for "ring" this rank's rows, for "all_gather" those of all, as they are `gathered`.
+        apart: this rank's keys are a block by themselves, which has no results.
+        results: of the shape and type of what is computed for this rank's keys.
+        arrive: gets it from the rank that has computed it, in an order that is the same in each run.
+    """
+    if place.strategy == "ring":
+        yield from _one_by_one(place, schedule, tensors, apart, results, arrive)
+    else:
+        yield from _at_once(place, schedule, tensors, apart, results, arrive)
+
+
+# ---- all_gather ------------------------------------------------------------------------------------------------------
+
+
+def _at_once(place, schedule, tensors, apart, results, arrive):
+    dim, M = place.dim, sum(place.counts)
+    collected = [x.new_zeros(*x.shape[:dim], M, *x.shape[dim + 1 :]) for x in results]
+    visited = [step.compute for step in schedule if step.compute is not None]
+    for first, last in _runs(visited, place.rank if apart else None):
+        start, size = sum(place.counts[:first]), sum(place.counts[first:last])
+        block = Block(first, last, [None if x is None else x.narrow(dim, start, size) for x in tensors])
+        yield block
+        if not (apart and first == place.rank):
+            for x, result in zip(collected, block.results, strict=True):
+                x.narrow(dim, start, size).copy_(result)
+    if collected:
+        home = [exchange_rows(x.movedim(dim, 0), place.counts, place.group).movedim(1, dim + 1) for x in collected]
+        for worker in range(place.size):
+            if schedule.has_result_of(worker) and not (apart and worker == place.rank):
+                arrive(worker, [x[worker] for x in home])
+
+
+def _runs(ranks: list[int], apart: int | None) -> Iterator[tuple[int, int]]:
+    """Ranks that follow each other, as (first, last + 1); the one that is apart by itself."""
+    ranks = sorted(ranks)
+    first = 0
+    for i in range(1, len(ranks) + 1):
+        if i == len(ranks) or ranks[i] != ranks[i - 1] + 1 or apart in (ranks[i - 1], ranks[i]):
+            yield ranks[first], ranks[i - 1] + 1
+            first = i
+
+
+# ---- ring ------------------------------------------------------------------------------------------------------------
+
+
+def _one_by_one(place, schedule, tensors, apart, results, arrive):
+    keys, given = _Packed(tensors, place), _Packed(results, place)
+    here, made = keys.packed(tensors, place.rank), None
+    for number, step in enumerate(schedule):
+        coming = [((keys if m.what == "keys" else given).empty(m.block), m) for m in step.receives]
+        happened("post", number)
+        sends = [(here if m.what == "keys" else made, m.peer, m.what) for m in step.sends]
+        post = Post(sends, [(x, m.peer, m.what) for x, m in coming], place.group)
+        made = None
+        if step.compute is not None:
+            block = Block(step.compute, step.compute + 1, keys.unpacked(here, step.compute))
+            happened("compute", number)
+            yield block
+            if results and step.compute != place.rank:
+                made = given.packed(block.results, step.compute)
+            elif results and not apart:
+                arrive(place.rank, block.results)
+        happened("wait", number)
+        post.wait()
+        for x, message in coming:
+            if message.what == "result":
+                arrive(message.peer, given.unpacked(x, place.rank))
+            else:
+                here = x
+
+
+ALIGNED = 256  # bytes
+
+
+class _Packed:
+    """Rows of several tensors in one piece of memory, which is one message."""
+
+    def __init__(self, like: Tensors, place: Place):
+        self.like, self.place = like, place
+
+    def _parts(self, rank: int) -> list[tuple[slice, list[int]]]:
+        """Where the bytes of each tensor are, and the shape that it has for the rows of that rank."""
+        parts, start, dim = [], 0, self.place.dim
+        for x in self.like:
+            shape = [0] if x is None else [*x.shape[:dim], self.place.counts[rank], *x.shape[dim + 1 :]]
+            stop = start + (0 if x is None else math.prod(shape) * x.element_size())
+            parts.append((slice(start, stop), shape))
+            start = -(-stop // ALIGNED) * ALIGNED
+        return parts
+
+    def empty(self, rank: int) -> Tensor:
+        like = next(x for x in self.like if x is not None)
+        return like.new_empty(self._parts(rank)[-1][0].stop, dtype=torch.uint8)
+
+    def packed(self, tensors: Tensors, rank: int) -> Tensor:
+        """The rows of that rank."""
+        memory = self.empty(rank)
+        for x, own in zip(tensors, self.unpacked(memory, rank), strict=True):
+            if x is not None:
+                own.copy_(x)
+        return memory
+
+    def unpacked(self, memory: Tensor, rank: int) -> Tensors:
+        return [
+            None if x is None else memory[part].view(x.dtype).view(shape)
+            for x, (part, shape) in zip(self.like, self._parts(rank), strict=True)
+        ]

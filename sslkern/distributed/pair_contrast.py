@@ -1,0 +1,49 @@
+"""The losses of pairs over ranks: `ops.pair_contrast`, whose negatives are the rows of all of them."""
+
+import functools
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..common.autocast import cat, stack
+from ..common.rows import dots, unit
+from ..common.sums import pair_loss, times
+from ..ops.pair_contrast import pair_contrast
+from .ranks import Ranks, copies, row_ids
+from .similarity_lse import similarity_lse
+
+
+def pair_contrast_over(ranks: Ranks | None) -> Callable:
+    """`ops.pair_contrast`, for this rank's x and y where there are others: then reduction must be "none", and ids are
+    global. A bank is the same on all ranks, and its negatives are nobody's rows: nothing is exchanged.
+
+    Returned, not called: a small batch feels each function on the way to its kernel.
+    """
+    return pair_contrast if ranks is None else functools.partial(_pair_contrast, ranks)
+
+
+def _pair_contrast(
+    ranks: Ranks,
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    ids: Tensor | None,
+    mode: str,
+    normalize: bool,
+    best: bool,
+    bank: Tensor | None = None,
+    reduction: str = "none",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if bank is not None:
+        return pair_contrast(x, y, scale, ids, mode, normalize, best, bank, reduction)
+    ids = row_ids(x.shape[0], x.device, ranks) if ids is None else ids
+    x, y = (unit(x), unit(y)) if normalize else (x, y)
+    positive = times(dots(x, y), scale)
+    if mode == "views":
+        out = similarity_lse(cat((x, y)), None, scale, q_ids=ids.repeat(2), best=best, ranks=copies(ranks, 2))
+    else:
+        out = similarity_lse(x, y, scale, q_ids=ids, k_ids=ids, columns=mode == "two_way", best=best, ranks=ranks)
+    *sides, top = out if best else (*out, None) if mode == "two_way" else (out, None)
+    N, views = x.shape[0], 1 + (mode == "views")
+    negatives = stack([view for side in sides for view in side.view(views, N)])
+    return pair_loss(negatives, positive), positive.detach(), top.view(negatives.shape) if best else None

@@ -1,0 +1,137 @@
+"""Before anything else a loss over ranks asks whether they all mean the same: shapes, types, options.
+
+A rank that meant something else would leave the others waiting in a collective. So each call begins with one exchange
+of SIZE integers over the hosts: what must be equal as a checksum, and the number of rows and all dimensions as they
+are. Every rank sees the same integers and comes to the same conclusion; only if it is a bad one the arguments
+themselves follow, so that each rank can say what all of them have.
+"""
+
+import os
+import zlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..common.arguments import check_flags
+from .collectives import stacked
+
+SIZE = 64
+_ON = os.environ.get("SSLKERN_PREFLIGHT", "1") != "0"
+
+
+def preflight(on: bool) -> None:
+    """Whether each call over a group first compares what its ranks were given; True unless SSLKERN_PREFLIGHT=0 is set.
+
+    It costs an exchange of 512 bytes per rank between the hosts, 0.1 ms or so on one machine, and with it ranks may
+    have different numbers of rows. Off, all have the same number, on their user's word. The choice must be the same on
+    all ranks.
+
+    Example:
+        >>> sslkern.distributed.preflight(False)  # on every rank
+    """
+    check_flags(on=on)
+    global _ON
+    _ON = on
+
+
+def compared(group, rows: int, what: str, arguments: dict) -> tuple[int, ...]:
+    """The rows of each rank; () for as many as here.
+
+    Args:
+        rows: the rows of this rank: the one number that a dimension may differ by.
+        what, arguments: the function that was called, and with what. Of tensors shape and type must be the same, not
+            the values; of all else the `repr`.
+
+    Raises:
+        ValueError: on every rank, if they differ.
+    """
+    if not _ON:
+        return ()
+    equal, dims = [what, str(torch.is_grad_enabled())], []
+    for name, value in arguments.items():
+        equal.append(f"{name}={_kind(value)}")
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            dims += x.shape if isinstance(x, Tensor) else []
+    fit = dims[: SIZE - 2]
+    equal.append(str(dims[SIZE - 2 :]))
+    mine = torch.zeros(SIZE, dtype=torch.int64)
+    mine[: 2 + len(fit)] = torch.tensor([zlib.crc32("; ".join(equal).encode()), rows, *fit])
+    host = host_group(group)
+    all_of_them = stacked(mine, host.group_name)
+    counts = all_of_them[:, 1]
+    differ = (all_of_them != all_of_them[0]).any(0) & (all_of_them != counts.unsqueeze(1)).any(0)
+    if differ.any():
+        _say(host, what, {"rows": rows} | {name: _shown(value) for name, value in arguments.items()})
+    return tuple(counts.tolist())
+
+
+def equal_rows(group, rows: int) -> None:
+    """In compiled code, whose shapes are those of as many rows on each rank: whether there are."""
+    if not _ON:
+        return
+    counts = stacked(torch.tensor([rows]), host_group(group).group_name).view(-1).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"compiled code takes as many rows on every rank, not {counts}; drop the last batch, or call it uncompiled"
+        )
+
+
+def _kind(value) -> str:
+    """What of an argument is the same on all ranks."""
+    if isinstance(value, Tensor):
+        return f"{type(value).__name__} {value.ndim} {value.dtype} {value.device.type} {value.requires_grad}"
+    if isinstance(value, (list, tuple)):
+        return str([_kind(x) for x in value])
+    return repr(value)
+
+
+def _shown(value) -> str:
+    if isinstance(value, Tensor):
+        learns = ", requires_grad" if value.requires_grad else ""
+        return f"{type(value).__name__} {list(value.shape)} {str(value.dtype)[6:]} on {value.device.type}{learns}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(map(_shown, value)) + ")"
+    return repr(value)
+
+
+def _say(host, what: str, mine: dict) -> None:
+    """Raises, with each rank's values of what differs."""
+    everyone = [None] * host.size()
+    dist.all_gather_object(everyone, (what, torch.is_grad_enabled(), mine), group=host)
+    if len({function for function, _, _ in everyone}) > 1:
+        said = [function for function, _, _ in everyone]
+        raise ValueError(f"the ranks of a group must call the same loss, not {_listed(said)}")
+    if len({learns for _, learns, _ in everyone}) > 1:
+        raise ValueError(f"{what} must record a gradient on all ranks of its group or on none: see torch.no_grad")
+    values = [value for _, _, value in everyone]
+    names = list(dict.fromkeys(name for value in values for name in value))
+    differ = [name for name in names if len({value.get(name) for value in values}) > 1 and name != "rows"]
+    said = "; ".join(f"{name} is {_listed([value.get(name) for value in values])}" for name in differ)
+    raise ValueError(
+        f"the ranks of a group must give {what} the same but for their number of rows, but {said or 'they differ'}"
+    )
+
+
+def _listed(values: Sequence) -> str:
+    """Who has which, "A on rank 0, B on ranks 1, 2"."""
+    ranks = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(str(rank))
+    return ", ".join(f"{value} on rank{'s' * (len(of) > 1)} {', '.join(of)}" for value, of in ranks.items())
+
+
+_hosts: dict[str, tuple] = {}
+
+
+def host_group(group):
+    """A group of the same ranks that takes tensors of the host: the group itself, or one beside it."""
+    if any(device.type == "cpu" for device in group._device_types):
+        return group
+    of, host = _hosts.get(group.group_name, (None, None))
+    if of is not group:
+        ranks = dist.get_process_group_ranks(group)
+        host = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _hosts[group.group_name] = group, host
+    return host

@@ -1,0 +1,138 @@
+"""Who shares a batch: the `group=` of a loss, and how its rows are spread over the ranks."""
+
+import warnings
+from typing import TYPE_CHECKING, NamedTuple, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..common.arguments import check_choice, describe
+from .preflight import compared
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Group = Union[None, str, "dist.ProcessGroup", "DeviceMesh", "Ranks"]  # what a loss takes
+STRATEGIES = "auto", "all_gather", "ring"
+GRAD_REDUCES = "mean", "sum"
+
+
+class Ranks(NamedTuple):
+    """The ranks of a group that share a batch. Functions, as the compiler of torch 2.6 knows no properties of those."""
+
+    group: str  # its name, which is what operators take
+    size: int
+    rank: int
+    counts: tuple[int, ...]  # rows of each rank; () for as many as here, which is what compiled code is made for
+    strategy: str
+    grad_reduce: str
+
+
+def ranks_of(
+    group, strategy: str, grad_reduce: str, what: str, *, rows: int | None = None, **arguments
+) -> Ranks | None:
+    """The ranks that share the batch of a loss; None where this process is alone with it.
+
+    The first thing that a loss does, as what it checks by itself may raise on one rank while others wait.
+
+    Args:
+        group, strategy, grad_reduce: as every loss takes them. A loss that calls another gives it its ranks as group.
+        what: the name of the loss.
+        rows: its samples on this rank. None: the first dimension of the first argument.
+        arguments: everything else that it was given.
+
+    Raises:
+        ValueError: the ranks differ in what they give, on all of them.
+        TypeError, ValueError: group is nothing that ranks could share.
+    """
+    if group is None or isinstance(group, Ranks):
+        return group
+    check_group(group)
+    name, size, rank = _place(group)
+    if size == 1:
+        return None
+    counts = ()
+    if not torch.compiler.is_compiling():
+        if rows is None:
+            first = next(iter(arguments.values()))
+            rows = first.shape[0] if isinstance(first, Tensor) and first.ndim else 0
+        said = dict(strategy=strategy, grad_reduce=grad_reduce)
+        counts = compared(group_object(group), rows, what, arguments | said)
+    check_choice("strategy", strategy, *STRATEGIES)
+    check_choice("grad_reduce", grad_reduce, *GRAD_REDUCES)
+    for argument, x in arguments.items():
+        if hasattr(type(x), "to_local"):
+            raise TypeError(f"{argument} must be a plain tensor of this rank's rows; pass {argument}.to_local()")
+    return Ranks(name, size, rank, counts, strategy, grad_reduce)
+
+
+def check_group(group) -> None:
+    """group: None, "world", a process group that holds this process, or a one-dimensional device mesh."""
+    if group is None or isinstance(group, Ranks) or isinstance(group, str) and group == "world":
+        return
+    if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group does not hold this process; call the loss on its members only")
+    if hasattr(group, "get_group") and hasattr(group, "ndim"):
+        if group.ndim != 1:
+            raise ValueError(f"group must be a device mesh of one dimension, not {group.ndim}; pass mesh['name']")
+    elif not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        given = repr(group) if isinstance(group, str) else describe(group)
+        raise TypeError(f"group must be None, 'world', a process group or a device mesh of one dimension, not {given}")
+
+
+def group_object(group):
+    if isinstance(group, str):
+        return dist.group.WORLD
+    return group.get_group() if hasattr(group, "get_group") else group
+
+
+@torch.compiler.assume_constant_result
+def _place(group) -> tuple[str, int, int]:
+    """Name, size and own rank."""
+    if isinstance(group, str) and not (dist.is_available() and dist.is_initialized()):
+        return "", 1, 0
+    group = group_object(group)
+    return group.group_name, group.size(), group.rank()
+
+
+_warned = False
+
+
+def alone() -> None:
+    """A loss without a group in a process among others: to torch, None means all of them. Said once."""
+    global _warned
+    if _warned or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    _warned = True
+    warnings.warn(
+        "group=None is the loss of this process's rows alone, and its process is one of"
+        f" {dist.get_world_size()}; pass group='world' for the loss of the rows of all, or filter this warning",
+        stacklevel=4,
+    )
+
+
+# ---- where rows stand ------------------------------------------------------------------------------------------------
+
+
+def copies(ranks: Ranks | None, n: int) -> Ranks | None:
+    """The ranks of n rows for each sample, which stand together: the views of a rank's samples."""
+    return None if ranks is None else ranks._replace(counts=tuple(n * count for count in ranks.counts))
+
+
+def first_row(ranks: Ranks, rows: int) -> int:
+    """The number, among those of all ranks, of the first of this rank's `rows`."""
+    return sum(ranks.counts[: ranks.rank]) if ranks.counts else ranks.rank * rows
+
+
+def all_rows(rows: int, ranks: Ranks | None) -> int:
+    """How many there are of what there are `rows` here."""
+    if ranks is None:
+        return rows
+    return sum(ranks.counts) if ranks.counts else ranks.size * rows
+
+
+def row_ids(rows: int, device: torch.device, ranks: Ranks | None) -> Tensor:
+    """Of each row its number among those of all ranks: ids that all differ."""
+    ids = torch.arange(rows, device=device)
+    return ids if ranks is None else ids + first_row(ranks, rows)

@@ -1,0 +1,241 @@
+"""`similarity_lse` of rows that are spread over ranks: q is this rank's, and its keys are those of all ranks.
+
+A rank computes blocks of S, each of its own rows and the keys of some ranks, by the primitive of one process; what
+comes out is merged in the order of the ranks. Sums over a column end at the rank whose key it is.
+
+    q with k        every rank all of its rows; dk goes back to the ranks whose keys they are
+    q with itself   S is symmetric: a block gives the rows of both of its ranks, and every pair of ranks is computed
+                    once. In the backward the row sums of both and their gradients are known, and
+                        dz_i = scale sum_j (g_i exp(s_ij - row_i) + g_j exp(s_ij - row_j)) z_j
+                    is a sum over the keys that belongs to the own row: no gradient travels.
+
+With a bias or a limit S of q with itself is not symmetric, and goes the first way.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends import chosen, use_backend
+from ..backends.problem import Problem, full_scale_of, keys_of, tensors_of
+from ..common.arguments import check_flags
+from ..common.node import Node, Operator, once
+from ..common.tensors import accumulator, transformed
+from ..ops.problem import SCHEMA, checked_problem
+from .blocks import PLACE, Place, blocks, gathered, place_of, strategy_of
+from .contract import gathered_rows
+from .ranks import Ranks
+from .schedule import ring, triangle
+
+
+def similarity_lse(
+    q: Tensor,
+    k: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    *,
+    q_ids: Tensor | None = None,
+    k_ids: Tensor | None = None,
+    pairs: str = "different",
+    k_bias: Tensor | None = None,
+    q_limit: Tensor | None = None,
+    columns: bool = False,
+    best: bool = False,
+    ranks: Ranks | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """`ops.similarity_lse` over the keys of all ranks.
+
+    Args:
+        q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit, columns, best: as there, each with this rank's rows, as have
+            the results. Ids are compared over all ranks.
+        ranks: how the keys (of k=None the rows) are spread. None: this process has all.
+    """
+    if ranks is None:
+        options = dict(q_ids=q_ids, k_ids=k_ids, pairs=pairs, k_bias=k_bias, q_limit=q_limit)
+        return ops.similarity_lse(q, k, scale, **options, columns=columns, best=best)
+    problem = checked_problem(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit)
+    check_flags(columns=columns, best=best)
+    if columns and k is None:
+        raise ValueError("columns=True needs k: for q with itself the columns are the rows")
+    learns = (q, k, problem.scale_tensor, k_bias)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learns) or transformed()
+    strategy = strategy_of(ranks, keys_of(problem), k is None)
+    way = _lse.way(learns, *tensors_of(problem))
+    row, col, top, *_ = way(*problem, columns, best, learns, *place_of(ranks, strategy), chosen())
+    if columns:
+        return (row, col, top) if best else (row, col)
+    return (row, top) if best else row
+
+
+def _is_symmetric(problem: Problem) -> bool:
+    return problem.k is None and problem.k_bias is None and problem.q_limit is None
+
+
+def _keys(problem: Problem) -> list[Tensor | None]:
+    """What other ranks need of this one's keys."""
+    ids = problem.q_ids if problem.k is None else problem.k_ids
+    return [keys_of(problem), ids, problem.k_bias]
+
+
+def _options(problem: Problem) -> dict:
+    """What a block has in common with all others."""
+    pairs = "same" if problem.same else "different"
+    return dict(scale=full_scale_of(problem), q_ids=problem.q_ids, pairs=pairs, q_limit=problem.q_limit)
+
+
+# ---- the log-sum-exps ------------------------------------------------------------------------------------------------
+
+
+def _forward(*inputs):
+    *problem, columns, best, keep, group, counts, strategy, backend = inputs
+    problem = Problem(*problem)
+    q, keys, symmetric, itself = problem.q, keys_of(problem), _is_symmetric(problem), problem.k is None
+    place = Place.of(keys, group, counts, strategy)
+    N, columns = q.shape[-2], columns or symmetric
+    order = triangle(place.rank, place.size) if symmetric else ring(place.rank, place.size, results=columns)
+    shared = _keys(problem) if strategy == "ring" else gathered(_keys(problem), place)
+    kept = shared if keep and strategy != "ring" else (None,) * 3
+    of_key = keys.new_empty(keys.shape[:-1], dtype=accumulator(q))
+    results = ([of_key, of_key] if best else [of_key]) if columns else []
+    own, theirs = {}, {}  # by rank: of the rows over its keys; of the keys over its rows
+
+    with torch.no_grad(), use_backend(backend):
+        for block in blocks(place, order, shared, itself, results, theirs.__setitem__):
+            k, k_ids, k_bias = block.tensors
+            if itself and block.first == place.rank:
+                k = k_ids = None
+            both = columns and k is not None
+            out = ops.similarity_lse(q, k, **_options(problem), k_ids=k_ids, k_bias=k_bias, columns=both, best=best)
+            out = out if isinstance(out, tuple) else (out,)
+            own[block.first] = (out[0], out[-1][..., :N]) if best else out[:1]
+            if both:
+                block.results = (out[1], out[-1][..., N:]) if best else out[1:]
+        if symmetric:  # what others computed for these keys belongs to the same rows
+            own |= theirs
+        row, top = _merged(own, best)
+        if not columns or symmetric:
+            return row, None, top, *kept
+        col, col_top = _merged(theirs, best)
+        return row, col, torch.cat((top, col_top), -1) if best else None, *kept
+
+
+def _merged(partials: dict[int, Sequence[Tensor]], best: bool) -> tuple[Tensor, Tensor | None]:
+    """The log-sum-exps and best scores over all keys from those over the keys of some ranks, in the order of these."""
+    lse, *tops = zip(*(partials[rank] for rank in sorted(partials)), strict=True)
+    lse = lse[0] if len(lse) == 1 else torch.stack(lse).logsumexp(0)
+    return lse, torch.stack(tops[0]).amax(0) if best else None
+
+
+def _fake(*inputs):
+    *problem, columns, best, keep, group, counts, strategy, backend = inputs
+    problem = Problem(*problem)
+    q, keys, ids, bias = problem.q, *_keys(problem)
+    row = q.new_empty(q.shape[:-1], dtype=accumulator(q))
+    col = row.new_empty(keys.shape[:-1] if columns else 0)
+    both = (*q.shape[:-2], q.shape[-2] + keys.shape[-2]) if columns else q.shape[:-1]
+    M = gathered_rows(keys.shape[-2], counts, group)
+    kept = [x if keep and strategy != "ring" else None for x in (keys, ids, bias)]
+    kept = [
+        row.new_empty(0) if x is None else x.new_empty(*keys.shape[:-2], M, *x.shape[keys.ndim - 1 :]) for x in kept
+    ]
+    return row, col, row.new_empty(both if best else 0), *kept
+
+
+def _save(ctx, inputs, outputs) -> None:
+    *problem, ctx.columns, _, _, ctx.group, ctx.counts, ctx.strategy, ctx.backend = inputs
+    row, col, _, *everyones = outputs
+    problem = Problem(*problem)
+    ctx.scale, ctx.same = problem.scale, problem.same
+    gathered = [own is not None and ctx.strategy != "ring" for own in _keys(problem)]
+    everyones = [x if there else None for x, there in zip(everyones, gathered, strict=True)]
+    ctx.save_for_backward(*tensors_of(problem), row, col if ctx.columns else None, *everyones)
+
+
+def _backward(ctx, g, h, *_):
+    h = h if ctx.columns else None
+    if g is None and h is None:
+        return (None,) * 16
+    *tensors, row, col, keys, ids, bias = ctx.saved_tensors
+    problem = Problem.of(tensors, ctx.scale, ctx.same)
+    need_q, need_k, need_scale, _, _, _, _, need_bias, *_ = ctx.needs_input_grad
+    row, col = None if g is None else row, None if h is None else col
+    with torch.no_grad():
+        place = ctx.group, ctx.counts, ctx.strategy
+        inputs = *problem, row, col, g, h, keys, ids, bias, need_q, need_k, need_scale, need_bias, *place, ctx.backend
+        dq, dk, dscale, dbias = _gradients.way_back(ctx, g, h)(*inputs)
+        dq = dq.to(problem.q.dtype) if need_q else None
+        dk = dk.to(problem.q.dtype) if need_k else None
+        dscale = dscale * problem.scale if need_scale else None
+    dq, dk, dscale, dbias = once((g, h, *tensors), dq, dk, dscale, dbias if need_bias else None)
+    return dq, dk, dscale, None, None, None, None, dbias, *(None,) * 8
+
+
+def _gradients_of(*inputs):
+    *problem, row, col, g, h, keys, ids, bias = inputs[:-8]
+    need_q, need_k, need_scale, need_bias, group, counts, strategy, backend = inputs[-8:]
+    problem = Problem(*problem)
+    q, symmetric, itself = problem.q, _is_symmetric(problem), problem.k is None
+    place = Place.of(keys_of(problem), group, counts, strategy)
+    of_keys = [row, g] if symmetric else [col, h]
+    if strategy == "ring":
+        shared = [*_keys(problem), *of_keys]
+    else:
+        shared = [keys, ids, bias, *gathered(of_keys, place)]
+    # Of q with itself dk belongs to the same rows as dq; of the symmetric one it is in dq.
+    need_k = need_q and not symmetric if itself else need_k
+    dtype = accumulator(q)
+    dq = torch.zeros_like(q, dtype=dtype) if need_q else None
+    dk = dq if itself else torch.zeros_like(problem.k, dtype=dtype) if need_k else None
+    dscale = q.new_zeros((), dtype=dtype) if need_scale else None
+    dbias = torch.zeros_like(problem.k_bias, dtype=dtype) if need_bias else None
+    results = [x for x, need in ((dk, need_k), (dbias, need_bias)) if need]
+
+    def arrive(_, theirs):
+        for x, their in zip(results, theirs, strict=True):
+            x += their
+
+    order = ring(place.rank, place.size, results=bool(results))
+    with use_backend(backend):
+        for block in blocks(place, order, shared, itself, results, arrive):
+            k, k_ids, k_bias, col, h = block.tensors
+            if itself and block.first == place.rank:
+                k = k_ids = col = h = None
+            needs = dict(need_q=need_q, need_k=need_k, need_scale=need_scale, need_bias=need_bias)
+            options = _options(problem) | dict(k_ids=k_ids, k_bias=k_bias)
+            of_q, of_k, of_scale, of_bias = ops.similarity_lse_bwd(q, k, row, col, g, h, **options, **needs)
+            if need_q:
+                dq += of_q
+            if need_scale:
+                dscale += of_scale / 2 if symmetric and k is not None else of_scale  # both of two ranks have all of it
+            block.results = [x for x, need in ((of_k, need_k), (of_bias, need_bias)) if need]
+            if k is None and need_bias:
+                dbias += of_bias
+    return dq, None if itself else dk, dscale, dbias
+
+
+def _gradients_fake(*inputs):
+    *problem, _, _, _, _, _, _, _, need_q, need_k, need_scale, need_bias, _, _, _, _ = inputs
+    q, keys = inputs[0], keys_of(Problem(*problem))
+    shapes = (need_q, q.shape), (need_k, keys.shape), (need_scale, ()), (need_bias, keys.shape[:-1])
+    return tuple(q.new_empty(shape if need else 0, dtype=accumulator(q)) for need, shape in shapes)
+
+
+_lse = Node(
+    Operator(
+        f"similarity_lse_over_ranks({SCHEMA}, bool columns, bool best, bool keep, {PLACE}, str backend)"
+        " -> (Tensor row, Tensor col, Tensor best, Tensor keys, Tensor ids, Tensor bias)",
+        _forward,
+        _fake,
+    ),
+    _save,
+    _backward,
+    outputs=2,
+)
+_gradients = Operator(
+    f"similarity_lse_over_ranks_bwd({SCHEMA}, Tensor? row, Tensor? col, Tensor? g, Tensor? h, Tensor? keys,"
+    f" Tensor? ids, Tensor? bias, bool need_q, bool need_k, bool need_scale, bool need_bias, {PLACE}, str backend)"
+    " -> (Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)",
+    _gradients_of,
+    _gradients_fake,
+)
