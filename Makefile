@@ -14,7 +14,7 @@ export SSLKERN_REQUIRE_NATIVE = 1
 # pip compiles no Python (half of its time): what is imported is compiled then, once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup build demo test test-all triton-test triton-offline cuda-test cuda-offline lint format sanitize bench-setup bench gpu clean
+.PHONY: help setup build demo test test-all test-distributed triton-test triton-offline cuda-test cuda-offline lint format sanitize bench-setup bench gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ test: setup  ## the tests, without the slow and the long ones
 
 test-all: setup  ## all tests
 	$(PYTEST) -m ''
+
+test-distributed: setup  ## the tests of losses over many processes, with all combinations of their choices
+	$(PYTEST) -m '' tests/distributed
 
 # Triton beside torch's packages, not among them: the version of torch 2.11, and the newest.
 $(VENV)/triton-%: | $(VENV)/.setup

@@ -17,6 +17,7 @@ import datetime
 import multiprocessing
 import os
 import pickle
+import sys
 import threading
 import time
 import traceback
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -86,7 +88,9 @@ class Pool:
             ours, theirs = _context.Pipe()
             place = number, self.size, self._store.port, self.groups, self.timeout
             process = _context.Process(target=_serve, args=(*place, theirs), daemon=True)
-            process.start()
+            with pytest.MonkeyPatch.context() as patch:  # the server finds the same packages as this process
+                patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+                process.start()
             theirs.close()  # or the end of the process would not be seen
             self._ranks.append(_Rank(process, ours))
 
