@@ -215,8 +215,8 @@ def test_opcheck(whole):
     scale = torch.tensor(2.0, requires_grad=True)
     args = (x.requires_grad_(), y, scale, 1.0, None, "two_way", True, True, "mean", True, False, True, "cuda")
     torch.library.opcheck(torch.ops.sslkern.small_pair_contrast.default, args)
-    *_, grad, dscale = torch.ops.sslkern.small_pair_contrast.default(*(a.detach() if a is x else a for a in args))
-    args = (torch.tensor(1.0), grad.detach(), dscale.detach(), x.dtype, True, False, True, "cuda")
+    *_, kept = torch.ops.sslkern.small_pair_contrast.default(*(a.detach() if a is x else a for a in args))
+    args = (torch.tensor(1.0), x.detach(), None, scale.detach(), kept.detach(), x.dtype, "cuda")
     torch.library.opcheck(torch.ops.sslkern.small_pair_contrast_bwd.default, args)
 
 

@@ -5,19 +5,20 @@ of `Function.apply`, which cost as much as a small kernel. Compiled code, and te
 take the registered operator. `torch.func` takes the same formulas around that operator.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .tensors import accumulator, plain, transformed
+from .tensors import accumulator, eagerly_transformed, plain
 
 library = torch.library.Library("sslkern", "DEF")
 
 
 def past_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called as it is."""
-    return not (torch.compiler.is_compiling() or transformed()) and plain(*tensors)
+    return not (torch.compiler.is_compiling() or eagerly_transformed()) and plain(*tensors)
 
 
 def from_eager(ctx) -> bool:
@@ -29,7 +30,10 @@ def past_dispatcher_in(ctx, *grads: Tensor | None) -> bool:
     """The same in a backward: what its context saved is plain if the forward was called so."""
     if not from_eager(ctx) or not past_dispatcher(*grads):
         return False
-    return not any(g is not None and _batched(g) for g in grads)  # by is_grads_batched
+    for g in grads:
+        if g is not None and _batched(g):  # by is_grads_batched
+            return False
+    return True
 
 
 _batched = torch._C._functorch.is_legacy_batchedtensor
@@ -113,7 +117,7 @@ class Node:
         """What to call with inputs of which these are the tensors. learns: whether one of them gets a gradient."""
         if torch.compiler.is_compiling():
             return self.registered
-        if transformed():
+        if eagerly_transformed():
             return self.transformed
         if not plain(*tensors):
             return self.registered
@@ -137,6 +141,15 @@ def _without_none(function: Callable) -> Callable:
         return tuple(like.new_empty(0, dtype=accumulator(like)) if x is None else x for x in output)
 
     return call
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def outside_autograd() -> contextlib.AbstractContextManager:
+    """For the backward of an operator: `torch.no_grad`, which costs as much as a small kernel, where it is not at work
+    already, as it mostly is."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 def once(depend_on: Sequence[Tensor | None], *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -37,8 +37,11 @@ def apart(x: Tensor, written: Tensor) -> Tensor:
 
 def transformed() -> bool:
     """Whether torch.func or forward mode is at work; then requires_grad does not tell what gets a derivative."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and eagerly_transformed()
+
+
+def eagerly_transformed() -> bool:
+    """The same, of code that is not being compiled."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 

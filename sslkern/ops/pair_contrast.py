@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..backends import find, kept_rows, load, offered, resolve_each
 from ..backends.problem import Problem
-from ..common.node import Node, Operator, from_eager, once, past_dispatcher_in
+from ..common.node import Node, Operator, from_eager, once, outside_autograd, past_dispatcher_in
 from ..common.rows import dots, row_numbers
 from ..common.sums import dot
 from ..common.tensors import accumulator, transformed
@@ -168,7 +168,7 @@ def _backward(ctx, g, *_):
     need_x, need_y, _, need_scale, *_ = ctx.needs_input_grad
     backend, pairs, losses = ctx.backends.split(",")
     N, two_way, dscale = cosine.shape[0], ctx.mode == "two_way", None
-    with torch.no_grad():
+    with outside_autograd():
         weight, toward, pull = load(losses, "pair_losses").pair_losses_bwd(gap, g, scale_tensor, ctx.scale)
         if ctx.frozen or ids is None:  # keys that do not learn, or a bank
             da = frozen_gradient(pull, kept) if need_x else None
@@ -236,7 +236,7 @@ def _by_operator(ctx, g, saved):
     need_x, need_y, _, need_scale, *_ = ctx.needs_input_grad
     inputs = g, z, norm, cosine, gap, row, col, kept, scale_tensor, ctx.scale, ids
     options = ctx.mode, ctx.normalize, ctx.frozen, need_x, need_y, need_scale, ctx.backends
-    with torch.no_grad():
+    with outside_autograd():
         dx, dy, dscale = _gradients.way_back(ctx, g)(*inputs, *options)
     dx, dy, dscale = once((g, *learn), dx if need_x else None, dy if need_y else None, dscale if need_scale else None)
     return dx, dy, None, dscale, *(None,) * 8
@@ -276,11 +276,12 @@ def _whole(x, y, scale, ids, mode, normalize, best, reduction, backend) -> tuple
     return (loss, positive, top) if best else (loss, None, None)
 
 
-def _whole_forward(x, y, scale_tensor, scale, ids, mode, normalize, best, reduction, *needs):
-    *needs, backend = needs
+def _whole_forward(
+    x, y, scale_tensor, scale, ids, mode, normalize, best, reduction, need_x, need_y, need_scale, backend
+):
     share = _share(mode, reduction, x.shape[0])  # not before: compiled code would be for one batch size
     forward = load(backend, "pair_contrast").pair_contrast_fwd
-    return forward(x, y, scale_tensor, scale, ids, mode, normalize, best, share, *needs)
+    return forward(x, y, scale_tensor, scale, ids, mode, normalize, best, share, need_x, need_y, need_scale)
 
 
 def _share(mode: str, reduction: str, N: int) -> float:
@@ -295,40 +296,37 @@ def _whole_fake(*inputs):
 
 
 def _whole_save(ctx, inputs, outputs) -> None:
-    x, y, scale_tensor, _, _, _, _, _, _, ctx.need_x, ctx.need_y, ctx.need_scale, ctx.backend = inputs
-    _, _, _, grad, dscale = outputs
+    x, y, scale_tensor, _, _, _, _, _, _, need_x, need_y, need_scale, ctx.backend = inputs
     ctx.dtype = x.dtype
-    needs = zip((x, y, scale_tensor), (ctx.need_x, ctx.need_y, ctx.need_scale), strict=True)
-    learn = [side for side, need in needs if need]  # to tell that its gradient has none
-    ctx.save_for_backward(*learn, grad, dscale)
+    learn = x if need_x else None, y if need_y else None, scale_tensor if need_scale else None
+    ctx.save_for_backward(*learn, outputs[3])
 
 
 def _whole_backward(ctx, g, *_):
     if g is None:
         return (None,) * 13
-    *learn, grad, dscale = ctx.saved_tensors
-    needs = ctx.need_x, ctx.need_y, ctx.need_scale
-    with torch.no_grad():
-        grads = _scaled.way_back(ctx, g)(g, grad, dscale, ctx.dtype, *needs, ctx.backend)
-    dx, dy, dscale = once((g, *learn), *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
+    *learn, kept = ctx.saved_tensors
+    with outside_autograd():
+        grads = _scaled.way_back(ctx, g)(g, *learn, kept, ctx.dtype, ctx.backend)
+    grads = (None if of is None else grad for of, grad in zip(learn, grads, strict=True))
+    dx, dy, dscale = once((g, *learn), *grads)
     return dx, dy, dscale, *(None,) * 10
 
 
-def _scale(*inputs):
-    *inputs, backend = inputs
-    return load(backend, "pair_contrast").pair_contrast_bwd(*inputs)
+def _scale(g, x, y, scale_tensor, kept, dtype, backend):
+    return load(backend, "pair_contrast").pair_contrast_bwd(g, x, y, scale_tensor, kept, dtype)
 
 
-def _scale_fake(g, grad, dscale, dtype, need_x, need_y, need_scale, backend):
-    dx, dy = (g.new_empty(grad.shape[1:], dtype=dtype) if need else g.new_empty(0) for need in (need_x, need_y))
-    return dx, dy, g.new_empty(() if need_scale else 0)
+def _scale_fake(g, *learn):
+    contiguous = torch.contiguous_format
+    return tuple(g.new_empty(0) if of is None else torch.empty_like(of, memory_format=contiguous) for of in learn[:3])
 
 
 _node_of_whole = Node(
     Operator(
         "small_pair_contrast(Tensor x, Tensor y, Tensor? scale_tensor, float scale, Tensor? ids, str mode,"
         " bool normalize, bool best, str reduction, bool need_x, bool need_y, bool need_scale, str backend)"
-        " -> (Tensor loss, Tensor positive, Tensor best, Tensor grad, Tensor dscale)",
+        " -> (Tensor loss, Tensor positive, Tensor best, Tensor kept)",
         _whole_forward,
         _whole_fake,
     ),
@@ -337,8 +335,8 @@ _node_of_whole = Node(
     outputs=1,
 )
 _scaled = Operator(
-    "small_pair_contrast_bwd(Tensor g, Tensor? grad, Tensor? dscale, ScalarType dtype, bool need_x, bool need_y,"
-    " bool need_scale, str backend) -> (Tensor dx, Tensor dy, Tensor dscale)",
+    "small_pair_contrast_bwd(Tensor g, Tensor? x, Tensor? y, Tensor? scale_tensor, Tensor kept, ScalarType dtype,"
+    " str backend) -> (Tensor dx, Tensor dy, Tensor dscale)",
     _scale,
     _scale_fake,
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import load, resolve
 from ..backends.problem import Problem, sizes_of
 from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
-from ..common.node import Node, Operator, once
+from ..common.node import Node, Operator, once, outside_autograd
 from ..common.tensors import accumulator
 
 
@@ -120,7 +120,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, g):
     q, bank, index = ctx.saved_tensors
     need_q, need_bank, *_ = ctx.needs_input_grad
-    with torch.no_grad():
+    with outside_autograd():
         dq, dbank = _gradients.way_back(ctx, g)(q, bank, index, g, need_q, need_bank, ctx.backend)
         dq, dbank = dq.to(q.dtype) if need_q else None, dbank.to(q.dtype) if need_bank else None
     return *once((g, q, bank), dq, dbank), None, None

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..backends import kept_rows, load, resolve
 from ..backends.problem import Problem, keys_of, sizes_of, tensors_of
 from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
-from ..common.node import Node, Operator, once
+from ..common.node import Node, Operator, once, outside_autograd
 from ..common.sums import total
 from ..common.tensors import accumulator, transformed
 from ._dense import dense, is_small
@@ -196,7 +196,7 @@ def _backward(ctx, g, h, *_):
     problem = Problem.of(tensors, ctx.scale, ctx.same)
     need_q, need_k, need_scale, _, _, _, _, need_bias, *_ = ctx.needs_input_grad
     row, col = None if g is None else row, None if h is None else col
-    with torch.no_grad():
+    with outside_autograd():
         inputs = *problem, row, col, g, h, kept, need_q, need_k, need_scale, need_bias, ctx.backend
         dq, dk, dscale, dbias = _gradients.way_back(ctx, g, h)(*inputs)
         dq = dq.to(problem.q.dtype) if need_q else None
@@ -269,7 +269,7 @@ def _frozen_backward(ctx, g, *_):
     if g is None:
         return (None,) * 11
     q, scale_tensor, row, mean = ctx.saved_tensors
-    with torch.no_grad():
+    with outside_autograd():
         weighted = frozen_gradient(g.masked_fill(row == -math.inf, 0), mean)
         dq = (weighted * (ctx.scale if scale_tensor is None else ctx.scale * scale_tensor)).to(q.dtype)
         dscale = total(weighted * q) * ctx.scale if ctx.needs_input_grad[2] else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends import load, resolve
 from ..backends.problem import Problem, keys_of, tensors_of
 from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
-from ..common.node import Node, Operator, once
+from ..common.node import Node, Operator, once, outside_autograd
 from ..common.numbers import check_finite, constant, number, shown
 from ..common.sums import total as sum_of_all
 from ..common.tensors import accumulator, transformed
@@ -146,7 +146,7 @@ def _backward(ctx, g, *_):
     total, row, dq, dk, dscale, dbias, dk_bias = ctx.saved_tensors
     need_q, need_k, need_scale, *_ = ctx.needs_input_grad
     need_k_bias, _, need_bias, need_weights = ctx.needs_input_grad[7:11]
-    with torch.no_grad():
+    with outside_autograd():
         of_rows, of_features = g.unsqueeze(-1), g.unsqueeze(-1).unsqueeze(-1)
         dq = (of_features * dq).to(ctx.dtype) if need_q else None
         dk = (of_features * dk).to(ctx.dtype) if need_k else None
@@ -192,7 +192,7 @@ def _rows_backward(ctx, g):
     *tensors, bias = ctx.saved_tensors
     problem = Problem.of(tensors, ctx.scale, ctx.same)
     needs = need_q, need_k, need_scale, need_bias, need_k_bias = [ctx.needs_input_grad[i] for i in (0, 1, 2, 9, 7)]
-    with torch.no_grad():
+    with outside_autograd():
         inputs = *problem, bias, g, ctx.sign, *needs, ctx.backend
         _, _, dq, dk, dscale, dbias, dk_bias = _sums.way_back(ctx, g)(*inputs)
         dq = dq.to(problem.q.dtype) if need_q else None

@@ -309,16 +309,18 @@ class Whole(types.ModuleType):
         losses, positive, top, *kept = ops_pair_contrast._forward(x, y, None, *of_scale, best, False, 0, self.PARTS)
         g = torch.full_like(losses, share)
         dx, dy, dscale = ops_pair_contrast._gradients_of(g, *kept, *of_scale, False, True, True, True, self.PARTS)
-        return losses.sum() * share, positive, top, torch.stack((dx, dy)), dscale
+        return losses.sum() * share, positive, top, torch.cat((dx.flatten(), dy.flatten(), dscale.view(1)))
 
     def pair_contrast_fake(self, x, y, scale_tensor, scale, ids, mode, normalize, best, reduction, *needs):
         N, D = x.shape
-        shapes = (), N if best else 0, (1 if mode == "one_way" else 2, N) if best else 0, (2, N, D), ()
+        shapes = (), N if best else 0, (1 if mode == "one_way" else 2, N) if best else 0, 2 * N * D + 1
         return tuple(x.new_empty(shape) for shape in shapes)
 
-    def pair_contrast_bwd(self, g, grad, dscale, dtype, *needs):
+    def pair_contrast_bwd(self, g, x, y, scale_tensor, kept, dtype):
         self.calls.append("backward")
-        return tuple(of * g if need else None for of, need in zip((*grad, dscale), needs, strict=True))
+        dx, dy = kept[:-1].chunk(2)
+        pairs = zip((x, y, scale_tensor), (dx, dy, kept[-1]), strict=True)
+        return tuple(None if of is None else (grad * g).view_as(of) for of, grad in pairs)
 
 
 @pytest.fixture

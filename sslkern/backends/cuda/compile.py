@@ -75,13 +75,16 @@ PROGRAMS = {
     ),
     "pair_contrast": Program(
         "pair_contrast.cu",
-        {"pair_scores<{0}>": "pairs pointer*5", "scaled_gradients<{0}>": "int64 int pointer*6"},
-        [(name,) for name in HALF_TYPES],
-    ),
-    "pair_gradients": Program(
-        "pair_contrast.cu",
-        {"pair_gradients<{0}, {1}, {2}>": "pairs pointer*3 float int pointer*3"},
+        {
+            "pair_scores<{0}>": "pairs pointer*5",
+            "pair_gradients<{0}, {1}, {2}>": "pairs pointer*3 float int pointer*3",
+        },
         [(name, *shape) for name in HALF_TYPES for shape in (("4", "2"), ("1", "8"), ("1", "16"))],
+    ),
+    "scaled_gradients": Program(
+        "pair_contrast.cu",
+        {"scaled_gradients<{0}>": "int64 int pointer*6"},
+        [(name,) for name in HALF_TYPES],
     ),
     "similarity_lse_gradient": Program(
         "similarity_lse_gradient.cu",

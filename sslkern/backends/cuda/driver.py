@@ -155,10 +155,12 @@ class Kernel:
         self._arguments = ctypes.create_string_buffer(self._layout.size)
         self._places = (ctypes.c_void_p * len(layout))(*(ctypes.addressof(self._arguments) + at for at in starts))
         self._lock = threading.Lock()  # the arguments are read before a launch returns
-        self._current, self._current_of_thread = ctypes.c_void_p(), library().cuCtxGetCurrent
+        self._current = ctypes.c_void_p()
+        self._to_current, self._ask_current = ctypes.byref(self._current), library().cuCtxGetCurrent
+        self._plain_launch = library().cuLaunchKernel
         self._shared = _WITHOUT_ASKING
 
-    def __call__(self, blocks: int, threads: int, stream: int, *arguments, shared: int = 0, cluster: int = 1) -> None:
+    def __call__(self, blocks: int, threads: int, stream: int, arguments: tuple, shared: int, cluster: int) -> None:
         """Puts the kernel on a stream, the address that torch.cuda.Stream.cuda_stream gives.
 
         Args:
@@ -167,7 +169,7 @@ class Kernel:
         """
         with self._lock:
             self._layout.pack_into(self._arguments, 0, *arguments)
-            status = self._current_of_thread(ctypes.byref(self._current))
+            status = self._ask_current(self._to_current)
             if status == 0 and self._current.value == self.context.handle:
                 status = self._launch(blocks, threads, stream, shared, cluster)
             else:  # a thread in which torch has not been at work, or another GPU
@@ -177,19 +179,17 @@ class Kernel:
             raise DriverError(_sentence(status, f"to launch {self._shown}"))
 
     def _launch(self, blocks: int, threads: int, stream: int, shared: int, cluster: int) -> int:
-        cuda = library()
         if shared > self._shared:
-            status = cuda.cuFuncSetAttribute(self._function, _DYNAMIC_SHARED, shared)
+            status = library().cuFuncSetAttribute(self._function, _DYNAMIC_SHARED, shared)
             if status != 0:
                 return status
             self._shared = shared
         stream = ctypes.c_void_p(stream)
         if cluster == 1:
-            grid = blocks, 1, 1, threads, 1, 1, shared
-            return cuda.cuLaunchKernel(self._function, *grid, stream, self._places, None)
+            return self._plain_launch(self._function, blocks, 1, 1, threads, 1, 1, shared, stream, self._places, None)
         attribute = _Attribute(_CLUSTER_DIMENSION, (0, cluster, 1, 1))
         launch = _Launch((blocks, 1, 1), (threads, 1, 1), shared, stream, ctypes.pointer(attribute), 1)
-        return cuda.cuLaunchKernelEx(ctypes.byref(launch), self._function, self._places, None)
+        return library().cuLaunchKernelEx(ctypes.byref(launch), self._function, self._places, None)
 
 
 # ---- Tensor maps: how a kernel for Hopper finds boxes of a tensor ---------------------------------------------------

@@ -163,7 +163,7 @@ class Call:
     ) -> None:
         """kernel: its name in compile.PROGRAMS. Arguments are numbers; a tensor is what `address`, `matrix` or `vector`
         says of it. shared: bytes of dynamic shared memory; cluster: blocks that run together."""
-        self._kernels[kernel](blocks, threads, self._stream, *arguments, shared=shared, cluster=cluster)
+        self._kernels[kernel](blocks, threads, self._stream, arguments, shared, cluster)
 
     def matrix(self, name: str, x: Tensor, box_rows: int) -> bytes:
         """A tensor map of x [N, D], bf16 or fp16, in boxes [box_rows, 64] with the swizzle of 128 bytes. Boxes may
