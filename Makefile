@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup build demo test test-all test-distributed triton-test triton-offline cuda-test cuda-offline lint format sanitize bench-setup bench gpu clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.setup  ## .venv with torch (PYTHON's, if it has one and not ISOLATED=1; else TORCH), sslkern in place, and what tests need
 

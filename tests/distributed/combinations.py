@@ -1,21 +1,26 @@
 """All combinations of some choices as the parameters of a test, of which a part runs in CI: one in which any two values
-of different choices meet."""
+of different choices meet.
+
+    @combinations(ranks=[1, 2], strategy=["ring", "all_gather"])
+    def test_a_loss(pool, ranks, strategy): ...
+
+The others are made where long tests run (`make test-distributed`), and only there: to collect them takes time, too.
+"""
 
 import itertools
 import random
 
 import pytest
 
+combinations = pytest.mark.combinations
 
-def combinations(**choices):
-    """A decorator: `@combinations(ranks=[1, 2], strategy=["ring", "all_gather"])`. What is not needed for pairs to meet
-    is a long test, which `make test-distributed` runs."""
-    quick = pairwise(list(choices.values()))
-    params = [
-        pytest.param(*values, marks=() if values in quick else pytest.mark.long)
-        for values in itertools.product(*choices.values())
-    ]
-    return pytest.mark.parametrize(list(choices), params)
+
+def parametrize(metafunc) -> None:
+    """What pytest_generate_tests does for a test with that mark."""
+    for mark in metafunc.definition.iter_markers("combinations"):
+        choices = list(mark.kwargs.values())
+        chosen = pairwise(choices) if "not long" in metafunc.config.option.markexpr else set()
+        metafunc.parametrize(list(mark.kwargs), [x for x in itertools.product(*choices) if not chosen or x in chosen])
 
 
 def pairwise(choices: list[list], tries: int = 30) -> set[tuple]:

@@ -1,6 +1,11 @@
 import pytest
 
+from .combinations import parametrize
 from .pool import Pool
+
+
+def pytest_generate_tests(metafunc):
+    parametrize(metafunc)
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,8 @@ def test_any_two_values_meet_in_few_combinations():
     assert pairwise([[1, 2]]) == {(1,), (2,)}
 
 
-def test_the_others_are_long():
-    mark = combinations(**CHOICES).mark
-    names, params = mark.args
-    assert names == list(CHOICES) and len(params) == 5 * 3 * 7 * 2
-    quick = {param.values for param in params if not param.marks}
-    assert quick == pairwise(list(CHOICES.values()))
-    assert {mark.name for param in params for mark in param.marks} == {"long"}
+@combinations(**CHOICES)
+def test_they_are_the_parameters_of_a_test(ranks, rows, loss, learns, request):
+    values = ranks, rows, loss, learns
+    quick = values in pairwise(list(CHOICES.values()))
+    assert quick or "not long" not in request.config.option.markexpr
