@@ -114,6 +114,7 @@ def _at_once(place, schedule, tensors, apart, results, arrive):
         if not (apart and first == place.rank):
             for x, result in zip(collected, block.results, strict=True):
                 x.narrow(dim, start, size).copy_(result)
+        block.results = result = ()
     if collected:
         home = [exchange_rows(x.movedim(dim, 0), place.counts, place.group).movedim(1, dim + 1) for x in collected]
         for worker in range(place.size):
@@ -151,13 +152,16 @@ def _one_by_one(place, schedule, tensors, apart, results, arrive):
                 made = given.packed(block.results, step.compute)
             elif results and not apart:
                 arrive(place.rank, block.results)
+            block.results = ()
         happened("wait", number)
         post.wait()
-        for x, message in coming:
+        while coming:
+            x, message = coming.pop()
             if message.what == "result":
                 arrive(message.peer, given.unpacked(x, place.rank))
             else:
                 here = x
+        x = post = None  # what has been sent or added up is let go before there is more
 
 
 ALIGNED = 256  # bytes

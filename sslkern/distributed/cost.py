@@ -7,10 +7,11 @@ product for a block of n x n scores, 2 n^2 D flop. What a rank moves, and holds 
                       q with k, rows and columns                  q with itself
     forward           W passes, (W - 1) (k + s)                   W/2 passes, W/2 (k + s)
     backward          3 W passes, (W - 1) (k + 2 s + d)           2 W passes, (W - 1) (k + 2 s)
-    all_gather holds  W (k + 2 d), the keys and two of dk         W k
-    ring holds        2 k + 3 d + W s                             2 k + d + W s
+    all_gather holds  W (k + 2 d), the keys and two of dk         W k + k
+    ring holds        2 k + 4 d + W s                             2 k + d + W s + k
 
-and the gradients, d for each set of rows. Who has gathered the keys does not move them again in the backward.
+and the gradients, d for each set of rows. The last k are the views as one tensor. Who has gathered the keys does not
+move them again in the backward. (Gloo has what it gathers a second time until it has.)
 
 All_gather exchanges, then computes. The ring does both at the same time, step by step (schedule.py), and takes the
 longer of the two; but it computes in W blocks what the other does in one, each of which costs a launch. What a device
@@ -81,11 +82,12 @@ def cost(strategy: str, problem: Problem, device: Device) -> Cost:
     if itself:
         forward = phase(triangle(0, W), problem, device, 1, keys, sums)
         backward = phase(ring(0, W), problem, device, 2, again + 2 * sums, 0)
-        memory = gradient + (2 * keys + gradient + W * sums if strategy == "ring" else W * keys)
+        held = 2 * keys + gradient + W * sums if strategy == "ring" else W * keys
+        memory = gradient + keys + held
     else:
         forward = phase(ring(0, W, results=True), problem, device, 1, keys, sums)
         backward = phase(ring(0, W, results=True), problem, device, 3, again + 2 * sums, gradient)
-        held = 2 * keys + 3 * gradient + W * sums if strategy == "ring" else W * (keys + 2 * gradient)
+        held = 2 * keys + 4 * gradient + W * sums if strategy == "ring" else W * (keys + 2 * gradient)
         memory = 2 * gradient + held
     return Cost(forward, backward, memory)
 

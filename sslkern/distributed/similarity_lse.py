@@ -211,6 +211,7 @@ def _gradients_of(*inputs):
             block.results = [x for x, need in ((of_k, need_k), (of_bias, need_bias)) if need]
             if k is None and need_bias:
                 dbias += of_bias
+            del of_q, of_k  # or two of each are held while the next block is computed
     return dq, None if itself else dk, dscale, dbias
 
 

@@ -13,14 +13,14 @@ def test_counts_are_those_of_the_formulas(ranks):
     forward, backward, memory = cost("ring", clip, GPU)
     assert forward.moved == others * (k + s) and forward.flop == ranks * 2 * n * n * D
     assert backward.moved == others * (k + 2 * s + d) and backward.flop == 3 * forward.flop
-    assert memory == 2 * k + 5 * d + ranks * s
+    assert memory == 2 * k + 6 * d + ranks * s
     forward, backward, memory = cost("all_gather", clip, GPU)
     assert forward.moved == others * (k + s) and backward.moved == others * (2 * s + d)
     assert memory == 2 * d + ranks * (k + 2 * d)
     forward, backward, memory = cost("ring", itself, GPU)
     assert forward.moved == ranks // 2 * (k + s) and backward.moved == others * (k + 2 * s)
     assert forward.flop == (2 * (ranks // 2) + 1) * n * n * D and backward.flop == 4 * ranks * n * n * D
-    assert memory == 2 * k + 2 * d + ranks * s
+    assert memory == 3 * k + 2 * d + ranks * s
 
 
 def test_the_ring_hides_what_it_sends_behind_what_it_computes():

@@ -1,4 +1,8 @@
-"""What ranks exchange, beside what the model says of it (sslkern/distributed/cost.py)."""
+"""What ranks exchange and hold, beside what the model says of it (sslkern/distributed/cost.py)."""
+
+import ctypes
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,3 +42,34 @@ def test_what_is_exchanged_is_what_the_model_counts(pool, name, strategy, ranks)
     everyones = pool.run(exchanged, name, strategy, rows, features, ranks=ranks)
     for phase, counted in zip((of.forward, of.backward), zip(*everyones, strict=True), strict=True):
         assert max(counted) == pytest.approx(phase.moved, rel=0.02)
+
+
+def held(group, name, strategy, rows, features):
+    """The most bytes that a forward and a backward need at once, beside what was there before."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed is given back, and so not there before
+    loss_of(name, 64, features, group, strategy).backward()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM restarts at what is resident now
+    before = resident("VmRSS")
+    loss_of(name, rows, features, group, strategy).backward()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="it needs Linux, which tells the peak")
+@pytest.mark.parametrize("name", ITSELF)
+def test_the_ring_holds_a_few_blocks_for_any_number_of_ranks(pool, name):
+    rows, features = 1024, 480
+    own = rows * features * 4 * (1 if ITSELF[name] else 2)  # are drawn within what is measured
+    peaks = {
+        (strategy, ranks): max(pool.run(held, name, strategy, rows, features, ranks=ranks))
+        for strategy, ranks in (("ring", 3), ("ring", 8), ("all_gather", 8))
+    }
+    for (strategy, ranks), peak in peaks.items():
+        predicted = cost(strategy, Problem(rows, features, ranks, ITSELF[name], 4), DEVICES["cpu"]).memory + own
+        print(f"{strategy} of {ranks} ranks: {peak / 1e6:.1f} MB, by the model {predicted / 1e6:.1f}")
+        assert peak < 1.15 * predicted or strategy == "all_gather"
+    assert peaks["all_gather", 8] > 2 * peaks["ring", 8]  # or nothing of this would be seen
