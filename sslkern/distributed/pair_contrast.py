@@ -13,13 +13,14 @@ from .ranks import Ranks, copies, row_ids
 from .similarity_lse import similarity_lse
 
 
-def pair_contrast_over(ranks: Ranks | None) -> Callable:
-    """`ops.pair_contrast`, for this rank's x and y where there are others: then reduction must be "none", and ids are
-    global. A bank is the same on all ranks, and its negatives are nobody's rows: nothing is exchanged.
+def pair_contrast_over(ranks: Ranks) -> Callable:
+    """`ops.pair_contrast` of this rank's x and y: reduction must be "none", and ids are global. A bank is the same on
+    all ranks, and its negatives are nobody's rows: nothing is exchanged.
 
-    Returned, not called: a small batch feels each function on the way to its kernel.
+    Where there are no others a loss calls that of `ops` itself: a small batch feels each function on the way to its
+    kernel.
     """
-    return pair_contrast if ranks is None else functools.partial(_pair_contrast, ranks)
+    return functools.partial(_pair_contrast, ranks)
 
 
 def _pair_contrast(

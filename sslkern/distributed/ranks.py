@@ -48,7 +48,6 @@ def ranks_of(
     """
     if group is None or isinstance(group, Ranks):
         return group
-    check_group(group)
     name, size, rank = _place(group)
     if size == 1:
         return None
@@ -89,7 +88,8 @@ def group_object(group):
 
 @torch.compiler.assume_constant_result
 def _place(group) -> tuple[str, int, int]:
-    """Name, size and own rank."""
+    """Name, size and own rank; a constant in compiled code."""
+    check_group(group)
     if isinstance(group, str) and not (dist.is_available() and dist.is_initialized()):
         return "", 1, 0
     group = group_object(group)

@@ -9,7 +9,7 @@ from ..common.arguments import FLOATS, check_choice, check_dense, check_device, 
 from ..common.autocast import autocast_active
 from ..common.numbers import FLOAT32_MAX, check_finite
 from ..common.tensors import wide
-from ..distributed import GRAD_REDUCES, STRATEGIES, Ranks, all_rows, alone, check_group
+from ..distributed import GRAD_REDUCES, STRATEGIES, Ranks, all_rows, alone, check_group, replicated
 
 
 def check_features(name: str, x: Tensor, ranks: Ranks | None = None) -> None:
@@ -109,14 +109,12 @@ def check_options(reduction: str, group=None, strategy: str = "auto", grad_reduc
             check_flags(**flags)
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         check_choice("reduction", reduction, "mean", "sum", "none")
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
+    if not isinstance(strategy, str) or strategy != "auto":  # compiled code is guarded for each name that it reads
         check_choice("strategy", strategy, *STRATEGIES)
-    if not isinstance(grad_reduce, str) or grad_reduce not in GRAD_REDUCES:
+    if not isinstance(grad_reduce, str) or grad_reduce != "mean":
         check_choice("grad_reduce", grad_reduce, *GRAD_REDUCES)
-    if group is not None:
-        check_group(group)
-    elif not torch.compiler.is_compiling():
-        alone()
+    if not torch.compiler.is_compiling():
+        alone() if group is None else check_group(group)
 
 
 def check_alone(group) -> None:
@@ -125,16 +123,21 @@ def check_alone(group) -> None:
 
 
 def scale_of(
-    temperature: float | Tensor, logit_scale: float | Tensor | None, like: Tensor | None = None
+    temperature: float | Tensor,
+    logit_scale: float | Tensor | None,
+    like: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> float | Tensor:
-    """What the dot products are multiplied by: logit_scale, or else 1 / temperature. Tensors are never read."""
+    """What the dot products are multiplied by: logit_scale, or else 1 / temperature; `replicated`. Tensors are never
+    read."""
     if logit_scale is None and type(temperature) is float and 2.0**-100 < temperature < 2.0**100:
         return 1.0 / temperature
     if logit_scale is not None:
-        return scalar("logit_scale", logit_scale, like)
+        value = scalar("logit_scale", logit_scale, like)
+        return value if ranks is None else replicated(value, ranks)
     value = scalar("temperature", temperature, like)
     if isinstance(value, Tensor):
-        return value.reciprocal()
+        return (value if ranks is None else replicated(value, ranks)).reciprocal()
     if value == 0:
         raise ValueError("temperature must not be 0: similarities are divided by it")
     if not -FLOAT32_MAX <= 1.0 / value <= FLOAT32_MAX:

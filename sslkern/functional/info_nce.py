@@ -88,7 +88,7 @@ def info_nce(
         query, key, negatives = promoted(query, key, negatives)
     query, key = check_pair("query", query, "key", key, ranks)
     check_options(reduction, group, strategy, grad_reduce, two_way=two_way, normalize=normalize, stats=stats)
-    scale = replicated(scale_of(temperature, logit_scale, query), ranks)
+    scale = scale_of(temperature, logit_scale, query, ranks)
     N = query.shape[0]
     if negatives is not None:
         _check_negatives(negatives, query, two_way)
@@ -111,7 +111,7 @@ def info_nce(
     if negatives is None:
         at_once = at_once_of(reduction, weights, label_smoothing, ranks)
         mode = "two_way" if two_way else "one_way"
-        contrast = pair_contrast_over(ranks)
+        contrast = pair_contrast if ranks is None else pair_contrast_over(ranks)
         losses, positive, best = contrast(query, key, scale, ids, mode, normalize, stats, None, at_once)
         if label_smoothing > 0:
             query, key = (unit(query), unit(key)) if normalize else (query, key)

@@ -11,8 +11,9 @@ from ..common.numbers import check_number
 from ..common.rows import unit
 from ..common.sums import pair_loss, times
 from ..common.tensors import wide
-from ..distributed import Group, copies, pair_contrast_over, ranks_of, replicated
+from ..distributed import Group, copies, pair_contrast_over, ranks_of
 from ..ops import similarity_lse
+from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different, two_views
 from .checks import check_alike, check_features, check_ids, check_options, check_pair, check_weights, promoted, scale_of
 from .formulas import at_once_of, beaten, reduce
@@ -84,11 +85,12 @@ def nt_xent(
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     if weights is not None:
         check_weights(weights, z0.shape[0], z0)
-    scale = replicated(scale_of(temperature, logit_scale, z0), ranks)
+    scale = scale_of(temperature, logit_scale, z0, ranks)
     if ids is not None:
         check_ids("ids", ids, z0.shape[:1], z0)
     at_once = at_once_of(reduction, weights, label_smoothing, ranks)
-    loss, positive, best = pair_contrast_over(ranks)(z0, z1, scale, ids, "views", normalize, stats, None, at_once)
+    contrast = pair_contrast if ranks is None else pair_contrast_over(ranks)
+    loss, positive, best = contrast(z0, z1, scale, ids, "views", normalize, stats, None, at_once)
     if label_smoothing > 0:
         z, ids, cosine = two_views(z0, z1, ids, normalize, ranks)
         smooth = above_mean(cosine, *over_different(z, z, ids, ids, copies(ranks, 2)))
