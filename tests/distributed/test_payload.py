@@ -44,6 +44,21 @@ def test_what_is_exchanged_is_what_the_model_counts(pool, name, strategy, ranks)
         assert max(counted) == pytest.approx(phase.moved, rel=0.02)
 
 
+def events(group):
+    """Of a forward and a backward by a ring."""
+    x, y = (torch.randn(8, 4, requires_grad=True) for _ in range(2))
+    with recorded() as record:
+        clip(x, y, 1.0, group=group, strategy="ring").backward()
+    return record.events
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_what_comes_next_is_asked_for_before_a_block_is_computed(pool, ranks):
+    phase = [(event, step) for step in range(ranks) for event in ("post", "compute", "wait")]
+    phase += [("post", ranks), ("wait", ranks)]  # the last results
+    assert pool.run(events, ranks=ranks) == [2 * phase] * ranks
+
+
 def held(group, name, strategy, rows, features):
     """The most bytes that a forward and a backward need at once, beside what was there before."""
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed is given back, and so not there before
