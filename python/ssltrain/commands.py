@@ -16,7 +16,8 @@ from ssltrain import UsageError, config
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
-    help="Train self-supervised encoders through sslkern, and measure what they learned.",
+    help="Train self-supervised encoders through sslkern, and measure what they learned.\n\n"
+    "Over several processes, the GPUs of a machine or of many: torchrun --nproc-per-node 8 -m ssltrain simclr ...",
 )
 
 DESCRIPTIONS = {
@@ -43,7 +44,8 @@ RUN = {
         False,
         ("--resume",),
         "Continue the run in --out, with the options it was started with. Of these --data (moved), --device, "
-        "--threads, --compile and --save-every may be given anew.",
+        "--threads, --compile and --save-every may be given anew. Under torchrun a run that was not finished goes on "
+        "by itself.",
     ),
     "overwrite": (bool, False, ("--overwrite",), "Start over even if --out holds a run."),
     "out": (
@@ -148,32 +150,49 @@ for _command in app.registered_commands:  # what the list of commands says; type
 
 def start(wanted, explicit: set[str], resume: bool, overwrite: bool, out: Path | None, json_path: Path | None) -> None:
     """Start or continue a run. Nothing of an earlier one is lost unasked."""
-    from ssltrain import loop, runs
+    from ssltrain import loop, ranks, runs
 
     name = Path(wanted.data or "data").name.split(".")[0] or "data"
     out = out or Path("runs") / f"{wanted.method}-{name}"
-    wanted = wanted.check()
-    checkpoint = loop.load_checkpoint(out)
-    if resume:
-        if checkpoint is None:
-            raise UsageError(
-                f"--resume: {out} holds no run; name its folder by --out, or leave --resume out to start one."
-            )
-        earlier = config.from_dict(checkpoint["config"], f"--out {out}")
-        if earlier.method != wanted.method:
-            raise UsageError(f"--resume: {out} holds a run of {earlier.method}; use that command.")
-        wanted = continued(earlier, wanted, explicit, out)
-    elif checkpoint is not None and not overwrite:
-        if checkpoint["config"] != wanted.as_dict():
-            raise UsageError(f"--out {out} holds a run with other options; choose another folder, or pass --overwrite.")
-        if not checkpoint["state"]["finished"]:
-            raise UsageError(f"--out {out} holds an unfinished run; continue it by --resume, or pass --overwrite.")
-        print(f"{out} holds a finished run with the same options; it is replaced.")
-    runs.run(wanted, checkpoint if resume else None, out, json_path)
+    with ranks.joined():
+        with ranks.one_voice():
+            wanted = wanted.check()
+            checkpoint = loop.load_checkpoint(out) if ranks.rank() == 0 else None
+        checkpoint = ranks.of_first(checkpoint)  # so that the folder need not be everywhere
+        with ranks.one_voice():
+            if not resume and checkpoint is not None:
+                resume = _goes_on(checkpoint, wanted, overwrite, out)
+            if resume:
+                wanted = _continued(checkpoint, wanted, explicit, out)
+        runs.run(wanted, checkpoint if resume else None, out, json_path)
 
 
-def continued(earlier, wanted, explicit: set[str], out: Path):
+def _goes_on(checkpoint: dict, wanted, overwrite: bool, out: Path) -> bool:
+    """Whether a run that is there continues unasked, as it does under `torchrun`, which starts anew what has failed."""
+    from ssltrain import ranks
+
+    if overwrite and not ranks.restarted():  # else the run that is there is this one
+        return False
+    earlier = config.from_dict(checkpoint["config"], f"--out {out}")
+    place = {name: getattr(earlier, name) for name in config.PLACE - {"data"} if ranks.launched()}
+    if earlier != dataclasses.replace(wanted, **place):
+        raise UsageError(f"--out {out} holds a run with other options; choose another folder, or pass --overwrite.")
+    if ranks.restarted() or (ranks.launched() and not checkpoint["state"]["finished"]):
+        print(f"{out} holds this run up to step {checkpoint['state']['step']}; it goes on.")
+        return True
+    if not checkpoint["state"]["finished"]:
+        raise UsageError(f"--out {out} holds an unfinished run; continue it by --resume, or pass --overwrite.")
+    print(f"{out} holds a finished run with the same options; it is replaced.")
+    return False
+
+
+def _continued(checkpoint: dict | None, wanted, explicit: set[str], out: Path):
     """The configuration of a run that goes on, with the explicit options of `wanted` that leave its mathematics."""
+    if checkpoint is None:
+        raise UsageError(f"--resume: {out} holds no run; name its folder by --out, or leave --resume out to start one.")
+    earlier = config.from_dict(checkpoint["config"], f"--out {out}")
+    if earlier.method != wanted.method:
+        raise UsageError(f"--resume: {out} holds a run of {earlier.method}; use that command.")
     anew = {option: getattr(wanted, option) for option in explicit}
     anew = {option: value for option, value in anew.items() if value != getattr(earlier, option)}
     for option in sorted(anew.keys() - config.PLACE):

@@ -47,18 +47,21 @@ class Config:
     limit: int | None = option(None, "Train on a fixed random subset of that many samples.", **at_least(1))
     epochs: int | None = option(None, f"Passes over the training data. [default: {DEFAULT_EPOCHS}]", **at_least(1))
     minutes: float | None = option(None, "Train by the clock instead; the learning rate follows it.", **positive())
-    batch_size: int = option(256, "Samples a step.", **at_least(2, ", for a pair needs others to differ from"))
+    batch_size: int = option(
+        256, "Samples a step, shared among all processes.", **at_least(2, ", for a pair needs others to differ from")
+    )
     temperature: float = option(
         0.2,
         "Divides the similarities. Lower: the hardest negatives count for more.",
         **positive("; 0.1 to 0.5 is usual"),
     )
+    optimizer: str = option("adamw", "adamw, or sgd with a momentum of 0.9.", **one_of("adamw", "sgd"))
     lr: float = option(
         2e-3,
-        "Peak learning rate of AdamW; 5 % warm-up, then a cosine to zero.",
-        **positive("; 0.001 to 0.005 is usual"),
+        "Peak learning rate; 5 % warm-up, then a cosine to zero.",
+        **positive("; 0.001 to 0.005 is usual for AdamW, 0.03 to 0.3 for SGD"),
     )
-    weight_decay: float = option(1e-4, "Weight decay of AdamW, on matrices and filters only.", **at_least(0))
+    weight_decay: float = option(1e-4, "Weight decay, on matrices and filters only.", **at_least(0))
     seed: int = option(
         0,
         "Same seed, precision and number of threads: same result.",
@@ -69,8 +72,8 @@ class Config:
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     precision: str = option(
         "auto",
-        "fp32, bf16, or auto: time a few steps of both and take the faster one.",
-        **one_of("auto", "fp32", "bf16"),
+        "fp32, bf16, fp64, or auto: time a few steps of the first two and take the faster one.",
+        **one_of("auto", "fp32", "bf16", "fp64"),
     )
     compile: bool = option(
         False, "Compile the networks by torch.compile when training starts; the checkpoints are the same."
@@ -158,7 +161,11 @@ class CPCConfig(Config):
     data: str | None = option(
         None, "A folder, zip or tar of wav files named <word>_<speaker>_<index>.wav; index 0 to 4 is the test set."
     )
-    batch_size: int = option(64, "Windows of sound a step.", **at_least(2, ", for a pair needs others to differ from"))
+    batch_size: int = option(
+        64,
+        "Windows of sound a step, shared among all processes.",
+        **at_least(2, ", for a pair needs others to differ from"),
+    )
     temperature: float = option(1.0, "Divides the scores of the bilinear form.", **positive())
     window: int = option(2048, "Samples that are cut from a clip; shorter clips are left out.", **at_least(160))
     steps: int = option(8, "How many frames ahead are predicted.", **at_least(1))

@@ -1,7 +1,8 @@
 """The training loop that every method shares: batches from memory, a cosine schedule, checkpoints, a progress line.
 
 A run of `--epochs` is a function of its configuration: with the same precision and the same number of threads it ends
-at the same bits, interrupted and resumed or not. A run of `--minutes` follows the clock and cannot promise that.
+at the same bits, interrupted and resumed or not. A run of `--minutes` follows the clock and cannot promise that. Over
+several processes (`ranks.py`) the sums of a run have another order and nothing else changes.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ssltrain import UsageError
+from ssltrain import UsageError, ranks
 from ssltrain.config import Config
-from ssltrain.draws import Draws
+from ssltrain.draws import Draws, key
 from ssltrain.speech import Clips
 
 WARMUP = 0.05  # of the schedule
@@ -74,14 +75,23 @@ def train(
     `progress` in [0, 1]. On SIGINT or SIGTERM the step is finished, a checkpoint written, and `Interrupted` raised.
     `about` is what a checkpoint keeps about the data.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    device = torch.device(config.device)
+    device = torch.device(ranks.local_device(config.device))
     if len(data) < config.batch_size:
         raise UsageError(
             f"--batch-size {config.batch_size}: there are {len(data)} training samples; use that many or fewer."
         )
+    if config.batch_size < ranks.size():
+        raise UsageError(
+            f"--batch-size {config.batch_size}: there are {ranks.size()} processes; use that many or more, for each "
+            "takes a part of every batch."
+        )
+    if ranks.size() > 1 and config.method != "simclr":
+        raise UsageError(f"{config.method} trains in one process as yet; leave torchrun out.")
+    if ranks.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
     data = data.to(device)
-    method.to(device).train()
+    method.to(device, torch.float64 if config.precision == "fp64" else None).train()
+    ranks.synchronise(method, device)
     with _compiled(method) if config.compile else nullcontext():
         return _train(method, data, config, out, checkpoint, report, about or {})
 
@@ -95,13 +105,14 @@ def _train(
     report: Callable[[State, float], None],
     about: dict,
 ) -> State:
-    device = torch.device(config.device)
+    weight = next(method.parameters())
+    device, dtype = weight.device, weight.dtype
     shape = list(data.shape[1:]) if isinstance(data, Tensor) else []
     optimizer = _optimizer(method, config)
     if checkpoint is None:
         precision = config.precision
         if precision == "auto":
-            precision = faster_precision(method, data[: config.batch_size])
+            precision = ranks.of_first(faster_precision(method, data[ranks.share(0, config.batch_size)]))
         state = State(precision)
     else:
         method.load_state_dict(checkpoint["method"])
@@ -109,14 +120,15 @@ def _train(
         state = State(**checkpoint["state"])
         _set_rng(checkpoint["rng"], device)
     if config.compile:
-        rehearse(method, data[: config.batch_size], [state.precision])  # to compile is no training
+        rehearse(method, data[ranks.share(0, config.batch_size)], [state.precision])  # to compile is no training
+    loss_of = ranks.loss_of(method)
 
     pending: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def read() -> None:
         """Fetch the figures of the last steps: at once, since on a GPU a fetch waits for the queued work."""
         rows = [[loss, *stats.values()] for loss, stats in pending]
-        figures = torch.stack([x.float() for row in rows for x in row]).tolist() if rows else []
+        figures = torch.stack([x.to(dtype) for row in rows for x in row]).tolist() if rows else []
         names = list(pending[0][1]) if rows else []
         state.losses += figures[:: 1 + len(names)]
         for place, name in enumerate(names, 1):
@@ -135,38 +147,43 @@ def _train(
     def save() -> None:
         nonlocal saved, clock
         read()
-        save_checkpoint(out, method, optimizer, state, config, shape, device, about)
+        if ranks.rank() == 0:
+            save_checkpoint(out, method, optimizer, state, config, shape, device, about)
         saved = clock = time.perf_counter()  # writing is no training
 
     steps_per_epoch = len(data) // config.batch_size
     progress = _progress(state, config, steps_per_epoch)
     saved = clock = time.perf_counter()
     with Stopwatch(method.criterion, device) as stopwatch, _signals() as stop_requested:
-        for draws, batch in _batches(data, config, state.step):
+        for draws, batch in _batches(data, config, state.step, device):
             if progress >= 1:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * _cosine_with_warmup(progress)
             with draws:
-                views = method.views(batch)
+                views = method.views(batch).to(dtype)
+            if ranks.size() > 1:  # what networks draw, as for dropout
+                torch.manual_seed(int(key(config.seed, 2, state.step, ranks.rank())[0]))
             with torch.autocast(device.type, torch.bfloat16, enabled=state.precision == "bf16"):
-                loss, stats = method.loss(views)
+                loss, stats = loss_of(views)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
 
             pending.append((loss.detach(), stats))
             state.step += 1
-            state.samples += len(batch)
+            state.samples += config.batch_size
             if state.step % READ_EVERY == 0:
                 read()
             tick()
+            report(state, _progress(state, config, steps_per_epoch))
+            stop, due, state.seconds = ranks.agree(stop_requested(), clock - saved > config.save_every, state.seconds)
             progress = _progress(state, config, steps_per_epoch)
-            report(state, progress)
-            if stop_requested() and progress < 1:
+            if stop and progress < 1:
                 save()
+                ranks.wait()
                 raise Interrupted
-            if clock - saved > config.save_every:
+            if due:
                 save()
         state.finished = True
         save()
@@ -175,12 +192,14 @@ def _train(
 
 
 def _optimizer(method: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW; biases and normalisation parameters, the vectors, are not decayed."""
+    """Biases and normalisation parameters, the vectors, are not decayed."""
     parameters = [p for p in method.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=_fused(config))
     return torch.optim.AdamW(groups, lr=config.lr, fused=_fused(config))
 
 
@@ -207,8 +226,10 @@ def _cosine_with_warmup(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
 
 
-def _batches(data: Tensor | Clips, config: Config, step: int) -> Iterator[tuple[Draws, Tensor | Clips]]:
-    """Batches without end from `step` on, and the draws that augment them.
+def _batches(
+    data: Tensor | Clips, config: Config, step: int, device: torch.device
+) -> Iterator[tuple[Draws, Tensor | Clips]]:
+    """Batches without end from `step` on, of each the part of this process, with the draws that augment it.
 
     The order of an epoch depends only on its number and the seed.
     """
@@ -217,11 +238,11 @@ def _batches(data: Tensor | Clips, config: Config, step: int) -> Iterator[tuple[
         epoch, first = divmod(step, steps_per_epoch)
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(len(data), generator=generator)
-        if config.device.startswith("cuda"):
+        if device.type == "cuda":
             order = order.pin_memory()  # else the copy would wait for the steps that are queued
-        there = order.to(config.device, non_blocking=True)
+        there = order.to(device, non_blocking=True)
         for number in range(first, steps_per_epoch):
-            rows = slice(number * config.batch_size, (number + 1) * config.batch_size)
+            rows = ranks.share(number * config.batch_size, (number + 1) * config.batch_size)
             yield Draws(config.seed, epoch, number, order[rows]), data[there[rows]]
             step += 1
 
@@ -243,10 +264,11 @@ def rehearse(
     The method and the random state are left as they were.
     """
     before = copy.deepcopy(method.state_dict())
-    device = next(method.parameters()).device
+    weight = next(method.parameters())
+    device = weight.device
     times: dict[str, list[float]] = {precision: [] for precision in precisions}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        views = method.views(batch)
+        views = method.views(batch).to(weight.dtype)
         for trial in range(trials + 1):
             for precision, measured in times.items():
                 start = time.perf_counter()

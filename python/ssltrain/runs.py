@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,48 +20,65 @@ import typer
 from torch import Tensor, nn
 
 from sslkern.functional import cpc
-from ssltrain import UsageError, augment, config, data, encoders, evaluate, files, loop, methods, report, speech
+from ssltrain import UsageError, augment, config, data, encoders, evaluate, files, loop, methods, ranks, report, speech
 from ssltrain.methods.cpc import ContextEncoder
 
 
 def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: Path | None) -> None:
-    """Train and evaluate; leaves checkpoint, config.yaml, result.json, report.png and TensorBoard's curves in `out`."""
-    torch.set_num_threads(options.threads)
-    earlier = checkpoint["about"] if checkpoint else {}
-    loaded = methods.load_data(options, earlier)
-    _describe(loaded)
-    about = {"samples": len(loaded.train), "checksum": _checksum(loaded.train)}
-    if isinstance(loaded, data.Images):
-        about["levels"] = {kind: list(range_) for kind, range_ in loaded.levels.known.items()}
-    if checkpoint:
-        _check_same_data(loaded, checkpoint["shape"], earlier, about)
-    check_writable("--out", out / "result.json")
-    check_writable("--json", json_path)
+    """Train and evaluate; leaves checkpoint, config.yaml, result.json, report.png and TensorBoard's curves in `out`.
 
-    on_gpu = _prepare(options.device)
-    torch.manual_seed(options.seed)
-    method = methods.build(options, loaded)
+    Of several processes the first one evaluates, while the others are done already.
+    """
+    torch.set_num_threads(options.threads)
+    first = ranks.rank() == 0
+    earlier = checkpoint["about"] if checkpoint else {}
+    with ranks.one_voice():
+        loaded = methods.load_data(options, earlier)
+        _describe(loaded)
+        about = {"samples": len(loaded.train), "checksum": _checksum(loaded.train)}
+        if isinstance(loaded, data.Images):
+            about["levels"] = {kind: list(range_) for kind, range_ in loaded.levels.known.items()}
+        if checkpoint:
+            _check_same_data(loaded, checkpoint["shape"], earlier, about)
+        if first:
+            check_writable("--out", out / "result.json")
+            check_writable("--json", json_path)
+        device = ranks.local_device(options.device)
+        on_gpu = _prepare(device)
+        torch.manual_seed(options.seed)
+        method = methods.build(options, loaded)
+    ranks.check_same("the training data", about)
     untrained = copy.deepcopy(method.encoder)
-    config.write_yaml(out / "config.yaml", options)
-    _write_left(out / "left_out.txt", loaded.left)
+    if first:
+        config.write_yaml(out / "config.yaml", options)
+        _write_left(out / "left_out.txt", loaded.left)
+        if checkpoint is None and ranks.launched():  # if that starts this run anew, an earlier one must not go on
+            (out / loop.CHECKPOINT).unlink(missing_ok=True)
     try:
-        with report.Progress(options, out) as progress:
-            state = loop.train(method, loaded.train, options, out, checkpoint, progress.update, about)
+        with report.Progress(options, out) if first else nullcontext() as progress:
+            show = {"report": progress.update} if first else {}
+            state = loop.train(method, loaded.train, options, out, checkpoint, about=about, **show)
     except loop.Interrupted:
-        print(f"Stopped. Continue with: ssltrain {options.method} --resume --out {out}")
+        how = "the same command" if ranks.launched() else f"ssltrain {options.method} --resume --out {out}"
+        print(f"Stopped. Continue with: {how}")
         raise typer.Exit(130) from None
+    processes = ranks.size()
+    ranks.leave()
+    if not first:
+        return
+    method.float()
     gpu = {}
     if on_gpu:
         gpu["device_name"] = torch.cuda.get_device_name()
         gpu["peak_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)  # of the training
     print(
         f"trained {state.samples:,} samples in {state.seconds:.0f} s ({state.samples_per_s:,.0f} a second, "
-        f"{state.precision}, {gpu.get('device_name') or f'{options.threads} threads'}, {state.loss_share:.1%} of the "
-        "time in the loss)"
+        f"{state.precision}, {f'{processes} processes with ' if processes > 1 else ''}"
+        f"{gpu.get('device_name') or f'{options.threads} threads'}, {state.loss_share:.1%} of the time in the loss)"
     )
 
     start = time.perf_counter()
-    device = torch.device(options.device)
+    device = torch.device(device)
     found = _evaluate(method.encoder, untrained, loaded, device)
     per_s = "clips_per_s" if options.method == "cpc" else "images_per_s"
     result = {"method": options.method, "data": loaded.name}
@@ -75,6 +93,7 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
         "precision": state.precision,
         "threads": options.threads,
         "device": options.device,
+        **({"processes": processes} if processes > 1 else {}),
         **gpu,
         "loss": state.losses[-1],
     }
@@ -194,6 +213,8 @@ def _last_picture(method: nn.Module, loaded, device: torch.device):
 def _load(folder: Path) -> tuple[config.Config, nn.Module, tuple[int, ...], dict]:
     """The configuration of a run, its encoder, the shape of its samples, (C, H, W) for images, and what it keeps about
     its data."""
+    if ranks.launched():
+        raise UsageError("this command runs in one process; start it without torchrun.")
     checkpoint = loop.load_checkpoint(folder)
     if checkpoint is None:
         raise UsageError(f"{folder}: holds no run; name the folder that a run has as --out.")

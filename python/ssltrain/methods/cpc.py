@@ -70,7 +70,8 @@ class CPC(nn.Module):
         """The mean over frames and steps, and `top1`: how often the frame to come beats all others."""
         frames, contexts = self.frames_and_contexts(windows)
         with torch.autocast(windows.device.type, enabled=False):  # the engine chooses its own precision
-            loss, top1 = self.criterion(contexts.float(), frames.float())
+            dtype = self.criterion.predictors.dtype
+            loss, top1 = self.criterion(contexts.to(dtype), frames.to(dtype))
         return loss, {"top1": top1.mean()}
 
     def frames_and_contexts(self, windows: Tensor) -> tuple[Tensor, Tensor]:

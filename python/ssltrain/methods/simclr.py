@@ -45,7 +45,7 @@ class SimCLR(nn.Module):
         super().__init__()
         self.encoder, self.augment = encoder, augment
         self.head = head(encoder.features, dim, layers=version + 1)
-        self.criterion = sslkern.NTXentLoss(temperature=temperature, stats=True)
+        self.criterion = sslkern.NTXentLoss(temperature=temperature, stats=True, group="world")
 
     def views(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> float [2B, C, H, W]: the first views of all images, then the second ones."""

@@ -1,0 +1,153 @@
+"""Training over several processes is training in one: the same batches, statistics, losses and weights."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ssltrain import UsageError, cli, config, data, loop, methods, ranks
+
+from ..distributed.pool import Pool
+from .test_cli import draw_images
+
+COMMON = dict(data="digits", epochs=6, batch_size=50, dim=16, precision="fp64", optimizer="sgd", lr=0.1, threads=1)
+COMMON |= dict(device="cpu", limit=270)  # 30 steps
+METHODS = {"simclr": config.SimCLRConfig(**COMMON), "simclr v2": config.SimCLRConfig(**COMMON, version=2)}
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    """Pools of so many ranks that are all there are."""
+    made = {size: Pool(size, range(1, size + 1)) for size in (2, 3, 4)}
+    yield made
+    for pool in made.values():
+        pool.close()
+
+
+def train(group, options, folders, stop=None):
+    """Losses, other figures and weights of a run, or where it stood when this rank was told to stop at a step."""
+    out = folders[dist.get_rank()] if dist.is_initialized() else folders[0]
+
+    def report(state, progress):
+        if stop == (ranks.rank(), state.step):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    torch.manual_seed(options.seed)
+    images = data.load("digits", limit=options.limit)
+    method = methods.build(options, images)
+    checkpoint = ranks.of_first(loop.load_checkpoint(folders[0]))
+    try:
+        state = loop.train(method, images.train, options, out, checkpoint, report)
+    except loop.Interrupted:
+        return None
+    return state.losses, state.stats, method.state_dict()
+
+
+def difference(a, b) -> float:
+    """The largest between the losses, figures and weights of two runs."""
+    losses = [abs(x - y) for x, y in zip(a[0], b[0], strict=True)]
+    weights = [(a[2][name] - b[2][name]).abs().max().item() for name in a[2]]
+    figures = [abs(x - y) for name in a[1] for x, y in zip(a[1][name], b[1][name], strict=True)]
+    return max(losses + weights + figures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_as_many_processes_as_one_likes_train_the_same(worlds, tmp_path, name):
+    options = METHODS[name]
+    alone = train(None, options, [tmp_path / "alone"])
+    assert len(alone[0]) == 30 and alone[0][-1] != alone[0][0]
+    for size in (2, 4):
+        folders = [tmp_path / f"{size}-{rank}" for rank in range(size)]
+        runs = worlds[size].run(train, options, folders, ranks=size)
+        assert all(difference(alone, run) < 1e-9 for run in runs)
+        assert all(run[0] == runs[0][0] and all(torch.equal(run[2][k], runs[0][2][k]) for k in run[2]) for run in runs)
+        assert [folder.exists() for folder in folders] == [True] + (size - 1) * [False]
+        assert loop.load_checkpoint(folders[0])["state"]["finished"]
+
+
+@pytest.mark.slow
+def test_a_stop_of_any_rank_is_one_of_all_and_others_go_on(worlds, tmp_path):
+    options = METHODS["simclr"]
+    alone = train(None, options, [tmp_path / "alone"])
+    folders = 3 * [tmp_path / "run"]
+    assert worlds[2].run(train, options, folders, (1, 7), ranks=2) == [None, None]
+    assert loop.load_checkpoint(folders[0])["state"]["step"] == 7
+    assert worlds[3].run(train, options, folders, (0, 19), ranks=3) == [None, None, None]
+    assert difference(alone, train(None, options, folders)) < 1e-9
+
+
+def test_what_cannot_be_split(worlds, tmp_path):
+    options = dataclasses.replace(METHODS["simclr"], batch_size=3)
+    for error in worlds[4].outcomes(train, options, 4 * [tmp_path], ranks=4):
+        assert isinstance(error, UsageError) and str(error).startswith(
+            "--batch-size 3: there are 4 processes; use that"
+        )
+
+
+OPTIONS = "--batch-size 10 --epochs 40 --dim 8 --precision fp64 --optimizer sgd --lr 0.1 --threads 1 --device cpu"
+
+
+class Torchrun:
+    """`torchrun` of `ssltrain` with so many processes; what it prints goes to a file."""
+
+    def __init__(self, processes: int, log, *arguments):
+        launch = f"-m torch.distributed.run --standalone --nproc-per-node {processes} --max-restarts 1 -m ssltrain"
+        command = [sys.executable, *launch.split(), *map(str, arguments), *OPTIONS.split()]
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+
+    def wait_for(self, condition) -> None:
+        until = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
+            time.sleep(0.02)
+
+    def workers(self) -> list[int]:
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_torchrun_starts_anew_what_was_killed_and_goes_on_with_another_number(tmp_path, monkeypatch):
+    draw_images(tmp_path / "set", [str(i) for i in range(30)])
+    arguments = ["simclr", "--data", tmp_path / "set", "--out"]
+    out = tmp_path / "run"
+
+    def step() -> int:
+        path = out / loop.CHECKPOINT
+        return torch.load(path, weights_only=True)["state"]["step"] if path.exists() else 0
+
+    run = Torchrun(2, tmp_path / "first.log", *arguments, out, "--save-every", 0)
+    run.wait_for(lambda: step() > 3)
+    workers = run.workers()
+    os.kill(workers[1], signal.SIGKILL)
+    run.wait_for(lambda: "it goes on" in run.log.read_text())
+    killed_at = step()
+    run.wait_for(lambda: step() > killed_at + 3)
+    workers += run.workers()
+    run.process.terminate()
+    assert run.process.wait(timeout=60) != 0
+    stopped_at = step()
+    assert 3 < killed_at < stopped_at < 120 and not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+
+    run = Torchrun(3, tmp_path / "second.log", *arguments, out)
+    assert run.process.wait(timeout=120) == 0, run.log.read_text()
+    said = run.log.read_text()
+    assert f"holds this run up to step {stopped_at}; it goes on." in said and said.count("report.png") == 1
+    monkeypatch.setattr("ssltrain.report.draw", lambda *_: None)
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*map(str, arguments), str(tmp_path / "alone"), *OPTIONS.split()])
+    assert not exit.value.code
+    alone, ended = (loop.load_checkpoint(folder) for folder in (tmp_path / "alone", out))
+    runs = [(end["state"]["losses"], end["state"]["stats"], end["method"]) for end in (alone, ended)]
+    assert len(runs[1][0]) == 120 and difference(*runs) < 1e-9
+    assert json.loads((out / "result.json").read_text())["processes"] == 3
