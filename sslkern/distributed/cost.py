@@ -19,6 +19,7 @@ can do are assumptions, DEVICES, rounded figures of data sheets; nothing of it h
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from .schedule import Schedule, Step, ring, triangle
@@ -71,7 +72,7 @@ class Cost(NamedTuple):
         return self.forward.seconds + self.backward.seconds
 
 
-@functools.cache
+@functools.lru_cache
 def cost(strategy: str, problem: Problem, device: Device) -> Cost:
     """A forward and a backward by "all_gather" or "ring"."""
     n, D, W, itself, b = problem
@@ -96,13 +97,14 @@ def _overlapped(schedule: Schedule, problem: Problem, device: Device, passes: in
     """Step by step: the longer of computing and exchanging."""
     size = {"keys": keys, "result": result}
     moved = flop = seconds = exposed = 0
-    for step in schedule:
+    for step, times in _alike(schedule):
         out, come = (sum(size[m.what] for m in messages) for messages in (step.sends, step.receives))
         exchanges = max(out, come) / device.bandwidth + (device.latency if step.sends or step.receives else 0)
         work = _flop(schedule, step, problem, passes)
         computes = work / device.flops + (device.launch if work else 0)
-        moved, flop = moved + max(out, come), flop + work
-        seconds, exposed = seconds + max(computes, exchanges), exposed + max(0, exchanges - computes)
+        moved, flop = moved + times * max(out, come), flop + times * work
+        seconds += times * max(computes, exchanges)
+        exposed += times * max(0, exchanges - computes)
     return Phase(moved, flop, seconds, exposed)
 
 
@@ -111,11 +113,19 @@ def _one_after_the_other(
 ) -> Phase:
     """All keys, one block of everything, all results."""
     others = problem.size - 1
-    results = sum(m.what == "result" for step in schedule for m in step.sends)
+    results = sum(times for step, times in _alike(schedule) for m in step.sends if m.what == "result")
     moved = others * keys + results * result
-    flop = sum(_flop(schedule, step, problem, passes) for step in schedule)
+    flop = sum(times * _flop(schedule, step, problem, passes) for step, times in _alike(schedule))
     exposed = moved / device.bandwidth + (device.latency * (1 + (results > 0)) if others else 0)
     return Phase(moved, flop, exposed + flop / device.flops + device.launch, exposed)
+
+
+def _alike(schedule: Schedule) -> Iterator[tuple[Step, int]]:
+    """Steps, and how many there are of each kind: all but the first two and the last three are alike."""
+    steps = len(schedule)
+    kinds = range(steps) if steps < 6 else [0, 1, 2, steps - 3, steps - 2, steps - 1]
+    for i in kinds:
+        yield schedule[i], max(1, steps - 5) if i == 2 else 1
 
 
 def _flop(schedule: Schedule, step: Step, problem: Problem, passes: int) -> int:
