@@ -23,6 +23,8 @@ from .ranks import (
     row_ids,
 )
 from .similarity_lse import similarity_lse
+from .similarity_softplus import similarity_softplus
+from .similarity_topk import similarity_topk
 from .sum_of_equal import sum_of_equal
 
 __all__ = [
@@ -45,6 +47,8 @@ __all__ = [
     "replicated",
     "row_ids",
     "similarity_lse",
+    "similarity_softplus",
+    "similarity_topk",
     "sum_of_equal",
     "total_of",
 ]

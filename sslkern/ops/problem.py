@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..backends.problem import Problem, sizes_of
 from ..common.arguments import FLOATS, check_choice, check_dense, check_devices, describe
-from ..common.numbers import check_finite, constant
+from ..common.numbers import check_finite, constant, number, shown
 from ..common.tensors import accumulator
 
 # The fields of Problem, flat, as the dispatcher takes no others.
@@ -73,6 +73,31 @@ def checked_problem(
     if q_limit is not None and q_limit.requires_grad:
         raise ValueError("q_limit gets no gradient; pass q_limit.detach()")
     return _problem(q, k, scale, q_ids, k_ids, pairs == "same", k_bias, q_limit)
+
+
+def checked_sign(sign: int) -> float:
+    if number(sign) not in (1, -1):
+        raise ValueError(f"sign must be 1 or -1, not {shown(sign)}")
+    return float(sign)
+
+
+def per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
+    """x with the shape of q's rows and the type of the accumulators; None where it is 0."""
+    shape = q.shape[:-1]
+    if isinstance(x, Tensor):
+        check_dense(name, x)
+        if x.shape not in ((), shape, shape[-1:]) or (name == "weights" and x.ndim == 0):
+            raise ValueError(f"{name} must be a tensor {list(shape)}, not {describe(x)}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
+        check_devices("q", q, **{name: x})
+        return x.to(accumulator(q)).expand(shape)
+    if x is None:
+        return None
+    x = check_finite(name, x, " or a tensor [N]")
+    if torch.compiler.is_compiling():
+        return constant(x, q, accumulator(q)).expand(shape)
+    return None if x == 0 else torch.full(shape, x, dtype=accumulator(q), device=q.device)
 
 
 def options(problem: Problem) -> dict:

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from ..backends import load, resolve
 from ..backends.problem import Problem, keys_of, tensors_of
-from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
+from ..common.arguments import check_flags, describe
 from ..common.node import Node, Operator, once, outside_autograd
-from ..common.numbers import check_finite, constant, number, shown
 from ..common.sums import total as sum_of_all
 from ..common.tensors import accumulator, transformed
-from .problem import FIELDS, SCHEMA, checked_problem, options
+from .problem import FIELDS, SCHEMA, checked_problem, checked_sign, options, per_row
 
 
 def similarity_softplus(
@@ -74,13 +73,12 @@ def similarity_softplus(
     """
     problem = checked_problem(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit)
     check_flags(rows=rows)
-    if number(sign) not in (1, -1):
-        raise ValueError(f"sign must be 1 or -1, not {shown(sign)}")
+    sign = checked_sign(sign)
     if rows and weights is not None:
         raise ValueError("weights must be None with rows=True: multiply the rows that come back")
     if weights is not None and not isinstance(weights, Tensor):
         raise ValueError(f"weights must be a tensor {list(q.shape[:-1])}, not {describe(weights)}")
-    bias, weights = _per_row("bias", bias, q), _per_row("weights", weights, q)
+    bias, weights = per_row("bias", bias, q), per_row("weights", weights, q)
     backend = resolve("similarity_softplus", q, **options(problem))
     inputs = (q, k, problem.scale_tensor, bias, problem.k_bias)
     if transformed():
@@ -90,28 +88,9 @@ def similarity_softplus(
         needs = tuple(learning and x is not None and x.requires_grad for x in inputs)
         learns = any(needs) or (learning and weights is not None and weights.requires_grad)
     if rows:
-        return _rows.way(learns, *tensors_of(problem), bias)(*problem, bias, float(sign), backend)
+        return _rows.way(learns, *tensors_of(problem), bias)(*problem, bias, sign, backend)
     call = _total.way(learns, *tensors_of(problem), bias, weights)
-    return call(*problem, bias, weights, float(sign), *needs, backend)[0]
-
-
-def _per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
-    """x with the shape of q's rows and the type of the accumulators; None where it is 0."""
-    shape = q.shape[:-1]
-    if isinstance(x, Tensor):
-        check_dense(name, x)
-        if x.shape not in ((), shape, shape[-1:]) or (name == "weights" and x.ndim == 0):
-            raise ValueError(f"{name} must be a tensor {list(shape)}, not {describe(x)}")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
-        check_devices("q", q, **{name: x})
-        return x.to(accumulator(q)).expand(shape)
-    if x is None:
-        return None
-    x = check_finite(name, x, " or a tensor [N]")
-    if torch.compiler.is_compiling():
-        return constant(x, q, accumulator(q)).expand(shape)
-    return None if x == 0 else torch.full(shape, x, dtype=accumulator(q), device=q.device)
+    return call(*problem, bias, weights, sign, *needs, backend)[0]
 
 
 # ---- the total, with its gradients -----------------------------------------------------------------------------------

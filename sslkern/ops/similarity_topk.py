@@ -101,8 +101,8 @@ def _backward(ctx, g, _):
     index = (index + first.view(-1, 1, 1) if q.ndim == 3 else index).masked_fill(left_out, -1).view(-1, index.shape[-1])
     left_out, g = left_out.view(index.shape), g.masked_fill(left_out, 0).reshape(index.shape)
 
-    by_row = _sum_by_row(g, index, left_out, columns) if need_q or need_scale else None
-    by_key = _sum_by_key(g, index, left_out, rows, columns) if need_k or (k is None and need_q) else None
+    by_row = sum_by_row(g, index, left_out, columns) if need_q or need_scale else None
+    by_key = sum_by_key(g, index, left_out, rows, columns) if need_k or (k is None and need_q) else None
     dscale = total(by_row * rows) * ctx.scale if need_scale else None
     scale = ctx.scale if scale_tensor is None else ctx.scale * scale_tensor
     dq = by_row if k is not None or not need_q else by_row + by_key
@@ -111,7 +111,7 @@ def _backward(ctx, g, _):
     return dq, dk, dscale, *(None,) * 8
 
 
-def _sum_by_row(g, index, left_out, keys):
+def sum_by_row(g, index, left_out, keys):
     """sum_t g_it keys[index_it] [N, D]."""
     if index.shape[0] == 0 or keys.numel() == 0:
         return keys.new_zeros(index.shape[0], keys.shape[1])
@@ -120,7 +120,7 @@ def _sum_by_row(g, index, left_out, keys):
     return F.embedding_bag(index, keys, per_sample_weights=g, mode="sum").masked_fill(left_out[:, :1], 0)
 
 
-def _sum_by_key(g, index, left_out, rows, keys):
+def sum_by_key(g, index, left_out, rows, keys):
     """sum_it g_it rows_i over the i, t with index_it = j [M, D]."""
     M, n = keys.shape[0], index.shape[1]
     if rows.numel() == 0 or M == 0:
