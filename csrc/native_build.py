@@ -104,7 +104,7 @@ def build_module(output: Path) -> None:
     isas = supported_isas(find_compiler())
     openmp = ["-fopenmp"] if accepts(find_compiler(), ["-fopenmp"]) else []
     link_flags = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    bindings = [ROOT / "csrc/bindings/cpu.cpp"]
+    bindings = sorted(ROOT.glob("csrc/bindings/*.cpp"))
     build(output, bindings, RELEASE_FLAGS + openmp, isas, source_flags=python_includes(), link_flags=link_flags)
 
 

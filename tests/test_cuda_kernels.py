@@ -345,23 +345,30 @@ def test_only_what_is_needed_is_compiled_and_when(emulated, monkeypatch):
 # ---- Launches -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=dict.fromkeys((driver.Launcher, driver.ByCtypes)), ids=lambda way: way.__name__)
+def launching(request, emulated, monkeypatch):
+    """The driver, reached in each way."""
+    monkeypatch.setattr(driver, "Launcher", request.param)
+    return emulated
+
+
 def last(library) -> dict:
     numbers = (ctypes.c_int64 * 7)()
     library.emulated_last(numbers)
     return dict(zip(("device", "blocks", "threads", "stream", "count", "shared", "cluster"), numbers, strict=True))
 
 
-def test_launched_on_the_gpu_and_the_stream_of_torch(emulated, monkeypatch):
+def test_launched_on_the_gpu_and_the_stream_of_torch(launching, monkeypatch):
     context = ctypes.c_void_p()
     with sslkern.use_backend("cuda"):
         for where in ((0, 0), (1, 0x7F0012345678)):
             monkeypatch.setattr(launch, "place", lambda device, where=where: where)
-            before = last(emulated)["count"]
+            before = last(launching)["count"]
             assert push(9).eq(1).all()
             index, stream = where
             where = dict(device=index, stream=stream, count=before + 1)
-            assert last(emulated) == where | dict(blocks=1, threads=256, shared=0, cluster=1)
-            emulated.cuCtxGetCurrent(ctypes.byref(context))
+            assert last(launching) == where | dict(blocks=1, threads=256, shared=0, cluster=1)
+            launching.cuCtxGetCurrent(ctypes.byref(context))
             assert context.value is None  # as before the call
 
 
@@ -372,17 +379,17 @@ def test_where_a_kernel_runs(monkeypatch):
     assert launch.place(torch.device("cuda", 1)) == (1, 0x7F0012345678)
 
 
-def test_the_context_of_the_thread_comes_back(emulated):
+def test_the_context_of_the_thread_comes_back(launching):
     ours, other, now = driver.Context(0), driver.Context(1), ctypes.c_void_p()
     with sslkern.use_backend("cuda"):
         for context in (ours, other):
             with context:
                 push()
-                emulated.cuCtxGetCurrent(ctypes.byref(now))
+                launching.cuCtxGetCurrent(ctypes.byref(now))
                 assert now.value == context.handle
 
 
-def test_launched_from_many_threads(emulated):
+def test_launched_from_many_threads(launching):
     """Each has its own arguments: rows that it alone writes."""
     wrong = []
 
@@ -412,7 +419,7 @@ def test_blocks(emulated):
     assert launch.teams(4096, 8, 256).blocks(2**40) == launch.MOST_BLOCKS
 
 
-def test_what_the_driver_refuses_is_a_sentence(emulated):
+def test_what_the_driver_refuses_is_a_sentence(launching):
     call = launch.Call("queue_push", torch.device("cpu"), torch.float32, torch.float32)
     with pytest.raises(
         driver.DriverError, match=r"^the CUDA driver refused to launch queue_push<float, float>: .* 1\)$"
@@ -422,13 +429,13 @@ def test_what_the_driver_refuses_is_a_sentence(emulated):
         driver.Module(driver.Context(0), b"emulated").kernel("another", ["q"], "another")
 
 
-def test_shared_memory_and_clusters(emulated):
+def test_shared_memory_and_clusters(launching):
     call = launch.Call("queue_push", torch.device("cpu"), torch.float32, torch.float32)
     ptr = torch.zeros(1, dtype=torch.long)
     nothing = *launch.teams(4, 4, 32), 1, 0, 0, 0, ptr.data_ptr(), 0, False
     for shared, cluster in [(0, 1), (100 << 10, 1), (227 << 10, 2), (1 << 10, 4)]:
         call.launch("push<{0}, {1}>", 4, *nothing, shared=shared, cluster=cluster)
-        found = last(emulated)
+        found = last(launching)
         assert (found["blocks"], found["shared"], found["cluster"]) == (4, shared, cluster)
     for refused in (dict(shared=228 << 10), dict(cluster=3), dict(cluster=16), dict(threads=2048)):
         with pytest.raises(driver.DriverError, match="refused to launch"):

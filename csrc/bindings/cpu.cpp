@@ -1,5 +1,6 @@
 // sslkern._cpu. Tensors arrive as objects, which keeps their memory alive during the call, and `Tensors` gives it to
 // the kernels only as they read or write it. That sizes are those of one problem is up to sslkern/backends/cpu.
+#include "bindings/cuda.h"
 #include "bindings/tensor.h"
 #include "cpu/kernels.h"
 
@@ -182,4 +183,5 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("set_isa", [](const char* name) {
     if (!use_kernels(name)) throw py::value_error(std::string("this machine has no kernels named ") + name);
   });
+  bind_cuda(module);
 }
