@@ -1,5 +1,6 @@
 """`CachedLoss`: one exact loss over a large batch with the memory of a small one."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import MethodType
@@ -157,6 +158,7 @@ class _Cache:
 
     def __init__(self, encoder: Encoder, x: Any, chunk_size: int):
         self.encoder = _Called(encoder)
+        self._reshard()
         self.x, self.inputs = x, list(_tensors(x))
         self.parameters = dict(self.encoder.named_parameters())
         self.learning = {name: p for name, p in self.parameters.items() if p.requires_grad}
@@ -209,6 +211,7 @@ class _Cache:
                 raise ValueError(
                     f"encoder must return tensors [{wanted}, ...] for {wanted} rows of input, not {shapes}"
                 )
+        self._reshard()
         if self.replayed:
             self._keep_buffers()  # for what the last chunk changes
             self.buffers.pop()
@@ -281,6 +284,14 @@ class _Cache:
             else:
                 kept[name] = old
         self.buffers.append(kept)
+
+    def _reshard(self) -> None:
+        """Parameters of `fully_shard` as what they are between steps: those of its outermost module stay whole after a
+        forward, and then another forward would not gather them from what stands in their place."""
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        for module in self.encoder.modules() if fsdp is not None else ():
+            if isinstance(module, getattr(fsdp, "FSDPModule", ())):
+                module.reshard()
 
     def _versions(self) -> list[int]:
         return [0 if t.is_inference() else t._version for t in (*self.inputs, *self.parameters.values())]
