@@ -6,7 +6,7 @@ No GPU is needed. The CUDA backend launches its kernels, forward and backward, t
 nothing; the dense formula calls torch's operators for two rows of eight features on the CPU, where nearly all of their
 time is the calls themselves. All outputs come from torch's allocator of the CPU. What the driver itself takes for a
 launch is missing on both sides: the last columns count what would launch a kernel (operators that compute something and
-our kernels), and add LAUNCH microseconds for each. All in turn in one process, so that nobody finds the processor's
+our kernels), and add an assumed time for each. All in turn in one process, so that nobody finds the processor's
 caches as it left them, as in a training step; one thread, 16-bit features; medians in microseconds of the processor.
 """
 
@@ -29,7 +29,7 @@ from tests.conftest import emulate_cuda
 
 PROBLEMS = {"NT-Xent": baselines.nt_xent, "InfoNCE": baselines.one_way, "CLIP, learned scale": baselines.two_way}
 CONTENDERS = "sslkern", "dense cross_entropy", "dense logsumexp"
-LAUNCH = 0, 2, 4  # a driver takes some two to four for one, by its processor
+LAUNCH = 0, 2, 4  # microseconds, assumed: what a driver takes has not been measured
 
 
 def step_of(call, inputs):
