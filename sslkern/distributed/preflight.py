@@ -24,8 +24,8 @@ _ON = os.environ.get("SSLKERN_PREFLIGHT", "1") != "0"
 def preflight(on: bool) -> None:
     """Whether each call over a group first compares what its ranks were given; True unless SSLKERN_PREFLIGHT=0 is set.
 
-    It costs an exchange of 512 bytes per rank between the hosts, 0.1 ms or so on one machine, and with it ranks may
-    have different numbers of rows. Off, all have the same number, on their user's word. The choice must be the same on
+    It costs an exchange of 512 bytes per rank between the hosts, the time of one small all-gather, and with it ranks
+    may have different numbers of rows. Off, all have the same number, on their user's word. The choice must be the same on
     all ranks.
 
     Example:

@@ -35,7 +35,8 @@ class Problem(NamedTuple):
 def result(problem: Problem, rows: slice, dtype: torch.dtype, **sharing) -> tuple[Tensor, Tensor | None, dict]:
     """The loss, the share of winners or None, and the gradients by name, of these rows."""
     given = {name: x[rows] for name, x in problem.sharded.items()} | problem.replicated
-    given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in given.items()}
+    wide = torch.promote_types(dtype, torch.float32)  # of a temperature
+    given = {name: x.to(dtype if x.ndim else wide) if x.is_floating_point() else x for name, x in given.items()}
     leaves = {name: given[name].clone().requires_grad_() for name in problem.learning()}
     options = {name: value for name, value in problem.options.items() if name != "frozen"}
     out = problem.loss(**given | leaves, **options, **sharing)

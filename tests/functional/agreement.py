@@ -110,8 +110,13 @@ def agrees_on_kernels(loss, dense, features, temperature, dtype, scores=2, **opt
     yardstick: in fp32 an ulp of 1 / T in each score, which changes a weight p by p (1 - p) / T ulps; in 16 bits the
     weights themselves, which go through the product with the features in that type.
     """
+    got = results(loss, [x.to(dtype) for x in features], temperature, options, dtype)
+    rounds_as(got, dense, features, temperature, dtype, scores, **options)
+
+
+def rounds_as(got, dense, features, temperature, dtype, scores=2, **options):
+    """The same of results that have been computed already."""
     features = [x.to(dtype) for x in features]
-    got = results(loss, features, temperature, options, dtype)
     plain = results(dense, features, temperature, options, dtype)
     recomputed = functools.partial(results, dense, features, temperature, options, torch.float64)
     with rounded_as(dtype):
