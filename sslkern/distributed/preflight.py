@@ -6,6 +6,7 @@ are. Every rank sees the same integers and comes to the same conclusion; only if
 themselves follow, so that each rank can say what all of them have.
 """
 
+import numbers
 import os
 import zlib
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..common.arguments import check_flags
+from ..common.autocast import autocast_active
 from .collectives import stacked
 
 SIZE = 64
@@ -25,8 +27,8 @@ def preflight(on: bool) -> None:
     """Whether each call over a group first compares what its ranks were given; True unless SSLKERN_PREFLIGHT=0 is set.
 
     It costs an exchange of 512 bytes per rank between the hosts, the time of one small all-gather, and with it ranks
-    may have different numbers of rows. Off, all have the same number, on their user's word. The choice must be the same on
-    all ranks.
+    may have different numbers of rows. Off, all have the same number, on their user's word. The choice must be the same
+    on all ranks.
 
     Example:
         >>> sslkern.distributed.preflight(False)  # on every rank
@@ -42,14 +44,14 @@ def compared(group, rows: int, what: str, arguments: dict) -> tuple[int, ...]:
     Args:
         rows: the rows of this rank: the one number that a dimension may differ by.
         what, arguments: the function that was called, and with what. Of tensors shape and type must be the same, not
-            the values; of all else the `repr`.
+            the values; numbers and names must be equal.
 
     Raises:
         ValueError: on every rank, if they differ.
     """
     if not _ON:
         return ()
-    equal, dims = [what, str(torch.is_grad_enabled())], []
+    equal, dims = [what, *map(str, _modes())], []
     for name, value in arguments.items():
         equal.append(f"{name}={_kind(value)}")
         for x in value if isinstance(value, (list, tuple)) else [value]:
@@ -84,7 +86,18 @@ def _kind(value) -> str:
         return f"{type(value).__name__} {value.ndim} {value.dtype} {value.device.type} {value.requires_grad}"
     if isinstance(value, (list, tuple)):
         return str([_kind(x) for x in value])
-    return repr(value)
+    return _named(value)
+
+
+def _named(value) -> str:
+    """Of an object, whose `repr` may be its address, what it is."""
+    simple = value is None or isinstance(value, (bool, str, numbers.Number))
+    return repr(value) if simple else getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _modes() -> tuple[bool, bool]:
+    """Of this rank: whether it records a graph, and whether autocast is on."""
+    return torch.is_grad_enabled(), any(map(autocast_active, ("cpu", "cuda")))
 
 
 def _shown(value) -> str:
@@ -93,19 +106,21 @@ def _shown(value) -> str:
         return f"{type(value).__name__} {list(value.shape)} {str(value.dtype)[6:]} on {value.device.type}{learns}"
     if isinstance(value, (list, tuple)):
         return "(" + ", ".join(map(_shown, value)) + ")"
-    return repr(value)
+    return _named(value)
 
 
 def _say(host, what: str, mine: dict) -> None:
     """Raises, with each rank's values of what differs."""
     everyone = [None] * host.size()
-    dist.all_gather_object(everyone, (what, torch.is_grad_enabled(), mine), group=host)
-    if len({function for function, _, _ in everyone}) > 1:
-        said = [function for function, _, _ in everyone]
-        raise ValueError(f"the ranks of a group must call the same loss, not {_listed(said)}")
-    if len({learns for _, learns, _ in everyone}) > 1:
+    dist.all_gather_object(everyone, (what, _modes(), mine), group=host)
+    functions, modes, values = zip(*everyone, strict=True)
+    if len(set(functions)) > 1:
+        raise ValueError(f"the ranks of a group must call the same loss, not {_listed(functions)}")
+    learns, casts = zip(*modes, strict=True)
+    if len(set(learns)) > 1:
         raise ValueError(f"{what} must record a gradient on all ranks of its group or on none: see torch.no_grad")
-    values = [value for _, _, value in everyone]
+    if len(set(casts)) > 1:
+        raise ValueError(f"{what} must be inside autocast on all ranks of its group or on none")
     names = list(dict.fromkeys(name for value in values for name in value))
     differ = [name for name in names if len({value.get(name) for value in values}) > 1 and name != "rows"]
     said = "; ".join(f"{name} is {_listed([value.get(name) for value in values])}" for name in differ)

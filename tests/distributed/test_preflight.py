@@ -16,7 +16,8 @@ def different(group, mine: dict):
     loss = given.pop("loss", nt_xent)
     z0 = torch.randn(rows, features, dtype=dtype, requires_grad=given.pop("learns", True))
     z1 = torch.randn(given.pop("rows_of_z1", rows), features, dtype=dtype)
-    with torch.set_grad_enabled(given.pop("grad", True)):
+    cast = given.pop("autocast", False)
+    with torch.set_grad_enabled(given.pop("grad", True)), torch.autocast("cpu", enabled=cast):
         return loss(z0, z1, group=group, **given)
 
 
@@ -45,6 +46,7 @@ CASES = {
         r"z0 is .* requires_grad on ranks 0, 2, Tensor \[4, 3\] float32 on cpu on rank 1",
     ),
     "no_grad": (dict(grad=False), "must record a gradient on all ranks"),
+    "autocast": (dict(autocast=True), "must be inside autocast on all ranks"),
     "loss": (dict(loss=info_nce), "must call the same loss, not nt_xent on ranks 0, 2, info_nce on rank 1"),
     "a wrong value": (dict(temperature=-0.0), "temperature is 0.5 on ranks 0, 2, -0.0 on rank 1"),
     "no tensor": (dict(ids=[1]), r"ids is None on ranks 0, 2, \(1\) on rank 1"),

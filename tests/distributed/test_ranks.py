@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
 
 import sslkern
 from sslkern.distributed import preflight, recorded
@@ -63,6 +64,17 @@ def test_no_group_is_this_process_and_says_so_once(pool):
 def test_without_processes_the_world_is_this_one():
     z0, z1 = torch.randn(2, 4, 3)
     assert torch.equal(nt_xent(z0, z1, group="world"), nt_xent(z0, z1))
+
+
+def of_dtensors(group):
+    mesh = dist.DeviceMesh.from_group(group, "cpu")
+    z0, z1 = (DTensor.from_local(x, mesh, [Shard(0)]) for x in views(group, learn=False))
+    return nt_xent(z0, z1, group=mesh)
+
+
+def test_a_dtensor_is_to_be_made_local(pool):
+    errors = pool.outcomes(of_dtensors, ranks=2)
+    assert all(isinstance(error, TypeError) and "pass z0.to_local()" in str(error) for error in errors)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
