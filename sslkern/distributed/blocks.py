@@ -69,12 +69,25 @@ Tensors = Sequence[Tensor | None]
 
 
 def gathered(tensors: Tensors, place: Place) -> Tensors:
-    """The rows of all ranks."""
+    """The rows of all ranks: features in one exchange, and everything that has a number for each row in another."""
+    dim = place.dim
 
     def everyones(x):
-        return gather_rows(x.movedim(place.dim, 0), place.counts, place.group).movedim(0, place.dim).contiguous()
+        return gather_rows(x.movedim(dim, 0), place.counts, place.group).movedim(0, dim).contiguous()
 
-    return [None if x is None else everyones(x) for x in tensors]
+    vectors = [x for x in tensors if x is not None and x.ndim == dim + 1]
+    if vectors:
+        byrow = [x.movedim(dim, 0).contiguous().unsqueeze(-1).view(torch.uint8).flatten(1) for x in vectors]
+        parts = gather_rows(torch.cat(byrow, 1), place.counts, place.group).split([x.shape[1] for x in byrow], 1)
+        vectors = [_rows_of(part, x, dim) for part, x in zip(parts, vectors, strict=True)]
+    vectors = iter(vectors)
+    return [None if x is None else next(vectors) if x.ndim == dim + 1 else everyones(x) for x in tensors]
+
+
+def _rows_of(part: Tensor, like: Tensor, dim: int) -> Tensor:
+    """Rows of bytes as the numbers that they are."""
+    groups = like.shape[:dim]
+    return part.contiguous().view(like.dtype).view(-1, *groups).movedim(0, dim).contiguous()
 
 
 def blocks(
