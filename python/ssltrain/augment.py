@@ -19,6 +19,21 @@ import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
 
+from ssltrain.draws import drawing, rand
+
+
+class Drawn(nn.Module):
+    """A step of kornia's, with the draws of the samples."""
+
+    def __init__(self, step: K.AugmentationBase2D):
+        super().__init__()
+        self.step = step
+
+    def forward(self, images: Tensor) -> Tensor:
+        with drawing():
+            parameters = self.step.forward_parameters(images.shape)
+        return self.step(images, params=parameters)
+
 
 class Sometimes(nn.Module):
     """A step for each image with probability p."""
@@ -28,7 +43,7 @@ class Sometimes(nn.Module):
         self.p, self.step = p, step
 
     def forward(self, images: Tensor) -> Tensor:
-        chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < self.p
+        chosen = rand(len(images), 1, 1, 1, device=images.device) < self.p
         return torch.where(chosen, self.step(images), images)
 
 
@@ -46,7 +61,7 @@ class Hue(nn.Module):
         self.turn = turn
 
     def forward(self, images: Tensor) -> Tensor:
-        draw = torch.rand(len(images), 1, 1, device=images.device)
+        draw = rand(len(images), 1, 1, device=images.device)
         angle = 2 * math.pi * self.turn * (2 * draw - 1)
         gray = torch.full((3, 3), 1 / 3, device=images.device)
         eye = torch.eye(3, device=images.device)
@@ -69,19 +84,19 @@ def build(channels: int, size: tuple[int, int], flip: bool | None = None) -> Cal
     steps: list[nn.Module] = []
     if channels == 3:
         steps += [
-            K.RandomResizedCrop(size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), cropping_mode="resample"),
-            Sometimes(0.8, K.ColorJitter(0.4, 0.4, 0.4, 0.0, p=1.0)),
+            Drawn(K.RandomResizedCrop(size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), cropping_mode="resample")),
+            Sometimes(0.8, Drawn(K.ColorJitter(0.4, 0.4, 0.4, 0.0, p=1.0))),
             Sometimes(0.8, Hue(0.1)),
-            Sometimes(0.2, K.RandomGrayscale(p=1.0)),
+            Sometimes(0.2, Drawn(K.RandomGrayscale(p=1.0))),
         ]
     else:
         steps += [
-            K.RandomAffine(25.0, translate=(0.15, 0.15), scale=(0.7, 1.3), shear=20.0, p=1.0),
-            Sometimes(0.5, K.RandomGaussianBlur((3, 3), (0.1, 1.5), p=1.0)),
-            Sometimes(0.5, K.RandomErasing(scale=(0.02, 0.2), p=1.0)),
+            Drawn(K.RandomAffine(25.0, translate=(0.15, 0.15), scale=(0.7, 1.3), shear=20.0, p=1.0)),
+            Sometimes(0.5, Drawn(K.RandomGaussianBlur((3, 3), (0.1, 1.5), p=1.0))),
+            Sometimes(0.5, Drawn(K.RandomErasing(scale=(0.02, 0.2), p=1.0))),
         ]
     if flip or (flip is None and channels == 3):
-        steps.append(Sometimes(0.5, K.RandomHorizontalFlip(p=1.0)))
+        steps.append(Sometimes(0.5, Drawn(K.RandomHorizontalFlip(p=1.0))))
 
     def augment(images: Tensor) -> Tensor:
         for step in steps:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -10,69 +12,100 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+BLOCK = 32  # numbers of each stream that are made at once, as calls cost more than numbers
 
 
-class Draws(TorchFunctionMode):
-    """While it is on, `torch.rand` draws for each sample from a stream of that sample, epoch and seed.
+class Draws:
+    """While they are current, `rand` draws for each sample from a stream of that sample, epoch and seed.
 
     The leading size of a draw is a multiple of `rows`, the numbers of the samples, as the views follow one another: the
-    first of all samples, then the second ones. Each view has a stream of its own. `torch.randperm`, which draws one
-    order for all, has the stream of `batch`. What else torch draws is drawn as ever.
+    first of all samples, then the second ones. Each view has a stream of its own. What is drawn once for all has the
+    stream of `batch`.
 
     >>> with Draws(seed=0, epoch=3, batch=0, rows=torch.tensor([5, 7, 2])):
-    ...     both = torch.rand(6, 4)
+    ...     both = rand(6, 4)
     >>> with Draws(seed=0, epoch=3, batch=0, rows=torch.tensor([7])):
-    ...     assert torch.equal(torch.rand(2, 4), both[[1, 4]])
+    ...     assert torch.equal(rand(2, 4), both[[1, 4]])
     """
 
+    current: ClassVar[Draws | None] = None
+
     def __init__(self, seed: int, epoch: int, batch: int, rows: Tensor):
-        super().__init__()
         self.samples = key(seed, epoch, 0, rows.numpy())
-        self.batch = key(seed, epoch, 1, batch)
-        self.views: dict[int, np.ndarray] = {}  # the streams of that many views of each sample
-        self.drawn = 0  # of each stream
+        self.batch = _Streams(key(seed, epoch, 1, batch))
+        self.views: dict[int, _Streams] = {}  # of that many views of each sample
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.rand:
-            return self._rand(*args, **kwargs or {})
-        if func is torch.randperm:
-            return self._randperm(*args, **kwargs or {})
-        return func(*args, **kwargs or {})
+    def __enter__(self) -> Draws:
+        self.before, Draws.current = Draws.current, self
+        return self
 
-    def _rand(self, *size, dtype: torch.dtype | None = None, device=None) -> Tensor:
+    def __exit__(self, *exception) -> None:
+        Draws.current = self.before
+
+    def rand(self, *size, dtype: torch.dtype | None = None, device=None) -> Tensor:
         first, *rest = size if isinstance(size[0], int) else size[0]
         views, over = divmod(first, len(self.samples))
         if over:
             raise RuntimeError(
-                f"torch.rand draws {first} rows for {len(self.samples)} samples; draw as many for each of them."
+                f"{first} rows are drawn for {len(self.samples)} samples; draw as many for each of them."
             )
         if views not in self.views:
-            self.views[views] = np.concatenate([key(self.samples, view) for view in range(views)])
-        bits = self._next(self.views[views], math.prod(rest))
+            starts = [key(self.samples, views, view) for view in range(views)]
+            self.views[views] = _Streams(np.concatenate(starts or [self.samples[:0]]))
+        bits = self.views[views].next(math.prod(rest))
         dtype = dtype or torch.get_default_dtype()
         if dtype == torch.float64:
             uniform = torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53)
         else:
-            uniform = torch.from_numpy((bits >> np.uint64(40)).astype(np.float32)) * 2.0**-24
+            uniform = torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
         return _to(uniform.view(first, *rest).to(dtype), device)
 
-    def _randperm(self, n: int, dtype: torch.dtype = torch.int64, device=None) -> Tensor:
-        order = self._next(self.batch, n)[0].argsort()
-        return _to(torch.from_numpy(order).to(dtype), device)
+    def randperm(self, n: int, dtype: torch.dtype = torch.int64, device=None) -> Tensor:
+        return _to(torch.from_numpy(self.batch.next(n)[0].argsort()).to(dtype), device)
 
-    def _next(self, streams: np.ndarray, count: int) -> np.ndarray:
-        """uint64 [streams, count]: SplitMix64 (Steele, Lea and Flood 2014), each stream from its own start."""
-        places = np.arange(self.drawn + 1, self.drawn + 1 + count, dtype=np.uint64)
-        self.drawn += count
-        return _mix(streams[:, None] + GOLDEN * places)
+
+def rand(*size: int, device=None) -> Tensor:
+    """As `torch.rand`, by the current draws if there are some."""
+    return (Draws.current or torch).rand(*size, device=device)
+
+
+def drawing() -> AbstractContextManager:
+    """While this is on, `torch.rand` and `torch.randperm` draw by the current draws, too; all else costs 2 us more."""
+    return _Drawing() if Draws.current else nullcontext()
+
+
+class _Drawing(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.rand:
+            func = Draws.current.rand
+        elif func is torch.randperm:
+            func = Draws.current.randperm
+        return func(*args, **kwargs or {})
+
+
+class _Streams:
+    """SplitMix64 (Steele, Lea and Flood 2014), uint64, each stream from a start of its own."""
+
+    def __init__(self, starts: np.ndarray):
+        self.starts, self.used = starts, 0
+        self.made = np.empty((len(starts), 0), np.uint64)
+
+    def next(self, count: int) -> np.ndarray:
+        """The next numbers of each, [streams, count]."""
+        first, self.used = self.used, self.used + count
+        made = self.made.shape[1]
+        if self.used > made:
+            places = np.arange(made + 1, max(self.used, made + BLOCK) + 1, dtype=np.uint64)
+            self.made = np.concatenate([self.made, _mix(self.starts[:, None] + GOLDEN * places)], 1)
+        return self.made[:, first : self.used]
 
 
 def key(*parts: int | np.ndarray) -> np.ndarray:
     """uint64 [N]: a start for a stream of its own, for each of the numbers of a part that has N."""
-    key = np.zeros(1, np.uint64)
+    mixed = np.zeros(1, np.uint64)
     for part in parts:
-        key = _mix(key + GOLDEN + np.asarray(part).astype(np.uint64))
-    return key
+        mixed = _mix(mixed + GOLDEN + np.asarray(part).astype(np.uint64))
+    return mixed
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from inspect import signature
@@ -73,7 +74,8 @@ def joined() -> Iterator[None]:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         yield
-    except UsageError:  # as in the first rank, which tells
+    except UsageError:  # as in the first rank, which tells it: `torchrun` ends all when one ends
+        time.sleep(5)
         raise SystemExit(2) from None
 
 

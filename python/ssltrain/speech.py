@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ssltrain import UsageError, files
+from ssltrain.draws import rand
 
 TEST_INDICES = 5
 
@@ -47,7 +48,7 @@ class Clips:
     def crop(self, window: int) -> Tensor:
         """float [N, window] in [-1, 1]: a piece of each clip, where it lies drawn at random. No clip may be shorter."""
         room = self.length - window + 1
-        first = self.start + (torch.rand(len(self), device=room.device) * room).long().clamp_max(room - 1)
+        first = self.start + (rand(len(self), device=room.device) * room).long().clamp_max(room - 1)
         return self._cut(first, window)
 
     def padded(self) -> Tensor:

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from ssltrain import UsageError, augment, encoders, evaluate
-from ssltrain.draws import Draws
+from ssltrain.draws import Draws, drawing, rand
 
 from ..functional.agreement import peer
 
@@ -41,8 +41,10 @@ def test_what_an_image_gets_does_not_depend_on_the_others(channels):
 
 def test_draws_are_uniform_and_do_not_belong_together():
     with Draws(0, 0, 0, torch.arange(5000)):
-        a, b = torch.rand(10_000, 8), torch.rand((10_000, 8), dtype=torch.float64)
-        orders = [tuple(torch.randperm(4).tolist()) for _ in range(200)]
+        a = rand(10_000, 8)
+        with drawing():
+            b = torch.rand((10_000, 40), dtype=torch.float64)[:, ::5]
+            orders = [tuple(torch.randperm(4).tolist()) for _ in range(200)]
     x = torch.cat([a.double(), b], 1)
     x = torch.cat([x.view(2, 5000, 16).unbind()[0], x[5000:], x[:5000].roll(1, 0)], 1)  # both views, the next sample
     assert x.min() >= 0 and x.max() < 1 and a.dtype == torch.float32 and len(set(orders)) == 24
@@ -53,8 +55,8 @@ def test_draws_are_uniform_and_do_not_belong_together():
 
 
 def test_a_draw_that_fits_to_no_sample():
-    with Draws(0, 0, 0, torch.arange(3)), pytest.raises(RuntimeError, match="^torch.rand draws 4 rows for 3 samples"):
-        torch.rand(4)
+    with Draws(0, 0, 0, torch.arange(3)), pytest.raises(RuntimeError, match="^4 rows are drawn for 3 samples"):
+        rand(4)
 
 
 def flipped_first(channels: int, flip: bool | None) -> bool:

@@ -5,7 +5,7 @@
 - `criterion`: the contrastive loss of `sslkern`, a module of its own so that the loop can time it;
 - `networks`: the names of its functions that run the networks, which `--compile` compiles;
 - `views(batch)`: the augmented views of a batch, without gradient and always in fp32. What it draws for each sample by
-  `torch.rand` depends on seed, epoch, sample and view alone (`draws.py`);
+  `draws.rand` depends on seed, epoch, sample and view alone;
 - `loss(views) -> (loss, stats)`: a scalar to minimise and a dict of detached scalars to show.
 
 State besides the weights (a queue, a momentum encoder) goes into parameters without gradient and buffers, so that
