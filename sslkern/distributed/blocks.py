@@ -48,10 +48,12 @@ class Place(NamedTuple):
     dim: int  # of the rows of tensors, features [.., M, D] and vectors [.., M]
 
     @classmethod
-    def of(cls, keys: Tensor, group: str, counts: Sequence[int], strategy: str) -> "Place":
+    def of(cls, keys: Tensor, group: str, counts: Sequence[int], strategy: str, backward: bool = False) -> "Place":
+        """backward: of what has been seen in the forward to be as many rows everywhere."""
         ranks, dim = group_of(group), keys.ndim - 2
         if not counts:
-            equal_rows(ranks, keys.shape[dim])
+            if not backward:
+                equal_rows(ranks, keys.shape[dim])
             counts = [keys.shape[dim]] * ranks.size()
         return cls(group, ranks.size(), ranks.rank(), list(counts), strategy, dim)
 

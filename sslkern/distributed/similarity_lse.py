@@ -8,22 +8,25 @@ comes out is merged in the order of the ranks. Sums over a column end at the ran
                     once. In the backward the row sums of both and their gradients are known, and
                         dz_i = scale sum_j (g_i exp(s_ij - row_i) + g_j exp(s_ij - row_j)) z_j
                     is a sum over the keys that belongs to the own row: no gradient travels.
+    frozen keys     with the rows the mean of their keys is accumulated, of which the gradient is made
 
 With a bias or a limit S of q with itself is not symmetric, and goes the first way.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import chosen, use_backend
+from ..backends import chosen, load, resolve, use_backend
 from ..backends.problem import Problem, full_scale_of, keys_of, tensors_of
 from ..common.arguments import check_flags
 from ..common.node import Node, Operator, once
 from ..common.tensors import accumulator, transformed
-from ..ops.problem import SCHEMA, checked_problem
+from ..ops.problem import SCHEMA, checked_problem, options
+from ..ops.similarity_lse import frozen_backward, frozen_save
 from .blocks import PLACE, Place, blocks, gathered, place_of, strategy_of
 from .contract import gathered_rows
 from .ranks import Ranks
@@ -52,17 +55,20 @@ def similarity_lse(
         ranks: how the keys (of k=None the rows) are spread. None: this process has all.
     """
     if ranks is None:
-        options = dict(q_ids=q_ids, k_ids=k_ids, pairs=pairs, k_bias=k_bias, q_limit=q_limit)
-        return ops.similarity_lse(q, k, scale, **options, columns=columns, best=best)
+        given = dict(q_ids=q_ids, k_ids=k_ids, pairs=pairs, k_bias=k_bias, q_limit=q_limit)
+        return ops.similarity_lse(q, k, scale, **given, columns=columns, best=best)
     problem = checked_problem(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit)
     check_flags(columns=columns, best=best)
     if columns and k is None:
         raise ValueError("columns=True needs k: for q with itself the columns are the rows")
-    learns = (q, k, problem.scale_tensor, k_bias)
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learns) or transformed()
-    strategy = strategy_of(ranks, keys_of(problem), k is None)
-    way = _lse.way(learns, *tensors_of(problem))
-    row, col, top, *_ = way(*problem, columns, best, learns, *place_of(ranks, strategy), chosen())
+    keys_learn = any(x is not None and x.requires_grad for x in (k, k_bias)) or transformed()
+    learns = keys_learn or any(x is not None and x.requires_grad for x in (q, problem.scale_tensor))
+    learns = learns and (torch.is_grad_enabled() or transformed())
+    place = *place_of(ranks, strategy_of(ranks, keys_of(problem), k is None)), chosen()
+    if learns and not (columns or keys_learn or k is None):
+        row, _, top = _frozen.way(True, *tensors_of(problem))(*problem, best, *place)
+        return (row, top) if best else row
+    row, col, top, *_ = _lse.way(learns, *tensors_of(problem))(*problem, columns, best, learns, *place)
     if columns:
         return (row, col, top) if best else (row, col)
     return (row, top) if best else row
@@ -78,7 +84,7 @@ def _keys(problem: Problem) -> list[Tensor | None]:
     return [keys_of(problem), ids, problem.k_bias]
 
 
-def _options(problem: Problem) -> dict:
+def _given(problem: Problem) -> dict:
     """What a block has in common with all others."""
     pairs = "same" if problem.same else "different"
     return dict(scale=full_scale_of(problem), q_ids=problem.q_ids, pairs=pairs, q_limit=problem.q_limit)
@@ -106,7 +112,7 @@ def _forward(*inputs):
             if itself and block.first == place.rank:
                 k = k_ids = None
             both = columns and k is not None
-            out = ops.similarity_lse(q, k, **_options(problem), k_ids=k_ids, k_bias=k_bias, columns=both, best=best)
+            out = ops.similarity_lse(q, k, **_given(problem), k_ids=k_ids, k_bias=k_bias, columns=both, best=best)
             out = out if isinstance(out, tuple) else (out,)
             own[block.first] = (out[0], out[-1][..., :N]) if best else out[:1]
             if both:
@@ -176,7 +182,7 @@ def _gradients_of(*inputs):
     need_q, need_k, need_scale, need_bias, group, counts, strategy, backend = inputs[-8:]
     problem = Problem(*problem)
     q, symmetric, itself = problem.q, _is_symmetric(problem), problem.k is None
-    place = Place.of(keys_of(problem), group, counts, strategy)
+    place = Place.of(keys_of(problem), group, counts, strategy, backward=True)
     of_keys = [row, g] if symmetric else [col, h]
     if strategy == "ring":
         shared = [*_keys(problem), *of_keys]
@@ -202,8 +208,8 @@ def _gradients_of(*inputs):
             if itself and block.first == place.rank:
                 k = k_ids = col = h = None
             needs = dict(need_q=need_q, need_k=need_k, need_scale=need_scale, need_bias=need_bias)
-            options = _options(problem) | dict(k_ids=k_ids, k_bias=k_bias)
-            of_q, of_k, of_scale, of_bias = ops.similarity_lse_bwd(q, k, row, col, g, h, **options, **needs)
+            given = _given(problem) | dict(k_ids=k_ids, k_bias=k_bias)
+            of_q, of_k, of_scale, of_bias = ops.similarity_lse_bwd(q, k, row, col, g, h, **given, **needs)
             if need_q:
                 dq += of_q
             if need_scale:
@@ -239,4 +245,55 @@ _gradients = Operator(
     " -> (Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)",
     _gradients_of,
     _gradients_fake,
+)
+
+
+# ---- rows only, with keys that need no gradient ----------------------------------------------------------------------
+
+
+def _frozen_forward(*inputs):
+    *problem, best, group, counts, strategy, backend = inputs
+    problem = Problem(*problem)
+    q, place = problem.q, Place.of(problem.k, group, counts, strategy)
+    shared = _keys(problem) if strategy == "ring" else gathered(_keys(problem), place)
+    rows, row, mean = {}, None, None
+    with torch.no_grad(), use_backend(backend):
+        for block in blocks(place, ring(place.rank, place.size), shared, False):
+            k, k_ids, k_bias = block.tensors
+            part = problem._replace(k=k, k_ids=k_ids, k_bias=k_bias)
+            of = load(resolve("similarity_lse", q, frozen=True, **options(part)), "similarity_lse")
+            lse, of_block, *top = of.similarity_lse_frozen_fwd(part, best)
+            rows[block.first] = (lse, *top) if best else (lse,)
+            if mean is None:
+                row, mean = lse, of_block
+            else:  # a mean over all keys so far, of which this block has its share
+                both = torch.logaddexp(row, lse)
+                share = (lse - both.masked_fill(both == -math.inf, 0)).exp().unsqueeze(-1)
+                row, mean = both, mean.lerp(of_block, share)
+            del of_block
+    return _merged(rows, best)[0], mean, _merged(rows, best)[1]
+
+
+def _frozen_fake(*inputs):
+    *_, best, _, _, _, _ = inputs
+    q = inputs[0]
+    row, mean = q.new_empty(q.shape[:-1], dtype=accumulator(q)), torch.empty_like(q, dtype=accumulator(q))
+    return row, mean.contiguous(), row.new_empty(q.shape[:-1] if best else 0)
+
+
+def _backward_of_frozen(ctx, g, *_):
+    grads = frozen_backward(ctx, g)
+    return *grads, *(None,) * 3
+
+
+_frozen = Node(
+    Operator(
+        f"similarity_lse_frozen_over_ranks({SCHEMA}, bool best, {PLACE}, str backend)"
+        " -> (Tensor row, Tensor mean, Tensor best)",
+        _frozen_forward,
+        _frozen_fake,
+    ),
+    frozen_save,
+    _backward_of_frozen,
+    outputs=1,
 )

@@ -125,7 +125,7 @@ def _gradients_of(*inputs):
     need_q, need_k, need_scale, need_bias, need_k_bias, group, counts, strategy, backend = inputs[-9:]
     problem = Problem(*problem)
     q, keys, itself, dtype = problem.q, keys_of(problem), problem.k is None, accumulator(problem.q)
-    place = Place.of(keys, group, counts, strategy)
+    place = Place.of(keys, group, counts, strategy, backward=True)
     need_k = need_q if itself else need_k  # which belongs to the same rows
     dq = torch.zeros_like(q, dtype=dtype) if need_q else None
     dk = dq if itself else torch.zeros_like(keys, dtype=dtype) if need_k else None

@@ -110,7 +110,7 @@ def _backward(ctx, g, _):
 
 def _gradients_of(q, k, index, g, need_q, need_k, need_scale, group, counts, strategy):
     keys, itself = q if k is None else k, k is None
-    place = Place.of(keys, group, counts, strategy)
+    place = Place.of(keys, group, counts, strategy, backward=True)
     rows, need_k = q.to(accumulator(q)), need_q if itself else need_k
     dq = torch.zeros_like(rows)
     dk = dq if itself else torch.zeros_like(keys, dtype=rows.dtype)

@@ -53,7 +53,7 @@ def _backward(ctx, g, _):
 
 def _gradient_of(g, q_ids, k_ids, group, counts, strategy):
     dk = g.new_zeros(len(k_ids), g.shape[1])
-    place = Place.of(dk, group, counts, strategy)
+    place = Place.of(dk, group, counts, strategy, backward=True)
     shared = [k_ids] if strategy == "ring" else gathered([k_ids], place)
     order = ring(place.rank, place.size, results=True)
     for block in blocks(place, order, shared, False, [dk], lambda _, theirs: dk.add_(theirs[0])):

@@ -259,13 +259,13 @@ def _frozen_fake(*inputs):
     return row, mean.contiguous(), row.new_empty(q.shape[:-1] if best else 0)
 
 
-def _frozen_save(ctx, inputs, outputs) -> None:
+def frozen_save(ctx, inputs, outputs) -> None:
     q, _, scale_tensor, ctx.scale, *_ = inputs
     row, mean, _ = outputs
     ctx.save_for_backward(q, scale_tensor, row, mean)
 
 
-def _frozen_backward(ctx, g, *_):
+def frozen_backward(ctx, g, *_):
     if g is None:
         return (None,) * 11
     q, scale_tensor, row, mean = ctx.saved_tensors
@@ -283,7 +283,7 @@ _frozen = Node(
         _frozen_forward,
         _frozen_fake,
     ),
-    _frozen_save,
-    _frozen_backward,
+    frozen_save,
+    frozen_backward,
     outputs=1,
 )

@@ -62,6 +62,8 @@ def make(N, primitive, itself, extra):
     if "limit" in extra:
         sharded["q_limit"] = draw(N, seed=3)
         options["frozen"] = ("q_limit",)
+    if "frozen" in extra and not itself:
+        options["frozen"] = ("k",)
     if "learned" in extra:
         replicated["scale"] = torch.tensor(1.5)
     if "columns" in extra and not itself:
@@ -87,7 +89,10 @@ def check(pool, primitive, itself, extra, ranks, rows, strategy, grad_reduce):
 EXTRAS = ["", "ids", "ids, same, learned", "limit", "learned"]
 
 
-@combinations(itself=[True, False], extra=[*EXTRAS, "k_bias", "k_bias, limit, ids", "best", "columns, best"], **SHARING)
+OF_LSE = ["k_bias", "k_bias, limit, ids", "best", "columns, best", "frozen", "frozen, ids, learned, best"]
+
+
+@combinations(itself=[True, False], extra=[*EXTRAS, *OF_LSE], **SHARING)
 def test_similarity_lse(pool, itself, extra, ranks, rows, strategy, grad_reduce):
     check(pool, "similarity_lse", itself, extra, ranks, rows, strategy, grad_reduce)
 
@@ -126,7 +131,7 @@ def test_gather_and_total_of(pool, ranks, rows, strategy, grad_reduce):
 def compiled(group, primitive, itself, strategy):
     """The results and gradients of this rank's rows, eager and compiled."""
     torch.compiler.reset()
-    problem = make(4, primitive, itself, "ids, learned, best")
+    problem = make(4, primitive, itself, "ids, learned, best, frozen")
     given = problem.sharded | problem.replicated
     results = []
     for call in (over, torch.compile(over, fullgraph=True, backend="aot_eager")):
