@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.autocast import cat
 from .collectives import Post, exchange_rows, gather_rows, group_of, happened
 from .cost import DEVICES, Problem, choose
 from .preflight import equal_rows
@@ -80,7 +81,7 @@ def gathered(tensors: Tensors, place: Place) -> Tensors:
     vectors = [x for x in tensors if x is not None and x.ndim == dim + 1]
     if vectors:
         byrow = [x.movedim(dim, 0).contiguous().unsqueeze(-1).view(torch.uint8).flatten(1) for x in vectors]
-        parts = gather_rows(torch.cat(byrow, 1), place.counts, place.group).split([x.shape[1] for x in byrow], 1)
+        parts = gather_rows(cat(byrow, 1), place.counts, place.group).split([x.shape[1] for x in byrow], 1)
         vectors = [_rows_of(part, x, dim) for part, x in zip(parts, vectors, strict=True)]
     vectors = iter(vectors)
     return [None if x is None else next(vectors) if x.ndim == dim + 1 else everyones(x) for x in tensors]

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..common.autocast import cat
+
 
 def group_of(name: str):
     """The process group of that name: operators take no objects."""
@@ -71,7 +73,7 @@ def gather_rows(x: Tensor, counts: Sequence[int], name: str) -> Tensor:
     padded = x.new_zeros(most, *shape)
     padded[: x.shape[0]] = x
     everyone = _sent_to_all(padded, group_of(name))
-    return torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
+    return cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
 
 
 def exchange_rows(x: Tensor, counts: Sequence[int], name: str) -> Tensor:

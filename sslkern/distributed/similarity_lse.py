@@ -23,6 +23,7 @@ from .. import ops
 from ..backends import chosen, load, resolve, use_backend
 from ..backends.problem import Problem, full_scale_of, keys_of, tensors_of
 from ..common.arguments import check_flags
+from ..common.autocast import cat, stack
 from ..common.node import Node, Operator, once
 from ..common.tensors import accumulator, transformed
 from ..ops.problem import SCHEMA, checked_problem, options
@@ -123,14 +124,14 @@ def _forward(*inputs):
         if not columns or symmetric:
             return row, None, top, *kept
         col, col_top = _merged(theirs, best)
-        return row, col, torch.cat((top, col_top), -1) if best else None, *kept
+        return row, col, cat((top, col_top), -1) if best else None, *kept
 
 
 def _merged(partials: dict[int, Sequence[Tensor]], best: bool) -> tuple[Tensor, Tensor | None]:
     """The log-sum-exps and best scores over all keys from those over the keys of some ranks, in the order of these."""
     lse, *tops = zip(*(partials[rank] for rank in sorted(partials)), strict=True)
-    lse = lse[0] if len(lse) == 1 else torch.stack(lse).logsumexp(0)
-    return lse, torch.stack(tops[0]).amax(0) if best else None
+    lse = lse[0] if len(lse) == 1 else stack(lse).logsumexp(0)
+    return lse, stack(tops[0]).amax(0) if best else None
 
 
 def _fake(*inputs):

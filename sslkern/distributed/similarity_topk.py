@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import ops
 from ..backends import chosen, use_backend
 from ..backends.problem import Problem, full_scale_of, keys_of, tensors_of
+from ..common.autocast import cat
 from ..common.node import Node, Operator, once
 from ..common.numbers import check_size
 from ..common.sums import total
@@ -69,7 +70,7 @@ def _forward(*inputs):
             pairs = "same" if problem.same else "different"
             value, at = ops.similarity_topk(q, k, n, **given, k_ids=k_ids, pairs=pairs)
             at = torch.where(at < 0, at, at + sum(place.counts[: block.first]))
-            values, index = _best(torch.cat((values, value), 1), torch.cat((index, at), 1), n)
+            values, index = _best(cat((values, value), 1), torch.cat((index, at), 1), n)
     return values, index
 
 

@@ -148,6 +148,24 @@ def test_the_same_bits_on_every_rank_and_in_every_run(pool, strategy):
     assert all(torch.equal(a, b) for x in results for a, b in zip(x[:3], x[3:], strict=True))
 
 
+def in_autocast(group, dtype):
+    results = []
+    for enabled in (False, True):
+        leaves = [x.detach().requires_grad_() for x in views(group, [5, 0, 3][group.rank()], 16, dtype)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss, share = clip(*leaves, 5.0, group=group, stats=True, ids=torch.arange(len(leaves[0])))
+            other = nt_xent(*leaves, group=group, stats=True, label_smoothing=0.1, strategy="ring")[0]
+            (loss + other).backward()
+        results.append([loss.detach(), other.detach(), share, *(x.grad for x in leaves)])
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(pool, dtype):
+    for plain, cast in pool.run(in_autocast, dtype, ranks=W):
+        assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
 def second_derivative(group):
     z0, z1 = views(group)
     (grad,) = torch.autograd.grad(nt_xent(z0, z1, group=group), z0, create_graph=True)
