@@ -287,10 +287,8 @@ class MoCoLoss(_Loss):
         for name, x in (("query", query), ("key", key), ("queue", queue)):
             check_features(name, x)
         query, key = query.to(queue.dtype), key.to(queue.dtype)
-        loss = self._loss(functional.moco, query, key, queue=queue, weights=weights, logit_scale=logit_scale)
-        if self.training:
-            self.memory.push(key)
-        return loss
+        ptr = self.memory.queue_ptr if self.training else None
+        return self._loss(functional.moco, query, key, queue=queue, ptr=ptr, weights=weights, logit_scale=logit_scale)
 
 
 class MoCoV3Loss(_Loss):

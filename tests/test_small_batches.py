@@ -1,5 +1,6 @@
 """The loss of few pairs as a whole, by the CUDA kernels: on a GPU where there is one, else emulated."""
 
+import copy
 import ctypes
 import math
 import sys
@@ -11,12 +12,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sslkern
 from sslkern.backends import BACKENDS, find, load
 from sslkern.backends.cuda import driver, pair_contrast
-from sslkern.functional import clip, info_nce, nt_xent
+from sslkern.functional import clip, info_nce, moco, nt_xent
 
 from .conftest import GPU, emulate_cuda
 from .functional.agreement import agrees_on_kernels, product, unit
 
-HALF = [torch.bfloat16, torch.float16]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 MODES = "views", "one_way", "two_way"
 
 
@@ -64,12 +65,14 @@ def dense_of(mode):
     return loss
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "N, D", [(17, 9), (33, 64), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((70, 129), (40, 520)))]
 )
 def test_value_and_gradients(whole, mode, N, D, dtype):
+    if dtype == torch.float32 and D > 128:
+        N, D = N // 3, min(D, 500)  # which take longest
     x, y = torch.randn(2, N, D)
     y = x + y
     for temperature, options in (
@@ -104,7 +107,7 @@ def test_the_same_bits(whole, mode):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_duplicates_zeros_and_single_rows(whole, mode, dtype):
     x, y = torch.randn(2, 21, 24).to(dtype)
@@ -213,7 +216,8 @@ def test_compiled_once_for_batches_of_any_size(whole, monkeypatch):
 def test_opcheck(whole):
     x, y = torch.randn(2, 6, 8).bfloat16()
     scale = torch.tensor(2.0, requires_grad=True)
-    args = (x.requires_grad_(), y, scale, 1.0, None, "two_way", True, True, "mean", True, False, True, "cuda")
+    args = (x.requires_grad_(), y, None, scale, 1.0, None, None)
+    args += ("two_way", True, False, True, "mean", True, False, True, "cuda")
     torch.library.opcheck(torch.ops.sslkern.small_pair_contrast.default, args)
     *_, kept = torch.ops.sslkern.small_pair_contrast.default(*(a.detach() if a is x else a for a in args))
     args = (torch.tensor(1.0), x.detach(), None, scale.detach(), kept.detach(), x.dtype, "cuda")
@@ -221,34 +225,172 @@ def test_opcheck(whole):
 
 
 def test_which_it_takes(whole):
-    def found(N, D, dtype=torch.bfloat16, views=False, **options):
-        options = dict(mode="views" if views else "one_way", bank=False) | options
+    def found(N, D, dtype=torch.bfloat16, views=False, keys=None):
         rows = 2 * N if views else N
-        return find("pair_contrast", torch.zeros(N, D, dtype=dtype), sizes=(1, rows, rows, D), **options)
+        sizes = 1, rows, rows if keys is None else keys, D
+        return find("pair_contrast", torch.zeros(N, D, dtype=dtype), sizes=sizes, bank=keys is not None)
 
-    assert found(1024, 1024) == found(512, 7, views=True) == "cuda"
-    assert found(1025, 8) is found(513, 8, views=True) is found(8, 1025) is found(8, 8, torch.float32) is None
-    assert found(8, 8, bank=True) is None
+    assert found(1024, 1024) == found(512, 7, views=True) == found(8, 512, torch.float32) == "cuda"
+    assert found(1025, 8) is found(513, 8, views=True) is found(8, 1025) is found(8, 513, torch.float32) is None
+    assert found(256, 128, keys=65536) == found(8, 512, torch.float32, keys=1) == found(8, 8, keys=0) == "cuda"
+    assert found(257, 128, keys=65536) is found(8, 513, keys=1) is found(1025, 8, keys=1) is None
 
 
 def test_a_gpu_with_little_shared_memory_takes_fewer_features(whole, monkeypatch):
     monkeypatch.setattr(driver, "shared_memory", lambda index: 99 << 10)
     z = torch.zeros(8, 600, dtype=torch.bfloat16)
-    assert "shared memory" in pair_contrast.lacks(z, (1, 8, 8, 600), "one_way", False)
-    assert pair_contrast.lacks(z[:, :512], (1, 8, 8, 512), "one_way", False) is None
+    assert "shared memory" in pair_contrast.lacks(z, (1, 8, 8, 600), False)
+    assert pair_contrast.lacks(z[:, :512], (1, 8, 8, 512), False) is None
+    assert "shared memory" in pair_contrast.lacks(z[:, :128], (1, 8, 8, 128), True)
+
+
+# ---- over a bank that does not learn ---------------------------------------------------------------------------------
+
+
+def over_bank(bank):
+    """InfoNCE and its dense form; where rows are normalised those of the bank are."""
+
+    def loss(x, y, temperature, **options):
+        return info_nce(x, y, bank.to(x.dtype), temperature, **options)
+
+    def dense(x, y, temperature, normalize=True, reduction="mean"):
+        x, y, negatives = (unit(z) if normalize else z for z in (x, y, bank.to(x.dtype)))
+        positive = (x * y).sum(1, keepdim=True) if x.dtype == torch.float64 else (x.float() * y.float()).sum(1, True)
+        s = torch.cat((positive, product(x, negatives)), 1) / temperature
+        return torch.nn.functional.cross_entropy(s, torch.zeros_like(s[:, 0], dtype=torch.long), reduction=reduction)
+
+    return loss, dense
+
+
+LARGER = (70, 300, 64), (9, 230, 300)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "N, M, D", [(5, 3, 9), (17, 700, 24), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in LARGER)]
+)
+def test_a_bank(whole, N, M, D, dtype):
+    x, y = torch.randn(2, N, D)
+    y, bank = x + y, torch.randn(M, D).to(dtype)
+    for temperature, options in ((0.5, {}), (0.05, {"reduction": "sum"}), (-0.7, {"normalize": False})):
+        size = 1 if options.get("normalize", True) else D**0.5
+        agrees_on_kernels(*over_bank(bank / size), (x / size, y / size), temperature, dtype, **options)
+    assert whole == ["forward", "backward"] * 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_of_moco_get_no_gradient_and_the_queue_may_change_before_the_backward(whole, dtype):
+    x, y = torch.randn(2, 9, 40).to(dtype)
+    queue = torch.nn.functional.normalize(torch.randn(300, 40)).to(dtype)
+    leaves = [leaf.requires_grad_() for leaf in (x, y, torch.tensor(0.07))]
+
+    def step():
+        bank = queue.clone()
+        loss, share = moco(x, y, bank, leaves[2], stats=True)
+        bank.fill_(math.nan)
+        return loss.detach(), share, *torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    ours = step()
+    with sslkern.use_backend("reference"):
+        theirs = step()
+    assert ours[3] is None and whole == ["forward", "backward"]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one is other or (one - other).float().norm() <= 0.01 * other.float().norm()
+
+
+@pytest.mark.parametrize("M", [0, 1, 20])
+def test_duplicates_and_zeros_in_a_bank(whole, M):
+    for dtype in DTYPES:
+        x, bank = torch.randn(6, 24).to(dtype), torch.randn(M, 24).to(dtype)
+        x[1], bank[2:5], bank[7:8] = 0, x[3], 0
+        leaves = [side.clone().requires_grad_() for side in (x, x + torch.randn(6, 24).to(dtype))]
+
+        def step(leaves=leaves, bank=bank):
+            loss = info_nce(*leaves, bank, temperature=0.01)
+            return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+        ours = step()
+        with sslkern.use_backend("reference"):
+            theirs = step()
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.float() - other.float()).norm() <= 0.02 * other.float().norm()
+    assert whole == ["forward", "backward"] * 3
+
+
+def test_what_is_not_a_number_in_a_bank_stays_so(whole):
+    x, bank = torch.randn(20, 16).bfloat16(), torch.randn(20, 16).bfloat16()
+    for place in x[3], bank[4]:
+        place[2] = math.nan
+        loss, share = moco(x, x, bank, 0.1, stats=True, normalize=False)
+        with sslkern.use_backend("reference"):
+            _, expected = moco(x, x, bank, 0.1, stats=True, normalize=False)
+        assert loss.isnan() and torch.allclose(share, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [16, 33])
+def test_the_queue_is_written_with_the_loss(whole, dtype, D):
+    criterion = sslkern.MoCoLoss(D, 20, temperature=0.1).to(dtype)
+    for N, pointer in ((7, 0), (7, 17), (45, 3), (5, -2)):
+        q, k = torch.randn(2, N, D).to(dtype)
+        criterion.memory.queue_ptr.fill_(pointer)
+        other = copy.deepcopy(criterion)
+        versions = [x._version for x in (criterion.memory.queue, criterion.memory.queue_ptr)]
+        loss = criterion(q.requires_grad_(), k)
+        loss.backward()
+        expected = other.eval()(q, k)
+        with sslkern.use_backend("cuda"):
+            other.memory.push(k)
+        assert torch.equal(loss, expected) and torch.equal(criterion.memory.queue, other.memory.queue)
+        assert criterion.memory.queue_ptr == other.memory.queue_ptr == (pointer + N) % 20
+        assert versions < [x._version for x in (criterion.memory.queue, criterion.memory.queue_ptr)]
+    assert whole == ["forward", "backward", "forward"] * 4
+
+
+def test_a_queue_that_cannot_be_written_with_the_loss(whole):
+    """As keys lie in it, it has gaps, or smoothing reads it once more."""
+    for case in ("keys of its own", "gaps", "smoothing"):
+        memory, q = sslkern.FeatureQueue(16, 20), torch.randn(6, 16)
+        k = memory.queue.t()[2:8] if case == "keys of its own" else q + 1
+        if case == "gaps":
+            memory.queue = memory.queue.contiguous()
+        other = copy.deepcopy(memory)
+        expected = moco(q, k.clone(), other.queue.t(), label_smoothing=0.1 * (case == "smoothing"))
+        other.push(k.clone())
+        options = dict(label_smoothing=0.1 * (case == "smoothing"), ptr=memory.queue_ptr)
+        assert torch.equal(moco(q, k, memory.queue.t(), **options), expected)
+        assert torch.allclose(memory.queue, other.queue) and memory.queue_ptr == 6
+
+
+def test_compiled_with_a_queue(whole):
+    criterion = sslkern.MoCoLoss(16, 50)
+    other, (q, k) = copy.deepcopy(criterion), torch.randn(2, 8, 16)
+    q.requires_grad_()
+    torch.compiler.reset()
+    loss, expected = torch.compile(criterion, fullgraph=True, backend="aot_eager")(q, k), other(q, k)
+    assert torch.equal(loss, expected)
+    assert torch.equal(*(torch.autograd.grad(x, q)[0] for x in (loss, expected)))
+    assert torch.allclose(criterion.memory.queue, other.memory.queue) and criterion.memory.queue_ptr == 8
+    assert whole == ["forward"] * 2 + ["backward"] * 2
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(GPU, reason="counted by the emulated driver")
-@pytest.mark.parametrize("loss", ["nt_xent", "info_nce", "clip"])
-def test_three_launches_in_a_step(whole, monkeypatch, loss):
+@pytest.mark.parametrize("loss", ["nt_xent", "info_nce", "clip", "bank", "moco"])
+def test_four_nodes_in_a_step(whole, monkeypatch, loss):
     library = driver.library()
     count = lambda: (numbers := (ctypes.c_int64 * 7)(), library.emulated_last(numbers))[0][4]  # noqa: E731
     x, y = (torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    scale = torch.tensor(10.0, requires_grad=True)
+    scale, bank = torch.tensor(10.0, requires_grad=True), torch.randn(300, 32).bfloat16()
+    criterion = sslkern.MoCoLoss(32, 300).bfloat16()
     call = {
         "nt_xent": lambda: nt_xent(x, y, 0.1),
         "info_nce": lambda: info_nce(x, y, temperature=0.1),
         "clip": lambda: clip(x, y, scale),
+        "bank": lambda: info_nce(x, y, bank, temperature=0.1),
+        "moco": lambda: criterion(x, y.detach()),
     }[loss]
     before = count()
     call()

@@ -10,6 +10,7 @@ from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
 from ..common.tensors import transformed, wide
 from ..distributed import Group, pair_contrast_over, ranks_of, replicated, row_ids, similarity_lse
+from ..ops import queue_push_
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different
 from .checks import check_alike, check_ids, check_options, check_pair, check_weights, promoted, scale_of
@@ -126,10 +127,8 @@ def info_nce(
 
     one_bank = negatives.ndim == 2 and negative_ids is None and not in_batch
     if one_bank and not (negatives.requires_grad or transformed()):
-        bank = unit(negatives) if normalize else negatives
-        losses, positive, best = over_bank(query, key, bank, scale, normalize, stats, label_smoothing)
-        loss = reduce(losses, reduction, weights, ranks)
-        return (loss, beaten(best, positive, ranks)) if stats else loss
+        options = dict(normalize=normalize, unit_bank=normalize, reduction=reduction, stats=stats, weights=weights)
+        return over_bank(query, key, negatives, scale, **options, label_smoothing=label_smoothing, ranks=ranks)
 
     own_ids = row_ids(N, query.device, ranks) if ids is None else ids
     negatives = replicated(negatives, ranks) if negatives.ndim == 2 else negatives
@@ -153,15 +152,26 @@ def info_nce(
     return (loss, beaten(best, positive, ranks)) if stats else loss
 
 
-def over_bank(query, key, bank, scale, normalize, best, label_smoothing):
-    """Losses, positives and best negatives [N] of queries over rows of a bank that get no gradient."""
-    losses, positive, top = pair_contrast(query, key, scale, None, "one_way", normalize, best, bank)
-    losses = losses.squeeze(0)
+def over_bank(
+    query, key, bank, scale, *, normalize, unit_bank, reduction, stats, weights, label_smoothing, ptr=None, ranks=None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss of queries over rows of a bank that get no gradient, which are normalised first where `unit_bank` says
+    so. With a ptr the keys are pushed onto the bank then."""
+    at_once = at_once_of(reduction, weights, label_smoothing, ranks)
+    then = ptr
+    if label_smoothing > 0:  # which reads the bank once more
+        then, bank, unit_bank = None, unit(bank) if unit_bank else bank, False
+    options = "one_way", normalize, stats, bank, at_once, unit_bank, then
+    loss, positive, best = pair_contrast(query, key, scale, None, *options)
     if label_smoothing > 0:
-        query, key = (unit(query), unit(key)) if normalize else (query, key)
-        above = above_mean(dots(query, key), *_sum_over_negatives(query, bank, None, None))
-        losses = losses + label_smoothing * scale * above
-    return losses, positive, None if top is None else top.squeeze(0)
+        q, k = (unit(query), unit(key)) if normalize else (query, key)
+        above = above_mean(dots(q, k), *_sum_over_negatives(q, bank, None, None))
+        loss = loss + label_smoothing * scale * above
+        if ptr is not None:
+            queue_push_(bank, ptr, key, normalize)
+    if at_once == "none":
+        loss = reduce(loss.squeeze(0), reduction, weights, ranks)
+    return (loss, beaten(best.squeeze(0), positive, ranks)) if stats else loss
 
 
 def _check_negatives(negatives: Tensor, query: Tensor, two_way: bool) -> None:

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from ..common.arguments import describe
 from ..common.numbers import check_number
+from ..ops.queue_push import check_push, queue_push_
 from .checks import check_alike, check_features, check_options, check_weights, promoted, scale_of
-from .formulas import beaten, reduce
+from .formulas import reduce
 from .info_nce import info_nce, over_bank
 
 
@@ -23,6 +24,7 @@ def moco(
     stats: bool = False,
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
+    ptr: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The loss of MoCo v1 (eq. 1 of https://arxiv.org/abs/1911.05722) and v2 (https://arxiv.org/abs/2003.04297).
 
@@ -39,6 +41,9 @@ def moco(
             buffer (D, K) is passed as `memory.queue.t()`.
         normalize: divide query and key, but not the queue, by their norm.
         temperature, logit_scale, reduction, stats, weights, label_smoothing: as in `info_nce`.
+        ptr: int64 [1], the row of the queue to write next, `memory.queue_ptr`: after the loss the keys are pushed onto
+            the queue, as `memory.push(key)` does, which for small batches on a GPU takes no launch of its own then.
+            None: the queue stays as it is.
 
     Returns:
         The loss, 0-d, or for "none" [N], in fp32 (fp64); with `stats` also the share of queries that find their key.
@@ -53,6 +58,7 @@ def moco(
         >>> memory.push(key)  # also allowed before the backward
         >>> loss.backward()
     """
+    ring = queue
     query, key, queue = promoted(query, key, queue)
     check_features("query", query)
     check_alike("key", key, "query", query)
@@ -62,10 +68,15 @@ def moco(
     check_options(reduction, normalize=normalize, stats=stats)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     check_weights(weights, query.shape[0], query)
+    if ptr is not None:
+        check_push(ring, ptr, key, normalize)
     scale, key, queue = scale_of(temperature, logit_scale, query), key.detach(), queue.detach()
-    losses, positive, best = over_bank(query, key, queue, scale, normalize, stats, label_smoothing)
-    loss = reduce(losses, reduction, weights)
-    return (loss, beaten(best, positive)) if stats else loss
+    options = dict(normalize=normalize, unit_bank=False, reduction=reduction, stats=stats, weights=weights)
+    then = ptr if queue.dtype == ring.dtype else None  # promoted, it is a copy
+    result = over_bank(query, key, queue, scale, **options, label_smoothing=label_smoothing, ptr=then)
+    if then is not ptr:
+        queue_push_(ring, ptr, key, normalize)
+    return result
 
 
 def moco_v3(

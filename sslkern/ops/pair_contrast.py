@@ -23,11 +23,12 @@ from torch import Tensor
 from ..backends import find, kept_rows, load, offered, resolve_each
 from ..backends.problem import Problem
 from ..common.node import Node, Operator, from_eager, once, outside_autograd, past_dispatcher_in
-from ..common.rows import dots, row_numbers
+from ..common.rows import dots, row_numbers, unit
 from ..common.sums import dot
-from ..common.tensors import accumulator, transformed
+from ..common.tensors import accumulator, apart, transformed
 from ._dense import dense_contrast, few, reduced
 from .problem import scale_parts
+from .queue_push import queue_push_
 from .similarity_lse import frozen_gradient
 
 PARTS = "similarity_lse", "unit_pairs", "pair_losses"
@@ -43,6 +44,8 @@ def pair_contrast(
     best: bool,
     bank: Tensor | None = None,
     reduction: str = "none",
+    unit_bank: bool = False,
+    ptr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The losses of pairs, by the kernels or, where it does better, by the compiler.
 
@@ -53,8 +56,10 @@ def pair_contrast(
         mode: "views": the negatives of a row of x or y are rows of both (NT-Xent); "one_way": rows of y for each of x;
             "two_way": also rows of x for each of y.
         best: also return the largest negative score.
-        bank: [M, D], the negatives of "one_way" instead, as they are and without gradient; ids must be None.
+        bank: [M, D], the negatives of "one_way" instead, without gradient; ids must be None.
         reduction: "none", "mean", or "sum", in which both ways of "two_way" count half.
+        unit_bank: the bank is normalised first, too.
+        ptr: y is then pushed onto the bank, as `queue_push_` does, in the same launches where a backend can.
 
     Returns:
         losses [2, N], those of x first ("one_way": [1, N]), or what they are reduced to, 0-d; positive [N] and best, of
@@ -62,26 +67,29 @@ def pair_contrast(
     """
     N, views = x.shape[0], mode == "views"
     rows = 2 * N if views else N
+    if bank is not None:
+        if ids is not None:
+            raise ValueError("ids must be None with a bank: its rows have none to compare them with")
+        bank = bank.detach()
     # Keys that do not learn are not kept: a queue may be overwritten before the backward.
     frozen = mode == "one_way" and (bank is not None or not (y.requires_grad or transformed()))
     by_formula = torch.compiler.is_compiling() and not frozen and few_pairs(x, rows, ids)
     if reduction != "none" and not (by_formula and x.device.type == "cpu") and offered("pair_contrast"):
         sizes = (1, rows, rows if bank is None else bank.shape[0], x.shape[1])
-        backend = find("pair_contrast", x, sizes=sizes, mode=mode, normalize=normalize, bank=bank is not None)
+        backend = find("pair_contrast", x, sizes=sizes, bank=bank is not None)
         if backend is not None:
-            return _whole(x, y, scale, ids, mode, normalize, best, reduction, backend)
+            return _whole(x, y, bank, scale, ids, ptr, mode, normalize, unit_bank, best, reduction, backend)
     if by_formula:
         one = x.new_ones(())  # a number that changes is compiled once as a tensor
         scale = (one if x.dtype.itemsize > 4 else one.float()) * scale
         losses, positive, top = dense_contrast(x, y, scale, ids, mode, normalize, best, reduction)
         return losses, positive, top if best else None
 
-    if bank is not None:
-        if ids is not None:
-            raise ValueError("ids must be None with a bank: its rows have none to compare them with")
-        bank = bank.detach()
-    elif ids is not None and views:
+    if ids is not None and views:
         ids = ids.repeat(2)
+    queue = bank
+    if unit_bank:
+        bank = unit(bank)
     scale_tensor, scale = scale_parts(scale, x)
     of_x, of_scale = x.requires_grad, scale_tensor is not None and scale_tensor.requires_grad
     learns = torch.is_grad_enabled() and (of_x or y.requires_grad or of_scale or transformed())
@@ -96,6 +104,8 @@ def pair_contrast(
     losses, positive, top, *_ = way(
         x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, ",".join(parts)
     )
+    if ptr is not None:
+        queue_push_(queue, ptr, y, normalize)
     return reduced(losses, mode, reduction), positive, top if best else None
 
 
@@ -267,21 +277,32 @@ _gradients = Operator(
 # ---- as a whole, by a backend that makes the gradient with the loss --------------------------------------------------
 
 
-def _whole(x, y, scale, ids, mode, normalize, best, reduction, backend) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _whole(
+    x, y, bank, scale, ids, ptr, mode, normalize, unit_bank, best, reduction, backend
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     scale_tensor, scale = scale_parts(scale, x)
     learning = torch.is_grad_enabled()
     needs = [learning and side is not None and (side.requires_grad or transformed()) for side in (x, y, scale_tensor)]
-    way = _node_of_whole.way(any(needs), x, y, scale_tensor, ids)
-    loss, positive, top, *_ = way(x, y, scale_tensor, scale, ids, mode, normalize, best, reduction, *needs, backend)
+    way = _node_of_whole.way(any(needs), x, y, bank, scale_tensor, ids, ptr)
+    # An operator that has a derivative may write nothing, so compiled code pushes by another one.
+    within = ptr is not None and way in (_node_of_whole.eager, _node_of_whole.function) and bank.is_contiguous()
+    tensors, options = (x, y, bank, scale_tensor, scale, ids), (mode, normalize, unit_bank, best, reduction)
+    loss, positive, top, *_ = way(*tensors, ptr if within else None, *options, *needs, backend)
+    if ptr is not None and not within:
+        queue_push_(bank, ptr, y, normalize)
     return (loss, positive, top) if best else (loss, None, None)
 
 
 def _whole_forward(
-    x, y, scale_tensor, scale, ids, mode, normalize, best, reduction, need_x, need_y, need_scale, backend
-):
+    x, y, bank, scale_tensor, scale, ids, ptr, mode, normalize, unit_bank, best, reduction, need_x, need_y, need_scale,
+    backend,
+):  # fmt: skip
     share = _share(mode, reduction, x.shape[0])  # not before: compiled code would be for one batch size
+    if ptr is not None:
+        x, y = apart(x, bank), apart(y, bank)
     forward = load(backend, "pair_contrast").pair_contrast_fwd
-    return forward(x, y, scale_tensor, scale, ids, mode, normalize, best, share, need_x, need_y, need_scale)
+    needs = need_x, need_y, need_scale
+    return forward(x, y, bank, scale_tensor, scale, ids, ptr, mode, normalize, unit_bank, best, share, *needs)
 
 
 def _share(mode: str, reduction: str, N: int) -> float:
@@ -296,7 +317,7 @@ def _whole_fake(*inputs):
 
 
 def _whole_save(ctx, inputs, outputs) -> None:
-    x, y, scale_tensor, _, _, _, _, _, _, need_x, need_y, need_scale, ctx.backend = inputs
+    x, y, _, scale_tensor, *_, need_x, need_y, need_scale, ctx.backend = inputs
     ctx.dtype = x.dtype
     learn = x if need_x else None, y if need_y else None, scale_tensor if need_scale else None
     ctx.save_for_backward(*learn, outputs[3])
@@ -304,13 +325,13 @@ def _whole_save(ctx, inputs, outputs) -> None:
 
 def _whole_backward(ctx, g, *_):
     if g is None:
-        return (None,) * 13
+        return (None,) * 16
     *learn, kept = ctx.saved_tensors
     with outside_autograd():
         grads = _scaled.way_back(ctx, g)(g, *learn, kept, ctx.dtype, ctx.backend)
     grads = (None if of is None else grad for of, grad in zip(learn, grads, strict=True))
     dx, dy, dscale = once((g, *learn), *grads)
-    return dx, dy, dscale, *(None,) * 10
+    return dx, dy, None, dscale, *(None,) * 12
 
 
 def _scale(g, x, y, scale_tensor, kept, dtype, backend):
@@ -324,9 +345,9 @@ def _scale_fake(g, *learn):
 
 _node_of_whole = Node(
     Operator(
-        "small_pair_contrast(Tensor x, Tensor y, Tensor? scale_tensor, float scale, Tensor? ids, str mode,"
-        " bool normalize, bool best, str reduction, bool need_x, bool need_y, bool need_scale, str backend)"
-        " -> (Tensor loss, Tensor positive, Tensor best, Tensor kept)",
+        "small_pair_contrast(Tensor x, Tensor y, Tensor? bank, Tensor? scale_tensor, float scale, Tensor? ids,"
+        " Tensor? ptr, str mode, bool normalize, bool unit_bank, bool best, str reduction, bool need_x, bool need_y,"
+        " bool need_scale, str backend) -> (Tensor loss, Tensor positive, Tensor best, Tensor kept)",
         _whole_forward,
         _whole_fake,
     ),

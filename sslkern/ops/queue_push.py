@@ -30,6 +30,12 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = Fals
         >>> ptr
         tensor([3])
     """
+    check_push(queue, ptr, keys, normalize)
+    _write.registered(queue, ptr, keys.detach(), normalize, resolve("queue_push", queue, other=keys.dtype))
+
+
+def check_push(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool) -> None:
+    """The arguments of `queue_push_`."""
     for name, x in (("queue", queue), ("ptr", ptr), ("keys", keys)):
         check_dense(name, x)
     if not isinstance(queue, Tensor) or queue.ndim != 2 or queue.shape[0] == 0 or queue.dtype not in FLOATS:
@@ -47,7 +53,6 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool = Fals
         raise TypeError(f"keys must be floating point, not {keys.dtype}; convert it with .float()")
     check_devices("queue", queue, ptr=ptr, keys=keys)
     check_flags(normalize=normalize)
-    _write.registered(queue, ptr, keys.detach(), normalize, resolve("queue_push", queue, other=keys.dtype))
 
 
 def _written(queue, ptr, keys, normalize, backend):

@@ -44,25 +44,6 @@ const uint32_t* kept(T&& x) {
 
 // ---- threads --------------------------------------------------------------------------------------------------------
 
-inline int lane_id() { return thread_id() % WARP; }
-inline int warp_id() { return int(emulation::shown(uint32_t(thread_id() / WARP), WARP)[0]); }  // of all lanes
-inline void sync_warp() { emulation::shown(0, WARP); }
-inline uint32_t lanes_where(bool x) {
-  const uint32_t* all = emulation::shown(x, WARP);
-  uint32_t lanes = 0;
-  for (int lane = 0; lane < WARP; ++lane) lanes |= all[lane] << lane;
-  return lanes;
-}
-inline bool any_lane(bool x) { return lanes_where(x) != 0; }
-inline float exchange(float x, int by) { return exchange(x, by, WARP); }
-inline int64_t exchange(int64_t x, int by) {
-  const uint32_t low = emulation::shown(uint32_t(x), WARP)[lane_id() ^ by];
-  const uint32_t high = emulation::shown(uint32_t(uint64_t(x) >> 32), WARP)[lane_id() ^ by];
-  return int64_t(uint64_t(high) << 32 | low);
-}
-inline float from_lane(float x, int lane) { return from_bits(emulation::shown(to_bits(x), WARP)[lane]); }
-inline int from_lane(int x, int lane) { return int(emulation::shown(uint32_t(x), WARP)[lane]); }
-
 template <int COUNT>
 void registers_up() {
   static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
@@ -154,20 +135,6 @@ void wgmma(float (&d)[R], A0&& a0, A1&& a1, A2&& a2, A3&& a3, uint64_t b) {
                     b,
                     {a0, a1, a2, a3},
                     {kept<A0>(a0), kept<A1>(a1), kept<A2>(a2), kept<A3>(a3)}});
-}
-
-// ---- numbers --------------------------------------------------------------------------------------------------------
-
-// As wrong as the chip's may be, by up to 2^-22 of it, but for whole x.
-inline float exp2_fast(float x) {
-  const float y = exp2f(x);
-  if (y < 0x1p-126f) return 0.f;
-  if (x == rintf(x) || y > 0x1p127f) return y;
-  return y + y * (float(to_bits(x) * 0x9e3779b9u >> 8) * 0x1p-23f - 1.f) * 0x1p-22f;
-}
-template <class T>
-uint32_t packed(float low, float high) {
-  return uint32_t(from_float<T>(high).bits) << 16 | from_float<T>(low).bits;
 }
 
 }  // namespace sslkern::cuda

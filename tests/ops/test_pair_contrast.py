@@ -298,10 +298,11 @@ class Whole(types.ModuleType):
 
     def __init__(self, largest: int):
         super().__init__("whole")
-        self.LACKS = {"pair_contrast": lambda x, sizes, **_: f"takes {largest} rows" if sizes[1] > largest else None}
+        lacks = lambda x, sizes, bank: f"takes {largest} rows" if bank or sizes[1] > largest else None  # noqa: E731
+        self.LACKS = {"pair_contrast": lacks}
         self.calls = []
 
-    def pair_contrast_fwd(self, x, y, scale_tensor, scale, ids, mode, normalize, best, share, *needs):
+    def pair_contrast_fwd(self, x, y, bank, scale_tensor, scale, ids, ptr, mode, normalize, unit, best, share, *needs):
         self.calls.append("forward")
         ids = (torch.arange(len(x)) if ids is None else ids).repeat(1 + (mode == "views"))
         by = torch.tensor(1.0) if scale_tensor is None else scale_tensor
@@ -311,7 +312,7 @@ class Whole(types.ModuleType):
         dx, dy, dscale = ops_pair_contrast._gradients_of(g, *kept, *of_scale, False, True, True, True, self.PARTS)
         return losses.sum() * share, positive, top, torch.cat((dx.flatten(), dy.flatten(), dscale.view(1)))
 
-    def pair_contrast_fake(self, x, y, scale_tensor, scale, ids, mode, normalize, best, reduction, *needs):
+    def pair_contrast_fake(self, x, y, bank, scale_tensor, scale, ids, ptr, mode, normalize, unit, best, *rest):
         N, D = x.shape
         shapes = (), N if best else 0, (1 if mode == "one_way" else 2, N) if best else 0, 2 * N * D + 1
         return tuple(x.new_empty(shape) for shape in shapes)

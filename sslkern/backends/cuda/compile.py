@@ -79,12 +79,18 @@ PROGRAMS = {
             "pair_scores<{0}>": "pairs pointer*5",
             "pair_gradients<{0}, {1}, {2}>": "pairs pointer*3 float int pointer*3",
         },
-        [(name, *shape) for name in HALF_TYPES for shape in (("4", "2"), ("1", "8"), ("1", "16"))],
+        [(name, *shape) for name in HALF_TYPES for shape in (("4", "2"), ("1", "8"), ("1", "16"))]
+        + [("float", "2", "2"), ("float", "1", "8")],
     ),
-    "scaled_gradients": Program(
-        "pair_contrast.cu",
-        {"scaled_gradients<{0}>": "int64 int pointer*6"},
-        [(name,) for name in HALF_TYPES],
+    "scaled_gradients": Program("pair_contrast.cu", {"scaled_gradients<{0}>": "int64 int pointer*6"}, ONE_TYPE),
+    "pair_contrast_bank": Program(
+        "pair_contrast_bank.cu",
+        {
+            "bank_scores<{0}, {1}, {2}, {3}>": "pairs int pointer*8",
+            "bank_gradients<{0}>": "pairs found float int pointer*5 ring",
+        },
+        [(name, *shape) for name in HALF_TYPES for shape in (("4", "4", "2"), ("4", "1", "8"))]
+        + [("float", "2", "2", "2"), ("float", "1", "1", "8")],
     ),
     "similarity_lse_gradient": Program(
         "similarity_lse_gradient.cu",

@@ -1,64 +1,102 @@
 """The loss of few pairs as a whole: two kernels make it and its gradients, a third one multiplies them by what arrives
-in the backward."""
+in the backward. Over a bank that does not learn these are two others (kernels/pair_contrast_bank.cu)."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import driver
-from .launch import PIECE, Call, at_most, missing
+from .launch import PIECE, Call, at_most, missing, teams, width
 
 FP32 = torch.float32
-ROWS, WARPS, THREADS = 16, 8, 256  # as in kernels/pair_contrast.cu
+ROWS, WARPS, THREADS = 16, 8, 256  # as in kernels/pair_contrast.h
 MODES = "views", "one_way", "two_way"
-# Features up to which: blocks of 8 keys of a warp, blocks of 8 features of a warp.
-CLASSES = (128, (4, 2)), (512, (1, 8)), (1024, (1, 16))
 MOST_ROWS = 1024  # that have negatives; more keep a GPU busy in kernels of their own
+MOST_PRODUCTS, MOST_KEYS = 2**31, 2**24  # of numbers of the rows and of a bank, 256 x 65,536 x 128, and its keys
 
 
-def lacks(x: Tensor, sizes: tuple[int, ...], mode: str, bank: bool, **_) -> str | None:
+class Shape(NamedTuple):
+    """Of a block: sixteens of own rows, and of a warp eights of the keys of a pass, and then eights of the features."""
+
+    tiles: int
+    keys: int
+    features: int
+
+    @property
+    def rows(self) -> int:
+        return ROWS * self.tiles
+
+    @property
+    def of_pass(self) -> int:
+        return WARPS * 8 * self.keys
+
+    def shared(self, D: int, dtype: torch.dtype) -> int:
+        """Bytes of shared memory: the keys of a pass, and as factors their weights and the own rows."""
+        units = self.of_pass * (dtype.itemsize * WARPS * 8 * self.features + 16)
+        return units + _factors(self.rows * (self.of_pass + 8 + _pitch(D)), dtype)
+
+
+def _factors(numbers: int, dtype: torch.dtype) -> int:
+    """Bytes of so many numbers as factors of products."""
+    return 2 * (3 if dtype == FP32 else 1) * numbers
+
+
+def _pitch(D: int) -> int:
+    """Factors from an own row to the next."""
+    return (D + 63) // 64 * 64 + 32
+
+
+# By bytes of a number: up to how many features.
+PAIRS = {
+    2: ((128, Shape(1, 4, 2)), (512, Shape(1, 1, 8)), (1024, Shape(1, 1, 16))),
+    4: ((128, Shape(1, 2, 2)), (512, Shape(1, 1, 8))),
+}
+BANK = {2: ((128, Shape(4, 4, 2)), (512, Shape(4, 1, 8))), 4: ((128, Shape(2, 2, 2)), (512, Shape(1, 1, 8)))}
+
+
+def lacks(x: Tensor, sizes: tuple[int, ...], bank: bool) -> str | None:
     """Why it is none of its own, or None."""
-    _, rows, _, D = sizes
-    if bank:
-        return "it contrasts pairs with each other only"
-    if rows > MOST_ROWS or rows == 0 or D == 0 or D > CLASSES[-1][0]:
-        return f"it takes {MOST_ROWS} rows of {CLASSES[-1][0]} features, and not none"
-    if x.dtype == FP32:
-        return "it takes numbers of 16 bits"
-    return _missing(x.dtype, _class_of(D), x.device.index or 0)
+    _, rows, keys, D = sizes
+    most = (BANK if bank else PAIRS)[x.dtype.itemsize][-1][0]
+    if rows > MOST_ROWS or rows == 0 or D == 0 or D > most:
+        return f"it takes {MOST_ROWS} rows of {most} features, and not none"
+    if bank and (rows * keys * D > MOST_PRODUCTS or keys > MOST_KEYS):
+        return "so many keys of a bank keep a GPU busy in kernels of their own"
+    return _missing(x.dtype, D, bank, x.device.index or 0)
 
 
 @torch.compiler.assume_constant_result
-def _missing(dtype: torch.dtype, shape: tuple[int, int], index: int) -> str | None:
-    if SHARED[shape] > driver.shared_memory(index):
+def _missing(dtype: torch.dtype, D: int, bank: bool, index: int) -> str | None:
+    shape = _shape(D, dtype, bank)
+    if shape.shared(D, dtype) > driver.shared_memory(index):
         return "this GPU has too little shared memory for so many features"
-    return missing("pair_contrast", (dtype, *shape), index) or missing("scaled_gradients", (dtype,), index)
+    return missing(*_program(dtype, shape, bank), index) or missing("scaled_gradients", (dtype,), index)
 
 
-def _class_of(D: int) -> tuple[int, int]:
-    for most, shape in CLASSES:
+def _shape(D: int, dtype: torch.dtype, bank: bool) -> Shape:
+    for most, shape in (BANK if bank else PAIRS)[dtype.itemsize]:
         if D <= most:
             return shape
 
 
-def _shared(blocks: int, slice: int) -> int:
-    """Bytes of shared memory: the keys of a pass, and their weights."""
-    keys = WARPS * 8 * blocks
-    return 2 * (keys * (WARPS * slice * 8 + 8) + ROWS * (keys + 8))
-
-
-SHARED = {shape: _shared(*shape) for _, shape in CLASSES}
+def _program(dtype: torch.dtype, shape: Shape, bank: bool) -> tuple[str, tuple]:
+    """The program and its arguments."""
+    return ("pair_contrast_bank", (dtype, *shape)) if bank else ("pair_contrast", (dtype, *shape[1:]))
 
 
 def pair_contrast_fwd(
     x: Tensor,
     y: Tensor,
+    bank: Tensor | None,
     scale_tensor: Tensor | None,
     scale: float,
     ids: Tensor | None,
+    ptr: Tensor | None,
     mode: str,
     normalize: bool,
+    unit_bank: bool,
     best: bool,
     share: float,
     need_x: bool,
@@ -66,36 +104,64 @@ def pair_contrast_fwd(
     need_scale: bool,
 ) -> tuple[Tensor | None, ...]:
     """loss [] = share * the sum of the losses; positive [N] and best [sides, N] if asked for; and kept, for an upstream
-    gradient of 1 that of x, y or both, [N, D] each, and then that of scale_tensor in parts."""
-    (N, D), dtype, shape, learn = x.shape, x.dtype, _class_of(x.shape[1]), need_x + need_y
-    x, y, blocks = x.contiguous(), y.contiguous(), _blocks(N)
-    loss, scratch = x.new_empty((), dtype=FP32), x.new_empty(5 * N, dtype=FP32)
-    kept = x.new_empty(learn * N * D + 2 * blocks * need_scale, dtype=FP32) if learn or need_scale else None
+    gradient of 1 that of x, y or both, [N, D] each, and then that of scale_tensor in parts. With a ptr y is pushed onto
+    the bank, which is contiguous then and shares no memory with x and y."""
+    (N, D), dtype, learn, over_bank = x.shape, x.dtype, need_x + need_y, bank is not None
+    x, y, shape = x.contiguous(), y.contiguous(), _shape(D, dtype, over_bank)
+    loss, parts = x.new_empty((), dtype=FP32), _scale_parts(N, over_bank) if need_scale else 0
+    kept = x.new_empty(learn * N * D + parts, dtype=FP32) if learn or need_scale else None
     positive, top = (x.new_empty(N, dtype=FP32), x.new_empty(_sides(mode), N, dtype=FP32)) if best else (None, None)
-    call = Call("pair_contrast", x.device, dtype, *shape)
+    program, arguments = _program(dtype, shape, over_bank)
+    call = Call(program, x.device, *arguments)
     from_x, from_y = call.address("x", x, dtype, N * D), call.address("y", y, dtype, N * D)
     from_ids = 0 if ids is None else call.address("ids", ids.contiguous(), torch.int64, N)
     by = 0 if scale_tensor is None else call.address("scale", scale_tensor, FP32, 1)
-    whole = D % PIECE == 0 and (from_x | from_y) % 16 == 0
-    lse, grad = scratch.data_ptr(), _start(kept)
-    cosine, lengths = lse + 4 * 2 * N, lse + 4 * 3 * N
-    given = from_x, from_y, from_ids, by, scale, N, D, MODES.index(mode), normalize, whole, lse, cosine, lengths
-    call.launch("pair_scores<{0}>", _sides(mode) * blocks, *given, _start(top), _start(positive))
-    call.launch(
-        "pair_gradients<{0}, {1}, {2}>",
-        1 if kept is None else 2 * blocks,
-        *(*given, share, need_x + 2 * need_y, loss.data_ptr(), grad, grad + 4 * learn * N * D if need_scale else 0),
-        shared=SHARED[shape],
-    )
+    from_bank, keys = 0, 0
+    if over_bank:
+        bank, keys = bank.contiguous(), bank.shape[0]
+        from_bank = call.address("bank", bank, dtype, keys * D)
+    whole = D % PIECE == 0 and (from_x | from_y | from_bank) % 16 == 0
+    given = from_x, from_y, from_bank, from_ids, by, scale, N, keys, D, MODES.index(mode), normalize, unit_bank, whole
+    grad, shared = _start(kept), shape.shared(D, dtype)
+    statistics = _start(top), _start(positive)
+    gradients = share, need_x + 2 * need_y, loss.data_ptr(), grad, grad + 4 * learn * N * D if need_scale else 0
+    if not over_bank:
+        blocks, scratch = _blocks(N), x.new_empty(5 * N, dtype=FP32)
+        lse = scratch.data_ptr()
+        given += lse, lse + 4 * 2 * N, lse + 4 * 3 * N  # and cosines and lengths
+        own = _factors(ROWS * _pitch(D), dtype)
+        call.launch("pair_scores<{0}>", _sides(mode) * blocks, *given, *statistics, shared=own)
+        blocks = 1 if kept is None else 2 * blocks
+        call.launch("pair_gradients<{0}, {1}, {2}>", blocks, *given, *gradients, shared=shared)
+        return loss, positive, top, kept
+
+    groups, passes = -(-N // shape.rows), max(1, -(-keys // shape.of_pass))
+    each = -(-passes // max(1, call.processors // groups))
+    parts = -(-passes // each)
+    scratch = x.new_empty(2 + N * (3 + parts * (3 + D)), dtype=FP32)  # where the queue begins, and what is found
+    start, pointer = scratch.data_ptr(), call.address("ptr", ptr, torch.int64, 1)
+    cosine = start + 4 * 2
+    sums = cosine + 4 * 3 * N
+    found = cosine, cosine + 4 * N, *(sums + 4 * N * parts * kind for kind in range(4))
+    kernel = "bank_scores<{0}, {1}, {2}, {3}>"
+    call.launch(kernel, groups * parts, *given, each, *found, pointer, start, shared=shared)
+    by = teams(D, width(dtype), THREADS, from_y, from_bank)
+    writers = 0 if ptr is None else by.blocks(min(N, keys))
+    ring = *by, from_bank, pointer, start, writers
+    blocks = 1 + (0 if kept is None else N) + writers
+    call.launch("bank_gradients<{0}>", blocks, *given, *found, parts, *gradients, *statistics, *ring)
+    if ptr is not None and not bank.is_inference():  # the kernel's write is invisible to autograd otherwise
+        torch.autograd.graph.increment_version((bank, ptr))
     return loss, positive, top, kept
 
 
 def pair_contrast_fake(
-    x, y, scale_tensor, scale, ids, mode, normalize, best, reduction, need_x, need_y, need_scale
+    x, y, bank, scale_tensor, scale, ids, ptr, mode, normalize, unit_bank, best, reduction, need_x, need_y, need_scale
 ) -> tuple[Tensor, ...]:
     (N, D), new = x.shape, functools.partial(x.new_empty, dtype=FP32)
     top = new((_sides(mode), N) if best else 0)
-    return new(()), new(N if best else 0), top, new((need_x + need_y) * N * D + 2 * _blocks(N) * need_scale)
+    parts = _scale_parts(N, bank is not None)
+    return new(()), new(N if best else 0), top, new((need_x + need_y) * N * D + parts * need_scale)
 
 
 def pair_contrast_bwd(
@@ -126,6 +192,11 @@ def _start(x: Tensor | None) -> int:
 
 def _blocks(rows: int) -> int:
     return (rows + ROWS - 1) // ROWS
+
+
+def _scale_parts(N: int, over_bank: bool) -> int:
+    """Numbers whose sum is the gradient of the scale: of blocks, or of rows."""
+    return N if over_bank else 2 * _blocks(N)
 
 
 def _sides(mode: str) -> int:

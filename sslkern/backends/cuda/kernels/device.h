@@ -18,10 +18,17 @@ using int64_t = long long;
 #include <cstdint>
 #endif
 
+#ifdef SSLKERN_EMULATED
+#define SSLKERN_DEVICE inline
+#else
+#define SSLKERN_DEVICE __device__ __forceinline__
+#endif
+
 namespace sslkern::cuda {
 
 constexpr int THREADS = 256;  // of every block
 constexpr int WARP = 32;
+constexpr float LOG2_E = 1.44269504f;
 
 template <class A, class B>
 constexpr bool SAME = false;
@@ -52,6 +59,18 @@ __device__ inline float exchange(float x, int by, int width) {
   const unsigned lanes = (width == WARP ? ~0u : (1u << width) - 1) << (threadIdx.x % WARP & ~(width - 1));
   return __shfl_xor_sync(lanes, x, by);
 }
+
+SSLKERN_DEVICE int lane_id() { return threadIdx.x % WARP; }
+// Which the compiler then knows to be the same for all threads of a warp.
+SSLKERN_DEVICE int warp_id() { return __shfl_sync(~0u, threadIdx.x / WARP, 0); }
+SSLKERN_DEVICE void sync_warp() { __syncwarp(); }
+SSLKERN_DEVICE bool any_lane(bool x) { return __any_sync(~0u, x); }
+SSLKERN_DEVICE uint32_t lanes_where(bool x) { return __ballot_sync(~0u, x); }
+// x of the lane whose number differs in the bit `by`, of all 32 together; or of one lane for all.
+SSLKERN_DEVICE int64_t exchange(int64_t x, int by) { return __shfl_xor_sync(~0u, static_cast<long long>(x), by); }
+SSLKERN_DEVICE float exchange(float x, int by) { return __shfl_xor_sync(~0u, x, by); }
+SSLKERN_DEVICE float from_lane(float x, int lane) { return __shfl_sync(~0u, x, lane); }
+SSLKERN_DEVICE int from_lane(int x, int lane) { return __shfl_sync(~0u, x, lane); }
 
 // What this thread read before is read before others see the sum. Returns the value from before.
 __device__ inline int64_t add_to(int64_t* at, int64_t x) {
@@ -86,6 +105,23 @@ __device__ inline fp16 from_float<fp16>(float x) {
   fp16 result;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
   return result;
+}
+
+// 2^x, 0 below 2^-126.
+SSLKERN_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Two numbers of 16 bits, rounded to the nearest, the first in the lower half.
+template <class T>
+SSLKERN_DEVICE uint32_t packed(float low, float high) {
+  uint32_t both;
+  if constexpr (SAME<T, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
 }
 
 // The kernel stops, as torch's own indexing does.

@@ -12,15 +12,8 @@
 
 #include "device.h"
 
-#ifdef SSLKERN_EMULATED
-#define SSLKERN_DEVICE inline
-#else
-#define SSLKERN_DEVICE __device__ __forceinline__
-#endif
-
 namespace sslkern::cuda {
 
-constexpr float LOG2_E = 1.44269504f;
 constexpr int WARPGROUP = 128;     // threads that issue a product together
 constexpr int GROUP_BYTES = 1024;  // 8 rows of 128 bytes: what the swizzle permutes, and must be aligned to
 
@@ -53,18 +46,6 @@ SSLKERN_DEVICE uint64_t descriptor(uint32_t at) {
 namespace sslkern::cuda {
 
 // ---- threads --------------------------------------------------------------------------------------------------------
-
-SSLKERN_DEVICE int lane_id() { return threadIdx.x % WARP; }
-// Which the compiler then knows to be the same for all threads of a warp.
-SSLKERN_DEVICE int warp_id() { return __shfl_sync(~0u, threadIdx.x / WARP, 0); }
-SSLKERN_DEVICE void sync_warp() { __syncwarp(); }
-SSLKERN_DEVICE bool any_lane(bool x) { return __any_sync(~0u, x); }
-SSLKERN_DEVICE uint32_t lanes_where(bool x) { return __ballot_sync(~0u, x); }
-// x of the lane whose number differs in the bit `by`, of all 32 together; or of one lane for all.
-SSLKERN_DEVICE int64_t exchange(int64_t x, int by) { return __shfl_xor_sync(~0u, static_cast<long long>(x), by); }
-SSLKERN_DEVICE float exchange(float x, int by) { return __shfl_xor_sync(~0u, x, by); }
-SSLKERN_DEVICE float from_lane(float x, int lane) { return __shfl_sync(~0u, x, lane); }
-SSLKERN_DEVICE int from_lane(int x, int lane) { return __shfl_sync(~0u, x, lane); }
 
 // Registers of each thread of this warpgroup from here on: those that one gives up others may take.
 template <int COUNT>
@@ -294,25 +275,6 @@ SSLKERN_DEVICE void wgmma(float (&d)[R], uint32_t a0, uint32_t a1, uint32_t a2, 
     if constexpr (R == 64) SSLKERN_WGMMA_FROM_REGISTERS(128, "f16.f16", 64, 64, 65, 66, 67, 68);
     if constexpr (R == 128) SSLKERN_WGMMA_FROM_REGISTERS(256, "f16.f16", 128, 128, 129, 130, 131, 132);
   }
-}
-
-// ---- numbers --------------------------------------------------------------------------------------------------------
-
-// 2^x, 0 below 2^-126.
-SSLKERN_DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-// Two numbers of 16 bits, rounded to the nearest, the first in the lower half.
-template <class T>
-SSLKERN_DEVICE uint32_t packed(float low, float high) {
-  uint32_t both;
-  if constexpr (SAME<T, bf16>)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
 }
 
 }  // namespace sslkern::cuda

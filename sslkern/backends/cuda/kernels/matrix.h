@@ -1,7 +1,7 @@
 // Products of a warp (mma), on every chip from compute capability 8.0 on.
 #pragma once
 
-#include "hopper.h"
+#include "device.h"
 
 #ifdef SSLKERN_EMULATED
 #include "matrix_emulation.h"

@@ -117,14 +117,18 @@ __device__ float dot(const A& a, const B& b) {
   return sum;
 }
 
-// Calls body(i, here) for each row i of a team's share. The threads of a block go together: a team that is past the end
-// reads the last row once more, and `here` is false.
+// Calls body(i, here) for each row i of a team's share, in one of so many blocks. The threads of a block go together: a
+// team that is past the end reads the last row once more, and `here` is false.
 template <class Body>
-__device__ void each_row(const Teams& teams, int64_t rows, const Body& body) {
-  for (int64_t first = block_id() * teams.count(); first < rows; first += block_count() * teams.count()) {
+__device__ void each_row(const Teams& teams, int64_t block, int64_t blocks, int64_t rows, const Body& body) {
+  for (int64_t first = block * teams.count(); first < rows; first += blocks * teams.count()) {
     const int64_t i = first + teams.id();
     body(i < rows ? i : rows - 1, i < rows);
   }
+}
+template <class Body>
+__device__ void each_row(const Teams& teams, int64_t rows, const Body& body) {
+  each_row(teams, block_id(), block_count(), rows, body);
 }
 
 }  // namespace sslkern::cuda
