@@ -189,7 +189,8 @@ def pytest_pyfunc_call(pyfuncitem):
         return (yield from _on_its_device(pyfuncitem))
     except RuntimeError as error:
         found = re.match(
-            "backend 'cuda' cannot run similarity_lse: (it takes no|it has torch|it needs a GPU)", str(error)
+            "backend 'cuda' cannot run similarity_(?:lse|softplus): (it takes no|it has torch|it needs a GPU)",
+            str(error),
         )
         if found is None:
             raise

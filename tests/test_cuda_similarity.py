@@ -1,6 +1,7 @@
 """What the kernels of the similarity family for Hopper have around them on the host, with the emulated driver."""
 
 import ctypes
+import functools
 import struct
 
 import pytest
@@ -71,16 +72,18 @@ def others(monkeypatch):
         yield
 
 
-def served(x: torch.Tensor, D: int = 64, **options) -> str:
+def served(x: torch.Tensor, D: int = 64, primitive: str = "similarity_lse", **options) -> str:
     options = dict(sizes=(1, len(x), len(x), D), bias=False, limit=False) | options
-    return backends.resolve("similarity_lse", x, **options)
+    return backends.resolve(primitive, x, **options)
 
 
-def test_what_it_can(others, monkeypatch):
+@pytest.mark.parametrize("primitive", ["similarity_lse", "similarity_softplus"])
+def test_what_it_can(others, monkeypatch, primitive):
+    ask = functools.partial(served, primitive=primitive)
     x = torch.randn(9, 64).bfloat16()
     for D in (1, 64, 129, 300, 2000):
-        for frozen in (False, True):
-            assert served(x, D, frozen=frozen) == served(x.half(), D, frozen=frozen, bias=True) == "cuda"
+        assert ask(x, D) == ask(x.half(), D, bias=True) == "cuda"
+        assert primitive == "similarity_softplus" or ask(x, D, frozen=True) == "cuda"
     cases = {
         "it has torch.float32 kernels for other primitives only": (x.float(), {}),
         "it takes no q_limit": (x, dict(limit=True)),
@@ -88,16 +91,16 @@ def test_what_it_can(others, monkeypatch):
         f"it counts fewer than {2**28} rows": (x, dict(sizes=(1, 9, 2**28, 64))),
     }
     for says, (features, options) in cases.items():
-        assert served(features, **options) == "reference"
-        with sslkern.use_backend("cuda"), pytest.raises(RuntimeError, match=f"cannot run similarity_lse: {says}"):
-            served(features, **options)
+        assert ask(features, **options) == "reference"
+        with sslkern.use_backend("cuda"), pytest.raises(RuntimeError, match=f"cannot run {primitive}: {says}"):
+            ask(features, **options)
     monkeypatch.setattr(launch, "_loaded", {})
     for capability in (80, 100, 120):
         monkeypatch.setattr(driver, "capability", lambda index, capability=capability: capability)
-        assert served(x) == "reference"
+        assert ask(x) == "reference"
         says = f"it needs a GPU of compute capability 9.0, and this one has {capability / 10}"
         with sslkern.use_backend("cuda"), pytest.raises(RuntimeError, match=says):
-            served(x)
+            ask(x)
         assert backends.resolve("unit_pairs", x) == "cuda"
         launch._loaded.clear()
 
@@ -114,6 +117,9 @@ def test_only_what_is_needed_is_compiled(others, monkeypatch):
     x = torch.randn(9, 64).bfloat16()
     served(x, frozen=True)
     assert sorted(made) == ["extents", "lse_frozen"]
+    for D, program in ((128, "softplus_gradient"), (129, "softplus_weights"), (600, "softplus_weights")):
+        served(x, D, "similarity_softplus")
+        assert made.pop() == program and sorted(made) == ["extents", "lse_frozen"]
 
 
 class Similarities:
@@ -175,6 +181,16 @@ def test_few_launches(emulated, D, clip, views, frozen):
     assert launches(primitive.similarity_lse_frozen_fwd, Problem(q, k, None, 5.0, ids, ids), False) == frozen
 
 
+@pytest.mark.parametrize("D, expected", [(64, 3), (200, 2), (600, 2)])
+def test_few_launches_of_softplus(emulated, D, expected):
+    """The extents of ids, and an owner of rows for each side, or weights."""
+    q, k = (torch.randn(256, D).bfloat16() for _ in range(2))
+    before, ids, bias = launched(emulated), torch.arange(256), torch.full((), -9.0).expand(256)
+    problem, needs = Problem(q, k, torch.full((), 5.0), 1.0, ids, ids), (True,) * 4
+    load("cuda", "similarity_softplus").similarity_softplus_fwd(problem, bias, None, 1.0, *needs, False)
+    assert launched(emulated) == before + expected
+
+
 def launched(library) -> int:
     """Kernels so far."""
     numbers = (ctypes.c_int64 * 7)()
@@ -187,6 +203,7 @@ LOSSES = {
     "nt_xent": lambda x, y: sslkern.functional.nt_xent(x, y, 0.1),
     "info_nce": lambda x, y: sslkern.functional.info_nce(x, y, temperature=0.1),
     "moco": lambda x, y: sslkern.functional.moco(x, y, torch.nn.functional.normalize(y.detach().flip(0), dim=1), 0.1),
+    "siglip": lambda x, y: sslkern.functional.siglip(x, y, 10.0, -5.0),
     "sup_con": lambda x, y: sslkern.functional.sup_con(torch.stack((x, y), 1), torch.arange(150) % 20, 0.1),
 }
 

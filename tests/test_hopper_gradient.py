@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sslkern.backends.cuda.pairs import Pairs
-from sslkern.backends.cuda.similarity_lse_gradient import _split, gradient_of
+from sslkern.backends.cuda.similarity_lse_gradient import gradient_of, split_of
 from sslkern.backends.problem import Problem
 
 from .conftest import emulate_cuda
@@ -224,8 +224,8 @@ def test_a_column_taken_out_by_its_bias_may_hold_anything():
 
 def test_splits():
     """Few rows and many columns: parts that are added, of more tiles than a warp has lanes."""
-    assert _split(1, 20, 132) == (1, 20) and _split(2, 512, 132) == (8, 64)
-    assert _split(64, 64, 132) == (32, 2) and _split(512, 512, 132) == (512, 1)
+    assert split_of(1, 20, 132) == (1, 20) and split_of(2, 512, 132) == (8, 64)
+    assert split_of(64, 64, 132) == (32, 2) and split_of(512, 512, 132) == (512, 1)
     q, k, g, h = features(70, 64), features(1300, 64), torch.randn(70), torch.randn(1300)
     check(q, k, 8.0, g, h, k_bias=torch.randn(1300))
     q, k, h = features(70, 200), features(2300, 200), torch.randn(2300)

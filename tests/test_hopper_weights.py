@@ -167,7 +167,7 @@ def test_means(short_strips, dtype, D):
 
 def test_tiles_beyond_the_32nd_of_a_block_of_keys(monkeypatch):
     """Whose pairs are looked at for 32 tiles together."""
-    monkeypatch.setattr(weights, "_plan", lambda N, M, D, processors, plan=weights._plan: plan(N, M, D, 2))
+    monkeypatch.setattr(weights, "plan_of", lambda N, M, D, processors, plan=weights.plan_of: plan(N, M, D, 2))
     ids = {"q_ids": torch.arange(4300), "k_ids": torch.arange(4100, 4230)}
     check(problem(4300, 130, 64, torch.bfloat16) | ids, columns=True)
 
@@ -283,11 +283,11 @@ def test_same_bits_whatever_comes_first(emulated, D):
 @pytest.mark.parametrize("D", [8, 64, 136, 256, 448, 512, 520, 768, 4096])
 def test_a_plan_fits_a_processor(D):
     for N, M in ((1, 1), (256, 65536), (8192, 8192), (8192, 65536)):
-        plan = weights._plan(N, M, D, 132)
+        plan = weights.plan_of(N, M, D, 132)
         assert plan.shared <= weights.SHARED and 4 <= plan.stages <= 8
         assert plan.blocks <= 132 and plan.blocks % plan.cluster == 0 and 1 <= plan.slots <= -(-N // 128)
     assert D > 512 or plan.slots == 1  # 512 blocks of keys, four rounds
-    assert D > 512 or weights._plan(8192, 8192, D, 132).slots == 2
+    assert D > 512 or weights.plan_of(8192, 8192, D, 132).slots == 2
 
 
 def test_strips_are_shorter_where_rows_are_long():

@@ -64,6 +64,7 @@ ld.shared.f32 %0, [%1]; | =f x, r from
 {product(64, "f16", "registers")}
 {product(128, "f16", "registers")}
 {product(256, "f16", "registers")}
+rcp.approx.ftz.f32 %0, %1; | =f y, f x
 cvt.rn.f16x2.f32 %0, %1, %2; | =r both, f high, f low
 cvt.f32.f16 %0, %1; | =f result, h x.bits
 cvt.rn.bf16.f32 %0, %1; | =h result.bits, f x

@@ -153,6 +153,13 @@ inline float exp2_fast(float x) {
   if (x == rintf(x) || y > 0x1p127f) return y;
   return y + y * (float(to_bits(x) * 0x9e3779b9u >> 8) * 0x1p-23f - 1.f) * 0x1p-22f;
 }
+// The same, by an ulp, but for powers of two.
+inline float reciprocal_fast(float x) {
+  const float y = 1.f / x;
+  if (fabsf(y) < 0x1p-126f) return copysignf(0.f, y);
+  if ((to_bits(x) & 0x7fffff) == 0) return y;
+  return y + y * (float(to_bits(x) * 0x9e3779b9u >> 8) * 0x1p-23f - 1.f) * 0x1p-23f;
+}
 template <class T>
 uint32_t packed(float low, float high) {
   return uint32_t(from_float<T>(high).bits) << 16 | from_float<T>(low).bits;

@@ -37,6 +37,9 @@ PRODUCTS: dict[str, list[int]] = {
         # a chunk before each part of two tiles, both tiles, a block of keys
         ("weights_chunks", dtype, [4] * 17 + [72, 80]),
         ("weights_stream", dtype, [4, 4]),
+        ("softplus_rows", dtype, [12]),
+        ("softplus_chunks", dtype, [4] * 17 + [72, 80]),
+        ("softplus_stream", dtype, [4, 4]),
     )
 }
 

@@ -25,6 +25,11 @@ def features(*shape, dtype=torch.float32):
     return F.normalize(torch.randn(*shape), dim=-1).to(dtype)
 
 
+def of(backend) -> torch.dtype:
+    """That of features of which kind it does not matter: fp32, where the backend has it."""
+    return torch.bfloat16 if backend.startswith("cuda") else torch.float32
+
+
 def dense_softplus(q, k=None, scale=1.0, bias=0.0, weights=None, *, sign=1, rows=False, **options):
     s = dense.scores(q, k, scale, **options)
     bias = torch.as_tensor(bias, dtype=s.dtype)
@@ -99,6 +104,7 @@ def test_one_side_learns(backend, needs):
     compare({"q": q, "scale": scale, "weights": learned(40)})
 
 
+@pytest.mark.without("cuda")
 @settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_combination(backend, data):
@@ -140,6 +146,37 @@ def test_any_combination(backend, data):
     compare(tensors, pairs=pairs, sign=draw(st.sampled_from([1, -1])), rows=rows)
 
 
+@pytest.mark.without("cpu", "reference", "triton")  # which take more, that test_any_combination draws
+@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_combination_of_what_cuda_kernels_take(backend, data):
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 10**6), label="seed"))
+    N, M, D = (draw(st.sampled_from(choice)) for choice in ((1, 17, 130), (1, 65, 150), (3, 70, 200, 520)))
+    itself, dtype = draw(st.booleans(), label="itself"), draw(st.sampled_from(DTYPES[1:]), label="dtype")
+    M = N if itself else M
+    tensors = {"q": features(N, D, dtype=dtype).requires_grad_(draw(st.booleans()))}
+    if not itself:
+        tensors["k"] = features(M, 2 * D, dtype=dtype)[..., ::2].requires_grad_(draw(st.booleans()))
+    scale = draw(st.sampled_from([0.0, -3.0, 1.0, 20.0]), label="scale")
+    tensors["scale"] = torch.tensor(scale, requires_grad=draw(st.booleans()))
+    rows = draw(st.booleans(), label="rows")
+    bias = draw(st.sampled_from([None, (), (N,)]), label="bias")
+    if bias is not None:
+        tensors["bias"] = torch.randn(bias).requires_grad_(draw(st.booleans()))
+    if not rows and draw(st.booleans(), label="weights"):
+        tensors["weights"] = torch.randn(N).requires_grad_(draw(st.booleans()))
+    if draw(st.booleans(), label="ids"):
+        few, step = draw(st.sampled_from([3, 1000])), draw(st.sampled_from([1, 2**40]))
+        for name in ("q_ids",) if itself else ("q_ids", "k_ids"):
+            tensors[name] = torch.randint(-few, few, (len(tensors[name[0]]),)) * step
+    pairs = draw(st.sampled_from(["different", "same"])) if "q_ids" in tensors else "different"
+    if draw(st.booleans(), label="k_bias"):
+        k_bias = torch.randn(M).masked_fill(torch.rand(M) < 0.2, -math.inf)
+        tensors["k_bias"] = k_bias.requires_grad_(draw(st.booleans()))
+    compare(tensors, pairs=pairs, sign=draw(st.sampled_from([1, -1])), rows=rows)
+
+
 def test_tiny_and_large_terms(backend):
     """One pair each: the sum is the term. In fp32 1 + e^-20 is 1, and torch's softplus(25) is 25."""
     for dtype, tolerance in ((torch.float32, 4e-7), (torch.float64, 1e-15)):
@@ -157,7 +194,7 @@ def test_tiny_and_large_terms(backend):
 @pytest.mark.parametrize("N, M", [(0, 0), (0, 5), (5, 0)])
 @pytest.mark.parametrize("rows", [False, True])
 def test_empty(backend, N, M, rows):
-    q, k = torch.randn(N, 4, requires_grad=True), torch.randn(M, 4, requires_grad=True)
+    q, k = (torch.randn(size, 4, dtype=of(backend), requires_grad=True) for size in (N, M))
     out = similarity_softplus(q, k, rows=rows)
     assert out.shape == ((N,) if rows else ()) and (out == 0).all()
     out.sum().backward()
@@ -218,7 +255,7 @@ def test_an_infinite_feature_that_is_left_out_has_no_part_in_the_gradient_of_the
 
 
 def test_nan_stays_in_its_row(backend):
-    q, k = features(130, 16), features(66, 16)
+    q, k = features(130, 16, dtype=of(backend)), features(66, 16, dtype=of(backend))
     q[5, 3], q[41, 0] = math.nan, math.inf
     row = similarity_softplus(q, k, rows=True)
     assert torch.equal(row.isfinite(), dense_softplus(q, k, rows=True).isfinite())
@@ -235,7 +272,7 @@ def test_itself_is_not_found_by_pointer(backend):
 
 
 def test_features_may_change_before_backward(backend):
-    q, queue = features(10, 8).requires_grad_(), features(40, 8)
+    q, queue = features(10, 8, dtype=of(backend)).requires_grad_(), features(40, 8, dtype=of(backend))
     (expected,) = torch.autograd.grad(similarity_softplus(q, queue), q)
     out = similarity_softplus(q, queue)
     queue.zero_()
@@ -283,13 +320,16 @@ def test_second_derivative_says_so(rows):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_opcheck(backend):
     name = backend.partition("-")[0]
-    q, k = features(6, 8).requires_grad_(), features(5, 8).requires_grad_()
+    q, k = (features(size, 8, dtype=of(backend)).requires_grad_() for size in (6, 5))
     scale, ids, none = torch.tensor(2.0, requires_grad=True), torch.arange(6), None
     ops, every = torch.ops.sslkern, (True,) * 5
     problem = (q, k, scale, 1.0, ids, ids[:5], False, learned(5), none, learned(6))
     torch.library.opcheck(ops.similarity_softplus.default, (*problem, learned(6), -1.0, *every, name))
     torch.library.opcheck(ops.similarity_softplus_rows.default, (*problem, 1.0, name))
-    problem = (features(2, 6, 8).requires_grad_(), none, none, 2.0, none, none, False, none, torch.ones(2, 6), none)
+    if name == "cuda":
+        problem = (q, none, none, 2.0, none, none, False, none, none, none)
+    else:
+        problem = (features(2, 6, 8).requires_grad_(), none, none, 2.0, none, none, False, none, torch.ones(2, 6), none)
     needs = (True, *(False,) * 4)
     torch.library.opcheck(ops.similarity_softplus.default, (*problem, none, 1.0, *needs, name))
     torch.library.opcheck(ops.similarity_softplus_rows.default, (*problem, 1.0, name))
@@ -298,7 +338,8 @@ def test_opcheck(backend):
 @pytest.mark.parametrize("rows", [False, True])
 def test_compiles_without_a_break(backend, rows):
     torch.compiler.reset()
-    q, k, bias = features(9, 8).requires_grad_(), features(7, 8).requires_grad_(), torch.tensor(1.0, requires_grad=True)
+    q, k = (features(size, 8, dtype=of(backend)).requires_grad_() for size in (9, 7))
+    bias = torch.tensor(1.0, requires_grad=True)
     compiled = torch.compile(similarity_softplus, fullgraph=True, backend="aot_eager")
     got, want = (f(q, k, 2.0, bias, rows=rows).sum() for f in (compiled, similarity_softplus))
     assert torch.equal(got, want)

@@ -1,5 +1,6 @@
 """The hand-written CUDA kernels (`kernels/`), compiled when they are first needed: of the memory-bound primitives, of
-losses of few pairs as a whole, and for Hopper (compute capability 9.0) of `similarity_lse`.
+losses of few pairs as a whole, and for Hopper (compute capability 9.0) of `similarity_lse` and
+`similarity_softplus`.
 
     nvrtc.py     the compiler that every CUDA build of torch brings
     compile.py   what is compiled for which types, and where it is kept
@@ -21,7 +22,8 @@ from . import driver, nvrtc
 DEVICES = ("cuda",)
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as kernels/device.h has them
 DTYPES = tuple(NAMES)
-PRIMITIVES = ("similarity_lse", "sampled_similarity", "queue_push", "bank_update", "unit_pairs", "pair_contrast")
+PRIMITIVES = ("similarity_lse", "similarity_softplus", "sampled_similarity", "queue_push", "bank_update", "unit_pairs")
+PRIMITIVES += ("pair_contrast",)
 KEEPS = 0, 0
 
 
@@ -71,5 +73,12 @@ def _lacks_similarity_lse(x: Tensor, **options) -> str | None:
     return similarity_lse.lacks(x, **options)
 
 
+def _lacks_similarity_softplus(x: Tensor, **options) -> str | None:
+    from . import similarity_softplus
+
+    return similarity_softplus.lacks(x, **options)
+
+
 LACKS = {primitive: _lacks(primitive) for primitive in PRIMITIVES}
 LACKS |= {"pair_contrast": _lacks_pair_contrast, "similarity_lse": _lacks_similarity_lse}
+LACKS |= {"similarity_softplus": _lacks_similarity_softplus}

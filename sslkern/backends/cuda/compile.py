@@ -142,6 +142,18 @@ PROGRAMS = {
         list(itertools.product(HALF_TYPES, ("chunks", "stream"))),
         hopper=True,
     ),
+    "similarity_softplus_gradient": Program(
+        "similarity_softplus_gradient.cu",
+        {"softplus_rows<{0}>": "map*2 problem softplus_gradient"},
+        [(name,) for name in HALF_TYPES],
+        hopper=True,
+    ),
+    "similarity_softplus_weights": Program(
+        "similarity_softplus_weights.cu",
+        {"softplus_{1}<{0}>": "map*3 problem softplus_weights"},
+        list(itertools.product(HALF_TYPES, ("chunks", "stream"))),
+        hopper=True,
+    ),
 }
 
 

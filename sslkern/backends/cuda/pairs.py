@@ -1,13 +1,35 @@
 """A problem of the similarity family as the kernels for Hopper take it: kernels/similarity.h."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Problem, full_scale_of
+from . import launch
 from .launch import THREADS, Call, aligned, padded
 
 EXTENT = 64  # as in kernels/similarity.h
+MOST = 2**28  # rows: with those, kernels count partial sums in 32 bits
+
+
+def lacks(x: Tensor, sizes: tuple[int, ...], limit: bool, programs: Iterable[tuple]) -> str | None:
+    """Why features x cannot be served here by these of compile.PROGRAMS with their arguments, or None. The first to ask
+    compiles them."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"it has {x.dtype} kernels for other primitives only"
+    if x.ndim == 3:
+        return "it takes no groups"
+    if limit:
+        return "it takes no q_limit"
+    if max(sizes) >= MOST:
+        return f"it counts fewer than {MOST} rows"
+    for program, *arguments in programs:
+        reason = launch.missing(program, tuple(arguments), x.device.index or 0)
+        if reason is not None:
+            return reason
+    return None
 
 
 class Pairs(NamedTuple):
@@ -39,6 +61,8 @@ class Pairs(NamedTuple):
         scale = problem.scale_tensor, problem.scale
         return cls(q, k, itself, *scale, q_ids, k_ids, q_extents, k_extents, problem.same, bias)
 
+    full_scale = property(full_scale_of)
+
     @property
     def sizes(self) -> tuple[int, int, int]:
         """N, M, D."""
@@ -49,6 +73,13 @@ class Pairs(NamedTuple):
         tensors = self.q_ids, self.k_ids, self.q_extents, self.k_extents, self.bias, self.scale_tensor
         addresses = (0 if x is None else x.data_ptr() for x in tensors)
         return *addresses, self.scale, *self.sizes, self.diagonal, self.itself, self.same
+
+    def turned(self) -> "Pairs":
+        """With keys for queries and queries for keys; a bias stays that of the former keys."""
+        return self._replace(
+            q=self.k, k=self.q, q_ids=self.k_ids, k_ids=self.q_ids,
+            q_extents=self.k_extents, k_extents=self.q_extents,
+        )  # fmt: skip
 
     def cut(self, first: int, stop: int, begin: int = 0) -> "Pairs":
         """The pairs of the queries from `first` to `stop`, multiples of EXTENT but for the last, with the keys from

@@ -14,32 +14,19 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..reference import similarity_lse as reference
-from . import launch
 from . import similarity_lse_forward as forward
 from . import similarity_lse_gradient as gradient
 from . import similarity_lse_rows as rows
 from . import similarity_lse_weights as weights
 from .pairs import Pairs
+from .pairs import lacks as lacks_of
 
 BOTH_SIDES = 128  # features up to which two gradients come from owners of rows, which compute S for each of them
-MOST = 2**28  # rows: with those, kernels count partial sums in 32 bits
 
 
 def lacks(x: Tensor, sizes: tuple[int, ...], limit: bool = False, frozen: bool = False, **_) -> str | None:
     """Why it cannot run for features x, or None. The first to ask compiles what it then needs."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"it has {x.dtype} kernels for other primitives only"
-    if x.ndim == 3:
-        return "it takes no groups"
-    if limit:
-        return "it takes no q_limit"
-    if max(sizes) >= MOST:
-        return f"it counts fewer than {MOST} rows"
-    for program, *arguments in _programs(x.dtype, sizes[-1], frozen):
-        reason = launch.missing(program, tuple(arguments), x.device.index or 0)
-        if reason is not None:
-            return reason
-    return None
+    return lacks_of(x, sizes, limit, _programs(x.dtype, sizes[-1], frozen))
 
 
 def _programs(dtype: torch.dtype, D: int, frozen: bool) -> list[tuple]:

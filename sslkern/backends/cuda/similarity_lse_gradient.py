@@ -10,8 +10,7 @@ from .pairs import Pairs
 from .similarity_lse_sides import PAST, Columns, fold_of
 
 MOST_FEATURES = 256
-ROWS = 128  # as in kernels/similarity_lse_gradient.cu
-THREADS_OF_ROWS = 384
+ROWS, THREADS_OF_ROWS = 128, 384  # as in kernels/gradient.h
 START = 3  # tiles that a block could do while it starts and ends
 ADDED = 30  # blocks whose parts are written and added in the time of a tile
 
@@ -38,16 +37,13 @@ def gradient_of(
         col, h = row, g
     elif transposed:
         row, g, col, h = col, h, row, g
-        pairs = pairs._replace(
-            q=pairs.k, k=pairs.q, q_ids=pairs.k_ids, k_ids=pairs.q_ids,
-            q_extents=pairs.k_extents, k_extents=pairs.q_extents,
-        )  # fmt: skip
+        pairs = pairs.turned()
     row, g, col, h = (None if x is None else x.contiguous() for x in (row, g, col, h))
     (N, M, D), q = pairs.sizes, pairs.q
     features, width, stages = next(shape for shape in SHAPES if D <= shape[0])
     call = Call("similarity_lse_gradient", q.device, q.dtype, features)
     blocks, tiles = -(-N // ROWS), -(-M // width)
-    each, splits = _split(blocks, tiles, call.processors)
+    each, splits = split_of(blocks, tiles, call.processors)
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -70,7 +66,7 @@ def gradient_of(
         "gradient_rows<{0}, {1}>", blocks * splits, *maps, call.vector("near", near, near.numel(), width + PAST),
         *pairs.words(), *rows, own_bias, other_bias, address("apart", apart), address("fold", fold), *out,
         tiles, each, col is not None, bias is not None,
-        threads=THREADS_OF_ROWS, shared=_shared(features, width, stages),
+        threads=THREADS_OF_ROWS, shared=shared_of(features, width, stages, width + PAST),
     )  # fmt: skip
 
     def added(parts: Tensor | None) -> Tensor | None:
@@ -96,14 +92,14 @@ def gradient_of(
 SHAPES = (64, 128, 8), (128, 128, 5), (256, 64, 4)
 
 
-def _shared(features: int, width: int, stages: int) -> int:
-    """Bytes of shared memory: Tile in the kernel, which begins on 1024 bytes."""
-    near = -(-4 * (width + PAST) // 128) * 128
+def shared_of(features: int, width: int, stages: int, near: int) -> int:
+    """Bytes of shared memory: Stages in the kernel, which begins on 1024 bytes. near: numbers beside a tile."""
+    near = -(-4 * near // 128) * 128
     return ROWS * features * 2 + stages * (width * features * 2 + near + 16) + 8 + 1024 - 16
 
 
 @functools.lru_cache(maxsize=1024)
-def _split(blocks: int, tiles: int, processors: int) -> tuple[int, int]:
+def split_of(blocks: int, tiles: int, processors: int) -> tuple[int, int]:
     """How many tiles of columns a block takes of those of its rows, and into how many splits they are cut: so many that
     the chip is full, but parts cost time where they are written and added."""
 

@@ -13,7 +13,7 @@ from .launch import Call
 from .pairs import Pairs
 from .similarity_lse_sides import Columns, addresses_of, fold_of
 
-BLOCK, TILE, COLUMNS, CHUNK, PANEL, CLUSTER = 384, 64, 128, 64, 8192, 2  # as in kernels/similarity_lse_weights.cu
+BLOCK, TILE, COLUMNS, CHUNK, PANEL, CLUSTER = 384, 64, 128, 64, 8192, 2  # as in kernels/weights.h
 SHARED = 227 << 10  # bytes of a block
 ALIGNED = 1024 - 16  # of these, as the kernels begin at a multiple of 1024
 KEPT = 512  # features of keys that stay in shared memory; of more both sides stream
@@ -33,9 +33,8 @@ def gradients_of(
     row, col = None if g is None else row, None if h is None else col
     weights = _Weights.of(pairs, row, g, col, h, symmetric, need_scale, need_bias)
     dq, dk = weights.gradients(need_q, need_q if pairs.itself else need_k)
-    full_scale = pairs.scale if pairs.scale_tensor is None else pairs.scale * pairs.scale_tensor
     fold = None if weights.fold is None else weights.fold[0]
-    dq, dk = strips.scaled(dq, dk, full_scale, fold)
+    dq, dk = strips.scaled(dq, dk, pairs.full_scale, fold)
     if pairs.itself and dk is not None:
         dq, dk = dq.add_(dk), None
     dscale, dbias = (torch.stack(parts).sum(0) if parts else None for parts in (weights.dscale, weights.dbias))
@@ -88,7 +87,7 @@ class _Weights(NamedTuple):
         part = self.pairs.cut(*strip)
         N, M, D = part.sizes
         call = Call("similarity_lse_weights", weights.device, weights.dtype, "chunks" if D <= KEPT else "stream")
-        plan = _plan(N, M, D, call.processors)
+        plan = plan_of(N, M, D, call.processors)
         sums = weights.new_empty(plan.sums, dtype=torch.float32) if self.dscale is not None else None
         of_columns = weights.new_empty((-(-N // 16), M), dtype=torch.float32) if self.dbias is not None else None
         rows = (None if x is None else x[strip.first :] for x in (self.row, self.g))
@@ -106,7 +105,7 @@ class _Weights(NamedTuple):
             self.dbias.append(of_columns.sum(0))
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     blocks: int
     cluster: int
     slots: int
@@ -116,13 +115,13 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(N: int, M: int, D: int, processors: int) -> _Plan:
+def plan_of(N: int, M: int, D: int, processors: int) -> Plan:
     """How a kernel is launched for a strip."""
     out, chunks = 4 * PANEL, -(-D // CHUNK)
     if D > KEPT:
         units, stages = -(-N // (CLUSTER * 2 * TILE)) * -(-M // (2 * COLUMNS)) * CLUSTER, 4
         blocks = min(units, processors // CLUSTER * CLUSTER)
-        return _Plan(blocks, CLUSTER, 1, stages, ALIGNED + out + stages * (6 * PANEL + 16), 8 * units)
+        return Plan(blocks, CLUSTER, 1, stages, ALIGNED + out + stages * (6 * PANEL + 16), 8 * units)
     room = SHARED - ALIGNED - out - chunks * 2 * PANEL - 16
     stages = min(8, room // (2 * PANEL + 32))
     shared = SHARED - room + stages * (2 * PANEL + 32)
@@ -133,4 +132,4 @@ def _plan(N: int, M: int, D: int, processors: int) -> _Plan:
         return -(-blocks * slots // processors) * (-(-tiles // slots) + 1)
 
     slots = min(range(1, tiles + 1), key=time)
-    return _Plan(min(blocks * slots, processors), 1, slots, stages, shared, 8 * blocks * slots)
+    return Plan(min(blocks * slots, processors), 1, slots, stages, shared, 8 * blocks * slots)

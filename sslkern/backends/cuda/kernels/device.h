@@ -113,6 +113,12 @@ SSLKERN_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 1 / x, 0 above 2^126.
+SSLKERN_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // Two numbers of 16 bits, rounded to the nearest, the first in the lower half.
 template <class T>
 SSLKERN_DEVICE uint32_t packed(float low, float high) {
