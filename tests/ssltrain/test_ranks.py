@@ -83,6 +83,24 @@ def test_a_stop_of_any_rank_is_one_of_all_and_others_go_on(worlds, tmp_path):
     assert difference(alone, train(None, options, folders)) < 1e-9
 
 
+def speak(group, wrong, about):
+    with ranks.one_voice():
+        if ranks.rank() in wrong:
+            raise UsageError("--data x: no such folder.")
+    ranks.check_same("the data", about if ranks.rank() == 1 else 0)
+
+
+@pytest.mark.slow
+def test_a_mistake_of_some_is_one_of_all(worlds):
+    def said(*args):
+        return [str(outcome) for outcome in worlds[2].outcomes(speak, *args, ranks=2)]
+
+    assert said([0, 1], 0) == 2 * ["--data x: no such folder."]
+    assert said([1], 0) == 2 * ["in process 1: --data x: no such folder."]
+    assert said([], 1) == 2 * ["the data of process 1 are others than those of process 0; give all the same."]
+    assert said([], 0) == 2 * ["None"]
+
+
 def test_what_cannot_be_split(worlds, tmp_path):
     options = dataclasses.replace(METHODS["simclr"], batch_size=3)
     for error in worlds[4].outcomes(train, options, 4 * [tmp_path], ranks=4):
