@@ -342,6 +342,7 @@ OTHERS = {
     "MemoryBank",
     "clamp_logit_scale_",
     "cmc_pairs",
+    "distributed",
     "functional",
     "nearest_neighbors",
     "ops",

@@ -211,7 +211,7 @@ def missing() -> set[str]:
     known = {name.partition(":")[0] for name in NAMES}
     exported = set()
     for module in (sslkern, sslkern.functional, sslkern.ops):
-        for name in set(module.__all__) - {"functional", "ops"}:
+        for name in set(module.__all__) - {"distributed", "functional", "ops"}:
             thing = getattr(module, name)
             if not inspect.isclass(thing) or name == "use_backend":
                 exported.add(name)

@@ -121,13 +121,15 @@ def blocks(
 
 def _at_once(place, schedule, tensors, apart, results, arrive):
     dim, M = place.dim, sum(place.counts)
-    collected = [x.new_zeros(*x.shape[:dim], M, *x.shape[dim + 1 :]) for x in results]
     visited = [step.compute for step in schedule if step.compute is not None]
+    collected = [x.new_zeros(*x.shape[:dim], M, *x.shape[dim + 1 :]) for x in results] if apart else []
     for first, last in _runs(visited, place.rank if apart else None):
         start, size = sum(place.counts[:first]), sum(place.counts[first:last])
         block = Block(first, last, [None if x is None else x.narrow(dim, start, size) for x in tensors])
         yield block
-        if not (apart and first == place.rank):
+        if not apart:  # one block of everything
+            collected = block.results
+        elif first != place.rank:
             for x, result in zip(collected, block.results, strict=True):
                 x.narrow(dim, start, size).copy_(result)
         block.results = result = ()
