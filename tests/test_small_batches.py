@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sslkern
 from sslkern.backends import BACKENDS, find, load
 from sslkern.backends.cuda import driver, pair_contrast
-from sslkern.functional import clip, info_nce, moco, nt_xent
+from sslkern.functional import clip, info_nce, moco, nt_xent, siglip
 
 from .conftest import GPU, emulate_cuda
 from .functional.agreement import agrees_on_kernels, product, unit
@@ -216,19 +216,30 @@ def test_compiled_once_for_batches_of_any_size(whole, monkeypatch):
 def test_opcheck(whole):
     x, y = torch.randn(2, 6, 8).bfloat16()
     scale = torch.tensor(2.0, requires_grad=True)
-    args = (x.requires_grad_(), y, None, scale, 1.0, None, None)
-    args += ("two_way", True, False, True, "mean", True, False, True, "cuda")
-    torch.library.opcheck(torch.ops.sslkern.small_pair_contrast.default, args)
-    *_, kept = torch.ops.sslkern.small_pair_contrast.default(*(a.detach() if a is x else a for a in args))
-    args = (torch.tensor(1.0), x.detach(), None, scale.detach(), kept.detach(), x.dtype, "cuda")
-    torch.library.opcheck(torch.ops.sslkern.small_pair_contrast_bwd.default, args)
+    args = (x.requires_grad_(), y, None, scale, 1.0, scale, 2.0, None, None)
+    for mode in ("two_way", "sigmoid"):
+        args = (*args[:9], mode, True, False, mode == "two_way", "mean", True, False, True, mode == "sigmoid", "cuda")
+        torch.library.opcheck(torch.ops.sslkern.small_pair_contrast.default, args)
+        *_, kept = torch.ops.sslkern.small_pair_contrast.default(x.detach(), *args[1:])
+        by = scale.detach()
+        back = (
+            torch.tensor(1.0),
+            x.detach(),
+            None,
+            by,
+            by if mode == "sigmoid" else None,
+            kept.detach(),
+            x.dtype,
+            "cuda",
+        )
+        torch.library.opcheck(torch.ops.sslkern.small_pair_contrast_bwd.default, back)
 
 
 def test_which_it_takes(whole):
     def found(N, D, dtype=torch.bfloat16, views=False, keys=None):
         rows = 2 * N if views else N
         sizes = 1, rows, rows if keys is None else keys, D
-        return find("pair_contrast", torch.zeros(N, D, dtype=dtype), sizes=sizes, bank=keys is not None)
+        return find("pair_contrast", torch.zeros(N, D, dtype=dtype), sizes=sizes, bank=keys is not None, sigmoid=False)
 
     assert found(1024, 1024) == found(512, 7, views=True) == found(8, 512, torch.float32) == "cuda"
     assert found(1025, 8) is found(513, 8, views=True) is found(8, 1025) is found(8, 513, torch.float32) is None
@@ -239,9 +250,9 @@ def test_which_it_takes(whole):
 def test_a_gpu_with_little_shared_memory_takes_fewer_features(whole, monkeypatch):
     monkeypatch.setattr(driver, "shared_memory", lambda index: 99 << 10)
     z = torch.zeros(8, 600, dtype=torch.bfloat16)
-    assert "shared memory" in pair_contrast.lacks(z, (1, 8, 8, 600), False)
-    assert pair_contrast.lacks(z[:, :512], (1, 8, 8, 512), False) is None
-    assert "shared memory" in pair_contrast.lacks(z[:, :128], (1, 8, 8, 128), True)
+    assert "shared memory" in pair_contrast.lacks(z, (1, 8, 8, 600), False, False)
+    assert pair_contrast.lacks(z[:, :512], (1, 8, 8, 512), False, False) is None
+    assert "shared memory" in pair_contrast.lacks(z[:, :128], (1, 8, 8, 128), True, False)
 
 
 # ---- over a bank that does not learn ---------------------------------------------------------------------------------
@@ -374,11 +385,59 @@ def test_compiled_with_a_queue(whole):
     assert whole == ["forward"] * 2 + ["backward"] * 2
 
 
+# ---- SigLIP ---------------------------------------------------------------------------------------------------------
+
+
+def sigmoids(bias):
+    def loss(x, y, temperature, **options):
+        return siglip(x, y, 1 / temperature, bias, **options)
+
+    def dense(x, y, temperature, ids=None, normalize=True, reduction="mean"):
+        x, y = (unit(x), unit(y)) if normalize else (x, y)
+        logits, own = product(x, y) / temperature + bias, torch.eye(len(x), dtype=torch.bool)
+        out = own if ids is None else own | (ids[:, None] == ids)
+        negatives = torch.nn.functional.softplus(logits).masked_fill(out, 0).sum()
+        whole = torch.nn.functional.softplus(-logits.diagonal()).sum() + negatives
+        return whole / len(x) if reduction == "mean" else whole
+
+    return loss, dense
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N, D", [(17, 9), (33, 64), pytest.param(20, 300, marks=pytest.mark.slow)])
+def test_siglip(whole, N, D, dtype):
+    x, y = torch.randn(2, N, D)
+    y = x + y
+    for temperature, bias, options in (
+        (0.1, -10.0, {}),
+        (0.5, 2.0, {"reduction": "sum"}),
+        (0.3, -4.0, {"ids": torch.arange(N) // 3}),
+        (-0.7, 0.0, {"normalize": False}),
+    ):
+        features = (x, y) if options.get("normalize", True) else (x / D**0.5, y / D**0.5)
+        agrees_on_kernels(*sigmoids(bias), features, temperature, dtype, scores=N, **options)
+    assert whole == ["forward", "backward"] * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_learns_of_siglip(whole, dtype):
+    x, y = torch.randn(2, 21, 24).to(dtype)
+    tensors = x, y, torch.tensor(5.0), torch.tensor(-4.0)
+    for chosen in ((0,), (1,), (2,), (3,), (1, 3), (0, 1, 2, 3)):
+        leaves = [x.clone().requires_grad_(i in chosen) for i, x in enumerate(tensors)]
+        ours = torch.autograd.grad(siglip(*leaves), [leaves[i] for i in chosen])
+        with sslkern.use_backend("reference"):
+            theirs = torch.autograd.grad(siglip(*leaves), [leaves[i] for i in chosen])
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.float() - other.float()).norm() <= 0.01 * other.float().norm()
+    assert whole == ["forward", "backward"] * 6
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(GPU, reason="counted by the emulated driver")
-@pytest.mark.parametrize("loss", ["nt_xent", "info_nce", "clip", "bank", "moco"])
+@pytest.mark.parametrize("loss", ["nt_xent", "info_nce", "clip", "bank", "moco", "siglip"])
 def test_four_nodes_in_a_step(whole, monkeypatch, loss):
     library = driver.library()
     count = lambda: (numbers := (ctypes.c_int64 * 7)(), library.emulated_last(numbers))[0][4]  # noqa: E731
@@ -391,6 +450,7 @@ def test_four_nodes_in_a_step(whole, monkeypatch, loss):
         "clip": lambda: clip(x, y, scale),
         "bank": lambda: info_nce(x, y, bank, temperature=0.1),
         "moco": lambda: criterion(x, y.detach()),
+        "siglip": lambda: siglip(x, y, scale, -scale),
     }[loss]
     before = count()
     call()

@@ -6,6 +6,7 @@ from ..common.node import past_dispatcher
 from ..common.rows import dots, row_numbers
 from ..common.sums import softplus, times, total
 from ..ops import similarity_softplus
+from ..ops.pair_contrast import pair_sigmoid
 from ..ops.unit_pairs import unit_pairs
 from .checks import check_alike, check_features, check_ids, check_options, promoted, scalar
 
@@ -60,10 +61,13 @@ def siglip(
     check_options(reduction, normalize=normalize)
     scale, bias = scalar("logit_scale", logit_scale, image), scalar("logit_bias", logit_bias, image)
     N = image.shape[0]
+    if ids is not None:
+        check_ids("ids", ids, (N,), image)
+    whole = pair_sigmoid(image, text, scale, bias, ids, normalize, reduction)
+    if whole is not None:
+        return whole
     if ids is None:
         ids = row_numbers(N, 1, image.device, keep=past_dispatcher())
-    else:
-        check_ids("ids", ids, (N,), image)
     image, text, cosine = unit_pairs(image, text) if normalize else (image, text, dots(image, text))
     positives = softplus(-(times(cosine, scale) + bias))
     if reduction == "none":

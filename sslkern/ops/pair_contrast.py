@@ -76,9 +76,9 @@ def pair_contrast(
     by_formula = torch.compiler.is_compiling() and not frozen and few_pairs(x, rows, ids)
     if reduction != "none" and not (by_formula and x.device.type == "cpu") and offered("pair_contrast"):
         sizes = (1, rows, rows if bank is None else bank.shape[0], x.shape[1])
-        backend = find("pair_contrast", x, sizes=sizes, bank=bank is not None)
+        backend = find("pair_contrast", x, sizes=sizes, bank=bank is not None, sigmoid=False)
         if backend is not None:
-            return _whole(x, y, bank, scale, ids, ptr, mode, normalize, unit_bank, best, reduction, backend)
+            return _whole(x, y, bank, scale, 0.0, ids, ptr, mode, normalize, unit_bank, best, reduction, backend)
     if by_formula:
         one = x.new_ones(())  # a number that changes is compiled once as a tensor
         scale = (one if x.dtype.itemsize > 4 else one.float()) * scale
@@ -277,32 +277,49 @@ _gradients = Operator(
 # ---- as a whole, by a backend that makes the gradient with the loss --------------------------------------------------
 
 
+def pair_sigmoid(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    bias: float | Tensor,
+    ids: Tensor | None,
+    normalize: bool,
+    reduction: str,
+) -> Tensor | None:
+    """SigLIP's loss 0-d of x, y [N, D], by a backend that has all of it; else None."""
+    if reduction == "none" or not offered("pair_contrast"):
+        return None
+    backend = find("pair_contrast", x, sizes=(1, x.shape[0], *x.shape), bank=False, sigmoid=True)
+    if backend is None:
+        return None
+    return _whole(x, y, None, scale, bias, ids, None, "sigmoid", normalize, False, False, reduction, backend)[0]
+
+
 def _whole(
-    x, y, bank, scale, ids, ptr, mode, normalize, unit_bank, best, reduction, backend
+    x, y, bank, scale, bias, ids, ptr, mode, normalize, unit_bank, best, reduction, backend
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     scale_tensor, scale = scale_parts(scale, x)
-    learning = torch.is_grad_enabled()
-    needs = [learning and side is not None and (side.requires_grad or transformed()) for side in (x, y, scale_tensor)]
-    way = _node_of_whole.way(any(needs), x, y, bank, scale_tensor, ids, ptr)
+    bias_tensor, bias = scale_parts(bias, x) if mode == "sigmoid" else (None, 0.0)
+    learning, learn = torch.is_grad_enabled(), (x, y, scale_tensor, bias_tensor)
+    needs = [learning and side is not None and (side.requires_grad or transformed()) for side in learn]
+    way = _node_of_whole.way(any(needs), x, y, bank, scale_tensor, bias_tensor, ids, ptr)
     # An operator that has a derivative may write nothing, so compiled code pushes by another one.
     within = ptr is not None and way in (_node_of_whole.eager, _node_of_whole.function) and bank.is_contiguous()
-    tensors, options = (x, y, bank, scale_tensor, scale, ids), (mode, normalize, unit_bank, best, reduction)
-    loss, positive, top, *_ = way(*tensors, ptr if within else None, *options, *needs, backend)
+    problem, options = (x, y, bank, scale_tensor, scale, bias_tensor, bias, ids), (mode, normalize, unit_bank)
+    loss, positive, top, *_ = way(*problem, ptr if within else None, *options, best, reduction, *needs, backend)
     if ptr is not None and not within:
         queue_push_(bank, ptr, y, normalize)
     return (loss, positive, top) if best else (loss, None, None)
 
 
-def _whole_forward(
-    x, y, bank, scale_tensor, scale, ids, ptr, mode, normalize, unit_bank, best, reduction, need_x, need_y, need_scale,
-    backend,
-):  # fmt: skip
+def _whole_forward(x, y, bank, scale_tensor, scale, bias_tensor, bias, ids, ptr, mode, *rest):
+    normalize, unit_bank, best, reduction, need_x, need_y, need_scale, need_bias, backend = rest
     share = _share(mode, reduction, x.shape[0])  # not before: compiled code would be for one batch size
     if ptr is not None:
         x, y = apart(x, bank), apart(y, bank)
+    problem, needs = (x, y, bank, scale_tensor, scale, bias_tensor, bias, ids), (need_x, need_y, need_scale, need_bias)
     forward = load(backend, "pair_contrast").pair_contrast_fwd
-    needs = need_x, need_y, need_scale
-    return forward(x, y, bank, scale_tensor, scale, ids, ptr, mode, normalize, unit_bank, best, share, *needs)
+    return forward(*problem, ptr, mode, normalize, unit_bank, best, share, *needs)
 
 
 def _share(mode: str, reduction: str, N: int) -> float:
@@ -317,37 +334,38 @@ def _whole_fake(*inputs):
 
 
 def _whole_save(ctx, inputs, outputs) -> None:
-    x, y, _, scale_tensor, *_, need_x, need_y, need_scale, ctx.backend = inputs
+    x, y, _, scale_tensor, _, bias_tensor, *_, need_x, need_y, need_scale, need_bias, ctx.backend = inputs
     ctx.dtype = x.dtype
-    learn = x if need_x else None, y if need_y else None, scale_tensor if need_scale else None
-    ctx.save_for_backward(*learn, outputs[3])
+    scalars = scale_tensor if need_scale else None, bias_tensor if need_bias else None
+    ctx.save_for_backward(x if need_x else None, y if need_y else None, *scalars, outputs[3])
 
 
 def _whole_backward(ctx, g, *_):
     if g is None:
-        return (None,) * 16
+        return (None,) * 19
     *learn, kept = ctx.saved_tensors
     with outside_autograd():
         grads = _scaled.way_back(ctx, g)(g, *learn, kept, ctx.dtype, ctx.backend)
     grads = (None if of is None else grad for of, grad in zip(learn, grads, strict=True))
-    dx, dy, dscale = once((g, *learn), *grads)
-    return dx, dy, None, dscale, *(None,) * 12
+    dx, dy, dscale, dbias = once((g, *learn), *grads)
+    return dx, dy, None, dscale, None, dbias, *(None,) * 13
 
 
-def _scale(g, x, y, scale_tensor, kept, dtype, backend):
-    return load(backend, "pair_contrast").pair_contrast_bwd(g, x, y, scale_tensor, kept, dtype)
+def _scale(g, x, y, scale_tensor, bias_tensor, kept, dtype, backend):
+    return load(backend, "pair_contrast").pair_contrast_bwd(g, x, y, scale_tensor, bias_tensor, kept, dtype)
 
 
 def _scale_fake(g, *learn):
     contiguous = torch.contiguous_format
-    return tuple(g.new_empty(0) if of is None else torch.empty_like(of, memory_format=contiguous) for of in learn[:3])
+    return tuple(g.new_empty(0) if of is None else torch.empty_like(of, memory_format=contiguous) for of in learn[:4])
 
 
 _node_of_whole = Node(
     Operator(
-        "small_pair_contrast(Tensor x, Tensor y, Tensor? bank, Tensor? scale_tensor, float scale, Tensor? ids,"
-        " Tensor? ptr, str mode, bool normalize, bool unit_bank, bool best, str reduction, bool need_x, bool need_y,"
-        " bool need_scale, str backend) -> (Tensor loss, Tensor positive, Tensor best, Tensor kept)",
+        "small_pair_contrast(Tensor x, Tensor y, Tensor? bank, Tensor? scale_tensor, float scale, Tensor? bias_tensor,"
+        " float bias, Tensor? ids, Tensor? ptr, str mode, bool normalize, bool unit_bank, bool best, str reduction,"
+        " bool need_x, bool need_y, bool need_scale, bool need_bias, str backend) ->"
+        " (Tensor loss, Tensor positive, Tensor best, Tensor kept)",
         _whole_forward,
         _whole_fake,
     ),
@@ -356,8 +374,8 @@ _node_of_whole = Node(
     outputs=1,
 )
 _scaled = Operator(
-    "small_pair_contrast_bwd(Tensor g, Tensor? x, Tensor? y, Tensor? scale_tensor, Tensor kept, ScalarType dtype,"
-    " str backend) -> (Tensor dx, Tensor dy, Tensor dscale)",
+    "small_pair_contrast_bwd(Tensor g, Tensor? x, Tensor? y, Tensor? scale_tensor, Tensor? bias_tensor, Tensor kept,"
+    " ScalarType dtype, str backend) -> (Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)",
     _scale,
     _scale_fake,
 )

@@ -298,11 +298,12 @@ class Whole(types.ModuleType):
 
     def __init__(self, largest: int):
         super().__init__("whole")
-        lacks = lambda x, sizes, bank: f"takes {largest} rows" if bank or sizes[1] > largest else None  # noqa: E731
+        lacks = lambda x, sizes, bank, sigmoid: f"takes {largest} rows" if bank or sizes[1] > largest else None  # noqa: E731
         self.LACKS = {"pair_contrast": lacks}
         self.calls = []
 
-    def pair_contrast_fwd(self, x, y, bank, scale_tensor, scale, ids, ptr, mode, normalize, unit, best, share, *needs):
+    def pair_contrast_fwd(self, x, y, bank, scale_tensor, scale, bias_tensor, bias, ids, ptr, mode, *rest):
+        normalize, _, best, share, *_ = rest
         self.calls.append("forward")
         ids = (torch.arange(len(x)) if ids is None else ids).repeat(1 + (mode == "views"))
         by = torch.tensor(1.0) if scale_tensor is None else scale_tensor
@@ -312,16 +313,17 @@ class Whole(types.ModuleType):
         dx, dy, dscale = ops_pair_contrast._gradients_of(g, *kept, *of_scale, False, True, True, True, self.PARTS)
         return losses.sum() * share, positive, top, torch.cat((dx.flatten(), dy.flatten(), dscale.view(1)))
 
-    def pair_contrast_fake(self, x, y, bank, scale_tensor, scale, ids, ptr, mode, normalize, unit, best, *rest):
+    def pair_contrast_fake(self, x, y, bank, scale_tensor, scale, bias_tensor, bias, ids, ptr, mode, *rest):
+        best = rest[2]
         N, D = x.shape
         shapes = (), N if best else 0, (1 if mode == "one_way" else 2, N) if best else 0, 2 * N * D + 1
         return tuple(x.new_empty(shape) for shape in shapes)
 
-    def pair_contrast_bwd(self, g, x, y, scale_tensor, kept, dtype):
+    def pair_contrast_bwd(self, g, x, y, scale_tensor, bias_tensor, kept, dtype):
         self.calls.append("backward")
         dx, dy = kept[:-1].chunk(2)
         pairs = zip((x, y, scale_tensor), (dx, dy, kept[-1]), strict=True)
-        return tuple(None if of is None else (grad * g).view_as(of) for of, grad in pairs)
+        return *(None if of is None else (grad * g).view_as(of) for of, grad in pairs), None
 
 
 @pytest.fixture
@@ -375,7 +377,7 @@ def test_it_is_asked_for_the_whole_problem(whole):
 def test_only_what_learns_is_asked_of_it(whole):
     x, y, seen = torch.randn(6, 4), torch.randn(6, 4), []
     forward = whole.pair_contrast_fwd
-    whole.pair_contrast_fwd = lambda *inputs: seen.append(inputs[-3:]) or forward(*inputs)
+    whole.pair_contrast_fwd = lambda *inputs: seen.append(inputs[-4:-1]) or forward(*inputs)
     info_nce(x, y)
     info_nce(x.requires_grad_(), y).backward()
     info_nce(x, y, logit_scale=torch.tensor(2.0, requires_grad=True)).backward()

@@ -76,13 +76,20 @@ PROGRAMS = {
     "pair_contrast": Program(
         "pair_contrast.cu",
         {
-            "pair_scores<{0}>": "pairs pointer*5",
-            "pair_gradients<{0}, {1}, {2}>": "pairs pointer*3 float int pointer*3",
+            "pair_scores<{0}, {3}>": "pairs pointer*5",
+            "pair_gradients<{0}, {1}, {2}, {3}>": "pairs pointer*3 float int pointer*4",
         },
-        [(name, *shape) for name in HALF_TYPES for shape in (("4", "2"), ("1", "8"), ("1", "16"))]
-        + [("float", "2", "2"), ("float", "1", "8")],
+        [
+            (name, *shape, sigmoids)
+            for name, *shapes in (
+                *((name, ("4", "2"), ("1", "8"), ("1", "16")) for name in HALF_TYPES),
+                ("float", ("2", "2"), ("1", "8")),
+            )
+            for shape in shapes
+            for sigmoids in ("false", "true")
+        ],
     ),
-    "scaled_gradients": Program("pair_contrast.cu", {"scaled_gradients<{0}>": "int64 int pointer*6"}, ONE_TYPE),
+    "scaled_gradients": Program("pair_contrast.cu", {"scaled_gradients<{0}>": "int64 int pointer*7"}, ONE_TYPE),
     "pair_contrast_bank": Program(
         "pair_contrast_bank.cu",
         {

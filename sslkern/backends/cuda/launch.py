@@ -19,7 +19,7 @@ OLDEST, HOPPER = 80, 90  # compute capabilities
 # What compile.PROGRAMS calls its arguments, as `struct` does; a struct of C ends on a multiple of 8 bytes.
 LAYOUTS = {"int64": "q", "int": "i", "pointer": "P", "float": "f", "bool": "?", "map": "128s"}
 LAYOUTS |= {"teams": "qii?0q", "problem": "6Pf4i??0q", "parts": "5P2i", "weights": "7Pii??0q"}
-LAYOUTS |= {"pairs": "5Pf4i???0q", "found": "6Pi0q", "ring": LAYOUTS["teams"] + "3Pi0q"}
+LAYOUTS |= {"pairs": "6P2f4i???0q", "found": "6Pi0q", "ring": LAYOUTS["teams"] + "3Pi0q"}
 LAYOUTS |= {"sides": 2 * (LAYOUTS["problem"] + "4P2i"), "parts_of_sides": 2 * LAYOUTS["parts"]}
 LAYOUTS |= {"softplus_weights": "3Pfi4P2i?0q", "softplus_gradient": "3Pfi4P2i?0q"}
 LAYOUTS |= {"gradient": "9P4i", "plan": "10i", "partials": "4P"}

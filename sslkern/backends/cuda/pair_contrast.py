@@ -12,7 +12,7 @@ from .launch import PIECE, Call, at_most, missing, teams, width
 
 FP32 = torch.float32
 ROWS, WARPS, THREADS = 16, 8, 256  # as in kernels/pair_contrast.h
-MODES = "views", "one_way", "two_way"
+MODES = "views", "one_way", "two_way", "sigmoid"
 MOST_ROWS = 1024  # that have negatives; more keep a GPU busy in kernels of their own
 MOST_PRODUCTS, MOST_KEYS = 2**31, 2**24  # of numbers of the rows and of a bank, 256 x 65,536 x 128, and its keys
 
@@ -56,7 +56,7 @@ PAIRS = {
 BANK = {2: ((128, Shape(4, 4, 2)), (512, Shape(4, 1, 8))), 4: ((128, Shape(2, 2, 2)), (512, Shape(1, 1, 8)))}
 
 
-def lacks(x: Tensor, sizes: tuple[int, ...], bank: bool) -> str | None:
+def lacks(x: Tensor, sizes: tuple[int, ...], bank: bool, sigmoid: bool) -> str | None:
     """Why it is none of its own, or None."""
     _, rows, keys, D = sizes
     most = (BANK if bank else PAIRS)[x.dtype.itemsize][-1][0]
@@ -64,15 +64,15 @@ def lacks(x: Tensor, sizes: tuple[int, ...], bank: bool) -> str | None:
         return f"it takes {MOST_ROWS} rows of {most} features, and not none"
     if bank and (rows * keys * D > MOST_PRODUCTS or keys > MOST_KEYS):
         return "so many keys of a bank keep a GPU busy in kernels of their own"
-    return _missing(x.dtype, D, bank, x.device.index or 0)
+    return _missing(x.dtype, D, bank, sigmoid, x.device.index or 0)
 
 
 @torch.compiler.assume_constant_result
-def _missing(dtype: torch.dtype, D: int, bank: bool, index: int) -> str | None:
+def _missing(dtype: torch.dtype, D: int, bank: bool, sigmoid: bool, index: int) -> str | None:
     shape = _shape(D, dtype, bank)
     if shape.shared(D, dtype) > driver.shared_memory(index):
         return "this GPU has too little shared memory for so many features"
-    return missing(*_program(dtype, shape, bank), index) or missing("scaled_gradients", (dtype,), index)
+    return missing(*_program(dtype, shape, bank, sigmoid), index) or missing("scaled_gradients", (dtype,), index)
 
 
 def _shape(D: int, dtype: torch.dtype, bank: bool) -> Shape:
@@ -81,9 +81,9 @@ def _shape(D: int, dtype: torch.dtype, bank: bool) -> Shape:
             return shape
 
 
-def _program(dtype: torch.dtype, shape: Shape, bank: bool) -> tuple[str, tuple]:
+def _program(dtype: torch.dtype, shape: Shape, bank: bool, sigmoid: bool) -> tuple[str, tuple]:
     """The program and its arguments."""
-    return ("pair_contrast_bank", (dtype, *shape)) if bank else ("pair_contrast", (dtype, *shape[1:]))
+    return ("pair_contrast_bank", (dtype, *shape)) if bank else ("pair_contrast", (dtype, *shape[1:], sigmoid))
 
 
 def pair_contrast_fwd(
@@ -92,6 +92,8 @@ def pair_contrast_fwd(
     bank: Tensor | None,
     scale_tensor: Tensor | None,
     scale: float,
+    bias_tensor: Tensor | None,
+    bias: float,
     ids: Tensor | None,
     ptr: Tensor | None,
     mode: str,
@@ -102,37 +104,40 @@ def pair_contrast_fwd(
     need_x: bool,
     need_y: bool,
     need_scale: bool,
+    need_bias: bool,
 ) -> tuple[Tensor | None, ...]:
     """loss [] = share * the sum of the losses; positive [N] and best [sides, N] if asked for; and kept, for an upstream
-    gradient of 1 that of x, y or both, [N, D] each, and then that of scale_tensor in parts. With a ptr y is pushed onto
-    the bank, which is contiguous then and shares no memory with x and y."""
+    gradient of 1 that of x, y or both, [N, D] each, and then those of scale_tensor and bias_tensor in parts. With a ptr
+    y is pushed onto the bank, which is contiguous then and shares no memory with x and y."""
     (N, D), dtype, learn, over_bank = x.shape, x.dtype, need_x + need_y, bank is not None
     x, y, shape = x.contiguous(), y.contiguous(), _shape(D, dtype, over_bank)
-    loss, parts = x.new_empty((), dtype=FP32), _scale_parts(N, over_bank) if need_scale else 0
-    kept = x.new_empty(learn * N * D + parts, dtype=FP32) if learn or need_scale else None
+    loss, parts, numbers = x.new_empty((), dtype=FP32), _scale_parts(N, over_bank), need_scale + need_bias
+    kept = x.new_empty(learn * N * D + parts * numbers, dtype=FP32) if learn or numbers else None
     positive, top = (x.new_empty(N, dtype=FP32), x.new_empty(_sides(mode), N, dtype=FP32)) if best else (None, None)
-    program, arguments = _program(dtype, shape, over_bank)
+    program, arguments = _program(dtype, shape, over_bank, mode == "sigmoid")
     call = Call(program, x.device, *arguments)
     from_x, from_y = call.address("x", x, dtype, N * D), call.address("y", y, dtype, N * D)
     from_ids = 0 if ids is None else call.address("ids", ids.contiguous(), torch.int64, N)
     by = 0 if scale_tensor is None else call.address("scale", scale_tensor, FP32, 1)
+    above = 0 if bias_tensor is None else call.address("bias", bias_tensor, FP32, 1)
     from_bank, keys = 0, 0
     if over_bank:
         bank, keys = bank.contiguous(), bank.shape[0]
         from_bank = call.address("bank", bank, dtype, keys * D)
     whole = D % PIECE == 0 and (from_x | from_y | from_bank) % 16 == 0
-    given = from_x, from_y, from_bank, from_ids, by, scale, N, keys, D, MODES.index(mode), normalize, unit_bank, whole
+    given = from_x, from_y, from_bank, from_ids, by, above, scale, bias, N, keys, D, MODES.index(mode)
+    given += normalize, unit_bank, whole
     grad, shared = _start(kept), shape.shared(D, dtype)
-    statistics = _start(top), _start(positive)
-    gradients = share, need_x + 2 * need_y, loss.data_ptr(), grad, grad + 4 * learn * N * D if need_scale else 0
+    statistics, dscale = (_start(top), _start(positive)), grad + 4 * learn * N * D
+    gradients = share, need_x + 2 * need_y, loss.data_ptr(), grad, dscale if need_scale else 0
     if not over_bank:
         blocks, scratch = _blocks(N), x.new_empty(5 * N, dtype=FP32)
         lse = scratch.data_ptr()
         given += lse, lse + 4 * 2 * N, lse + 4 * 3 * N  # and cosines and lengths
         own = _factors(ROWS * _pitch(D), dtype)
-        call.launch("pair_scores<{0}>", _sides(mode) * blocks, *given, *statistics, shared=own)
-        blocks = 1 if kept is None else 2 * blocks
-        call.launch("pair_gradients<{0}, {1}, {2}>", blocks, *given, *gradients, shared=shared)
+        call.launch("pair_scores<{0}, {3}>", _sides(mode) * blocks, *given, *statistics, shared=own)
+        blocks, dbias = 1 if kept is None else 2 * blocks, dscale + 4 * parts * need_scale if need_bias else 0
+        call.launch("pair_gradients<{0}, {1}, {2}, {3}>", blocks, *given, *gradients, dbias, shared=shared)
         return loss, positive, top, kept
 
     groups, passes = -(-N // shape.rows), max(1, -(-keys // shape.of_pass))
@@ -156,19 +161,42 @@ def pair_contrast_fwd(
 
 
 def pair_contrast_fake(
-    x, y, bank, scale_tensor, scale, ids, ptr, mode, normalize, unit_bank, best, reduction, need_x, need_y, need_scale
+    x,
+    y,
+    bank,
+    scale_tensor,
+    scale,
+    bias_tensor,
+    bias,
+    ids,
+    ptr,
+    mode,
+    normalize,
+    unit_bank,
+    best,
+    reduction,
+    need_x,
+    need_y,
+    need_scale,
+    need_bias,
 ) -> tuple[Tensor, ...]:
     (N, D), new = x.shape, functools.partial(x.new_empty, dtype=FP32)
     top = new((_sides(mode), N) if best else 0)
     parts = _scale_parts(N, bank is not None)
-    return new(()), new(N if best else 0), top, new((need_x + need_y) * N * D + parts * need_scale)
+    return new(()), new(N if best else 0), top, new((need_x + need_y) * N * D + parts * (need_scale + need_bias))
 
 
 def pair_contrast_bwd(
-    g: Tensor, x: Tensor | None, y: Tensor | None, scale_tensor: Tensor | None, kept: Tensor, dtype: torch.dtype
+    g: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    scale_tensor: Tensor | None,
+    bias_tensor: Tensor | None,
+    kept: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of those of x, y (of this type) and scale_tensor that are given, from g [] and what was kept."""
-    dx, dy, dscale = _like(x), _like(y), _like(scale_tensor)
+    """The gradients of those of x, y (of this type) and the scalars that are given, from g [] and what was kept."""
+    dx, dy, dscale, dbias = _like(x), _like(y), _like(scale_tensor), _like(bias_tensor)
     one = dy if dx is None else dx
     numbers = 0 if one is None else one.numel()
     before = numbers * ((dx is not None) + (dy is not None))
@@ -176,9 +204,10 @@ def pair_contrast_bwd(
     call = Call("scaled_gradients", g.device, dtype)
     from_g = call.address("g", g.contiguous(), FP32, 1)
     blocks = max(1, at_most(-(-numbers // (4 * THREADS))))
-    given = numbers, kept.numel() - before, from_g, grad, grad + 4 * before
-    call.launch("scaled_gradients<{0}>", blocks, *given, _start(dx), _start(dy), _start(dscale))
-    return dx, dy, dscale
+    parts = (kept.numel() - before) // max(1, (dscale is not None) + (dbias is not None))
+    given = numbers, parts, from_g, grad, grad + 4 * before
+    call.launch("scaled_gradients<{0}>", blocks, *given, _start(dx), _start(dy), _start(dscale), _start(dbias))
+    return dx, dy, dscale, dbias
 
 
 def _like(x: Tensor | None) -> Tensor | None:
@@ -200,4 +229,4 @@ def _scale_parts(N: int, over_bank: bool) -> int:
 
 
 def _sides(mode: str) -> int:
-    return 1 if mode == "one_way" else 2
+    return 2 if mode in ("views", "two_way") else 1

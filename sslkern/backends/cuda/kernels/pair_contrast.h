@@ -14,16 +14,17 @@ constexpr int STEP = 32;  // features of a step: 8 of each of the four lanes tha
 enum Mode : int {
   VIEWS,    // the negatives of a row of x or y are rows of both
   ONE_WAY,  // rows of y for each of x
-  TWO_WAY   // also rows of x for each of y
+  TWO_WAY,  // also rows of x for each of y
+  SIGMOID   // each pair is a question of its own, the positive one too
 };
 constexpr int BANK = 2;  // side 0 is x, 1 is y, and this one has negatives of x alone
 
 struct Pairs {
-  const void *x, *y;          // [n, d]
-  const void* bank;           // [m, d], or null
-  const int64_t* ids;         // [n], pairs of rows with equal ids are no negatives; null: all differ
-  const float* scale_tensor;  // [], or null: 1
-  float scale;
+  const void *x, *y;                        // [n, d]
+  const void* bank;                         // [m, d], or null
+  const int64_t* ids;                       // [n], pairs of rows with equal ids are no negatives; null: all differ
+  const float *scale_tensor, *bias_tensor;  // [], or null: 1
+  float scale, bias;                        // the bias is of SIGMOID
   int n, m, d, mode;
   bool normalize, unit_bank;  // x and y; the bank
   bool whole;                 // rows are multiples of 16 bytes
@@ -36,6 +37,7 @@ struct Pairs {
 SSLKERN_DEVICE float scale_of(const Pairs& p) {
   return p.scale_tensor == nullptr ? p.scale : p.scale * *p.scale_tensor;
 }
+SSLKERN_DEVICE float bias_of(const Pairs& p) { return p.bias_tensor == nullptr ? p.bias : p.bias * *p.bias_tensor; }
 
 // Keys come in blocks of 8 of one side: `first` and those that follow, which beyond the last are none.
 struct Keys {
@@ -244,6 +246,7 @@ struct Own {
     static_assert(WARPS % GROUPS == 0);
     const int warp = thread_id() / WARP, row = warp % GROUPS * 8 + thread_id() % WARP / 4, c = thread_id() % 4;
     const Length by(length_of_row(first + row));
+#pragma unroll 1
     for (int step = warp / GROUPS * STEP; step < p.d; step += WARPS / GROUPS * STEP) {
       Features<T> x;
       x.load_unit(p, side, first + row, step + 8 * c, by);
