@@ -69,21 +69,27 @@ def lacks(x: Tensor, sizes: tuple[int, ...], bank: bool, sigmoid: bool) -> str |
 
 @torch.compiler.assume_constant_result
 def _missing(dtype: torch.dtype, D: int, bank: bool, sigmoid: bool, index: int) -> str | None:
-    shape = _shape(D, dtype, bank)
-    if shape.shared(D, dtype) > driver.shared_memory(index):
+    plan = _plan(dtype, D, bank, sigmoid)
+    if plan.shared > driver.shared_memory(index):
         return "this GPU has too little shared memory for so many features"
-    return missing(*_program(dtype, shape, bank, sigmoid), index) or missing("scaled_gradients", (dtype,), index)
+    return missing(plan.program, plan.arguments, index) or missing("scaled_gradients", (dtype,), index)
 
 
-def _shape(D: int, dtype: torch.dtype, bank: bool) -> Shape:
-    for most, shape in (BANK if bank else PAIRS)[dtype.itemsize]:
-        if D <= most:
-            return shape
+class Plan(NamedTuple):
+    """The kernels of a call, their shape, and bytes of shared memory: of all, and of own rows of `pair_scores`."""
+
+    program: str
+    arguments: tuple
+    shape: Shape
+    shared: int
+    own: int
 
 
-def _program(dtype: torch.dtype, shape: Shape, bank: bool, sigmoid: bool) -> tuple[str, tuple]:
-    """The program and its arguments."""
-    return ("pair_contrast_bank", (dtype, *shape)) if bank else ("pair_contrast", (dtype, *shape[1:], sigmoid))
+@functools.lru_cache(maxsize=1024)
+def _plan(dtype: torch.dtype, D: int, bank: bool, sigmoid: bool) -> Plan:
+    shape = next(shape for most, shape in (BANK if bank else PAIRS)[dtype.itemsize] if D <= most)
+    kernels = ("pair_contrast_bank", (dtype, *shape)) if bank else ("pair_contrast", (dtype, *shape[1:], sigmoid))
+    return Plan(*kernels, shape, shape.shared(D, dtype), _factors(ROWS * _pitch(D), dtype))
 
 
 def pair_contrast_fwd(
@@ -110,12 +116,11 @@ def pair_contrast_fwd(
     gradient of 1 that of x, y or both, [N, D] each, and then those of scale_tensor and bias_tensor in parts. With a ptr
     y is pushed onto the bank, which is contiguous then and shares no memory with x and y."""
     (N, D), dtype, learn, over_bank = x.shape, x.dtype, need_x + need_y, bank is not None
-    x, y, shape = x.contiguous(), y.contiguous(), _shape(D, dtype, over_bank)
+    x, y, plan = x.contiguous(), y.contiguous(), _plan(dtype, D, over_bank, mode == "sigmoid")
     loss, parts, numbers = x.new_empty((), dtype=FP32), _scale_parts(N, over_bank), need_scale + need_bias
     kept = x.new_empty(learn * N * D + parts * numbers, dtype=FP32) if learn or numbers else None
     positive, top = (x.new_empty(N, dtype=FP32), x.new_empty(_sides(mode), N, dtype=FP32)) if best else (None, None)
-    program, arguments = _program(dtype, shape, over_bank, mode == "sigmoid")
-    call = Call(program, x.device, *arguments)
+    call = Call(plan.program, x.device, *plan.arguments)
     from_x, from_y = call.address("x", x, dtype, N * D), call.address("y", y, dtype, N * D)
     from_ids = 0 if ids is None else call.address("ids", ids.contiguous(), torch.int64, N)
     by = 0 if scale_tensor is None else call.address("scale", scale_tensor, FP32, 1)
@@ -127,20 +132,19 @@ def pair_contrast_fwd(
     whole = D % PIECE == 0 and (from_x | from_y | from_bank) % 16 == 0
     given = from_x, from_y, from_bank, from_ids, by, above, scale, bias, N, keys, D, MODES.index(mode)
     given += normalize, unit_bank, whole
-    grad, shared = _start(kept), shape.shared(D, dtype)
+    grad, shared = _start(kept), plan.shared
     statistics, dscale = (_start(top), _start(positive)), grad + 4 * learn * N * D
     gradients = share, need_x + 2 * need_y, loss.data_ptr(), grad, dscale if need_scale else 0
     if not over_bank:
         blocks, scratch = _blocks(N), x.new_empty(5 * N, dtype=FP32)
         lse = scratch.data_ptr()
         given += lse, lse + 4 * 2 * N, lse + 4 * 3 * N  # and cosines and lengths
-        own = _factors(ROWS * _pitch(D), dtype)
-        call.launch("pair_scores<{0}, {3}>", _sides(mode) * blocks, *given, *statistics, shared=own)
+        call.launch("pair_scores<{0}, {3}>", _sides(mode) * blocks, *given, *statistics, shared=plan.own)
         blocks, dbias = 1 if kept is None else 2 * blocks, dscale + 4 * parts * need_scale if need_bias else 0
         call.launch("pair_gradients<{0}, {1}, {2}, {3}>", blocks, *given, *gradients, dbias, shared=shared)
         return loss, positive, top, kept
 
-    groups, passes = -(-N // shape.rows), max(1, -(-keys // shape.of_pass))
+    groups, passes = -(-N // plan.shape.rows), max(1, -(-keys // plan.shape.of_pass))
     each = -(-passes // max(1, call.processors // groups))
     parts = -(-passes // each)
     scratch = x.new_empty(2 + N * (3 + parts * (3 + D)), dtype=FP32)  # where the queue begins, and what is found
