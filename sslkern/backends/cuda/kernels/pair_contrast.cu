@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(THREADS)
         const bool pair = i == j && side == 0 && keys[b].side == 1 && i < p.n;
         if (pair) {
           cosine[i] = score;
-          if (positive != nullptr) positive[i] = score * scale;
+          if (!SIGMOIDS && positive != nullptr) positive[i] = score * scale;
         }
         score *= scale;
         const bool counts = j < p.n && ids[e / 2] != ids_of_keys[e % 2];
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(THREADS)
   Sum all = found[0][thread_id()];
   for (int w = 1; w < WARPS; w++) all.add(found[w][thread_id()]);
   lse[side * p.n + i] = SIGMOIDS ? all.sum : all.lse();
-  if (best != nullptr) best[side * p.n + i] = all.best();
+  if (!SIGMOIDS && best != nullptr) best[side * p.n + i] = all.best();
 }
 
 // What a row does to the loss: sigmoid(lse - positive), 0 on a side without negatives.
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     length[half] = Length(lengths[side * p.n + i]);
     of_other[half] = Length(lengths[(1 - side) * p.n + i]);
     lses[half] = lse[side * p.n + i];
-    weight[half] = weight_of(p, lse, cosine[i] * scale, side, i);
+    weight[half] = SIGMOIDS ? 0.f : weight_of(p, lse, cosine[i] * scale, side, i);
     toward[half] = SIGMOIDS ? sigmoid(-(cosine[i] * scale + bias))
                             : weight[half] + weight_of(p, lse, cosine[i] * scale, 1 - side, i);
   }
@@ -206,8 +206,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int j = keys[b].first + 2 * c + h;
-        lse_of_keys[h] = j < p.n ? lse[keys[b].side * p.n + j] : 0.f;
-        weight_of_keys[h] = j < p.n ? weight_of(p, lse, cosine[j] * scale, keys[b].side, j) : 0.f;
+        lse_of_keys[h] = !SIGMOIDS && j < p.n ? lse[keys[b].side * p.n + j] : 0.f;
+        weight_of_keys[h] = !SIGMOIDS && j < p.n ? weight_of(p, lse, cosine[j] * scale, keys[b].side, j) : 0.f;
       }
       float w[4];
 #pragma unroll
