@@ -86,7 +86,6 @@ def group_object(group):
     return group.get_group() if hasattr(group, "get_group") else group
 
 
-@torch.compiler.assume_constant_result
 def _place(group) -> tuple[str, int, int]:
     """Name, size and own rank; a constant in compiled code."""
     check_group(group)
@@ -94,6 +93,9 @@ def _place(group) -> tuple[str, int, int]:
         return "", 1, 0
     group = group_object(group)
     return group.group_name, group.size(), group.rank()
+
+
+_place._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which imports the compiler
 
 
 _warned = False

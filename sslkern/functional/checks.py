@@ -39,7 +39,8 @@ def check_pair(
         and x.shape == other.shape
         and x.shape[0] > 0
         and x.dtype == other.dtype
-        and x.dtype in FLOATS
+        and x.dtype.is_floating_point
+        and x.dtype.itemsize > 1  # FLOATS, which would be guarded
         and x.device == other.device
     ):
         return x, other
@@ -109,12 +110,16 @@ def check_options(reduction: str, group=None, strategy: str = "auto", grad_reduc
             check_flags(**flags)
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         check_choice("reduction", reduction, "mean", "sum", "none")
-    if not isinstance(strategy, str) or strategy != "auto":  # compiled code is guarded for each name that it reads
+    if group is None and torch.compiler.is_compiling():
+        return  # compiled code is guarded for each option that it looks at
+    if not isinstance(strategy, str) or strategy != "auto":
         check_choice("strategy", strategy, *STRATEGIES)
     if not isinstance(grad_reduce, str) or grad_reduce != "mean":
         check_choice("grad_reduce", grad_reduce, *GRAD_REDUCES)
-    if not torch.compiler.is_compiling():
-        alone() if group is None else check_group(group)
+    if group is None:
+        alone()
+    elif not torch.compiler.is_compiling():
+        check_group(group)
 
 
 def check_alone(group) -> None:
