@@ -11,16 +11,17 @@ from . import functional
 from .common.arguments import check_choice, check_flags
 from .common.numbers import FLOAT32_MAX, check_number, check_size
 from .common.rows import unit
-from .distributed import Group
+from .distributed import Group, Ranks, ranks_of
 from .functional.checks import check_features, check_ids, check_options, scale_of
 from .functional.cpc import NEGATIVES
 from .functional.deep_infomax import check_estimator
+from .functional.formulas import rows_of, rows_of_views
 from .functional.matryoshka import checked_prefixes, loss_of_prefixes
 from .functional.mnrl import check_directions, checked_margin
 from .functional.nce import FORMS, checked_views, cmc_and_log_z, cmc_pairs, nce_and_log_z
 from .functional.nt_xent import POSITIVES
 from .functional.sup_con import FORMS as SUP_CON_FORMS
-from .memory import FeatureQueue, MemoryBank
+from .memory import FeatureQueue, MemoryBank, push_of, update_of
 
 _SHARING = "group", "strategy", "grad_reduce"
 _FLAGS = ("normalize", "stats", "two_way", "times_2t")
@@ -64,7 +65,7 @@ def _on_one_line(value) -> str:
 class _Loss(nn.Module):
     def __init__(self, temperature, logit_scale, **options):
         super().__init__()
-        check_options(options["reduction"], *(options[name] for name in _SHARING if name in options))
+        check_options(options["reduction"], *(options[name] for name in _SHARING))
         _check(options)
         scale_of(temperature, logit_scale)
         self.temperature, self.logit_scale, self.options = temperature, logit_scale, options
@@ -72,7 +73,12 @@ class _Loss(nn.Module):
     def _loss(self, loss_fn, *features: Tensor, logit_scale: float | Tensor | None, **per_call):
         """loss_fn with the options of the constructor; a logit_scale given to forward counts before its."""
         logit_scale = self.logit_scale if logit_scale is None else logit_scale
-        return loss_fn(*features, temperature=self.temperature, logit_scale=logit_scale, **per_call, **self.options)
+        return loss_fn(*features, temperature=self.temperature, logit_scale=logit_scale, **self.options | per_call)
+
+    def _ranks(self, **given) -> Ranks | None:
+        """The ranks that share what forward was given, for what comes before or after the loss."""
+        sharing = [self.options[name] for name in _SHARING]
+        return None if sharing[0] is None else ranks_of(*sharing, type(self).__name__, **given, training=self.training)
 
     def extra_repr(self) -> str:
         return _listed(_scale(self) | self.options)
@@ -256,6 +262,7 @@ class MoCoLoss(_Loss):
 
     Args:
         dim, size: features per key, and keys that the queue keeps.
+        group, strategy, grad_reduce: as in `sslkern.functional.moco`; the keys of all processes enter each queue.
         temperature, logit_scale, normalize, reduction, stats, label_smoothing: as in `sslkern.functional.moco`.
 
     Example:
@@ -274,21 +281,26 @@ class MoCoLoss(_Loss):
         normalize: bool = True,
         reduction: str = "mean",
         stats: bool = False,
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
         label_smoothing: float = 0.0,
     ):
         options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
-        super().__init__(temperature, logit_scale, **options)
-        self.memory = FeatureQueue(dim, size, normalize)
+        super().__init__(temperature, logit_scale, **options, group=group, strategy=strategy, grad_reduce=grad_reduce)
+        self.memory = FeatureQueue(dim, size, normalize, group)
 
     def forward(
         self, query: Tensor, key: Tensor, *, weights: Tensor | None = None, logit_scale: float | Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
+        per_call = dict(weights=weights, logit_scale=logit_scale)
+        ranks = self._ranks(query=query, key=key, **per_call)
         queue = self.memory.queue.t()
         for name, x in (("query", query), ("key", key), ("queue", queue)):
-            check_features(name, x)
+            check_features(name, x, ranks)
         query, key = query.to(queue.dtype), key.to(queue.dtype)
-        ptr = self.memory.queue_ptr if self.training else None
-        return self._loss(functional.moco, query, key, queue=queue, ptr=ptr, weights=weights, logit_scale=logit_scale)
+        per_call |= dict(ptr=self.memory.queue_ptr if self.training else None)
+        return self._loss(functional.moco, query, key, queue=queue, group=ranks or self.options["group"], **per_call)
 
 
 class MoCoV3Loss(_Loss):
@@ -308,10 +320,21 @@ class MoCoV3Loss(_Loss):
         logit_scale: float | Tensor | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
         label_smoothing: float = 0.0,
     ):
         options = dict(normalize=normalize, reduction=reduction, label_smoothing=label_smoothing)
-        super().__init__(temperature, logit_scale, times_2t=times_2t, **options)
+        super().__init__(
+            temperature,
+            logit_scale,
+            times_2t=times_2t,
+            **options,
+            group=group,
+            strategy=strategy,
+            grad_reduce=grad_reduce,
+        )
 
     def forward(
         self,
@@ -344,9 +367,21 @@ class NTXentMultiViewLoss(_Loss):
         logit_scale: float | Tensor | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
         check_choice("positives", positives, *POSITIVES)
-        super().__init__(temperature, logit_scale, positives=positives, normalize=normalize, reduction=reduction)
+        super().__init__(
+            temperature,
+            logit_scale,
+            positives=positives,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            strategy=strategy,
+            grad_reduce=grad_reduce,
+        )
 
     def forward(
         self,
@@ -375,9 +410,21 @@ class SupConLoss(_Loss):
         logit_scale: float | Tensor | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
         check_choice("form", form, *SUP_CON_FORMS)
-        super().__init__(temperature, logit_scale, form=form, normalize=normalize, reduction=reduction)
+        super().__init__(
+            temperature,
+            logit_scale,
+            form=form,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            strategy=strategy,
+            grad_reduce=grad_reduce,
+        )
 
     def forward(
         self,
@@ -408,8 +455,20 @@ class MILNCELoss(_Loss):
         logit_scale: float | Tensor | None = None,
         normalize: bool = False,
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
-        super().__init__(temperature, logit_scale, two_way=two_way, normalize=normalize, reduction=reduction)
+        super().__init__(
+            temperature,
+            logit_scale,
+            two_way=two_way,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            strategy=strategy,
+            grad_reduce=grad_reduce,
+        )
 
     def forward(
         self,
@@ -457,8 +516,19 @@ class DCLLoss(_TwoViewLoss):
         logit_scale: float | Tensor | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
-        super().__init__(temperature, logit_scale, normalize=normalize, reduction=reduction)
+        super().__init__(
+            temperature,
+            logit_scale,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            strategy=strategy,
+            grad_reduce=grad_reduce,
+        )
 
 
 class DCLWLoss(_TwoViewLoss):
@@ -479,8 +549,20 @@ class DCLWLoss(_TwoViewLoss):
         logit_scale: float | Tensor | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
-        super().__init__(temperature, logit_scale, sigma=sigma, normalize=normalize, reduction=reduction)
+        super().__init__(
+            temperature,
+            logit_scale,
+            sigma=sigma,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            strategy=strategy,
+            grad_reduce=grad_reduce,
+        )
 
 
 class DebiasedLoss(_TwoViewLoss):
@@ -501,8 +583,20 @@ class DebiasedLoss(_TwoViewLoss):
         logit_scale: float | Tensor | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
-        super().__init__(temperature, logit_scale, tau_plus=tau_plus, normalize=normalize, reduction=reduction)
+        super().__init__(
+            temperature,
+            logit_scale,
+            tau_plus=tau_plus,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            strategy=strategy,
+            grad_reduce=grad_reduce,
+        )
 
 
 class HardNegativeLoss(_TwoViewLoss):
@@ -524,9 +618,12 @@ class HardNegativeLoss(_TwoViewLoss):
         logit_scale: float | Tensor | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
         options = dict(beta=beta, tau_plus=tau_plus, normalize=normalize, reduction=reduction)
-        super().__init__(temperature, logit_scale, **options)
+        super().__init__(temperature, logit_scale, **options, group=group, strategy=strategy, grad_reduce=grad_reduce)
 
 
 class AlignmentUniformityLoss(nn.Module):
@@ -537,10 +634,22 @@ class AlignmentUniformityLoss(nn.Module):
         >>> loss = criterion(torch.randn(256, 128), torch.randn(256, 128))
     """
 
-    def __init__(self, alpha: float = 2.0, t: float = 2.0, uniformity_weight: float = 1.0, *, normalize: bool = True):
+    def __init__(
+        self,
+        alpha: float = 2.0,
+        t: float = 2.0,
+        uniformity_weight: float = 1.0,
+        *,
+        normalize: bool = True,
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
+    ):
         super().__init__()
+        check_options("mean", group, strategy, grad_reduce)
         self.options = dict(alpha=alpha, t=t, uniformity_weight=uniformity_weight, normalize=normalize)
         _check(self.options)
+        self.options |= dict(group=group, strategy=strategy, grad_reduce=grad_reduce)
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         return functional.alignment_uniformity(z0, z1, **self.options)
@@ -603,12 +712,13 @@ class NNCLRLoss(_Loss):
         logit_scale: float | Tensor | None = None,
         reduction: str = "mean",
         stats: bool = False,
-        group: None = None,
-        strategy: str = "all_gather",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
-        options = dict(two_way=two_way, reduction=reduction, stats=stats, group=group, strategy=strategy)
-        super().__init__(temperature, logit_scale, **options)
-        self.support = FeatureQueue(dim, size)
+        options = dict(two_way=two_way, reduction=reduction, stats=stats)
+        super().__init__(temperature, logit_scale, **options, group=group, strategy=strategy, grad_reduce=grad_reduce)
+        self.support = FeatureQueue(dim, size, group=group)
 
     def forward(
         self,
@@ -620,8 +730,10 @@ class NNCLRLoss(_Loss):
         ids: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        for name, x in (("z0", z0), ("z1", z1), ("p0", p0), ("p1", p1)):
-            check_features(name, x)
+        features = dict(z0=z0, z1=z1, p0=p0, p1=p1)
+        ranks = self._ranks(**features, ids=ids, logit_scale=logit_scale)
+        for name, x in features.items():
+            check_features(name, x, ranks)
         logit_scale = self.logit_scale if logit_scale is None else logit_scale
         support = self.support.queue.t().to(z0.dtype)
         # Of the support nothing is left to normalise, and z only chooses.
@@ -635,10 +747,10 @@ class NNCLRLoss(_Loss):
             logit_scale=logit_scale,
             ids=ids,
             normalize=False,
-            **self.options,
+            **self.options | dict(group=ranks or self.options["group"]),
         )
         if self.training:
-            self.support.push(z0)
+            push_of(ranks, self.support, z0)
         return loss
 
 
@@ -653,10 +765,19 @@ class SigLIPLoss(nn.Module):
         >>> loss = criterion(torch.randn(64, 32), torch.randn(64, 32), log_scale.exp(), bias)
     """
 
-    def __init__(self, *, normalize: bool = True, reduction: str = "mean"):
+    def __init__(
+        self,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
+    ):
         super().__init__()
-        check_options(reduction, normalize=normalize)
-        self.normalize, self.reduction = normalize, reduction
+        check_options(reduction, group, strategy, grad_reduce, normalize=normalize)
+        self.options = dict(normalize=normalize, reduction=reduction)
+        self.options |= dict(group=group, strategy=strategy, grad_reduce=grad_reduce)
 
     def forward(
         self,
@@ -667,11 +788,10 @@ class SigLIPLoss(nn.Module):
         *,
         ids: Tensor | None = None,
     ) -> Tensor:
-        options = dict(ids=ids, normalize=self.normalize, reduction=self.reduction)
-        return functional.siglip(image, text, logit_scale, logit_bias, **options)
+        return functional.siglip(image, text, logit_scale, logit_bias, ids=ids, **self.options)
 
     def extra_repr(self) -> str:
-        return f"normalize={self.normalize}, reduction={self.reduction!r}"
+        return _listed(self.options)
 
 
 class DeepInfoMaxLoss(nn.Module):
@@ -691,20 +811,25 @@ class DeepInfoMaxLoss(nn.Module):
         *,
         logit_scale: float | Tensor | None = None,
         normalize: bool = False,
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
         super().__init__()
         check_estimator(estimator)
-        check_flags(normalize=normalize)
+        check_options("mean", group, strategy, grad_reduce, normalize=normalize)
         scale_of(temperature, logit_scale)
         self.estimator, self.temperature, self.logit_scale = estimator, temperature, logit_scale
-        self.normalize = normalize
+        self.options = dict(normalize=normalize)
+        self.options |= dict(group=group, strategy=strategy, grad_reduce=grad_reduce)
 
     def forward(self, features: Tensor, local_features: Tensor, *, ids: Tensor | None = None) -> Tensor:
-        options = dict(logit_scale=self.logit_scale, ids=ids, normalize=self.normalize)
+        options = dict(logit_scale=self.logit_scale, ids=ids, **self.options)
         return functional.deep_infomax(features, local_features, self.estimator, self.temperature, **options)
 
     def extra_repr(self) -> str:
-        return _listed(dict(estimator=self.estimator) | _scale(self) | dict(normalize=self.normalize))
+        shown = dict(normalize=self.options["normalize"])
+        return _listed(dict(estimator=self.estimator) | _scale(self) | shown)
 
 
 class _BankLoss(nn.Module):
@@ -713,15 +838,23 @@ class _BankLoss(nn.Module):
     log_z: Tensor
 
     def __init__(
-        self, pairs: int, negatives: int, temperature, logit_scale, form: str, normalize: bool, reduction: str
+        self,
+        pairs: int,
+        negatives: int,
+        temperature,
+        logit_scale,
+        form: str,
+        normalize: bool,
+        reduction: str,
+        *sharing,
     ):
         super().__init__()
-        check_options(reduction, normalize=normalize)
+        check_options(reduction, *sharing, normalize=normalize)
         scale_of(temperature, logit_scale)
         negatives = check_size("negatives", negatives, 0)
         check_choice("form", form, *FORMS)
         self.negatives, self.temperature, self.logit_scale = negatives, temperature, logit_scale
-        self.form, self.normalize, self.reduction = form, normalize, reduction
+        self.form, self.normalize, self.reduction, self.sharing = form, normalize, reduction, sharing
         self.register_buffer("log_z", torch.full((pairs,), math.nan))
         self._estimated = form == "softmax"
 
@@ -729,8 +862,15 @@ class _BankLoss(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._estimated = self.form == "softmax" or not bool(self.log_z.isnan().any())
 
-    def _scale(self, logit_scale):
-        return scale_of(self.temperature, self.logit_scale if logit_scale is None else logit_scale)
+    def _scale(self, logit_scale, ranks: Ranks | None):
+        return scale_of(self.temperature, self.logit_scale if logit_scale is None else logit_scale, None, ranks)
+
+    def _ranks(self, rows: int, **given) -> Ranks | None:
+        check_options(self.reduction, *self.sharing)
+        if self.sharing[0] is None:
+            return None
+        state = dict(training=self.training, log_z_is_known=self._estimated)
+        return ranks_of(*self.sharing, type(self).__name__, rows=rows, **given, **state)
 
     def _known_log_z(self) -> Tensor | None:
         return self.log_z if self._estimated and self.form == "nce" else None
@@ -773,10 +913,14 @@ class NCELoss(_BankLoss):
         normalize: bool = True,
         reduction: str = "mean",
         stats: bool = False,
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
         check_flags(stats=stats)
-        super().__init__(1, negatives, temperature, logit_scale, form, normalize, reduction)
-        self.memory, self.stats = MemoryBank(size, dim, momentum), stats
+        sharing = group, strategy, grad_reduce
+        super().__init__(1, negatives, temperature, logit_scale, form, normalize, reduction, *sharing)
+        self.memory, self.stats = MemoryBank(size, dim, momentum, group), stats
 
     def forward(
         self,
@@ -788,7 +932,9 @@ class NCELoss(_BankLoss):
         logit_scale: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """query [N, D] of the samples `sample` int64 [N]; index [N, 1 + K] replaces what would be sampled."""
-        check_features("query", query)
+        given = dict(query=query, sample=sample, index=index, weights=weights, logit_scale=logit_scale)
+        ranks = self._ranks(rows_of(query), **given)
+        check_features("query", query, ranks)
         check_ids("sample", sample, query.shape[:1], query)
         index = self.memory.sample(sample, self.negatives) if index is None else index
         known = self._known_log_z()
@@ -796,17 +942,18 @@ class NCELoss(_BankLoss):
             query,
             self.memory.bank.to(query.dtype),
             index,
-            self._scale(logit_scale),
+            self._scale(logit_scale, ranks),
             form=self.form,
             log_z=None if known is None else known[0],
             weights=weights,
             normalize=self.normalize,
             reduction=self.reduction,
             stats=self.stats,
+            ranks=ranks,
         )
         self._keep(log_z)
         if self.training:
-            self.memory.update(sample, query)
+            update_of(ranks, self.memory, sample, query)
         return (loss, share) if self.stats else loss
 
 
@@ -840,10 +987,15 @@ class CMCLoss(_BankLoss):
         logit_scale: float | Tensor | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
         pairs = len(cmc_pairs(views, graph))
-        super().__init__(pairs, negatives, temperature, logit_scale, form, normalize, reduction)
-        self.graph, self.memories = graph, nn.ModuleList(MemoryBank(size, dim, momentum) for _ in range(views))
+        sharing = group, strategy, grad_reduce
+        super().__init__(pairs, negatives, temperature, logit_scale, form, normalize, reduction, *sharing)
+        self.graph = graph
+        self.memories = nn.ModuleList(MemoryBank(size, dim, momentum, group) for _ in range(views))
 
     def forward(
         self,
@@ -855,7 +1007,9 @@ class CMCLoss(_BankLoss):
         logit_scale: float | Tensor | None = None,
     ) -> Tensor:
         """views: [N, D] each, of the samples `sample` int64 [N]; index [N, 1 + K] replaces what would be sampled."""
-        views = checked_views(views)
+        given = dict(views=views, sample=sample, index=index, weights=weights, logit_scale=logit_scale)
+        ranks = self._ranks(rows_of_views(views), **given)
+        views = checked_views(views, ranks)
         if len(views) != len(self.memories):
             raise ValueError(
                 f"views must be {len(self.memories)} tensors [N, D], one for each memory, not {len(views)}"
@@ -867,18 +1021,19 @@ class CMCLoss(_BankLoss):
             views,
             banks,
             index,
-            self._scale(logit_scale),
+            self._scale(logit_scale, ranks),
             self.graph,
             self._known_log_z(),
             self.form,
             weights,
             self.normalize,
             self.reduction,
+            ranks,
         )
         self._keep(log_z)
         if self.training:
             for memory, view in zip(self.memories, views, strict=True):
-                memory.update(sample, view)
+                update_of(ranks, memory, sample, view)
         return loss
 
 
@@ -902,8 +1057,9 @@ class MultipleNegativesRankingLoss(_Loss):
         normalize: bool = True,
         reduction: str = "mean",
         stats: bool = False,
-        group: None = None,
-        strategy: str = "all_gather",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
         check_directions(directions, partition)
         checked_margin(margin, margin_strategy, scale_of(temperature, logit_scale), ())  # with a guide or without
@@ -919,6 +1075,7 @@ class MultipleNegativesRankingLoss(_Loss):
             stats=stats,
             group=group,
             strategy=strategy,
+            grad_reduce=grad_reduce,
         )
 
     def forward(
@@ -969,8 +1126,9 @@ class CPCLoss(_Loss):
         normalize: bool = False,
         reduction: str = "mean",
         stats: bool = False,
-        group: None = None,
-        strategy: str = "all_gather",
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
     ):
         check_choice("negatives", negatives, *NEGATIVES)
         super().__init__(
@@ -982,6 +1140,7 @@ class CPCLoss(_Loss):
             stats=stats,
             group=group,
             strategy=strategy,
+            grad_reduce=grad_reduce,
         )
         sizes = ("steps", steps), ("target_dim", target_dim), ("context_dim", context_dim)
         self.predictors = nn.Parameter(torch.empty([check_size(*size) for size in sizes]))

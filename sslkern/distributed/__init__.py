@@ -19,8 +19,11 @@ from .ranks import (
     check_group,
     copies,
     first_row,
+    one_each,
     ranks_of,
     row_ids,
+    rows_here,
+    within,
 )
 from .similarity_lse import similarity_lse
 from .similarity_softplus import similarity_softplus
@@ -38,6 +41,7 @@ __all__ = [
     "copies",
     "first_row",
     "gather",
+    "one_each",
     "over_ranks",
     "own_rows",
     "pair_contrast_over",
@@ -46,9 +50,11 @@ __all__ = [
     "recorded",
     "replicated",
     "row_ids",
+    "rows_here",
     "similarity_lse",
     "similarity_softplus",
     "similarity_topk",
     "sum_of_equal",
     "total_of",
+    "within",
 ]

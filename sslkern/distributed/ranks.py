@@ -122,6 +122,16 @@ def copies(ranks: Ranks | None, n: int) -> Ranks | None:
     return None if ranks is None else ranks._replace(counts=tuple(n * count for count in ranks.counts))
 
 
+def one_each(ranks: Ranks) -> Ranks:
+    """The ranks of one row each."""
+    return ranks._replace(counts=(1,) * ranks.size)
+
+
+def within(ranks: Ranks | None) -> Ranks | None:
+    """The ranks for a loss by row that is only a step on the way to another, which has the factors of the contract."""
+    return None if ranks is None else ranks._replace(grad_reduce="sum")
+
+
 def first_row(ranks: Ranks, rows: int) -> int:
     """The number, among those of all ranks, of the first of this rank's `rows`."""
     return sum(ranks.counts[: ranks.rank]) if ranks.counts else ranks.rank * rows
@@ -132,6 +142,11 @@ def all_rows(rows: int, ranks: Ranks | None) -> int:
     if ranks is None:
         return rows
     return sum(ranks.counts) if ranks.counts else ranks.size * rows
+
+
+def rows_here(x: Tensor, rows: int, ranks: Ranks | None) -> Tensor:
+    """This rank's `rows` of x, which has those of all."""
+    return x if ranks is None else x.narrow(0, first_row(ranks, rows), rows)
 
 
 def row_ids(rows: int, device: torch.device, ranks: Ranks | None) -> Tensor:

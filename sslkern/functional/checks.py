@@ -122,11 +122,6 @@ def check_options(reduction: str, group=None, strategy: str = "auto", grad_reduc
         check_group(group)
 
 
-def check_alone(group) -> None:
-    if group is not None:
-        raise NotImplementedError("group must be None: this loss is not available across processes yet")
-
-
 def scale_of(
     temperature: float | Tensor,
     logit_scale: float | Tensor | None,

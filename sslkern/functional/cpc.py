@@ -6,9 +6,19 @@ from torch import Tensor
 from ..common.arguments import FLOATS, check_choice, check_dense, check_devices, describe
 from ..common.autocast import cat, product, stack
 from ..common.rows import dots, unit
-from ..common.sums import mean, pair_loss, times
-from ..ops import similarity_lse
-from .checks import check_alone, check_features, check_options, promoted, scale_of
+from ..common.sums import mean, pair_loss, times, total
+from ..distributed import (
+    Group,
+    Ranks,
+    all_rows,
+    copies,
+    over_ranks,
+    ranks_of,
+    replicated,
+    row_ids,
+    similarity_lse,
+)
+from .checks import check_features, check_options, promoted, scale_of
 from .formulas import reduce
 
 NEGATIVES = ("all", "sample", "time")
@@ -25,8 +35,9 @@ def cpc(
     normalize: bool = False,
     reduction: str = "mean",
     stats: bool = False,
-    group: None = None,
-    strategy: str = "all_gather",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """CPC's InfoNCE (eq. 3 and 4 of https://arxiv.org/abs/1807.03748): the context predicts K steps ahead.
 
@@ -53,7 +64,8 @@ def cpc(
         reduction: over the K losses of the steps, each of them the mean over its N (T - k) predictions: "mean", "sum",
             or "none".
         stats: also return the share of predictions that are most similar to their target, of each step.
-        group, strategy: the processes that share a batch; only None, this process, so far.
+        group, strategy, grad_reduce: the processes that share a batch, each with its own samples, as in `nt_xent`;
+            predictors are the same on all of them, and so are the losses of the steps.
 
     Returns:
         The loss, 0-d, or for "none" [K], in fp32 (fp64). With `stats` a pair of it and the shares [K] without
@@ -68,11 +80,16 @@ def cpc(
         >>> losses, accuracy = sslkern.functional.cpc(context, targets, predictors, reduction="none", stats=True)
         >>> losses.mean().backward()
     """
+    ranks = None
+    if group is not None:
+        given = dict(context=context, targets=targets, predictors=predictors, temperature=temperature)
+        given |= dict(logit_scale=logit_scale, negatives=negatives)
+        options = dict(normalize=normalize, reduction=reduction, stats=stats)
+        ranks = ranks_of(group, strategy, grad_reduce, "cpc", **given, **options)
     context, targets = promoted(context, targets)
-    _check(context, targets, predictors, negatives)
-    check_alone(group)
-    check_options(reduction, group, strategy, normalize=normalize, stats=stats)
-    scale = scale_of(temperature, logit_scale, context)
+    _check(context, targets, predictors, negatives, ranks)
+    check_options(reduction, group, strategy, grad_reduce, normalize=normalize, stats=stats)
+    scale, predictors = scale_of(temperature, logit_scale, context, ranks), replicated(predictors, ranks)
     (N, T, _), (K, Dz, _) = context.shape, predictors.shape
 
     every_step = predictors.to(context.dtype).flatten(0, 1)  # [K Dz, Dc]
@@ -86,33 +103,38 @@ def cpc(
     target = cat([targets[:, T - count :] for count in counts], 1)  # [N, S, Dz]
     positive = times(dots(query, target), scale)  # [N, S]
 
-    key, q_ids, k_ids = targets, time, torch.arange(T, device=targets.device)  # "time": N groups
+    key, q_ids, k_ids = targets, time, torch.arange(T, device=targets.device)
+    spread = None  # "time": N groups, each of keys that are here
     if negatives == "all":
-        start = T * torch.arange(N, device=targets.device)
-        query, key = query.flatten(0, 1), targets.flatten(0, 1)
-        q_ids, k_ids = (start.unsqueeze(1) + time).flatten(), torch.arange(N * T, device=targets.device)
+        start = T * row_ids(N, targets.device, ranks)
+        query, key, spread = query.flatten(0, 1), targets.flatten(0, 1), copies(ranks, T)
+        q_ids, k_ids = (start.unsqueeze(1) + time).flatten(), row_ids(N * T, targets.device, spread)
     elif negatives == "sample":  # S groups
-        query, key = query.transpose(0, 1), target.transpose(0, 1)
-        q_ids = k_ids = torch.arange(N, device=targets.device)
-    out = similarity_lse(query, key, scale, q_ids=q_ids, k_ids=k_ids, best=stats)
-    row, best = (x.T if negatives == "sample" else x.view(N, -1) for x in (out if stats else (out, out)))
+        query, key, spread = query.transpose(0, 1), target.transpose(0, 1), ranks
+        q_ids = k_ids = row_ids(N, targets.device, ranks)
+    out = similarity_lse(query, key, scale, q_ids=q_ids, k_ids=k_ids, best=stats, ranks=spread)
+    row, best = (x.T if negatives == "sample" else x.view_as(positive) for x in (out if stats else (out, out)))
 
-    losses = _by_step(pair_loss(row, positive), counts)
+    losses = _by_step(pair_loss(row, positive), counts, ranks)
     loss = reduce(losses, reduction)
-    return (loss, _by_step((best < positive.detach()).float(), counts)) if stats else loss
+    return (loss, _by_step((best < positive.detach()).float(), counts, ranks)) if stats else loss
 
 
-def _by_step(x: Tensor, counts: list[int]) -> Tensor:
-    """[K] means of x [N, S]."""
-    return stack([mean(step) for step in x.split(counts, 1)])
+def _by_step(x: Tensor, counts: list[int], ranks: Ranks | None) -> Tensor:
+    """[K] means of x [N, S], over the samples of all ranks."""
+    steps = x.split(counts, 1)
+    if ranks is None:
+        return stack([mean(step) for step in steps])
+    sums, N = over_ranks(stack([total(step) for step in steps]), ranks), all_rows(x.shape[0], ranks)
+    return stack([of_step / (N * count) for of_step, count in zip(sums.unbind(), counts, strict=True)])
 
 
-def _check(context: Tensor, targets: Tensor, predictors: Tensor, negatives: str) -> None:
+def _check(context: Tensor, targets: Tensor, predictors: Tensor, negatives: str, ranks: Ranks | None) -> None:
     for name, x in (("context", context), ("targets", targets)):
         check_dense(name, x)
         if not isinstance(x, Tensor) or x.ndim != 3:
             raise ValueError(f"{name} must be a tensor [N, T, D], not {describe(x)}")
-        check_features(name, x.flatten(0, 1))
+        check_features(name, x.flatten(0, 1), ranks)
     if targets.shape[:2] != context.shape[:2]:
         wanted = [*context.shape[:2], "Dz"]
         raise ValueError(f"targets must be a tensor {wanted} to go with context, not {describe(targets)}")

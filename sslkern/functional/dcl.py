@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..common.numbers import check_number
 from ..common.sums import times
-from ..ops import similarity_lse
+from ..distributed import Group, all_rows, copies, gather, ranks_of, rows_here, similarity_lse
 from ._pairs import two_views
 from .checks import check_options, check_weights, scale_of
 from .formulas import reduce
@@ -20,6 +20,9 @@ def dcl(
     ids: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
     weights: Tensor | None = None,
 ) -> Tensor:
     """Decoupled contrastive loss (eq. 6 of https://arxiv.org/abs/2110.06848): NT-Xent with no positive in denominators.
@@ -34,7 +37,7 @@ def dcl(
 
     Args:
         z0, z1: [N, D], row i of both is a view of sample i. fp32, bf16, fp16 or fp64.
-        temperature, logit_scale, ids, normalize, reduction, weights: as in `nt_xent`.
+        temperature, logit_scale, ids, normalize, reduction, group, strategy, grad_reduce, weights: as in `nt_xent`.
 
     Returns:
         The loss, 0-d, or for "none" [2N] with the rows of z0 first, in fp32 (fp64). A row without negatives adds 0 and
@@ -47,7 +50,8 @@ def dcl(
         >>> z0, z1 = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
         >>> sslkern.functional.dcl(z0, z1, temperature=0.1).backward()
     """
-    return _decoupled(z0, z1, temperature, None, logit_scale, ids, normalize, reduction, weights)
+    shared = group, strategy, grad_reduce
+    return _decoupled("dcl", z0, z1, temperature, None, logit_scale, ids, normalize, reduction, weights, *shared)
 
 
 def dclw(
@@ -60,6 +64,9 @@ def dclw(
     ids: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
     weights: Tensor | None = None,
 ) -> Tensor:
     """DCL with the weights of https://arxiv.org/abs/2110.06848 on the positives: views far apart count more.
@@ -71,8 +78,8 @@ def dclw(
     Args:
         z0, z1: [N, D], row i of both is a view of sample i. fp32, bf16, fp16 or fp64.
         sigma: a positive number; the smaller, the more the weights differ.
-        temperature, logit_scale, ids, normalize, reduction, weights: as in `nt_xent`. (`weights` are those of samples,
-            and do not enter w.)
+        temperature, logit_scale, ids, normalize, reduction, group, strategy, grad_reduce, weights: as in `nt_xent`.
+            (`weights` are those of samples, and do not enter w.)
 
     Returns, Raises: as `dcl`.
 
@@ -80,21 +87,30 @@ def dclw(
         >>> z0, z1 = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
         >>> sslkern.functional.dclw(z0, z1, temperature=0.1, sigma=0.5).backward()
     """
-    sigma = check_number("sigma", sigma, 1e-6)
-    return _decoupled(z0, z1, temperature, sigma, logit_scale, ids, normalize, reduction, weights)
+    shared = group, strategy, grad_reduce
+    return _decoupled("dclw", z0, z1, temperature, sigma, logit_scale, ids, normalize, reduction, weights, *shared)
 
 
-def _decoupled(z0, z1, temperature, sigma, logit_scale, ids, normalize, reduction, weights):
-    z, ids, cosine = two_views(z0, z1, ids, normalize)
+def _decoupled(
+    name, z0, z1, temperature, sigma, logit_scale, ids, normalize, reduction, weights, group, strategy, grad_reduce
+):
+    ranks = None
+    if group is not None:
+        given = dict(z0=z0, z1=z1, temperature=temperature, sigma=sigma, logit_scale=logit_scale, ids=ids)
+        options = dict(normalize=normalize, reduction=reduction, weights=weights)
+        ranks = ranks_of(group, strategy, grad_reduce, name, **given, **options)
+    sigma = check_number("sigma", sigma, 1e-6) if name == "dclw" else None
+    z, ids, cosine = two_views(z0, z1, ids, normalize, ranks)
     N = z0.shape[0]
-    check_options(reduction)
+    check_options(reduction, group, strategy, grad_reduce)
     check_weights(weights, N, z0)
-    scale = scale_of(temperature, logit_scale, z0)
-    negative = similarity_lse(z, scale=scale, q_ids=ids)
+    scale = scale_of(temperature, logit_scale, z0, ranks)
+    negative = similarity_lse(z, scale=scale, q_ids=ids, ranks=copies(ranks, 2))
     positive = times(cosine, scale)
     if sigma is not None:
-        pull = 2 - N * torch.softmax(cosine[:N].detach() / sigma, 0)
+        shares = torch.softmax(gather(cosine[:N].detach() / sigma, ranks), 0)
+        pull = 2 - all_rows(N, ranks) * rows_here(shares, N, ranks)
         positive = pull.repeat(2) * positive
     losses = (negative - positive).masked_fill(negative == -torch.inf, 0)
-    loss = reduce(losses.view(2, N), reduction, weights)
+    loss = reduce(losses.view(2, N), reduction, weights, ranks)
     return loss.view(-1) if reduction == "none" else loss

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..common.equal import equal_ids
 from ..common.numbers import check_finite, check_number, log
 from ..common.sums import pair_loss, times
-from ..ops import similarity_lse
+from ..distributed import Group, all_rows, copies, gather, ranks_of, similarity_lse
 from ._pairs import two_views
 from .checks import check_options, check_weights, scale_of
 from .formulas import reduce
@@ -25,6 +25,9 @@ def debiased(
     ids: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
     weights: Tensor | None = None,
 ) -> Tensor:
     """Debiased contrastive loss (https://arxiv.org/abs/2007.00224): some negatives are of the same class.
@@ -42,8 +45,8 @@ def debiased(
     Args:
         z0, z1: [N, D], row i of both is a view of sample i. fp32, bf16, fp16 or fp64.
         tau_plus: in [0, 1), the probability that two samples are of the same class.
-        temperature, logit_scale, ids, normalize, reduction, weights: as in `nt_xent`. Rows left out by `ids` do not
-            count in M.
+        temperature, logit_scale, ids, normalize, reduction, group, strategy, grad_reduce, weights: as in `nt_xent`.
+            Rows left out by `ids` do not count in M.
 
     Returns:
         The loss, 0-d, or for "none" [2N] with the rows of z0 first, in fp32 (fp64). A row without negatives adds 0 and
@@ -56,7 +59,9 @@ def debiased(
         >>> z0, z1 = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
         >>> sslkern.functional.debiased(z0, z1, temperature=0.5, tau_plus=0.1).backward()
     """
-    return _debiased(z0, z1, temperature, None, tau_plus, logit_scale, ids, normalize, reduction, weights)
+    shared = group, strategy, grad_reduce
+    options = logit_scale, ids, normalize, reduction, weights
+    return _debiased("debiased", z0, z1, temperature, None, tau_plus, *options, *shared)
 
 
 def hard_negative(
@@ -70,6 +75,9 @@ def hard_negative(
     ids: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
     weights: Tensor | None = None,
 ) -> Tensor:
     """Debiased contrastive loss with weights on hard negatives (https://arxiv.org/abs/2010.04592).
@@ -85,7 +93,7 @@ def hard_negative(
         z0, z1: [N, D], row i of both is a view of sample i. fp32, bf16, fp16 or fp64.
         beta: at least 0, how much hard negatives are preferred.
         tau_plus: in [0, 1), the probability that two samples are of the same class.
-        temperature, logit_scale, ids, normalize, reduction, weights: as in `debiased`.
+        temperature, logit_scale, ids, normalize, reduction, group, strategy, grad_reduce, weights: as in `debiased`.
 
     Returns, Raises: as `debiased`.
 
@@ -93,25 +101,33 @@ def hard_negative(
         >>> z0, z1 = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
         >>> sslkern.functional.hard_negative(z0, z1, temperature=0.5, beta=1.0, tau_plus=0.1).backward()
     """
-    beta = check_number("beta", beta, 0)
-    return _debiased(z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, reduction, weights)
+    shared = group, strategy, grad_reduce
+    options = logit_scale, ids, normalize, reduction, weights
+    return _debiased("hard_negative", z0, z1, temperature, beta, tau_plus, *options, *shared)
 
 
-def _debiased(z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, reduction, weights):
-    z, ids, cosine = two_views(z0, z1, ids, normalize)
-    N = z0.shape[0]
+def _debiased(name, z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, reduction, weights, *sharing):
+    ranks, (group, strategy, grad_reduce) = None, sharing
+    if group is not None:
+        given = dict(z0=z0, z1=z1, temperature=temperature, beta=beta, tau_plus=tau_plus, logit_scale=logit_scale)
+        options = dict(ids=ids, normalize=normalize, reduction=reduction, weights=weights)
+        ranks = ranks_of(group, strategy, grad_reduce, name, **given, **options)
+    beta = check_number("beta", beta, 0) if name == "hard_negative" else None
+    z, ids, cosine = two_views(z0, z1, ids, normalize, ranks)
+    N, views = z0.shape[0], copies(ranks, 2)
     tau_plus = check_number("tau_plus", tau_plus, 0, 1)
-    check_options(reduction)
+    check_options(reduction, group, strategy, grad_reduce)
     check_weights(weights, N, z0)
-    scale = scale_of(temperature, logit_scale, z0)
+    scale = scale_of(temperature, logit_scale, z0, ranks)
     if beta is not None and not isinstance(scale, Tensor):
         check_finite("beta: (1 + beta) times the scale", (1 + beta) * scale)
     positive = times(cosine, scale)
-    log_count = (2 * N - equal_ids(ids, ids)[1]).to(cosine.dtype).log()  # of M; -inf for a row without negatives
+    count = 2 * all_rows(N, ranks) - equal_ids(ids, gather(ids, views))[1]
+    log_count = count.to(cosine.dtype).log()  # of M; -inf for a row without negatives
     if beta is None:
-        negative = similarity_lse(z, scale=scale, q_ids=ids)
+        negative = similarity_lse(z, scale=scale, q_ids=ids, ranks=views)
     else:
-        hard, soft = (similarity_lse(z, scale=scale * power, q_ids=ids) for power in (1 + beta, beta))
+        hard, soft = (similarity_lse(z, scale=scale * power, q_ids=ids, ranks=views) for power in (1 + beta, beta))
         negative = log_count + hard - soft.masked_fill(soft == -torch.inf, 0)
     # log G. All of it in logarithms: exp(1 / T) overflows at T = 0.01.
     share = log(tau_plus, cosine) if tau_plus > 0 else -math.inf
@@ -120,5 +136,5 @@ def _debiased(z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, 
     rest = negative + torch.log(-torch.expm1(gap.where(more, -1))) - log(1 - tau_plus, cosine)
     floor = log_count - (scale.abs() if isinstance(scale, Tensor) else abs(scale))
     estimate = torch.maximum(rest.masked_fill(~more, -torch.inf), floor)
-    loss = reduce(pair_loss(estimate, positive).view(2, N), reduction, weights)
+    loss = reduce(pair_loss(estimate, positive).view(2, N), reduction, weights, ranks)
     return loss.view(-1) if reduction == "none" else loss

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..common.arguments import check_choice, check_flags, describe
+from ..common.arguments import check_choice, describe
 from ..common.rows import dots, unit
-from ..common.sums import log_total, mean, pair_loss, softplus, times
-from ..ops import similarity_lse, similarity_softplus
-from .checks import check_alike, check_features, check_ids, promoted, scale_of
+from ..common.sums import pair_loss, softplus, times
+from ..distributed import Group, copies, gather, over_ranks, ranks_of, row_ids, similarity_lse, similarity_softplus
+from .checks import check_alike, check_features, check_ids, check_options, promoted, scale_of
+from .formulas import log_total_of, mean_of
 
 
 def deep_infomax(
@@ -19,6 +20,9 @@ def deep_infomax(
     logit_scale: float | Tensor | None = None,
     ids: Tensor | None = None,
     normalize: bool = False,
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
 ) -> Tensor:
     """Minus an estimate of the mutual information between images and the parts that they are made of.
 
@@ -46,6 +50,7 @@ def deep_infomax(
         logit_scale: multiplies them instead and replaces `temperature`; already exponentiated.
         ids: int64 [N]; images with equal ids are not negatives of each other. Default: all differ.
         normalize: divide the features by their norm first (cosine similarity).
+        group, strategy, grad_reduce: the processes that share a batch, each with its own images, as in `nt_xent`.
 
     Returns:
         The loss, 0-d, in fp32 (fp64). Without any negatives "infonce" and "dv" are 0, and "jsd" has its first term.
@@ -58,16 +63,21 @@ def deep_infomax(
         >>> loss = sslkern.functional.deep_infomax(images, maps.flatten(2).transpose(1, 2), "jsd")
         >>> loss.backward()
     """
+    ranks = None
+    if group is not None:
+        given = dict(features=features, local_features=local_features, estimator=estimator, temperature=temperature)
+        options = dict(logit_scale=logit_scale, ids=ids, normalize=normalize)
+        ranks = ranks_of(group, strategy, grad_reduce, "deep_infomax", **given, **options)
     features, local_features = promoted(features, local_features)
-    check_features("features", features)
+    check_features("features", features, ranks)
     check_estimator(estimator)
-    check_flags(normalize=normalize)
+    check_options("mean", group, strategy, grad_reduce, normalize=normalize)
     N, D = features.shape
     check_alike("local_features", local_features, "features", features, "[N, L, D] or [N, D]")
-    if local_features.ndim not in (2, 3) or local_features.shape[0] != N or 0 in local_features.shape[:-1]:
+    if local_features.ndim not in (2, 3) or local_features.shape[0] != N or 0 in local_features.shape[1:-1]:
         wanted = f"[{N}, L, {D}] with L > 0 or [{N}, {D}]"
         raise ValueError(f"local_features must be a tensor {wanted}, not {describe(local_features)}")
-    scale = scale_of(temperature, logit_scale, features)
+    scale = scale_of(temperature, logit_scale, features, ranks)
     if ids is not None:
         check_ids("ids", ids, (N,), features)
 
@@ -76,18 +86,19 @@ def deep_infomax(
     local_features = local_features.unsqueeze(1) if local_features.ndim == 2 else local_features
     L = local_features.shape[1]
     own = times(dots(local_features, features.unsqueeze(1)), scale)  # [N, L], the scores P
-    images = torch.arange(N, device=features.device) if ids is None else ids
-    q = dict(q_ids=images, k_ids=images.unsqueeze(1).expand(N, L).reshape(-1))
+    images = row_ids(N, features.device, ranks) if ids is None else ids
+    q = dict(q_ids=images, k_ids=images.unsqueeze(1).expand(N, L).reshape(-1), ranks=copies(ranks, L))
     locations = local_features.reshape(N * L, D)
     if estimator == "infonce":
         row = similarity_lse(features, locations, scale, **q)
-        return mean(pair_loss(row.unsqueeze(1), own))
-    count = (_different_pairs(images) * L).to(own.dtype)
+        return mean_of(pair_loss(row.unsqueeze(1), own), ranks)
+    count = (_different_pairs(gather(images, ranks)) * L).to(own.dtype)
     if estimator == "jsd":
-        return mean(softplus(-own)) + similarity_softplus(features, locations, scale, **q) / count.clamp_min(1)
+        negative = over_ranks(similarity_softplus(features, locations, scale, **q), ranks)
+        return mean_of(softplus(-own), ranks) + negative / count.clamp_min(1)
     nothing = count == 0
-    total = log_total(similarity_lse(features, locations, scale, **q).masked_fill(nothing, 0))
-    return (total - count.clamp_min(1).log() - mean(own)).masked_fill(nothing, 0)
+    total = log_total_of(similarity_lse(features, locations, scale, **q).masked_fill(nothing, 0), ranks)
+    return (total - count.clamp_min(1).log() - mean_of(own, ranks)).masked_fill(nothing, 0)
 
 
 def check_estimator(estimator: str) -> None:

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..common.sums import mean, total
-from ..distributed import Ranks, all_rows, over_ranks, own_rows
+from ..common.sums import log_total, mean, total
+from ..distributed import Ranks, all_rows, gather, one_each, over_ranks, own_rows
 
 
 def beaten(best: Tensor, positive: Tensor, ranks: Ranks | None = None) -> Tensor:
@@ -40,6 +40,33 @@ def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None, ranks:
         return loss
     share = over_ranks(total(weights), ranks)
     return loss / share.masked_fill(share == 0, 1)
+
+
+def rows_of(x) -> int:
+    """N of x [N, ..]; 0 where it is nothing of the kind, as will be said of it later."""
+    return x.shape[0] if isinstance(x, Tensor) and not x.is_nested and x.ndim else 0
+
+
+def rows_of_views(views) -> int:
+    """N of V views [N, D], likewise."""
+    listed = isinstance(views, (list, tuple)) or isinstance(views, Tensor) and not views.is_nested and views.ndim > 1
+    return rows_of(views[0] if listed and len(views) else None)
+
+
+def mean_of(x: Tensor, ranks: Ranks | None) -> Tensor:
+    """The mean of x [N, ..], over the rows of all ranks, 0-d."""
+    if ranks is None:
+        return mean(x)
+    return over_ranks(total(x), ranks) / (all_rows(x.shape[0], ranks) * x.shape[1:].numel())
+
+
+def log_total_of(x: Tensor, ranks: Ranks | None) -> Tensor:
+    """The log-sum-exp of x [N, ..], over the rows of all ranks, 0-d."""
+    if ranks is None:
+        return log_total(x)
+    share = log_total(x)
+    top = gather(share.detach().view(1), one_each(ranks)).amax()
+    return over_ranks((share - top).exp(), ranks).log() + top
 
 
 def at_once_of(reduction: str, weights: Tensor | None, label_smoothing: float, ranks: Ranks | None = None) -> str:

@@ -157,6 +157,10 @@ def over_bank(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The loss of queries over rows of a bank that get no gradient, which are normalised first where `unit_bank` says
     so. With a ptr the keys are pushed onto the bank then."""
+    if query.shape[0] == 0:  # a rank without rows, which takes part in the sums over ranks
+        losses = times(dots(query, key), scale)
+        loss = reduce(losses, reduction, weights, ranks)
+        return (loss, beaten(losses.detach(), losses, ranks)) if stats else loss
     at_once = at_once_of(reduction, weights, label_smoothing, ranks)
     then = ptr
     if label_smoothing > 0:  # which reads the bank once more

@@ -9,7 +9,8 @@ from ..common.arguments import check_dense, check_device, describe
 from ..common.rows import unit
 from ..common.sums import softplus, times
 from ..common.tensors import wide
-from ..ops import logsumexp, similarity_lse
+from ..distributed import Group, copies, ranks_of, row_ids, similarity_lse
+from ..ops import logsumexp
 from .checks import check_alike, check_features, check_ids, check_options, check_weights, promoted, scale_of
 from .formulas import logaddexp, reduce
 
@@ -25,6 +26,9 @@ def mil_nce(
     logit_scale: float | Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
     weights: Tensor | None = None,
 ) -> Tensor:
     """MIL-NCE (eq. 1 of https://arxiv.org/abs/1912.06430): each anchor has P positives, of which some are false.
@@ -56,6 +60,7 @@ def mil_nce(
         logit_scale: multiplies the similarities instead and replaces `temperature`; already exponentiated.
         normalize: divide all rows by their norm first (cosine similarity); the paper does not.
         reduction: "mean" or "sum" over the N anchors, or "none".
+        group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`.
         weights: floating point [N], w_i for anchor i: "mean" is sum w_i l_i / sum w_i.
 
     Returns:
@@ -69,20 +74,25 @@ def mil_nce(
         >>> clips, sentences = torch.randn(64, 32, requires_grad=True), torch.randn(64, 5, 32)
         >>> sslkern.functional.mil_nce(clips, sentences, temperature=0.1, two_way=True, normalize=True).backward()
     """
+    ranks = None
+    if group is not None:
+        given = dict(anchor=anchor, positives=positives, temperature=temperature, two_way=two_way, valid=valid, ids=ids)
+        given |= dict(logit_scale=logit_scale, normalize=normalize, reduction=reduction, weights=weights)
+        ranks = ranks_of(group, strategy, grad_reduce, "mil_nce", **given)
     anchor, positives = promoted(anchor, positives)
-    check_features("anchor", anchor)
+    check_features("anchor", anchor, ranks)
     check_alike("positives", positives, "anchor", anchor, "[N, P, D]")
     N, D = anchor.shape
     if positives.ndim != 3 or positives.shape[0] != N:
         raise ValueError(f"positives must be [{N}, P, {D}], P for each anchor, not {describe(positives)}")
     P = positives.shape[1]
-    check_options(reduction, two_way=two_way, normalize=normalize)
+    check_options(reduction, group, strategy, grad_reduce, two_way=two_way, normalize=normalize)
     check_weights(weights, N, anchor)
-    scale = scale_of(temperature, logit_scale, anchor)
+    scale = scale_of(temperature, logit_scale, anchor, ranks)
     if valid is not None:
         _check_valid(valid, positives)
     if ids is None:
-        ids = torch.arange(N, device=anchor.device)
+        ids = row_ids(N, anchor.device, ranks)
     else:
         check_ids("ids", ids, (N,), anchor)
 
@@ -95,7 +105,7 @@ def mil_nce(
         bias = torch.zeros_like(own).masked_fill(~valid, -math.inf).detach().flatten()
     # Kept apart from the positives, the negatives leave a tiny loss its digits.
     of_anchor, of_candidate = ids, ids.repeat_interleave(P)
-    options = dict(q_ids=of_anchor, k_ids=of_candidate, k_bias=bias, columns=two_way)
+    options = dict(q_ids=of_anchor, k_ids=of_candidate, k_bias=bias, columns=two_way, ranks=copies(ranks, P))
     negative = similarity_lse(anchor, positives.flatten(0, 1), scale, **options)
     if two_way:
         negative, column = negative
@@ -103,7 +113,7 @@ def mil_nce(
     positive = logsumexp(own)
     nothing = positive == -math.inf
     losses = softplus((negative - positive.masked_fill(nothing, 0)).masked_fill(nothing, -math.inf))
-    return reduce(losses, reduction, weights)
+    return reduce(losses, reduction, weights, ranks)
 
 
 def _check_valid(valid: Tensor, positives: Tensor) -> None:

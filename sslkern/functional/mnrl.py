@@ -14,9 +14,10 @@ from ..common.numbers import check_finite, shown
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
 from ..common.tensors import transformed, wide
-from ..ops import logsumexp, similarity_lse
+from ..distributed import Group, copies, gather, pair_contrast_over, ranks_of, row_ids, similarity_lse
+from ..ops import logsumexp
 from ..ops.pair_contrast import pair_contrast
-from .checks import check_alike, check_alone, check_features, check_ids, check_options, promoted, scale_of
+from .checks import check_alike, check_features, check_ids, check_options, promoted, scale_of
 from .formulas import beaten, logaddexp, reduce
 
 BLOCK = 2**20  # scores that a guide decides on at a time
@@ -48,8 +49,9 @@ def mnrl(
     normalize: bool = True,
     reduction: str = "mean",
     stats: bool = False,
-    group: None = None,
-    strategy: str = "all_gather",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multiple negatives ranking (section 4.4 of https://arxiv.org/abs/1705.00652), the loss of text retrieval.
 
@@ -87,7 +89,8 @@ def mnrl(
         normalize: divide all rows by their norm first (cosine similarity).
         reduction: "mean" or "sum" over the N pairs, or "none".
         stats: also return the share of pairs whose positive beats every negative.
-        group, strategy: the processes that share a batch; only None, this process, so far.
+        group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. With a guide all features come
+            together.
 
     Returns:
         The loss, 0-d, or for "none" [N], in fp32 (fp64). With `stats` a pair of it and the share, 0-d without
@@ -105,14 +108,20 @@ def mnrl(
         >>> both = ("query_to_doc", "doc_to_query")
         >>> loss = sslkern.functional.mnrl(queries, documents, directions=both, partition="per_direction")
     """
+    ranks = None
+    if group is not None:
+        given = dict(anchor=anchor, positive=positive, negatives=negatives, temperature=temperature)
+        given |= dict(logit_scale=logit_scale, directions=directions, partition=partition, ids=ids)
+        given |= dict(negative_ids=negative_ids, margin=margin, margin_strategy=margin_strategy, guide=guide)
+        options = dict(normalize=normalize, reduction=reduction, stats=stats)
+        ranks = ranks_of(group, strategy, grad_reduce, "mnrl", **given, **options)
     if negatives is not None:
         negatives = _stacked("negatives", negatives)
     anchor, positive, negatives = promoted(anchor, positive, negatives)
-    check_features("anchor", anchor)
+    check_features("anchor", anchor, ranks)
     check_alike("positive", positive, "anchor", anchor)
-    check_alone(group)
-    check_options(reduction, group, strategy, normalize=normalize, stats=stats)
-    scale = scale_of(temperature, logit_scale, anchor)
+    check_options(reduction, group, strategy, grad_reduce, normalize=normalize, stats=stats)
+    scale = scale_of(temperature, logit_scale, anchor, ranks)
     check_directions(directions, partition)
     N, D = anchor.shape
     if negatives is not None:
@@ -134,16 +143,17 @@ def mnrl(
     two_way = _TWO_WAY <= set(directions)
     if negatives is None and margin is None and (partition == "per_direction" or len(directions) == 1):
         mode = "two_way" if two_way else "one_way"
-        losses, toward, best = pair_contrast(anchor, positive, scale, ids, mode, normalize, stats)
-        loss = reduce(losses.mean(0), reduction)
-        return (loss, beaten(best, toward)) if stats else loss
+        contrast = pair_contrast if ranks is None else pair_contrast_over(ranks)
+        losses, toward, best = contrast(anchor, positive, scale, ids, mode, normalize, stats)
+        loss = reduce(losses.mean(0), reduction, ranks=ranks)
+        return (loss, beaten(best, toward, ranks)) if stats else loss
 
     features = [anchor, positive] if negatives is None else [anchor, positive, negatives.flatten(0, 1)]
     if normalize:
         features = [unit(x) for x in features]
     cosine = dots(*features[:2])
     toward = times(cosine, scale)
-    rows = torch.arange(N, device=anchor.device)
+    rows = row_ids(N, anchor.device, ranks)
     limit = None  # what a row's negatives must not exceed
     if margin is not None:
         limit = cosine.detach() if guide is None else dots(*guide[:2])
@@ -152,11 +162,12 @@ def mnrl(
     # The log-sum-exp over the negatives of each direction, and the best of them.
     found = {direction: [] for direction in directions}
     one_pass = two_way and limit is None  # for query_to_doc and doc_to_query
+    of_negatives = ranks if negatives is None else copies(ranks, negatives.shape[1])
     sides = [(name, a, b) for name in directions for a, b in _DIRECTIONS[name]]
     for name, a, b in sides:
         if b == len(features) or (one_pass and name == "doc_to_query"):
             continue
-        q, k = features[a], features[b] if a != b else None
+        q, k, keys = features[a], features[b] if a != b else None, ranks if b < 2 else of_negatives
         if b < 2:
             q_ids = k_ids = rows if ids is None else ids
         elif a == 1:  # all but its own hard negatives
@@ -164,9 +175,11 @@ def mnrl(
         else:
             q_ids, k_ids = (None, None) if negative_ids is None else (ids, negative_ids.flatten())
         if guide is not None:
-            found[name].append(_guided_lse(q, features[b], scale, q_ids, k_ids, guide[a], guide[b], limit))
+            k, k_guide, k_ids = (None if x is None else gather(x, keys) for x in (features[b], guide[b], k_ids))
+            found[name].append(_guided_lse(q, k, scale, q_ids, k_ids, guide[a], k_guide, limit))
         elif one_pass and (a, b) == (0, 1):
-            row, column, *top = similarity_lse(q, k, scale, q_ids=q_ids, k_ids=k_ids, columns=True, best=stats)
+            options = dict(q_ids=q_ids, k_ids=k_ids, columns=True, best=stats)
+            row, column, *top = similarity_lse(q, k, scale, **options, ranks=keys)
             top, other_top = top[0].chunk(2) if stats else (None, None)
             found[name].append((row, top))
             found["doc_to_query"].append((column, other_top))
@@ -174,7 +187,8 @@ def mnrl(
             factor = scale.detach() if isinstance(scale, Tensor) else scale
             q_limit = None if limit is None else limit * factor
             k_ids = None if k is None else k_ids
-            out = similarity_lse(q, k, scale, q_ids=q_ids, k_ids=k_ids, q_limit=q_limit, best=stats)
+            options = dict(q_ids=q_ids, k_ids=k_ids, q_limit=q_limit, best=stats)
+            out = similarity_lse(q, k, scale, **options, ranks=keys)
             found[name].append(out if stats else (out, None))
 
     if partition == "joint":
@@ -182,11 +196,11 @@ def mnrl(
     negative = stack([fold(logaddexp, [row for row, _ in terms]) for terms in found.values()])
     if partition == "joint" and two_way:  # the second positive, in rows with any negative
         negative = torch.where(negative == -math.inf, negative, logaddexp(negative, toward.expand_as(negative)))
-    loss = reduce(pair_loss(negative, toward).mean(0), reduction)
+    loss = reduce(pair_loss(negative, toward).mean(0), reduction, ranks=ranks)
     if not stats:
         return loss
     best = stack([fold(torch.maximum, [top for _, top in terms]) for terms in found.values()])
-    return loss, beaten(best, toward)
+    return loss, beaten(best, toward, ranks)
 
 
 def _guided_lse(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):

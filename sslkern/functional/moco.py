@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..common.arguments import describe
 from ..common.numbers import check_number
+from ..distributed import Group, gather, ranks_of, within
 from ..ops.queue_push import check_push, queue_push_
 from .checks import check_alike, check_features, check_options, check_weights, promoted, scale_of
 from .formulas import reduce
@@ -22,6 +23,9 @@ def moco(
     normalize: bool = True,
     reduction: str = "mean",
     stats: bool = False,
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
     ptr: Tensor | None = None,
@@ -40,10 +44,12 @@ def moco(
         queue: [K, D], the type of query, the keys as they are to be compared: `FeatureQueue` has normalised them. Its
             buffer (D, K) is passed as `memory.queue.t()`.
         normalize: divide query and key, but not the queue, by their norm.
+        group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. The queue is the same on all of
+            them, as `FeatureQueue(..., group=...)` keeps it, and nothing but sums is exchanged.
         temperature, logit_scale, reduction, stats, weights, label_smoothing: as in `info_nce`.
         ptr: int64 [1], the row of the queue to write next, `memory.queue_ptr`: after the loss the keys are pushed onto
             the queue, as `memory.push(key)` does, which for small batches on a GPU takes no launch of its own then.
-            None: the queue stays as it is.
+            With a group the keys of all its processes are pushed. None: the queue stays as it is.
 
     Returns:
         The loss, 0-d, or for "none" [N], in fp32 (fp64); with `stats` also the share of queries that find their key.
@@ -58,24 +64,29 @@ def moco(
         >>> memory.push(key)  # also allowed before the backward
         >>> loss.backward()
     """
-    ring = queue
+    ranks, ring = None, queue
+    if group is not None:
+        given = dict(query=query, key=key, queue=queue, temperature=temperature, logit_scale=logit_scale)
+        options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
+        ranks = ranks_of(group, strategy, grad_reduce, "moco", **given, weights=weights, ptr=ptr, **options)
     query, key, queue = promoted(query, key, queue)
-    check_features("query", query)
+    check_features("query", query, ranks)
     check_alike("key", key, "query", query)
     check_alike("queue", queue, "query", query, "[K, D]")
     if queue.ndim != 2:
         raise ValueError(f"queue must be [K, {query.shape[1]}], not {describe(queue)}")
-    check_options(reduction, normalize=normalize, stats=stats)
+    check_options(reduction, group, strategy, grad_reduce, normalize=normalize, stats=stats)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     check_weights(weights, query.shape[0], query)
     if ptr is not None:
         check_push(ring, ptr, key, normalize)
-    scale, key, queue = scale_of(temperature, logit_scale, query), key.detach(), queue.detach()
+    scale, key, queue = scale_of(temperature, logit_scale, query, ranks), key.detach(), queue.detach()
     options = dict(normalize=normalize, unit_bank=False, reduction=reduction, stats=stats, weights=weights)
-    then = ptr if queue.dtype == ring.dtype else None  # promoted, it is a copy
-    result = over_bank(query, key, queue, scale, **options, label_smoothing=label_smoothing, ptr=then)
+    then = ptr if queue.dtype == ring.dtype and ranks is None else None  # promoted, it is a copy
+    options |= dict(label_smoothing=label_smoothing, ranks=ranks)
+    result = over_bank(query, key, queue, scale, **options, ptr=then)
     if then is not ptr:
-        queue_push_(ring, ptr, key, normalize)
+        queue_push_(ring, ptr, gather(key, ranks), normalize)
     return result
 
 
@@ -91,6 +102,9 @@ def moco_v3(
     ids: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
@@ -109,6 +123,7 @@ def moco_v3(
         key0, key1: [N, D], both views through the momentum encoder.
         times_2t: multiply by twice the temperature as published, or not.
         temperature, logit_scale, ids, normalize, reduction, weights, label_smoothing: as in `info_nce`.
+        group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`.
 
     Returns:
         The loss, 0-d, or for "none" [N], in fp32 (fp64). A row without negatives adds 0 and counts in the mean.
@@ -120,15 +135,22 @@ def moco_v3(
         >>> queries, keys = torch.randn(2, 64, 32, requires_grad=True), torch.randn(2, 64, 32)
         >>> sslkern.functional.moco_v3(*queries, *keys, temperature=0.2).backward()
     """
+    ranks = None
+    if group is not None:
+        given = dict(query0=query0, query1=query1, key0=key0, key1=key1, temperature=temperature, times_2t=times_2t)
+        options = dict(logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction, weights=weights)
+        given |= options | dict(label_smoothing=label_smoothing)
+        ranks = ranks_of(group, strategy, grad_reduce, "moco_v3", **given)
     query0, query1, key0, key1 = promoted(query0, query1, key0, key1)
-    check_features("query0", query0)
+    check_features("query0", query0, ranks)
     for name, x in (("query1", query1), ("key0", key0), ("key1", key1)):
         check_alike(name, x, "query0", query0)
-    check_options(reduction, times_2t=times_2t, normalize=normalize)
+    check_options(reduction, group, strategy, grad_reduce, times_2t=times_2t, normalize=normalize)
     check_weights(weights, query0.shape[0], query0)
-    scale = scale_of(temperature, logit_scale, query0)
+    scale = scale_of(temperature, logit_scale, query0, ranks)
     if times_2t and isinstance(scale, float) and scale == 0:
         raise ValueError("logit_scale must not be 0 with times_2t=True, which divides by it")
     options = dict(logit_scale=scale, ids=ids, normalize=normalize, label_smoothing=label_smoothing, reduction="none")
+    options |= dict(group=within(ranks))
     losses = info_nce(query0, key1.detach(), **options) + info_nce(query1, key0.detach(), **options)
-    return reduce(losses * (2 / scale) if times_2t else losses, reduction, weights)
+    return reduce(losses * (2 / scale) if times_2t else losses, reduction, weights, ranks)

@@ -18,11 +18,12 @@ from ..common.autocast import stack
 from ..common.node import Node, once
 from ..common.numbers import check_size, log
 from ..common.rows import unit
-from ..common.sums import log_total, pair_loss, pieces, softplus, times, total
+from ..common.sums import pair_loss, pieces, softplus, times, total
 from ..common.tensors import transformed
+from ..distributed import Group, Ranks, all_rows, ranks_of, replicated
 from ..ops import sampled_similarity, sampled_similarity_bwd
 from .checks import check_alike, check_features, check_options, check_weights, promoted, scalar, scale_of
-from .formulas import beaten, reduce
+from .formulas import beaten, log_total_of, reduce, rows_of_views
 
 FORMS = ("nce", "softmax")
 GRAPHS = ("core", "full")
@@ -41,6 +42,9 @@ def nce(
     normalize: bool = True,
     reduction: str = "mean",
     stats: bool = False,
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Instance discrimination with a memory bank (https://arxiv.org/abs/1805.01978): which row of the bank is mine?
 
@@ -68,6 +72,8 @@ def nce(
         normalize: divide the queries by their norm first. Rows of the bank are used as they are.
         reduction: "mean" or "sum" over the N queries, or "none".
         stats: also return the share of queries whose positive beats every sampled negative.
+        group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. The bank is the same on all of
+            them, as `MemoryBank(..., group=...)` keeps it, and nothing but sums is exchanged.
 
     Returns:
         The loss, 0-d, or for "none" [N], in fp32 (fp64). With `stats` a pair of it and the share, 0-d without gradient.
@@ -82,25 +88,32 @@ def nce(
         >>> query, index = torch.randn(8, 32, requires_grad=True), torch.randint(1000, (8, 1 + 100))
         >>> sslkern.functional.nce(query, bank, index).backward()
     """
+    ranks = None
+    if group is not None:
+        given = dict(query=query, bank=bank, index=index, temperature=temperature, form=form, log_z=log_z)
+        options = dict(weights=weights, normalize=normalize, reduction=reduction, stats=stats)
+        ranks = ranks_of(group, strategy, grad_reduce, "nce", **given, logit_scale=logit_scale, **options)
+    check_options(reduction, group, strategy, grad_reduce)
     loss, share, _ = nce_and_log_z(
         query,
-        bank,
+        replicated(bank, ranks),
         index,
-        scale_of(temperature, logit_scale, query),
+        scale_of(temperature, logit_scale, query, ranks),
         form=form,
         log_z=log_z,
         weights=weights,
         normalize=normalize,
         reduction=reduction,
         stats=stats,
+        ranks=ranks,
     )
     return (loss, share) if stats else loss
 
 
-def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize, reduction, stats):
-    """`nce`, the share or None, and the log Z that was used, for a module to keep."""
+def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize, reduction, stats, ranks):
+    """`nce`, the share or None, and the log Z that was used, for a module to keep. bank and scale: `replicated`."""
     query, bank = promoted(query, bank)
-    check_features("query", query)
+    check_features("query", query, ranks)
     check_features("bank", bank)
     check_alike("bank", bank, "query", query, "[M, D]")
     check_dense("index", index)
@@ -111,7 +124,8 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
     check_choice("form", form, *FORMS)
     if form == "softmax" and log_z is not None:
         raise ValueError("log_z belongs to the form 'nce'; leave it out for 'softmax'")
-    check_options(reduction, normalize=normalize, stats=stats)
+    check_choice("reduction", reduction, "mean", "sum", "none")
+    check_flags(normalize=normalize, stats=stats)
     check_weights(weights, query.shape[0], query)
     log_z = None if log_z is None else scalar("log_z", log_z, query)
 
@@ -120,13 +134,14 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         dots = sampled_similarity(query, bank, index)
         logits = times(dots, scale)
-        share = beaten(logits[:, 1:].amax(1), logits[:, 0]) if stats and index.shape[1] > 1 else None
+        share = beaten(logits[:, 1:].amax(1), logits[:, 0], ranks) if stats and index.shape[1] > 1 else None
         if stats and share is None:
             share = logits.new_ones(())
         if form == "nce":
             M, K = bank.shape[0], index.shape[1] - 1
             if log_z is None:
-                log_z = log_total(logits.detach()) + log(M / logits.numel(), logits)
+                scores = all_rows(logits.shape[0], ranks) * logits.shape[1]
+                log_z = log_total_of(logits.detach(), ranks) + log(M / scores, logits)
             logits = logits - (log_z + (log(K / M, logits) if K else -math.inf))
             losses = softplus(-logits[:, 0]) + softplus(logits[:, 1:]).sum(1)
         else:
@@ -140,7 +155,7 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
             dq = dq * scale
         inputs = losses, query, dq, scale if learned_scale else None, dscale
         losses = _known.way(True, *inputs)(*inputs)
-    return reduce(losses, reduction, weights), share, log_z
+    return reduce(losses, reduction, weights, ranks), share, log_z
 
 
 def _slopes(logits: Tensor, losses: Tensor, form: str) -> Tensor:
@@ -188,6 +203,9 @@ def cmc(
     weights: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
 ) -> Tensor:
     """Contrastive multiview coding (https://arxiv.org/abs/1906.05849) of V views, each with a memory bank.
 
@@ -207,7 +225,7 @@ def cmc(
         index: int64 [N, 1 + K], rows of the banks, the positive first; for all pairs.
         graph: "core" or "full".
         log_z: [P] for the P ordered pairs in the order of `cmc_pairs`, or None: estimated from this batch.
-        temperature, form, logit_scale, weights, normalize, reduction: as in `nce`.
+        temperature, form, logit_scale, weights, normalize, reduction, group, strategy, grad_reduce: as in `nce`.
 
     Returns:
         The loss, 0-d, or for "none" [N], in fp32 (fp64).
@@ -221,8 +239,14 @@ def cmc(
         >>> views = [torch.randn(8, 32, requires_grad=True) for _ in range(3)]
         >>> sslkern.functional.cmc(views, banks, torch.randint(1000, (8, 1 + 100)), graph="core").backward()
     """
-    scale = scale_of(temperature, logit_scale)
-    return cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, normalize, reduction)[0]
+    ranks = None
+    if group is not None:
+        given = dict(views=views, banks=banks, index=index, temperature=temperature, graph=graph, form=form)
+        options = dict(log_z=log_z, logit_scale=logit_scale, weights=weights, normalize=normalize, reduction=reduction)
+        ranks = ranks_of(group, strategy, grad_reduce, "cmc", rows=rows_of_views(views), **given, **options)
+    check_options(reduction, group, strategy, grad_reduce)
+    scale = scale_of(temperature, logit_scale, None, ranks)
+    return cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, normalize, reduction, ranks)[0]
 
 
 def cmc_pairs(views: int, graph: str) -> list[tuple[int, int]]:
@@ -233,26 +257,27 @@ def cmc_pairs(views: int, graph: str) -> list[tuple[int, int]]:
     return [pair for a, b in pairs if graph == "full" or a == 0 for pair in ((a, b), (b, a))]
 
 
-def checked_views(views: Sequence[Tensor]) -> Sequence[Tensor]:
+def checked_views(views: Sequence[Tensor], ranks: Ranks | None = None) -> Sequence[Tensor]:
     """Two views or more, of one shape and type."""
     if not isinstance(views, (Sequence, Tensor)) or isinstance(views, str) or len(_each(views)) < 2:
         raise ValueError(f"views must be two tensors [N, D] or more, not {describe(views)}")
     views = views if isinstance(views, Tensor) else promoted(*views)
     for i, view in enumerate(views):
-        check_features(f"views[{i}]", view)
+        check_features(f"views[{i}]", view, ranks)
         check_alike(f"views[{i}]", view, "views[0]", views[0])
     return views
 
 
-def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, normalize, reduction):
-    """`cmc` and the log Z [P] that was used, for a module to keep."""
-    views = checked_views(views)
+def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, normalize, reduction, ranks):
+    """`cmc` and the log Z [P] that was used, for a module to keep. scale: `replicated`."""
+    views = checked_views(views, ranks)
     if not isinstance(banks, (Sequence, Tensor)) or len(_each(banks)) != len(views):
         raise ValueError(f"banks must be {len(views)} tensors [M, D], one for each view")
     banks = banks if isinstance(banks, Tensor) else promoted(*banks)
     check_features("banks[0]", banks[0])
     for i, bank in enumerate(banks):
         check_alike(f"banks[{i}]", bank, "banks[0]", banks[0])
+    banks = [replicated(bank, ranks) for bank in banks]
     check_devices("views[0]", views[0], temperature=scale)
     pairs = cmc_pairs(len(views), graph)
     if log_z is not None and (not isinstance(log_z, Tensor) or log_z.shape != (len(pairs),)):
@@ -261,7 +286,7 @@ def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, norma
         check_dense("log_z", log_z)
     check_flags(normalize=normalize)
     views = [unit(view) for view in views] if normalize else views
-    options = dict(form=form, weights=weights, normalize=False, reduction=reduction, stats=False)
+    options = dict(form=form, weights=weights, normalize=False, reduction=reduction, stats=False, ranks=ranks)
     parts = [
         nce_and_log_z(views[a], banks[b], index, scale, log_z=None if log_z is None else log_z[p], **options)
         for p, (a, b) in enumerate(pairs)

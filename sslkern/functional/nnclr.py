@@ -6,8 +6,9 @@ from torch import Tensor
 from ..common.arguments import check_flags
 from ..common.autocast import cat
 from ..common.rows import unit
+from ..distributed import Group, Ranks, ranks_of
 from ..ops import similarity_topk
-from .checks import check_alike, check_alone, check_features, check_options, promoted
+from .checks import check_alike, check_features, check_options, promoted
 from .info_nce import info_nce
 
 
@@ -25,8 +26,9 @@ def nnclr(
     normalize: bool = True,
     reduction: str = "mean",
     stats: bool = False,
-    group: None = None,
-    strategy: str = "all_gather",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The NNCLR loss (eq. 3 of https://arxiv.org/abs/2104.14548) of two views of the same N samples.
 
@@ -50,7 +52,8 @@ def nnclr(
         normalize: divide all rows by their norm first. Without it, neighbours are nearest by dot product.
         reduction: "mean" or "sum" over the N samples, or "none".
         stats: also return the share of rows whose positive beats every negative.
-        group, strategy: the processes that share a batch; only None, this process, so far.
+        group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. The support set is the same on
+            all of them, as `FeatureQueue(..., group=...)` keeps it.
 
     Returns:
         The mean of the losses of both views, 0-d, or for "none" [N], in fp32 (fp64). With `stats` a pair of it and the
@@ -66,16 +69,19 @@ def nnclr(
         >>> memory.push(z0)
         >>> loss.backward()
     """
+    ranks = None
+    if group is not None:
+        given = dict(z0=z0, z1=z1, p0=p0, p1=p1, support=support, temperature=temperature, two_way=two_way)
+        options = dict(logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction, stats=stats)
+        ranks = ranks_of(group, strategy, grad_reduce, "nnclr", **given, **options)
     z0, z1, p0, p1, support = promoted(z0, z1, p0, p1, support)
-    check_features("z0", z0)
+    check_features("z0", z0, ranks)
     for name, x in (("z1", z1), ("p0", p0), ("p1", p1)):
         check_alike(name, x, "z0", z0)
-    check_alone(group)
-    check_options(reduction, group, strategy, two_way=two_way, normalize=normalize, stats=stats)
-    near0, near1 = nearest_neighbors(cat((z0, z1)), support, normalize=normalize).chunk(2)
-    options = dict(
-        two_way=two_way, logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction, stats=stats
-    )
+    check_options(reduction, group, strategy, grad_reduce, two_way=two_way, normalize=normalize, stats=stats)
+    near0, near1 = _nearest(cat((z0, z1)), support, normalize, ranks).view(2, *z0.shape)
+    options = dict(two_way=two_way, logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction)
+    options |= dict(stats=stats, group=ranks)
     first, second = (info_nce(*pair, None, temperature, **options) for pair in ((near0, p1), (near1, p0)))
     return tuple((a + b) / 2 for a, b in zip(first, second, strict=True)) if stats else (first + second) / 2
 
@@ -100,7 +106,11 @@ def nearest_neighbors(z: Tensor, support: Tensor, *, normalize: bool = True) -> 
         torch.Size([64, 32])
     """
     z, support = promoted(z, support)
-    check_features("z", z)
+    return _nearest(z, support, normalize)
+
+
+def _nearest(z: Tensor, support: Tensor, normalize: bool, ranks: Ranks | None = None) -> Tensor:
+    check_features("z", z, ranks)
     check_features("support", support)
     check_alike("support", support, "z", z, "[K, D]")
     check_flags(normalize=normalize)

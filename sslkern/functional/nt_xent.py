@@ -11,12 +11,11 @@ from ..common.numbers import check_number
 from ..common.rows import unit
 from ..common.sums import pair_loss, times
 from ..common.tensors import wide
-from ..distributed import Group, copies, pair_contrast_over, ranks_of
-from ..ops import similarity_lse
+from ..distributed import Group, Ranks, copies, pair_contrast_over, ranks_of, row_ids, similarity_lse
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different, two_views
 from .checks import check_alike, check_features, check_ids, check_options, check_pair, check_weights, promoted, scale_of
-from .formulas import at_once_of, beaten, reduce
+from .formulas import at_once_of, beaten, reduce, rows_of_views
 
 POSITIVES = ("separate", "joint")
 
@@ -110,6 +109,9 @@ def nt_xent_multi_view(
     ids: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
     weights: Tensor | None = None,
 ) -> Tensor:
     """NT-Xent of V >= 2 views of the same N samples: each of the VN rows has V - 1 positives and V(N - 1) negatives.
@@ -124,7 +126,7 @@ def nt_xent_multi_view(
     Args:
         views: [V, N, D], or a sequence of V tensors [N, D]; row i of each is a view of sample i.
         positives: "separate" or "joint".
-        temperature, logit_scale, normalize, reduction, weights: as in `nt_xent`.
+        temperature, logit_scale, normalize, reduction, group, strategy, grad_reduce, weights: as in `nt_xent`.
         ids: int64 [N]; samples with equal ids are not negatives of each other. Default: all differ.
 
     Returns:
@@ -138,18 +140,26 @@ def nt_xent_multi_view(
         >>> views = torch.randn(4, 64, 32, requires_grad=True)  # four views of 64 samples
         >>> sslkern.functional.nt_xent_multi_view(views, temperature=0.1).backward()
     """
-    z = _stacked(views)
+    ranks = None
+    if group is not None:
+        given = dict(views=views, temperature=temperature, positives=positives, logit_scale=logit_scale, ids=ids)
+        options = dict(normalize=normalize, reduction=reduction, weights=weights)
+        ranks = ranks_of(
+            group, strategy, grad_reduce, "nt_xent_multi_view", rows=rows_of_views(views), **given, **options
+        )
+    z = _stacked(views, ranks)
     V, N, D = z.shape
     check_choice("positives", positives, *POSITIVES)
-    check_options(reduction, normalize=normalize)
+    check_options(reduction, group, strategy, grad_reduce, normalize=normalize)
     check_weights(weights, N, z)
-    scale = scale_of(temperature, logit_scale, z)
+    scale = scale_of(temperature, logit_scale, z, ranks)
     if ids is None:
-        ids = torch.arange(N, device=z.device)
+        ids = row_ids(N, z.device, ranks)
     else:
         check_ids("ids", ids, (N,), z)
     z = unit(z) if normalize else z
-    negative = similarity_lse(z.reshape(V * N, D), scale=scale, q_ids=ids.repeat(V)).view(V, N, 1)
+    rows = z.reshape(V * N, D)
+    negative = similarity_lse(rows, scale=scale, q_ids=ids.repeat(V), ranks=copies(ranks, V)).view(V, N, 1)
     # The V x V scores within each sample, [V, N, V], then without that of a view with itself.
     sample = wide(z).transpose(0, 1)
     within = times(product(sample, sample.mT).transpose(0, 1), scale)
@@ -161,20 +171,20 @@ def nt_xent_multi_view(
     else:  # softplus(negatives - positives), exact when tiny, and how much the positives differ: for one exactly 0
         together = positive.logsumexp(2)
         losses = pair_loss(negative.squeeze(2), together) + (together - positive.mean(2))
-    return reduce(losses, reduction, weights)
+    return reduce(losses, reduction, weights, ranks)
 
 
-def _stacked(views: Tensor | Sequence[Tensor]) -> Tensor:
+def _stacked(views: Tensor | Sequence[Tensor], ranks: Ranks | None) -> Tensor:
     """[V, N, D]."""
     check_dense("views", views)
     listed = isinstance(views, (list, tuple)) or isinstance(views, Tensor) and views.ndim == 3
     if not listed or len(views) < 2:
         raise ValueError(f"views must be a tensor [V, N, D] or a list of V tensors [N, D], V >= 2, not {_what(views)}")
     if isinstance(views, Tensor):
-        check_features("views[0]", views[0])
+        check_features("views[0]", views[0], ranks)
         return views
     views = promoted(*views)
-    check_features("views[0]", views[0])
+    check_features("views[0]", views[0], ranks)
     for i, view in enumerate(views[1:], 1):
         check_alike(f"views[{i}]", view, "views[0]", views[0])
     return stack(views)

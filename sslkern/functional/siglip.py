@@ -5,7 +5,7 @@ from torch import Tensor
 from ..common.node import past_dispatcher
 from ..common.rows import dots, row_numbers
 from ..common.sums import softplus, times, total
-from ..ops import similarity_softplus
+from ..distributed import Group, all_rows, over_ranks, own_rows, ranks_of, replicated, row_ids, similarity_softplus
 from ..ops.pair_contrast import pair_sigmoid
 from ..ops.unit_pairs import unit_pairs
 from .checks import check_alike, check_features, check_ids, check_options, promoted, scalar
@@ -20,6 +20,9 @@ def siglip(
     ids: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
 ) -> Tensor:
     """The sigmoid loss (section 3.2 of https://arxiv.org/abs/2303.15343) of N pairs of image and text.
 
@@ -43,6 +46,7 @@ def siglip(
             of which each row has one. Default: all differ.
         normalize: divide the rows by their norm first (cosine similarity).
         reduction: "mean" or "sum" over the N rows, or "none", which takes one pass over the logits more.
+        group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`.
 
     Returns:
         The loss, 0-d, or for "none" [N], in fp32 (fp64). A row without negatives has the loss of its positive.
@@ -55,22 +59,31 @@ def siglip(
         >>> log_scale, bias = torch.tensor(2.3, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
         >>> sslkern.functional.siglip(image, text, log_scale.exp(), bias).backward()
     """
+    ranks = None
+    if group is not None:
+        given = dict(image=image, text=text, logit_scale=logit_scale, logit_bias=logit_bias, ids=ids)
+        ranks = ranks_of(group, strategy, grad_reduce, "siglip", **given, normalize=normalize, reduction=reduction)
     image, text = promoted(image, text)
-    check_features("image", image)
+    check_features("image", image, ranks)
     check_alike("text", text, "image", image)
-    check_options(reduction, normalize=normalize)
+    check_options(reduction, group, strategy, grad_reduce, normalize=normalize)
     scale, bias = scalar("logit_scale", logit_scale, image), scalar("logit_bias", logit_bias, image)
+    scale, bias = replicated(scale, ranks), replicated(bias, ranks)
     N = image.shape[0]
     if ids is not None:
         check_ids("ids", ids, (N,), image)
-    whole = pair_sigmoid(image, text, scale, bias, ids, normalize, reduction)
+    whole = pair_sigmoid(image, text, scale, bias, ids, normalize, reduction) if ranks is None else None
     if whole is not None:
         return whole
-    if ids is None:
+    if ids is None and ranks is None:
         ids = row_numbers(N, 1, image.device, keep=past_dispatcher())
+    elif ids is None:
+        ids = row_ids(N, image.device, ranks)
     image, text, cosine = unit_pairs(image, text) if normalize else (image, text, dots(image, text))
     positives = softplus(-(times(cosine, scale) + bias))
     if reduction == "none":
-        return positives + similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids, rows=True)
-    whole = total(positives) + similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids)
-    return whole / N if reduction == "mean" else whole
+        rows = similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids, rows=True, ranks=ranks)
+        return own_rows(positives + rows, ranks)
+    share = total(positives) + similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids, ranks=ranks)
+    loss = over_ranks(share, ranks)
+    return loss / all_rows(N, ranks) if reduction == "mean" else loss

@@ -5,11 +5,21 @@ from torch import Tensor
 
 from ..common.arguments import check_choice, check_dense, check_device, describe
 from ..common.autocast import product, stack
-from ..common.equal import sum_of_equal
 from ..common.rows import dots, unit
 from ..common.sums import softplus
 from ..common.tensors import wide
-from ..ops import similarity_lse
+from ..distributed import (
+    Group,
+    Ranks,
+    copies,
+    gather,
+    ranks_of,
+    row_ids,
+    similarity_lse,
+    sum_of_equal,
+    total_of,
+    within,
+)
 from .checks import check_features, check_ids, check_options, check_weights, scale_of
 from .formulas import reduce
 
@@ -25,6 +35,9 @@ def sup_con(
     logit_scale: float | Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
     weights: Tensor | None = None,
 ) -> Tensor:
     """Supervised contrastive loss: the other rows of the same label are the positives P of a row.
@@ -58,6 +71,8 @@ def sup_con(
             positives, and no others.
         form: "out" or "in"; for labels [N, C] "out".
         temperature, logit_scale, normalize, reduction, weights: as in `nt_xent`.
+        group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`; labels are compared over all of
+            them, and sums of the features of a label are made of the gathered rows.
 
     Returns:
         The loss, 0-d, or for "none" [N] or [N, V], in fp32 (fp64). A row without positives adds exactly 0 and counts in
@@ -72,39 +87,46 @@ def sup_con(
         >>> tags = torch.rand(256, 20) < 0.1  # some of 20 for each sample
         >>> loss = sslkern.functional.sup_con(z, tags, temperature=0.1)
     """
+    ranks = None
+    if group is not None:
+        given = dict(z=z, labels=labels, temperature=temperature, logit_scale=logit_scale, weights=weights)
+        options = dict(form=form, normalize=normalize, reduction=reduction)
+        ranks = ranks_of(group, strategy, grad_reduce, "sup_con", **given, **options)
     if isinstance(z, Tensor) and z.ndim == 3:
         check_dense("z", z)
         N, V, D = z.shape
-        check_features("z", z.reshape(N * V, D))
+        check_features("z", z.reshape(N * V, D), ranks)
         if labels is None:
-            labels = torch.arange(N, device=z.device)
+            labels = row_ids(N, z.device, ranks)
         _check_labels(labels, N, z, form)
         check_weights(weights, N, z)
-        options = dict(form=form, logit_scale=logit_scale, normalize=normalize, reduction="none")
-        losses = sup_con(z.reshape(N * V, D), labels.repeat_interleave(V, 0), temperature, **options).view(N, V)
-        check_options(reduction)
-        return reduce(losses.t(), reduction, weights).t()
+        scale = scale_of(temperature, logit_scale, z, ranks)
+        options = dict(form=form, logit_scale=scale, normalize=normalize, reduction="none")
+        options |= dict(group=copies(within(ranks), V))
+        losses = sup_con(z.reshape(N * V, D), labels.repeat_interleave(V, 0), **options).view(N, V)
+        check_options(reduction, group, strategy, grad_reduce)
+        return reduce(losses.t(), reduction, weights, ranks).t()
     if not isinstance(z, Tensor) or z.ndim != 2:
         raise ValueError(f"z must be a tensor [N, D] or [N, V, D], not {describe(z)}")
-    check_features("z", z)
+    check_features("z", z, ranks)
     N, D = z.shape
     if labels is None:
         raise ValueError("labels must be given for z [N, D]: without labels it takes several views, [N, V, D]")
     _check_labels(labels, N, z, form)
-    check_options(reduction, normalize=normalize)
+    check_options(reduction, group, strategy, grad_reduce, normalize=normalize)
     check_weights(weights, N, z)
-    scale = scale_of(temperature, logit_scale, z)
+    scale = scale_of(temperature, logit_scale, z, ranks)
     if labels.ndim == 2:
-        return reduce(_several_labels(unit(z) if normalize else z, labels, scale), reduction, weights)
+        return reduce(_several_labels(unit(z) if normalize else z, labels, scale, ranks), reduction, weights, ranks)
 
     # Sorted by label, rows meet their positives near the diagonal only: the pass over the positives costs next to
     # nothing, and keeping them apart from the negatives keeps the digits of tiny losses.
     labels, order = labels.sort()
     z = unit(z) if normalize else z
     z = z.gather(0, order.unsqueeze(1).expand(N, D))  # whose backward is faster than that of z[order]
-    negative = similarity_lse(z, scale=scale, q_ids=labels)
-    positive = similarity_lse(z, scale=scale, q_ids=labels, pairs="same")
-    of_label, count = sum_of_equal(z, labels, labels)
+    negative = similarity_lse(z, scale=scale, q_ids=labels, ranks=ranks)
+    positive = similarity_lse(z, scale=scale, q_ids=labels, pairs="same", ranks=ranks)
+    of_label, count = sum_of_equal(z, labels, labels, ranks)
     count = count - 1
     alone, twins = count == 0, count == 1
     losses = softplus((negative - positive).masked_fill(alone, -torch.inf))
@@ -114,44 +136,43 @@ def sup_con(
         mean = dots(z, of_label - wide(z)) * scale / count.clamp_min(1)
         losses = losses + (positive - mean).masked_fill(alone | twins, 0)
     losses = torch.zeros_like(losses).scatter(0, order, losses)
-    return reduce(losses, reduction, weights)
+    return reduce(losses, reduction, weights, ranks)
 
 
-def _several_labels(z: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
+def _several_labels(z: Tensor, labels: Tensor, scale: float | Tensor, ranks: Ranks | None) -> Tensor:
     """[N] losses: the log-sum-exp over all others minus the mean score, over labels and then over their rows."""
     if labels.shape[1] == 0:
         labels = labels.new_zeros(z.shape[0], 1)
     has = labels.to(wide(z).dtype)
-    count = has.sum(0)
+    count = total_of(has.sum(0), ranks)
     shared = count > 1
     each = (count - 1).clamp_min(1).reciprocal().masked_fill(~shared, 0)  # [C], what one of a label's rows weighs
     tasks, own = product(has, stack((shared.to(has.dtype), each), 1)).unbind(1)
     alone = tasks == 0
-    of_labels = product(has, each.unsqueeze(1) * product(has.mT, wide(z)))
+    of_labels = product(has, each.unsqueeze(1) * total_of(product(has.mT, wide(z)), ranks))
     own = own.unsqueeze(1) * wide(z)  # a row is none of its own positives
     positive = (of_labels - own) / tasks.clamp_min(1).unsqueeze(1)
 
     # Two rows that have no positive but each other stay out of the sum, so that a tiny loss keeps its digits. With more
     # positives it is never tiny: at least the entropy of their weights. (The loss of a row whose only positive has
     # others can be, and is right to the rounding of its scores only.)
-    twin, pair = _twins(labels, shared, count)
-    positive = positive.where(~twin.unsqueeze(1), wide(z).gather(0, pair.unsqueeze(1).expand_as(z)))
-    row = torch.arange(z.shape[0], device=z.device)
-    negative = similarity_lse(z, scale=scale, q_ids=torch.where(twin, torch.minimum(row, pair), row))
+    row = row_ids(z.shape[0], z.device, ranks)
+    twin, pair = _twins(labels, shared, count, row, ranks)
+    positive = positive.where(~twin.unsqueeze(1), gather(wide(z), ranks).gather(0, pair.unsqueeze(1).expand_as(z)))
+    negative = similarity_lse(z, scale=scale, q_ids=torch.where(twin, torch.minimum(row, pair), row), ranks=ranks)
     gap = (negative - dots(z, positive) * scale).masked_fill(alone, -torch.inf)
     return torch.where(twin | alone, softplus(gap), gap)
 
 
-def _twins(labels: Tensor, shared: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows [N] have one positive that has no other either, and which [N] it is; 0 for the others."""
-    N = labels.shape[0]
-    row = torch.arange(N, device=labels.device).unsqueeze(1)
-    both = (labels * row).sum(0)  # [C], the sum of the two rows of a label that has two
+def _twins(labels: Tensor, shared: Tensor, count: Tensor, row: Tensor, ranks: Ranks | None) -> tuple[Tensor, Tensor]:
+    """Which rows [N] have one positive that has no other either, and which [N] it is, of the rows of all ranks; 0 for
+    the others."""
+    both = total_of((labels * row.unsqueeze(1)).sum(0), ranks)  # [C], the two rows of a label that has two, summed
     both = torch.where(labels & shared, both, -1)  # [N, C]
     most = both.amax(1, keepdim=True)
     one = ((both == most) & (count == 2) | (both == -1)).all(1) & (most.squeeze(1) >= 0)
-    pair = torch.where(one, most.squeeze(1) - row.squeeze(1), 0)
-    twin = one & one[pair]  # the positive of a row of one, if it has one as well, is that row
+    pair = torch.where(one, most.squeeze(1) - row, 0)
+    twin = one & gather(one, ranks)[pair]  # the positive of a row of one, if it has one as well, is that row
     return twin, pair
 
 
