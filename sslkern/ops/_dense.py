@@ -127,11 +127,10 @@ def _contrast(x, y, scale, mode, best):
     scores = wide(s) * scale
     sides = (1, 0) if mode == "two_way" else (1,)
     negatives = [half for side in sides for half in scores.logsumexp(side).view(-1, N)]
-    # Stacked before the softplus, the inductor of torch 2.13 computes gradients that are wrong (with a scale tensor).
-    losses = stack([pair_loss(side, positive) for side in negatives])
-    top = stack([scores.amax(side) for side in sides]).view(-1, N) if best else None
     # What is stacked the compiler keeps: the share of the negatives, in the backward, it would compute for each score.
     kept = stack(negatives + [torch.sigmoid(side - positive) for side in negatives])
+    losses = pair_loss(kept[: len(negatives)], positive)
+    top = stack([scores.amax(side) for side in sides]).view(-1, N) if best else None
     return losses, positive, top, s, kept
 
 
