@@ -8,8 +8,7 @@ import torch
 
 from sslkern.backends.cuda import similarity_lse_forward as kernels
 from sslkern.backends.cuda import similarity_lse_rows as rows
-from sslkern.backends.cuda.pairs import Pairs
-from sslkern.backends.cuda.similarity_lse import MOST
+from sslkern.backends.cuda.pairs import MOST, Pairs
 from sslkern.backends.problem import Problem
 from sslkern.backends.reference import similarity_lse as reference
 
