@@ -26,7 +26,7 @@ from ..common.arguments import check_flags
 from ..common.autocast import cat, stack
 from ..common.node import Node, Operator, once
 from ..common.tensors import accumulator, transformed
-from ..ops.problem import SCHEMA, checked_problem, options
+from ..ops.problem import SCHEMA, checked_problem, empty_gradients, gradients_of, options
 from ..ops.similarity_lse import frozen_backward, frozen_save
 from .blocks import PLACE, Place, blocks, gathered, place_of, strategy_of
 from .contract import gathered_rows
@@ -171,9 +171,7 @@ def _backward(ctx, g, h, *_):
         place = ctx.group, ctx.counts, ctx.strategy
         inputs = *problem, row, col, g, h, keys, ids, bias, need_q, need_k, need_scale, need_bias, *place, ctx.backend
         dq, dk, dscale, dbias = _gradients.way_back(ctx, g, h)(*inputs)
-        dq = dq.to(problem.q.dtype) if need_q else None
-        dk = dk.to(problem.q.dtype) if need_k else None
-        dscale = dscale * problem.scale if need_scale else None
+        dq, dk, dscale = gradients_of(problem, dq, dk, dscale, need_q, need_k, need_scale)
     dq, dk, dscale, dbias = once((g, h, *tensors), dq, dk, dscale, dbias if need_bias else None)
     return dq, dk, dscale, None, None, None, None, dbias, *(None,) * 8
 
@@ -225,8 +223,7 @@ def _gradients_of(*inputs):
 def _gradients_fake(*inputs):
     *problem, _, _, _, _, _, _, _, need_q, need_k, need_scale, need_bias, _, _, _, _ = inputs
     q, keys = inputs[0], keys_of(Problem(*problem))
-    shapes = (need_q, q.shape), (need_k, keys.shape), (need_scale, ()), (need_bias, keys.shape[:-1])
-    return tuple(q.new_empty(shape if need else 0, dtype=accumulator(q)) for need, shape in shapes)
+    return empty_gradients(q, (need_q, q.shape), (need_k, keys.shape), (need_scale, ()), (need_bias, keys.shape[:-1]))
 
 
 _lse = Node(

@@ -17,7 +17,7 @@ from ..common.arguments import check_flags
 from ..common.node import Node, Operator, once
 from ..common.sums import total
 from ..common.tensors import accumulator, transformed
-from ..ops.problem import SCHEMA, checked_problem, checked_sign, options, per_row
+from ..ops.problem import SCHEMA, checked_problem, checked_sign, empty_gradients, gradients_of, options, per_row
 from .blocks import PLACE, Place, blocks, gathered, place_of, strategy_of
 from .ranks import Ranks
 from .schedule import ring
@@ -112,9 +112,7 @@ def _backward(ctx, g):
     with torch.no_grad():
         inputs = *problem, bias, g, ctx.sign, *needs, ctx.group, ctx.counts, ctx.strategy, ctx.backend
         dq, dk, dscale, dbias, dk_bias = _gradients.way_back(ctx, g)(*inputs)
-        dq = dq.to(problem.q.dtype) if need_q else None
-        dk = dk.to(problem.q.dtype) if need_k else None
-        dscale = dscale * ctx.scale if need_scale else None
+        dq, dk, dscale = gradients_of(problem, dq, dk, dscale, need_q, need_k, need_scale)
         dk_bias, dbias = dk_bias if need_k_bias else None, dbias if need_bias else None
     dq, dk, dscale, dk_bias, dbias = once((g, *tensors, bias), dq, dk, dscale, dk_bias, dbias)
     return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, *(None,) * 5
@@ -160,8 +158,7 @@ def _gradients_fake(*inputs):
     problem, q = Problem(*inputs[:9]), inputs[0]
     keys, needs = keys_of(problem), inputs[-9:-4]
     shapes = q.shape, keys.shape, (), q.shape[:-1], keys.shape[:-1]
-    needs = zip(needs, shapes, strict=True)
-    return tuple(q.new_empty(shape if need else 0, dtype=accumulator(q)) for need, shape in needs)
+    return empty_gradients(q, *zip(needs, shapes, strict=True))
 
 
 _rows = Node(

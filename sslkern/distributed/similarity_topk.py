@@ -14,7 +14,7 @@ from ..common.node import Node, Operator, once
 from ..common.numbers import check_size
 from ..common.sums import total
 from ..common.tensors import accumulator, transformed
-from ..ops.problem import SCHEMA, checked_problem
+from ..ops.problem import SCHEMA, checked_problem, empty_gradients
 from ..ops.similarity_topk import sum_by_key, sum_by_row
 from .blocks import PLACE, Place, blocks, gathered, place_of, strategy_of
 from .ranks import Ranks
@@ -141,8 +141,7 @@ def _gradients_of(q, k, index, g, need_q, need_k, need_scale, group, counts, str
 
 def _gradients_fake(q, k, index, g, need_q, need_k, need_scale, *_):
     keys = q if k is None else k
-    shapes = (need_q, q.shape), (need_k, keys.shape), (need_scale, ())
-    return tuple(q.new_empty(shape if need else 0, dtype=accumulator(q)) for need, shape in shapes)
+    return empty_gradients(q, (need_q, q.shape), (need_k, keys.shape), (need_scale, ()))
 
 
 _topk = Node(

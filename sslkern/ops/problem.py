@@ -112,6 +112,19 @@ def scale_parts(scale: float | Tensor, q: Tensor) -> tuple[Tensor | None, float]
     return (constant(scale, q, accumulator(q)), 1.0) if torch.compiler.is_compiling() else (None, float(scale))
 
 
+def gradients_of(problem: Problem, dq, dk, dscale, need_q: bool, need_k: bool, need_scale: bool):
+    """What autograd takes of gradients in the type of the sums, dscale that of scale * scale_tensor; None where not
+    needed."""
+    dq = dq.to(problem.q.dtype) if need_q else None
+    dk = dk.to(problem.q.dtype) if need_k else None
+    return dq, dk, dscale * problem.scale if need_scale else None
+
+
+def empty_gradients(like: Tensor, *wanted: tuple[bool, tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """For the compiler: of each (needed, shape) a tensor in the type of the sums, empty where not needed."""
+    return tuple(like.new_empty(shape if needed else 0, dtype=accumulator(like)) for needed, shape in wanted)
+
+
 def _problem(q, k, scale, q_ids, k_ids, same, k_bias, q_limit) -> Problem:
     scale_tensor, scale = scale_parts(scale, q)
     if q_ids is None and k_bias is None and q_limit is None:

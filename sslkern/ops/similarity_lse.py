@@ -27,7 +27,7 @@ from ..common.node import Node, Operator, once, outside_autograd
 from ..common.sums import total
 from ..common.tensors import accumulator, transformed
 from ._dense import dense, is_small
-from .problem import SCHEMA, checked_problem, options
+from .problem import SCHEMA, checked_problem, empty_gradients, gradients_of, options
 
 
 def similarity_lse(
@@ -199,9 +199,7 @@ def _backward(ctx, g, h, *_):
     with outside_autograd():
         inputs = *problem, row, col, g, h, kept, need_q, need_k, need_scale, need_bias, ctx.backend
         dq, dk, dscale, dbias = _gradients.way_back(ctx, g, h)(*inputs)
-        dq = dq.to(problem.q.dtype) if need_q else None
-        dk = dk.to(problem.q.dtype) if need_k else None
-        dscale = dscale * problem.scale if need_scale else None
+        dq, dk, dscale = gradients_of(problem, dq, dk, dscale, need_q, need_k, need_scale)
     dq, dk, dscale, dbias = once((g, h, *tensors), dq, dk, dscale, dbias if need_bias else None)
     return dq, dk, dscale, None, None, None, None, dbias, *(None,) * 5
 
@@ -215,8 +213,7 @@ def _gradients_of(*inputs):
 def _gradients_fake(*inputs):
     *problem, _, _, _, _, _, need_q, need_k, need_scale, need_bias, _ = inputs
     q, keys = inputs[0], keys_of(Problem(*problem))
-    shapes = (need_q, q.shape), (need_k, keys.shape), (need_scale, ()), (need_bias, keys.shape[:-1])
-    return tuple(q.new_empty(shape if need else 0, dtype=accumulator(q)) for need, shape in shapes)
+    return empty_gradients(q, (need_q, q.shape), (need_k, keys.shape), (need_scale, ()), (need_bias, keys.shape[:-1]))
 
 
 _lse = Node(

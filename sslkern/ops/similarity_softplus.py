@@ -20,7 +20,7 @@ from ..common.arguments import check_flags, describe
 from ..common.node import Node, Operator, once, outside_autograd
 from ..common.sums import total as sum_of_all
 from ..common.tensors import accumulator, transformed
-from .problem import FIELDS, SCHEMA, checked_problem, checked_sign, options, per_row
+from .problem import FIELDS, SCHEMA, checked_problem, checked_sign, gradients_of, options, per_row
 
 
 def similarity_softplus(
@@ -174,9 +174,8 @@ def _rows_backward(ctx, g):
     with outside_autograd():
         inputs = *problem, bias, g, ctx.sign, *needs, ctx.backend
         _, _, dq, dk, dscale, dbias, dk_bias = _sums.way_back(ctx, g)(*inputs)
-        dq = dq.to(problem.q.dtype) if need_q else None
-        dk = dk.to(problem.q.dtype) if need_k else None
-        dscale = sum_of_all(dscale) * ctx.scale if need_scale else None
+        dscale = sum_of_all(dscale) if need_scale else None
+        dq, dk, dscale = gradients_of(problem, dq, dk, dscale, need_q, need_k, need_scale)
         dk_bias, dbias = dk_bias if need_k_bias else None, dbias if need_bias else None
     dq, dk, dscale, dk_bias, dbias = once((g, *tensors, bias), dq, dk, dscale, dk_bias, dbias)
     return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, None, None
