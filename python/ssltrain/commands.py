@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     help="Train self-supervised encoders through sslkern, and measure what they learned.\n\n"
-    "Over several processes, the GPUs of a machine or of many: torchrun --nproc-per-node 8 -m ssltrain simclr ...",
+    "Over several processes, the GPUs of a machine or of many: torchrun --nproc-per-node 8 -m ssltrain moco ...",
 )
 
 DESCRIPTIONS = {

@@ -85,8 +85,6 @@ def train(
             f"--batch-size {config.batch_size}: there are {ranks.size()} processes; use that many or more, for each "
             "takes a part of every batch."
         )
-    if ranks.size() > 1 and config.method != "simclr":
-        raise UsageError(f"{config.method} trains in one process as yet; leave torchrun out.")
     if ranks.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
     data = data.to(device)

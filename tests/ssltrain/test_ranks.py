@@ -1,24 +1,34 @@
 """Training over several processes is training in one: the same batches, statistics, losses and weights."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from ssltrain import UsageError, cli, config, data, loop, methods, ranks
+from ssltrain import UsageError, cli, config, data, loop, methods, ranks, speech
 
 from ..distributed.pool import Pool
 from .test_cli import draw_images
 
-COMMON = dict(data="digits", epochs=6, batch_size=50, dim=16, precision="fp64", optimizer="sgd", lr=0.1, threads=1)
-COMMON |= dict(device="cpu", limit=270)  # 30 steps
-METHODS = {"simclr": config.SimCLRConfig(**COMMON), "simclr v2": config.SimCLRConfig(**COMMON, version=2)}
+COMMON = dict(epochs=6, batch_size=50, precision="fp64", optimizer="sgd", lr=0.1, threads=1, device="cpu")  # 30 steps
+IMAGES = dict(data="digits", limit=270, dim=16)
+METHODS = {
+    "simclr": config.SimCLRConfig(**COMMON, **IMAGES),
+    "simclr v2": config.SimCLRConfig(**COMMON, **IMAGES, version=2),
+    "moco": config.MoCoConfig(**COMMON, **IMAGES, queue=128),
+    "moco v3": config.MoCoConfig(**COMMON, **IMAGES, version=3),
+    "cpc": config.CPCConfig(**COMMON | dict(batch_size=10), window=1600, steps=2, width=8, units=8),
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +49,14 @@ def train(group, options, folders, stop=None):
             os.kill(os.getpid(), signal.SIGINT)
 
     torch.manual_seed(options.seed)
-    images = data.load("digits", limit=options.limit)
-    method = methods.build(options, images)
+    if options.method == "cpc":
+        method, samples = methods.build(options, None), speech.Clips.of(torch.randint(-999, 999, (54, 2000)).short())
+    else:
+        images = data.load("digits", limit=options.limit)
+        method, samples = methods.build(options, images), images.train
     checkpoint = ranks.of_first(loop.load_checkpoint(folders[0]))
     try:
-        state = loop.train(method, images.train, options, out, checkpoint, report)
+        state = loop.train(method, samples, options, out, checkpoint, report)
     except loop.Interrupted:
         return None
     return state.losses, state.stats, method.state_dict()
@@ -57,30 +70,41 @@ def difference(a, b) -> float:
     return max(losses + weights + figures)
 
 
+@functools.cache
+def of_one_process(name):
+    """The run that the others are to be."""
+    with tempfile.TemporaryDirectory() as out:
+        return train(None, METHODS[name], [Path(out)])
+
+
+CI = ("simclr", 2), ("moco", 2), ("moco", 4), ("cpc", 2)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
-def test_as_many_processes_as_one_likes_train_the_same(worlds, tmp_path, name):
-    options = METHODS[name]
-    alone = train(None, options, [tmp_path / "alone"])
-    assert len(alone[0]) == 30 and alone[0][-1] != alone[0][0]
-    for size in (2, 4):
-        folders = [tmp_path / f"{size}-{rank}" for rank in range(size)]
-        runs = worlds[size].run(train, options, folders, ranks=size)
-        assert all(difference(alone, run) < 1e-9 for run in runs)
-        assert all(run[0] == runs[0][0] and all(torch.equal(run[2][k], runs[0][2][k]) for k in run[2]) for run in runs)
-        assert [folder.exists() for folder in folders] == [True] + (size - 1) * [False]
-        assert loop.load_checkpoint(folders[0])["state"]["finished"]
+@pytest.mark.parametrize(
+    "name, size",
+    [pytest.param(*x, marks=() if x in CI else pytest.mark.long) for x in itertools.product(METHODS, (2, 4))],
+)
+def test_as_many_processes_as_one_likes_train_the_same(worlds, tmp_path, name, size):
+    whole = of_one_process(name)
+    assert len(whole[0]) == 30 and whole[0][-1] != whole[0][0]
+    assert whole[2].get("criterion.memory.queue_ptr", 92) == 92  # 1,500 keys: all of a queue of 128 are of this run
+    folders = [tmp_path / str(rank) for rank in range(size)]
+    runs = worlds[size].run(train, METHODS[name], folders, ranks=size)
+    assert all(difference(whole, run) < 1e-9 for run in runs)
+    assert all(run[0] == runs[0][0] and all(torch.equal(run[2][k], runs[0][2][k]) for k in run[2]) for run in runs)
+    assert [folder.exists() for folder in folders] == [True] + (size - 1) * [False]
+    assert loop.load_checkpoint(folders[0])["state"]["finished"]
 
 
 @pytest.mark.slow
 def test_a_stop_of_any_rank_is_one_of_all_and_others_go_on(worlds, tmp_path):
     options = METHODS["simclr"]
-    alone = train(None, options, [tmp_path / "alone"])
     folders = 3 * [tmp_path / "run"]
     assert worlds[2].run(train, options, folders, (1, 7), ranks=2) == [None, None]
     assert loop.load_checkpoint(folders[0])["state"]["step"] == 7
     assert worlds[3].run(train, options, folders, (0, 19), ranks=3) == [None, None, None]
-    assert difference(alone, train(None, options, folders)) < 1e-9
+    assert difference(of_one_process("simclr"), train(None, options, folders)) < 1e-9
 
 
 def speak(group, wrong, about):
@@ -110,6 +134,7 @@ def test_what_cannot_be_split(worlds, tmp_path):
 
 
 OPTIONS = "--batch-size 10 --epochs 40 --dim 8 --precision fp64 --optimizer sgd --lr 0.1 --threads 1 --device cpu"
+KILLED = {"moco": "--queue 32", "moco v3": "--version 3", "simclr": ""}
 
 
 class Torchrun:
@@ -117,7 +142,7 @@ class Torchrun:
 
     def __init__(self, processes: int, log, *arguments):
         launch = f"-m torch.distributed.run --standalone --nproc-per-node {processes} --max-restarts 1 -m ssltrain"
-        command = [sys.executable, *launch.split(), *map(str, arguments), *OPTIONS.split()]
+        command = [sys.executable, *launch.split(), *map(str, arguments)]
         self.log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
@@ -135,9 +160,11 @@ class Torchrun:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_torchrun_starts_anew_what_was_killed_and_goes_on_with_another_number(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["moco", *(pytest.param(x, marks=pytest.mark.long) for x in KILLED if x != "moco")])
+def test_torchrun_starts_anew_what_was_killed_and_goes_on_with_another_number(tmp_path, monkeypatch, name):
     draw_images(tmp_path / "set", [str(i) for i in range(30)])
-    arguments = ["simclr", "--data", tmp_path / "set", "--out"]
+    options = f"{name.split()[0]} {OPTIONS} {KILLED[name]}".split()
+    arguments = [*options, "--data", tmp_path / "set", "--out"]
     out = tmp_path / "run"
 
     def step() -> int:
@@ -163,7 +190,7 @@ def test_torchrun_starts_anew_what_was_killed_and_goes_on_with_another_number(tm
     assert f"holds this run up to step {stopped_at}; it goes on." in said and said.count("report.png") == 1
     monkeypatch.setattr("ssltrain.report.draw", lambda *_: None)
     with pytest.raises(SystemExit) as exit:
-        cli.main([*map(str, arguments), str(tmp_path / "alone"), *OPTIONS.split()])
+        cli.main([*map(str, arguments), str(tmp_path / "alone")])
     assert not exit.value.code
     alone, ended = (loop.load_checkpoint(folder) for folder in (tmp_path / "alone", out))
     runs = [(end["state"]["losses"], end["state"]["stats"], end["method"]) for end in (alone, ended)]

@@ -59,7 +59,7 @@ class CPC(nn.Module):
             )
         self.window = window
         self.encoder = ContextEncoder(width, context)
-        self.criterion = sslkern.CPCLoss(context, width, steps, temperature, stats=True)
+        self.criterion = sslkern.CPCLoss(context, width, steps, temperature, stats=True, group="world")
 
     @torch.no_grad()
     def views(self, clips: Clips) -> Tensor:

@@ -54,9 +54,10 @@ class MoCo(nn.Module):
         self.key = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
         self.predictor = head(dim, dim, layers=2) if version == 3 else None
         if version == 3:
-            self.criterion = sslkern.MoCoV3Loss(temperature=temperature)
+            self.criterion = sslkern.MoCoV3Loss(temperature=temperature, group="world")
         else:
-            self.criterion = sslkern.MoCoLoss(dim, queue, temperature, stats=True)
+            self.criterion = sslkern.MoCoLoss(dim, queue, temperature, stats=True, group="world")
+            self.criterion.memory.queue.copy_(sslkern.FeatureQueue(dim, queue).queue)  # by the seed of the run
 
     def views(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> float [2B, C, H, W]: the first views of all images, then the second ones."""
