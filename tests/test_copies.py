@@ -129,3 +129,21 @@ def test_a_function_of_prefixes_travels():
     loss, z = matryoshka(functools.partial(nt_xent, temperature=0.2), [3, D]), torch.randn(2, N, D)
     for twin in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
         assert torch.equal(twin(*z), loss(*z))
+
+
+@pytest.mark.parametrize("name", ["NCELoss", "CMCLoss"])
+def test_pickles_from_when_each_option_of_a_bank_loss_was_an_attribute(name):
+    example = MODULES[name]()
+    state = dict(copy.deepcopy(example.target).__dict__)
+    options = state.pop("options")
+    state["sharing"] = tuple(options.pop(shared) for shared in ("group", "strategy", "grad_reduce"))
+    twin = type(example.target).__new__(type(example.target))
+    twin.__setstate__(state | options)
+    assert repr(twin) == repr(example.target) and torch.equal(call(twin, example), call(example.target, example))
+
+
+def test_pickles_name_the_modules_by_their_package():
+    """As those do that were made when it was one file."""
+    losses = {name for name in vars(sslkern.losses) if name.endswith("Loss")}
+    assert losses == {name for name in sslkern.__all__ if name.endswith("Loss")} - {"CachedLoss"}
+    assert all(getattr(sslkern.losses, name) is getattr(sslkern, name) for name in losses)

@@ -89,3 +89,8 @@ def test_the_checks_above_find_what_they_look_for():
     assert not wrong("sslkern.functional.nt_xent", "sslkern.ops", "similarity_lse")
     assert ("sslkern.common.sums", "times") in imports("sslkern.functional.nt_xent")
     assert ("sslkern._cpu", "") in imports("sslkern.backends.cpu.similarity_lse")
+
+
+def test_every_function_has_its_module_in_a_file_of_the_same_name():
+    files = {package: {path.stem for path in (ROOT / package).glob("[!_]*.py")} for package in ("functional", "losses")}
+    assert files["losses"] - {"base"} == files["functional"] - {"checks", "formulas"}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.arguments import check_choice, check_dense, check_devices, check_flags, describe
+from ..common.arguments import check_choice, check_dense, check_devices, describe
 from ..common.autocast import stack
 from ..common.node import Node, once
 from ..common.numbers import check_size, log
@@ -88,31 +88,60 @@ def nce(
         >>> query, index = torch.randn(8, 32, requires_grad=True), torch.randint(1000, (8, 1 + 100))
         >>> sslkern.functional.nce(query, bank, index).backward()
     """
+    loss, share, _ = nce_and_log_z(
+        query,
+        bank,
+        index,
+        temperature,
+        form=form,
+        log_z=log_z,
+        logit_scale=logit_scale,
+        weights=weights,
+        normalize=normalize,
+        reduction=reduction,
+        stats=stats,
+        group=group,
+        strategy=strategy,
+        grad_reduce=grad_reduce,
+    )
+    return (loss, share) if stats else loss
+
+
+def nce_and_log_z(
+    query,
+    bank,
+    index,
+    temperature,
+    *,
+    form,
+    log_z,
+    logit_scale,
+    weights,
+    normalize,
+    reduction,
+    stats,
+    group,
+    strategy,
+    grad_reduce,
+):
+    """`nce`, the share or None, and the log Z that was used, for a module to keep."""
     ranks = None
     if group is not None:
         given = dict(query=query, bank=bank, index=index, temperature=temperature, form=form, log_z=log_z)
         options = dict(weights=weights, normalize=normalize, reduction=reduction, stats=stats)
         ranks = ranks_of(group, strategy, grad_reduce, "nce", **given, logit_scale=logit_scale, **options)
-    check_options(reduction, group, strategy, grad_reduce)
-    loss, share, _ = nce_and_log_z(
-        query,
-        replicated(bank, ranks),
-        index,
-        scale_of(temperature, logit_scale, query, ranks),
-        form=form,
-        log_z=log_z,
-        weights=weights,
-        normalize=normalize,
-        reduction=reduction,
-        stats=stats,
-        ranks=ranks,
-    )
-    return (loss, share) if stats else loss
-
-
-def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize, reduction, stats, ranks):
-    """`nce`, the share or None, and the log Z that was used, for a module to keep. bank and scale: `replicated`."""
+    check_options(reduction, group, strategy, grad_reduce, normalize=normalize, stats=stats)
+    scale = scale_of(temperature, logit_scale, query, ranks)
     query, bank = promoted(query, bank)
+    _check(query, bank, index, scale, form, log_z, weights, ranks)
+    if log_z is not None:
+        log_z = scalar("log_z", log_z, query)
+    query = unit(query) if normalize else query
+    losses, share, log_z = _losses_over(replicated(bank, ranks), query, index, scale, form, log_z, stats, ranks)
+    return reduce(losses, reduction, weights, ranks), share, log_z
+
+
+def _check(query, bank, index, scale, form, log_z, weights, ranks) -> None:
     check_features("query", query, ranks)
     check_features("bank", bank)
     check_alike("bank", bank, "query", query, "[M, D]")
@@ -124,38 +153,57 @@ def nce_and_log_z(query, bank, index, scale, *, form, log_z, weights, normalize,
     check_choice("form", form, *FORMS)
     if form == "softmax" and log_z is not None:
         raise ValueError("log_z belongs to the form 'nce'; leave it out for 'softmax'")
-    check_choice("reduction", reduction, "mean", "sum", "none")
-    check_flags(normalize=normalize, stats=stats)
     check_weights(weights, query.shape[0], query)
-    log_z = None if log_z is None else scalar("log_z", log_z, query)
 
-    query = unit(query) if normalize else query
+
+def _losses_over(bank, query, index, scale, form, log_z, stats, ranks):
+    """The losses [N], the share if asked for, and the log Z that was used.
+
+    The gradient of a frozen bank's losses is computed here, so that the bank may be updated before the backward.
+    """
     frozen = not bank.requires_grad and not transformed()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         dots = sampled_similarity(query, bank, index)
         logits = times(dots, scale)
-        share = beaten(logits[:, 1:].amax(1), logits[:, 0], ranks) if stats and index.shape[1] > 1 else None
-        if stats and share is None:
-            share = logits.new_ones(())
+        share = _share(logits, ranks) if stats else None
         if form == "nce":
             M, K = bank.shape[0], index.shape[1] - 1
             if log_z is None:
-                scores = all_rows(logits.shape[0], ranks) * logits.shape[1]
-                log_z = log_total_of(logits.detach(), ranks) + log(M / scores, logits)
-            logits = logits - (log_z + (log(K / M, logits) if K else -math.inf))
+                log_z = _estimated_log_z(logits, M, ranks)
+            logits = logits - (log_z + (log(K / M, logits) if K > 0 else -math.inf))
             losses = softplus(-logits[:, 0]) + softplus(logits[:, 1:]).sum(1)
         else:
             losses = pair_loss(logits[:, 1:].logsumexp(1), logits[:, 0])
-    learned_scale = isinstance(scale, Tensor) and scale.requires_grad
-    if frozen and torch.is_grad_enabled() and (query.requires_grad or learned_scale):
-        with torch.no_grad():
-            slopes = _slopes(logits, losses, form)
-            dq, _ = sampled_similarity_bwd(query, bank, index, slopes, need_bank=False)
-            dscale = (slopes * dots).sum(1) if learned_scale else None
-            dq = dq * scale
-        inputs = losses, query, dq, scale if learned_scale else None, dscale
-        losses = _known.way(True, *inputs)(*inputs)
-    return reduce(losses, reduction, weights, ranks), share, log_z
+    if frozen and torch.is_grad_enabled():
+        losses = _with_gradients(losses, logits, dots, bank, query, index, scale, form)
+    return losses, share, log_z
+
+
+def _share(logits: Tensor, ranks: Ranks | None) -> Tensor:
+    """The share of rows whose positive beats every negative: all of them where there is no negative."""
+    if logits.shape[1] == 1:
+        return logits.new_ones(())
+    return beaten(logits[:, 1:].amax(1), logits[:, 0], ranks)
+
+
+def _estimated_log_z(logits: Tensor, M: int, ranks: Ranks | None) -> Tensor:
+    """log(M mean exp(l)), eq. 8 of https://arxiv.org/abs/1805.01978."""
+    count = all_rows(logits.shape[0], ranks) * logits.shape[1]
+    return log_total_of(logits.detach(), ranks) + log(M / count, logits)
+
+
+def _with_gradients(losses, logits, dots, bank, query, index, scale, form) -> Tensor:
+    """The losses as a function of query and scale, whose gradients are computed now; logits are overwritten."""
+    scale_learns = isinstance(scale, Tensor) and scale.requires_grad
+    if not (query.requires_grad or scale_learns):
+        return losses
+    with torch.no_grad():
+        slopes = _slopes(logits, losses, form)
+        dq, _ = sampled_similarity_bwd(query, bank, index, slopes, need_bank=False)
+        dscale = (slopes * dots).sum(1) if scale_learns else None
+        dq = dq * scale
+    inputs = losses, query, dq, scale if scale_learns else None, dscale
+    return _known.way(True, *inputs)(*inputs)
 
 
 def _slopes(logits: Tensor, losses: Tensor, form: str) -> Tensor:
@@ -239,14 +287,23 @@ def cmc(
         >>> views = [torch.randn(8, 32, requires_grad=True) for _ in range(3)]
         >>> sslkern.functional.cmc(views, banks, torch.randint(1000, (8, 1 + 100)), graph="core").backward()
     """
-    ranks = None
-    if group is not None:
-        given = dict(views=views, banks=banks, index=index, temperature=temperature, graph=graph, form=form)
-        options = dict(log_z=log_z, logit_scale=logit_scale, weights=weights, normalize=normalize, reduction=reduction)
-        ranks = ranks_of(group, strategy, grad_reduce, "cmc", rows=rows_of_views(views), **given, **options)
-    check_options(reduction, group, strategy, grad_reduce)
-    scale = scale_of(temperature, logit_scale, None, ranks)
-    return cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, normalize, reduction, ranks)[0]
+    loss, _ = cmc_and_log_z(
+        views,
+        banks,
+        index,
+        temperature,
+        graph=graph,
+        form=form,
+        log_z=log_z,
+        logit_scale=logit_scale,
+        weights=weights,
+        normalize=normalize,
+        reduction=reduction,
+        group=group,
+        strategy=strategy,
+        grad_reduce=grad_reduce,
+    )
+    return loss
 
 
 def cmc_pairs(views: int, graph: str) -> list[tuple[int, int]]:
@@ -268,31 +325,60 @@ def checked_views(views: Sequence[Tensor], ranks: Ranks | None = None) -> Sequen
     return views
 
 
-def cmc_and_log_z(views, banks, index, scale, graph, log_z, form, weights, normalize, reduction, ranks):
-    """`cmc` and the log Z [P] that was used, for a module to keep. scale: `replicated`."""
+def cmc_and_log_z(
+    views,
+    banks,
+    index,
+    temperature,
+    *,
+    graph,
+    form,
+    log_z,
+    logit_scale,
+    weights,
+    normalize,
+    reduction,
+    group,
+    strategy,
+    grad_reduce,
+):
+    """`cmc` and the log Z [P] that was used, for a module to keep."""
+    ranks = None
+    if group is not None:
+        given = dict(views=views, banks=banks, index=index, temperature=temperature, graph=graph, form=form)
+        options = dict(log_z=log_z, logit_scale=logit_scale, weights=weights, normalize=normalize, reduction=reduction)
+        ranks = ranks_of(group, strategy, grad_reduce, "cmc", rows=rows_of_views(views), **given, **options)
+    check_options(reduction, group, strategy, grad_reduce, normalize=normalize)
+    scale = scale_of(temperature, logit_scale, None, ranks)
     views = checked_views(views, ranks)
-    if not isinstance(banks, (Sequence, Tensor)) or len(_each(banks)) != len(views):
-        raise ValueError(f"banks must be {len(views)} tensors [M, D], one for each view")
+    banks = _checked_banks(banks, len(views))
+    pairs = cmc_pairs(len(views), graph)
+    if log_z is not None:
+        if not isinstance(log_z, Tensor) or log_z.shape != (len(pairs),):
+            raise ValueError(f"log_z must be a tensor [{len(pairs)}], one for each ordered pair, not {describe(log_z)}")
+        check_dense("log_z", log_z)
+    _check(views[0], banks[0], index, scale, form, log_z, weights, ranks)
+    if normalize:
+        views = [unit(view) for view in views]
+    banks = [replicated(bank, ranks) for bank in banks]
+    losses, used = [], []
+    for number, (view, bank) in enumerate(pairs):
+        known = None if log_z is None else scalar("log_z", log_z[number], views[0])
+        of_pair, _, of_z = _losses_over(banks[bank], views[view], index, scale, form, known, False, ranks)
+        losses.append(reduce(of_pair, reduction, weights, ranks))
+        used.append(of_z)
+    return stack(losses).sum(0), stack(used) if form == "nce" else None
+
+
+def _checked_banks(banks: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+    """As many banks as views, of one shape and type."""
+    if not isinstance(banks, (Sequence, Tensor)) or len(_each(banks)) != count:
+        raise ValueError(f"banks must be {count} tensors [M, D], one for each view")
     banks = banks if isinstance(banks, Tensor) else promoted(*banks)
     check_features("banks[0]", banks[0])
     for i, bank in enumerate(banks):
         check_alike(f"banks[{i}]", bank, "banks[0]", banks[0])
-    banks = [replicated(bank, ranks) for bank in banks]
-    check_devices("views[0]", views[0], temperature=scale)
-    pairs = cmc_pairs(len(views), graph)
-    if log_z is not None and (not isinstance(log_z, Tensor) or log_z.shape != (len(pairs),)):
-        raise ValueError(f"log_z must be a tensor [{len(pairs)}], one for each ordered pair, not {describe(log_z)}")
-    if log_z is not None:
-        check_dense("log_z", log_z)
-    check_flags(normalize=normalize)
-    views = [unit(view) for view in views] if normalize else views
-    options = dict(form=form, weights=weights, normalize=False, reduction=reduction, stats=False, ranks=ranks)
-    parts = [
-        nce_and_log_z(views[a], banks[b], index, scale, log_z=None if log_z is None else log_z[p], **options)
-        for p, (a, b) in enumerate(pairs)
-    ]
-    used = stack([part[2] for part in parts]) if form == "nce" else None
-    return stack([part[0] for part in parts]).sum(0), used
+    return banks
 
 
 def _each(tensors):
