@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from ssltrain import UsageError, config
+from ssltrain import UsageError, config, methods
 
 app = typer.Typer(
     add_completion=False,
@@ -19,17 +20,6 @@ app = typer.Typer(
     help="Train self-supervised encoders through sslkern, and measure what they learned.\n\n"
     "Over several processes, the GPUs of a machine or of many: torchrun --nproc-per-node 8 -m ssltrain moco ...",
 )
-
-DESCRIPTIONS = {
-    "simclr": "SimCLR: two augmented views of an image attract, views of different images repel (Chen et al. 2020).\n\n"
-    "The default trains a small conv net on 4,000 MNIST digits in about a minute on two CPU cores, then compares its "
-    "features with raw pixels and with the untrained encoder, by linear probe and nearest neighbours.",
-    "moco": "MoCo: a query finds its key among a queue of earlier keys (He et al. 2020; 2 and 3: Chen et al.).\n\n"
-    "The keys come from a second encoder that follows the first one slowly. Small batches do; evaluated as simclr is.",
-    "cpc": "CPC: the context of a sound tells its next frames from all others (van den Oord et al. 2018).\n\n"
-    "--data names a folder, zip or tar of wav files. Then linear probes on one context frame tell word and speaker, "
-    "beside the untrained encoder and log-mel statistics.",
-}
 
 # What a run has besides its configuration.
 RUN = {
@@ -58,9 +48,19 @@ RUN = {
 }
 
 
-def _add_method(method: str) -> None:
-    """The command of a method."""
-    kind = config.CONFIGS[method]
+class MethodCommand(TyperCommand):
+    """The command of a method, which is imported, and torch with it, once the command is called."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        return _command_of(self.name).make_context(*args, **kwargs)
+
+
+for _name in methods.NAMES:
+    app.command(_name, cls=MethodCommand, help=methods.summary_of(_name))(lambda: None)
+
+
+def _command_of(method: str) -> Any:
+    kind = methods.config_of(method)
 
     def command(context: typer.Context, **given: Any) -> None:
         flags = {n for n in given if context.get_parameter_source(n).name == "COMMANDLINE" and n not in RUN}
@@ -80,11 +80,9 @@ def _add_method(method: str) -> None:
         parameters.append(inspect.Parameter(name, keyword, default=default, annotation=option))
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(method, help=DESCRIPTIONS[method])(command)
-
-
-for _method in config.CONFIGS:
-    _add_method(_method)
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    alone.command(method, help=inspect.cleandoc(kind.__doc__))(command)
+    return typer.main.get_command(alone)
 
 
 Run = Annotated[Path, typer.Argument(help="The folder of a run, as in --out.", show_default=False)]
@@ -150,14 +148,14 @@ for _command in app.registered_commands:  # what the list of commands says; type
 
 def start(wanted, explicit: set[str], resume: bool, overwrite: bool, out: Path | None, json_path: Path | None) -> None:
     """Start or continue a run. Nothing of an earlier one is lost unasked."""
-    from ssltrain import loop, ranks, runs
+    from ssltrain import checkpoints, ranks, runs
 
     name = Path(wanted.data or "data").name.split(".")[0] or "data"
     out = out or Path("runs") / f"{wanted.method}-{name}"
     with ranks.joined():
         with ranks.one_voice():
             wanted = wanted.check()
-            checkpoint = loop.load_checkpoint(out) if ranks.rank() == 0 else None
+            checkpoint = checkpoints.load(out) if ranks.rank() == 0 else None
         checkpoint = ranks.of_first(checkpoint)  # so that the folder need not be everywhere
         with ranks.one_voice():
             if not resume and checkpoint is not None:

@@ -1,20 +1,30 @@
-"""What a run is: the options of every method, once, for the command line, YAML files, checkpoints and their checks.
+"""What a run is: its options, once, for the command line, YAML files, checkpoints and their checks.
 
-Two runs with equal configurations are the same run.
+Two runs with equal configurations are the same run. What all methods have stands here, and what all on images or on
+speech have; each file of `methods` adds the options of its own. Nothing here imports torch before it is needed, which
+takes two seconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ssltrain import UsageError
+from ssltrain import UsageError, methods
+
+if typing.TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from ssltrain.images import Images
+    from ssltrain.speech import Speech
 
 DEFAULT_EPOCHS = 40
 PLACE = {"data", "device", "threads", "compile", "save_every"}  # where and how a run is computed, not what
@@ -39,9 +49,14 @@ def one_of(*names) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Config:
-    """What all methods have."""
+    """What all methods have.
+
+    A method's own configuration says how it is built: `build(data)` gives the method, a module as described in
+    `ssltrain.methods`, for data that `load` gave. Its docstring is the help of its command.
+    """
 
     method: ClassVar[str]
+    unit: ClassVar[str]  # what a sample is called, in the plural
 
     data: str = option("mnist5k", "What to train on.")
     limit: int | None = option(None, "Train on a fixed random subset of that many samples.", **at_least(1))
@@ -111,6 +126,8 @@ class Config:
 class ImageConfig(Config):
     """What methods on images have."""
 
+    unit: ClassVar[str] = "images"
+
     data: str = option(
         "mnist5k",
         "mnist5k (embedded), digits (scikit-learn), CIFAR-10 as published (cifar-10-python.tar.gz or its folder) or "
@@ -133,30 +150,60 @@ class ImageConfig(Config):
         "must be from 4 to 1024 pixels",
     )
 
+    def load(self, about: dict | None = None) -> Images:
+        """What `data` names. `about` is what a checkpoint says of a run's data."""
+        from ssltrain import data
+        from ssltrain.pictures import Levels
+
+        return data.load(self.data, self.image_size, self.limit, Levels.of((about or {}).get("levels")))
+
+    def build_encoder(self, shape: Sequence[int]) -> nn.Module:
+        """The encoder of a run for images of that shape, [C, H, W], before its weights are loaded."""
+        import torch
+
+        from ssltrain import encoders
+
+        return encoders.build(self.encoder, torch.zeros(1, *shape, dtype=torch.uint8))
+
+    def embed(
+        self, encoder: nn.Module, source: str, shape: Sequence[int], about: dict, device: torch.device
+    ) -> tuple[list[str], Tensor, list[str]]:
+        """The name and the features of every image of `source`, and notes."""
+        from ssltrain import data, images
+
+        names, pixels, notes = data.to_embed(source, shape[1:], about)
+        return names, images.features(encoder, images.with_channels(pixels, shape[0]), device), notes
+
+    def fine_tune(
+        self, data: Images, encoders: dict[str, nn.Module], share: float, device: torch.device, seed: int
+    ) -> tuple[dict[str, float], int]:
+        """The test accuracy of each encoder after training on a share of the labels, and how many these are."""
+        from ssltrain import augment
+
+        if not data.classes:
+            raise UsageError(f"--labels: {data.name} has no labels to train on; leave it out, or name other --data.")
+        views = augment.build(data.channels, data.size, self.flip)
+        found = {name: data.fine_tune(encoder, share, views, device, seed) for name, encoder in encoders.items()}
+        return {name: round(accuracy, 4) for name, (accuracy, _) in found.items()}, next(iter(found.values()))[1]
+
+    def exported(self, encoder: nn.Module) -> tuple[nn.Module, dict[str, str], str]:
+        """The network whose weights are of use elsewhere, what to write beside them, and how to load them."""
+        standardize, network = encoder
+        about = {name: json.dumps(getattr(standardize, name).flatten().tolist()) for name in ("mean", "std")}
+        how = ""
+        if self.encoder == "resnet18":
+            how = (
+                "To load: model = torchvision.models.resnet18(); model.conv1 = nn.Conv2d(C, 64, 3, 1, 1, bias=False)\n"
+                "model.maxpool = model.fc = nn.Identity(); model.load_state_dict(safetensors.torch.load_file(path))"
+            )
+        return network, {"encoder": self.encoder} | about, how
+
 
 @dataclass(frozen=True)
-class SimCLRConfig(ImageConfig):
-    method: ClassVar[str] = "simclr"
+class SpeechConfig(Config):
+    """What methods on speech have."""
 
-    version: int = option(1, "1: a head of two layers. 2: of three.", **one_of(1, 2))
-
-
-@dataclass(frozen=True)
-class MoCoConfig(ImageConfig):
-    method: ClassVar[str] = "moco"
-
-    version: int = option(
-        2, "1: a linear head. 2: a head of two layers. 3: no queue, a predictor, both directions.", **one_of(1, 2, 3)
-    )
-    momentum: float = option(
-        0.99, "How much of the key encoder stays at each step.", lambda x: 0 <= x < 1, "must be from 0 to below 1"
-    )
-    queue: int = option(4096, "Keys of earlier batches that serve as negatives (versions 1 and 2).", **at_least(1))
-
-
-@dataclass(frozen=True)
-class CPCConfig(Config):
-    method: ClassVar[str] = "cpc"
+    unit: ClassVar[str] = "clips"
 
     data: str | None = option(
         None, "A folder, zip or tar of wav files named <word>_<speaker>_<index>.wav; index 0 to 4 is the test set."
@@ -166,14 +213,29 @@ class CPCConfig(Config):
         "Windows of sound a step, shared among all processes.",
         **at_least(2, ", for a pair needs others to differ from"),
     )
-    temperature: float = option(1.0, "Divides the scores of the bilinear form.", **positive())
     window: int = option(2048, "Samples that are cut from a clip; shorter clips are left out.", **at_least(160))
-    steps: int = option(8, "How many frames ahead are predicted.", **at_least(1))
-    width: int = option(128, "Channels of the convolutions.", **at_least(1))
-    units: int = option(128, "Units of the GRU, the width of a context.", **at_least(1))
 
+    def load(self, about: dict | None = None) -> Speech:
+        """What `data` names."""
+        from ssltrain import speech
 
-CONFIGS = {config.method: config for config in (SimCLRConfig, MoCoConfig, CPCConfig)}
+        return speech.load(self.data, self.limit, self.window)
+
+    def embed(
+        self, encoder: nn.Module, source: str, shape: Sequence[int], about: dict, device: torch.device
+    ) -> tuple[list[str], Tensor, list[str]]:
+        """The name and the last context of every sound of `source`, and notes."""
+        from ssltrain import speech
+
+        names, clips, _, notes = speech.read_files(source)
+        return names, speech.contexts(encoder, clips, device), notes
+
+    def fine_tune(self, *_: Any) -> tuple[dict[str, float], int]:
+        raise UsageError(f"--labels: is for runs on images; leave it out for {self.method}.")
+
+    def exported(self, encoder: nn.Module) -> tuple[nn.Module, dict[str, str], str]:
+        """The network whose weights are of use elsewhere, what to write beside them, and how to load them."""
+        return encoder, {}, ""
 
 
 def is_usable(device: str) -> bool:
@@ -217,14 +279,15 @@ def from_dict(values: dict[str, Any], source: str) -> Config:
     """The configuration that `as_dict` or a YAML file gave; raises `UsageError` where it does not fit."""
     values = dict(values)
     method = values.pop("method", None)
-    if method not in CONFIGS:
-        raise UsageError(f"{source}: method is {method!r}; choose one of {', '.join(CONFIGS)}.")
-    unknown = sorted(map(str, values.keys() - fields(CONFIGS[method]).keys()))
+    if method not in methods.NAMES:
+        raise UsageError(f"{source}: method is {method!r}; choose one of {', '.join(methods.NAMES)}.")
+    config = methods.config_of(method)
+    unknown = sorted(map(str, values.keys() - fields(config).keys()))
     if unknown:
         raise UsageError(
             f"{source}: {unknown[0]} is no option of {method}; see ssltrain {method} --help for what there is."
         )
-    return CONFIGS[method](**values)
+    return config(**values)
 
 
 def read_yaml(path: Path, method: str) -> dict[str, Any]:
@@ -242,7 +305,7 @@ def read_yaml(path: Path, method: str) -> dict[str, Any]:
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     if values.setdefault("method", method) != method:
         raise UsageError(f"--config {path}: is for {values['method']}, not for {method}; use that command.")
-    for name, kind in kinds(CONFIGS[method]).items():  # YAML 1.1 reads 1e-3 as text
+    for name, kind in kinds(methods.config_of(method)).items():  # YAML 1.1 reads 1e-3 as text
         if float in (typing.get_args(kind) or (kind,)) and isinstance(values.get(name), str):
             try:
                 values[name] = float(values[name])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from importlib.resources import files as package_files
 from pathlib import Path, PurePosixPath
 
@@ -21,39 +21,13 @@ from torch import Tensor
 
 from ssltrain import UsageError, files
 from ssltrain.files import Unread
+from ssltrain.images import Images
 from ssltrain.pictures import SUFFIXES, Levels, Pictures, Unusable
 
 EMBEDDED = ("mnist5k", "digits")
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first one that is there is the test set
 HELD_OUT = 0.2
-
-
-@dataclass
-class Images:
-    """An image set in memory. Labels serve the evaluation only; training never sees them.
-
-    Without labels there are no `classes`, all labels are 0, and the test set may be empty.
-    """
-
-    name: str
-    train: Tensor  # uint8 [N, C, H, W], C = 1 or 3
-    train_labels: Tensor  # int64 [N]
-    test: Tensor  # uint8 [M, C, H, W]
-    test_labels: Tensor  # int64 [M]
-    classes: list[str]
-    notes: list[str] = field(default_factory=list)  # what a reader should know about the split, sizes, bad files
-    levels: Levels = field(default_factory=Levels)  # of images of more than 8 bits
-    left: list[str] = field(default_factory=list)  # every file that is not in it, and why
-
-    @property
-    def channels(self) -> int:
-        return self.train.shape[1]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return tuple(self.train.shape[2:])
 
 
 def load(source: str, image_size: int | None = None, limit: int | None = None, levels: Levels | None = None) -> Images:
@@ -223,21 +197,30 @@ def read_files(
     return names, pixels, notes
 
 
+def to_embed(source: str, size: Sequence[int], about: dict) -> tuple[list[str], Tensor, list[str]]:
+    """Names, pixels and notes of whatever a run could train on, whose images have that height and width; files are
+    scaled to it. `about` is what a checkpoint says of the run's data."""
+    if not is_array(source):
+        return read_files(Path(source), tuple(size), Levels.of(about.get("levels")))
+    images = load(source)
+    if images.size != tuple(size):
+        raise UsageError(
+            f"--data {source}: its images are of {images.size[1]} x {images.size[0]} pixels, those of the run of "
+            f"{size[1]} x {size[0]}; choose images alike."
+        )
+    names = [f"{part}/{i}" for part in ("train", "test") for i in range(len(getattr(images, part)))]
+    return names, torch.cat([images.train, images.test]), images.notes
+
+
 def _arrange(source: str, names: list[tuple[str, ...]], pixels: Tensor) -> Images:
     """Read split and class from the folders, and hold out a test set where there is none.
 
     Images in no class folders, or in one, have no labels; without a test folder all of them train.
     """
     order = sorted(range(len(names)), key=names.__getitem__)
-    path = {i: names[i] for i in order}
-    # Leading folders that all share, such as the archive's own name, say nothing; loose files beside them do not count.
-    while True:
-        in_folder = {i: p for i, p in path.items() if len(p) > 1}
-        tops = {p[0] for p in in_folder.values()}
-        if len(tops) != 1 or max(map(len, in_folder.values())) == 2:
-            break
-        path = {i: p[1:] for i, p in in_folder.items()}
-
+    path = _without_shared_folders({i: names[i] for i in order})
+    in_folder = {i: p for i, p in path.items() if len(p) > 1}
+    tops = {p[0] for p in in_folder.values()}
     splits = {top for top in tops if top.lower() in TRAIN_NAMES + TEST_NAMES}
     if splits != tops:  # beside others such a name may be a class, as in COCO, unless it holds folders
         splits &= {p[0] for p in in_folder.values() if len(p) > 2}
@@ -288,6 +271,16 @@ def _arrange(source: str, names: list[tuple[str, ...]], pixels: Tensor) -> Image
             f"{len(unused)} images outside of the train and test class folders are not used: {files.listed(unused)}"
         )
     return images
+
+
+def _without_shared_folders(path: dict[int, tuple[str, ...]]) -> dict[int, tuple[str, ...]]:
+    """Leading folders that all share, such as the archive's own name, say nothing; loose files beside them do not
+    count."""
+    while True:
+        in_folder = {i: p for i, p in path.items() if len(p) > 1}
+        if len({p[0] for p in in_folder.values()}) != 1 or max(map(len, in_folder.values())) == 2:
+            return path
+        path = {i: p[1:] for i, p in in_folder.items()}
 
 
 def _first(there: set[str], usual: tuple[str, ...]) -> str | None:

@@ -18,17 +18,17 @@ from matplotlib.text import Text
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from torch import Tensor
 
+from ssltrain.checkpoints import replacing
 from ssltrain.config import Config
 from ssltrain.evaluate import Evaluation
 from ssltrain.files import shown
-from ssltrain.loop import State, replacing
+from ssltrain.loop import State
+from ssltrain.panels import BLUE
 
-BLUES = ("#1f5fa8", "#8fb8e0", "#c9d9ea")
+BLUES = (BLUE, "#8fb8e0", "#c9d9ea")
 POINTS = 1000  # of the embedding
 NO_LABELS = "there are no labels to probe with, which takes two classes or more"
-PAIRS, COLUMNS = 15, 3
 
 
 class Progress:
@@ -38,7 +38,6 @@ class Progress:
 
     def __init__(self, config: Config, out: Path):
         self.config, self.out = config, out
-        self.unit = "clips" if config.method == "cpc" else "images"
         self.console = Console()
         self.last, self.shown = time.perf_counter(), 0.0
         self.logged: int | None = None  # steps
@@ -71,7 +70,7 @@ class Progress:
         if now - self.shown < self.SHOW_EVERY and progress < 1:
             return  # a step of a GPU can be shorter than this takes
         self.shown = now
-        figures = f"T {self.config.temperature:g}  {state.samples_per_s:,.0f} {self.unit}/s"
+        figures = f"T {self.config.temperature:g}  {state.samples_per_s:,.0f} {self.config.unit}/s"
         for name, values in {"loss": state.losses, **state.stats}.items():
             if values:
                 recent = values[-10:]
@@ -94,7 +93,7 @@ class Progress:
         for name, values in {"loss": state.losses, **state.stats}.items():
             for step in range(self.logged, len(values)):
                 self.curves.add_scalar(name, values[step], step)
-        self.curves.add_scalar(f"{self.unit} per second", state.samples_per_s, state.step)
+        self.curves.add_scalar(f"{self.config.unit} per second", state.samples_per_s, state.step)
         self.curves.add_scalar("temperature", self.config.temperature, state.step)
         self.logged = len(state.losses)
 
@@ -219,26 +218,3 @@ def _draw_embedding(axes: Axes, evaluation: Evaluation) -> None:
     by_class = ", coloured by class" if names else ""
     axes.set_title(f"Features of {len(points)} {evaluation.part} samples (t-SNE){by_class}")
     axes.set(xticks=[], yticks=[])
-
-
-def draw_steps(axes: Axes, accuracies: Tensor) -> None:
-    """How often the right frame wins, for each number of frames ahead, [K]."""
-    steps = np.arange(1, len(accuracies) + 1)
-    axes.bar(steps, accuracies.cpu().numpy(), color=BLUES[0])
-    axes.set(xlabel="frames ahead", ylim=(0, 1), xticks=steps)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.set_title("How often the frame to come beats all others of the batch")
-
-
-def draw_pairs(axes: Axes, views: Tensor) -> None:
-    """PAIRS pairs in COLUMNS columns, white between them; views [2 B, C, H, W]: both of the same B images."""
-    first, second = (half[:PAIRS].cpu().float().clamp(0, 1) for half in views.chunk(2))
-    gap = max(1, first.shape[3] // 8)
-    pairs = torch.nn.functional.pad(torch.cat([first, second], dim=3), (gap, gap, gap, gap), value=1.0)
-    blank = torch.ones_like(pairs[: -len(pairs) % COLUMNS])
-    lines = torch.cat([pairs, blank]).split(COLUMNS)
-    sheet = torch.cat([torch.cat(list(line), dim=2) for line in lines], dim=1).permute(1, 2, 0).numpy()
-    axes.imshow(sheet if sheet.shape[2] == 3 else sheet[:, :, 0], cmap="gray", vmin=0, vmax=1)
-    axes.set_axis_off()
-    axes.set_title("Pairs of views that the loss pulls together")

@@ -6,18 +6,26 @@ The index splits: 0 to 4 is the test set, as in the Free Spoken Digit Dataset.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ssltrain import UsageError, files
+from sslkern.functional import cpc
+from ssltrain import UsageError, files, panels
 from ssltrain.draws import rand
+from ssltrain.evaluate import Evaluation, linear_probe
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TEST_INDICES = 5
 
@@ -78,6 +86,74 @@ class Speech:
     notes: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)  # every file that is not in it, and why
 
+    shape: ClassVar[list[int]] = []  # clips have none in common
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint keeps about the data."""
+        return {}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What a run trains on."""
+        return [self.train.samples, self.train.start, self.train.length]
+
+    def describe(self) -> str:
+        """In a line."""
+        minutes = int(self.train.length.sum()) / self.rate / 60
+        return (
+            f"{self.name}: {len(self.train):,} training clips ({minutes:.0f} minutes at {self.rate} Hz) and "
+            f"{len(self.test):,} test clips, {len(self.words)} words, {len(self.speakers)} speakers"
+        )
+
+    def evaluate(self, encoder: nn.Module, untrained: nn.Module, device: torch.device) -> Evaluation:
+        """Linear probes for word and speaker on the last context of a clip, beside log-mel statistics of all of it.
+
+        The third figure is the word said by a speaker whom the probe has not heard, the mean over all speakers in turn.
+        """
+        rows = {"": "trained", "untrained_": "untrained encoder", "log_mel_": "log-mel statistics"}
+        columns = {"word": "word", "speaker": "speaker", "word_new_speaker": "word, new speaker"}
+        networks: tuple[Callable[[Clips], Tensor], ...] = (
+            lambda clips: contexts(encoder, clips, device),
+            lambda clips: contexts(untrained.to(device), clips, device),
+            lambda clips: log_mel_statistics(clips, self.rate).to(device),
+        )
+        words = self.train_words.to(device), self.test_words.to(device)
+        speakers = self.train_speakers.to(device), self.test_speakers.to(device)
+        accuracies, seen = {}, {}
+        for prefix, network in zip(rows, networks, strict=True):
+            train, test = network(self.train), network(self.test)
+            accuracies[f"{prefix}word"] = linear_probe(train, words[0], test, words[1])
+            accuracies[f"{prefix}speaker"] = linear_probe(train, speakers[0], test, speakers[1])
+            accuracies[f"{prefix}word_new_speaker"] = self._new_speakers(train, test, words, speakers)
+            seen[prefix] = test
+        return Evaluation(accuracies, rows, columns, seen[""], self.test_words, self.words)
+
+    def _new_speakers(
+        self, train: Tensor, test: Tensor, words: tuple[Tensor, Tensor], speakers: tuple[Tensor, Tensor]
+    ) -> float:
+        """The accuracy of a word said by a speaker whom the probe has not heard, the mean over all in turn."""
+        known = []
+        for speaker in range(len(self.speakers)):
+            heard, new = speakers[0] != speaker, speakers[1] == speaker
+            if heard.any() and new.any():
+                known.append(linear_probe(train[heard], words[0][heard], test[new], words[1][new]))
+        known = [accuracy for accuracy in known if not math.isnan(accuracy)]
+        return sum(known) / len(known) if known else math.nan
+
+    @torch.no_grad()
+    def draw(self, method: nn.Module, device: torch.device, axes: Axes) -> None:
+        """How often a frame to come is found, by how far ahead it is."""
+        long_enough = self.test[self.test.length >= method.window]
+        if len(long_enough) < 2:
+            axes.set_axis_off()
+            return
+        method.eval()
+        frames, contexts = method.encoder.frames_and_contexts(method.views(long_enough[:256].to(device)))
+        loss = method.criterion
+        _, by_step = cpc(contexts, frames, loss.predictors, loss.temperature, reduction="none", stats=True)
+        panels.draw_steps(axes, by_step)
+
 
 def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Speech:
     """Load the folder, zip or tar at the path `source`; clips shorter than `shortest` samples are not for training.
@@ -92,24 +168,18 @@ def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Spe
         )
     unread = files.Unread()
     names, clips, rate, notes = read_files(source, unread)
-    fits, labels, strange = [], [], []
-    for row, name in enumerate(names):
-        *who, index = PurePosixPath(name).stem.rsplit("_", 2)
-        if len(who) == 2 and index.isascii() and index.isdigit():  # also ² is a digit, but no number
-            fits.append(row)
-            index = index.lstrip("0")
-            labels.append((*who, len(index) <= 1 and int(index or 0) < TEST_INDICES))
-        else:
-            strange.append(name)
+    labels = [_label(name) for name in names]
+    strange = [name for name, label in zip(names, labels, strict=True) if label is None]
+    fits = [row for row, label in enumerate(labels) if label is not None]
     if not fits:
         raise UsageError(
             f"--data {source}: no file is named <word>_<speaker>_<index>.wav, for example {files.shown(names[0])}; "
             "rename them."
         )
     clips, names = clips[torch.tensor(fits)], [names[row] for row in fits]
+    words, speakers, tests = zip(*(labels[row] for row in fits), strict=True)
 
-    sides = [sorted({label[i] for label in labels}) for i in (0, 1)]
-    is_test = torch.tensor([label[2] for label in labels])
+    is_test = torch.tensor(tests)
     is_train = ~is_test & (clips.length >= shortest)
     short = [names[row] for row in (~is_test & ~is_train).nonzero().flatten().tolist()]
     for what, rows in (("training", is_train), ("test", is_test)):
@@ -119,16 +189,19 @@ def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Spe
                 f"--data {source}: there are no {what} clips{why}; index 0 to {TEST_INDICES - 1} is the test set, the "
                 "others are for training."
             )
-    words, speakers = (torch.tensor([sides[i].index(label[i]) for label in labels]) for i in (0, 1))
+    all_words, all_speakers = sorted(set(words)), sorted(set(speakers))
+    word = torch.tensor([all_words.index(w) for w in words])
+    speaker = torch.tensor([all_speakers.index(s) for s in speakers])
     speech = Speech(
         source,
         clips[is_train],
         clips[is_test],
-        words[is_train],
-        words[is_test],
-        speakers[is_train],
-        speakers[is_test],
-        *sides,
+        word[is_train],
+        word[is_test],
+        speaker[is_train],
+        speaker[is_test],
+        all_words,
+        all_speakers,
         rate,
         notes,
         unread.lines() + [f"{files.shown(name)}: not named <word>_<speaker>_<index>.wav" for name in strange],
@@ -138,6 +211,20 @@ def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Spe
         speech.train = speech.train[keep]
         speech.train_words, speech.train_speakers = speech.train_words[keep], speech.train_speakers[keep]
         speech.notes.append(f"training on a fixed random subset of {limit} clips")
+    _note_left_out(speech, short, shortest, strange)
+    return speech
+
+
+def _label(name: str) -> tuple[str, str, bool] | None:
+    """Word, speaker and whether it is for testing, of the name of a file; None for another kind of name."""
+    *who, index = PurePosixPath(name).stem.rsplit("_", 2)
+    if len(who) != 2 or not (index.isascii() and index.isdigit()):  # also ² is a digit, but no number
+        return None
+    index = index.lstrip("0")
+    return who[0], who[1], len(index) <= 1 and int(index or 0) < TEST_INDICES
+
+
+def _note_left_out(speech: Speech, short: list[str], shortest: int, strange: list[str]) -> None:
     if short:
         speech.notes.append(
             f"{len(short)} training clips are shorter than the window of {shortest} samples and left out: "
@@ -149,7 +236,6 @@ def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Spe
         speech.notes.append(
             f"warning: {len(strange)} files not named <word>_<speaker>_<index>.wav were left out: {left}"
         )
-    return speech
 
 
 def read_files(source: str, unread: files.Unread | None = None) -> tuple[list[str], Clips, int, list[str]]:
@@ -219,10 +305,26 @@ def log_mel_statistics(clips: Clips, rate: int, bands: int = 40) -> Tensor:
     features = []
     for row in range(len(clips)):
         sound = clips[row : row + 1].padded()[0]
-        sound = torch.nn.functional.pad(sound, (0, max(0, size - len(sound))))
+        sound = F.pad(sound, (0, max(0, size - len(sound))))
         power = (
             torch.stft(sound, size, hop, window=torch.hann_window(size), center=False, return_complex=True).abs() ** 2
         )
         bands_ = (filters @ power + 1e-6).log()
         features.append(torch.cat([bands_.mean(1), bands_.std(1, correction=0)]))
     return torch.stack(features)
+
+
+@torch.no_grad()
+def contexts(encoder: nn.Module, clips: Clips, device: torch.device, batch: int = 256) -> Tensor:
+    """The context of the last frame of each clip: float32 [N, F] on `device`; of a clip too short for one, 0."""
+    training = encoder.training
+    encoder.eval()
+    out = []
+    for rows in torch.arange(len(clips)).split(batch):
+        part = clips[rows]
+        last = torch.tensor([encoder.frame_count(n) for n in part.length.tolist()], device=device) - 1
+        sound = F.pad(part.padded(), (0, 400)).to(device)  # at least a frame
+        found = encoder(sound)[torch.arange(len(part), device=device), last.clamp_min(0)].float()
+        out.append(found * (last >= 0).unsqueeze(1))
+    encoder.train(training)
+    return torch.cat(out)

@@ -8,10 +8,11 @@ import sys
 import traceback
 
 import torch
-from ssltrain import augment, config, encoders, loop, methods, speech
+from ssltrain import augment, encoders, loop, speech
 from ssltrain.draws import Draws
+from ssltrain.methods.cpc import CPCConfig
 from ssltrain.methods.moco import MoCo
-from ssltrain.methods.simclr import SimCLR
+from ssltrain.methods.simclr import SimCLR, SimCLRConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,7 +73,7 @@ def _is_real(x) -> bool:
 def build(name: str, channels: int) -> tuple[nn.Module, Tensor | speech.Clips]:
     """A method and a batch, still on the CPU."""
     if name == "cpc":
-        method = methods.build(config.CPCConfig(width=8, units=8), None)
+        method = CPCConfig(width=8, units=8).build(None)
         method.encoder.recurrent = Recurrent(8, 8)
         clips = speech.Clips.of([torch.zeros(3000 + i, dtype=torch.int16) for i in range(8)])
         return method, clips
@@ -93,7 +94,7 @@ def main() -> None:
         method, batch = build(name, channels)
         method._apply(gpu.to)
         batch = gpu.to(batch) if isinstance(batch, Tensor) else speech.Clips(*map(gpu.to, vars(batch).values()))
-        optimizer = loop._optimizer(method, config.SimCLRConfig(device="gpu"))
+        optimizer = loop._optimizer(method, SimCLRConfig(device="gpu"))
         with gpu:
             for step in range(2):
                 with Draws(0, 0, step, torch.arange(8)):

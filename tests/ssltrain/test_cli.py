@@ -88,9 +88,9 @@ def moco_run(tmp_path_factory):
 
 
 def test_evaluate_says_what_the_run_said(capsys, tmp_path, monkeypatch, moco_run):
-    from ssltrain import evaluate
+    from ssltrain import images
 
-    monkeypatch.setattr(evaluate, "fine_tune", functools.partial(evaluate.fine_tune, steps=40))
+    monkeypatch.setattr(images, "_fit_labels", functools.partial(images._fit_labels, steps=40))
     path = tmp_path / "figures.json"
     code, text, _ = ssltrain(capsys, "evaluate", moco_run, "--labels", "0.05", "--json", path)
     figures, result = json.loads(path.read_text()), json.loads((moco_run / "result.json").read_text())
@@ -147,12 +147,12 @@ def test_a_run_of_a_gpu_that_is_not_here_can_be_used(capsys, tmp_path, moco_run)
     import shutil
 
     import torch
-    from ssltrain import loop
+    from ssltrain import checkpoints
 
     run = shutil.copytree(moco_run, tmp_path / "run")
-    checkpoint = torch.load(run / loop.CHECKPOINT, weights_only=True)
+    checkpoint = torch.load(run / checkpoints.CHECKPOINT, weights_only=True)
     checkpoint["config"]["device"] = "cuda:63"
-    torch.save(checkpoint, run / loop.CHECKPOINT)
+    torch.save(checkpoint, run / checkpoints.CHECKPOINT)
     assert ssltrain(capsys, "export", run, "--out", tmp_path / "encoder.safetensors")[0] == 0
     code, _, error = ssltrain(capsys, "moco", "--resume", "--out", run)
     assert code == 2 and "--device cuda:63" in error
@@ -256,7 +256,7 @@ def test_16_bit_images_are_read_with_the_range_of_the_run(capsys, tmp_path, no_p
 
 def test_a_run_goes_on_on_another_device_with_moved_data_and_other_threads(capsys, tmp_path, monkeypatch, no_picture):
     import torch
-    from ssltrain import loop, report
+    from ssltrain import checkpoints, report
 
     draw_images(tmp_path / "set", [str(i) for i in range(24)])
     start = ["simclr", "--data", tmp_path / "set", *TINY, "--out"]
@@ -270,12 +270,12 @@ def test_a_run_goes_on_on_another_device_with_moved_data_and_other_threads(capsy
     with monkeypatch.context() as patch:
         patch.setattr(report.Progress, "update", interrupt)
         assert ssltrain(capsys, *start, run)[0] == 130
-    checkpoint = torch.load(run / loop.CHECKPOINT, weights_only=True)  # as a GPU would have left it
+    checkpoint = torch.load(run / checkpoints.CHECKPOINT, weights_only=True)  # as a GPU would have left it
     checkpoint["config"]["device"] = "cuda:63"
     checkpoint["rng"]["cuda"] = torch.zeros(16, dtype=torch.uint8)
     for group in checkpoint["optimizer"]["param_groups"]:
         group["fused"] = True
-    torch.save(checkpoint, run / loop.CHECKPOINT)
+    torch.save(checkpoint, run / checkpoints.CHECKPOINT)
     (tmp_path / "set").rename(tmp_path / "moved")
     draw_images(tmp_path / "fewer", [str(i) for i in range(23)])
     draw_images(tmp_path / "others", [str(i) for i in range(1, 25)][::-1])
@@ -303,7 +303,7 @@ def test_a_run_goes_on_on_another_device_with_moved_data_and_other_threads(capsy
         (run / name).write_bytes(content)
     code, error = resumed("--device", "cpu", "--data", tmp_path / "moved")
     assert code == 0 and "it will not end at the same bits" in error and "not to the bit" not in error
-    ends = [loop.load_checkpoint(folder) for folder in (tmp_path / "whole", run)]
+    ends = [checkpoints.load(folder) for folder in (tmp_path / "whole", run)]
     assert all(torch.equal(ends[0]["method"][k], ends[1]["method"][k]) for k in ends[0]["method"])
     assert ends[1]["config"]["device"] == "cpu" and ends[1]["config"]["data"] == str(tmp_path / "moved")
     assert ssltrain(capsys, "simclr", "--resume", "--out", run)[2] == ""  # of the moved data, unasked
@@ -336,7 +336,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_at_the_same_bits(tmp_path)
     import time
 
     import torch
-    from ssltrain import loop
+    from ssltrain import checkpoints
 
     options = ["--data", "digits", "--epochs", "150", "--threads", "1", "--precision", "fp32", "--save-every", "0.2"]
     command = [sys.executable, "-m", "ssltrain", "moco", *options, "--out"]
@@ -355,10 +355,10 @@ def test_killed_at_random_moments_and_resumed_it_ends_at_the_same_bits(tmp_path)
             process.send_signal(signal.SIGKILL)
             process.communicate()
             kills += 1
-            arguments = ["--resume"] if (killed / loop.CHECKPOINT).exists() else []
+            arguments = ["--resume"] if (killed / checkpoints.CHECKPOINT).exists() else []
     process = subprocess.run([*command, str(killed), *arguments], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    ends = [loop.load_checkpoint(folder) for folder in (whole, killed)]
+    ends = [checkpoints.load(folder) for folder in (whole, killed)]
     assert all(torch.equal(ends[0]["method"][k], ends[1]["method"][k]) for k in ends[0]["method"])
     assert ends[0]["state"]["losses"] == ends[1]["state"]["losses"]
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, killed)]

@@ -6,16 +6,19 @@ import json
 
 import pytest
 import torch
-from ssltrain import UsageError, cli, config, data, loop, methods, speech
+from ssltrain import UsageError, checkpoints, cli, data, loop, speech
+from ssltrain.methods.cpc import CPCConfig
+from ssltrain.methods.moco import MoCoConfig
+from ssltrain.methods.simclr import SimCLRConfig
 
 from .test_loop import COMMON, stop_at
 
 COMMON = {**COMMON, "epochs": 2}
 METHODS = [
-    config.SimCLRConfig(**COMMON),
-    config.MoCoConfig(**COMMON, queue=256),
-    config.MoCoConfig(**COMMON, version=3),
-    config.CPCConfig(batch_size=16, epochs=2, width=8, units=8, precision="fp32", threads=1, device="cpu"),
+    SimCLRConfig(**COMMON),
+    MoCoConfig(**COMMON, queue=256),
+    MoCoConfig(**COMMON, version=3),
+    CPCConfig(batch_size=16, epochs=2, width=8, units=8, precision="fp32", threads=1, device="cpu"),
 ]
 
 
@@ -39,10 +42,10 @@ def run(out, options, **more):
     torch.manual_seed(0)
     if options.method == "cpc":
         sounds = [torch.randint(-999, 999, (3000 + i,)).short() for i in range(64)]
-        method, train = methods.build(options, None), speech.Clips.of(sounds)
+        method, train = options.build(None), speech.Clips.of(sounds)
     else:
         images = data.load("digits", limit=300)
-        method, train = methods.build(options, images), images.train
+        method, train = options.build(images), images.train
     state = loop.train(method, train, options, out, **more)
     return method.state_dict(), state
 
@@ -54,11 +57,11 @@ def test_checkpoints_do_not_tell_and_runs_resume(graphs, tmp_path, options):
     options = dataclasses.replace(options, compile=True)
     whole, state = run(tmp_path / "whole", options)
     assert graphs and 0 < state.loss_share < 1
-    assert whole.keys() == plain.keys() == loop.load_checkpoint(tmp_path / "whole")["method"].keys()
+    assert whole.keys() == plain.keys() == checkpoints.load(tmp_path / "whole")["method"].keys()
     assert all(torch.equal(whole[name], plain[name]) for name in plain) and state.losses == plain_state.losses
     with pytest.raises(loop.Interrupted):
         run(tmp_path / "cut", options, report=stop_at(3))
-    checkpoint = loop.load_checkpoint(tmp_path / "cut")
+    checkpoint = checkpoints.load(tmp_path / "cut")
     for resumed_by in (options, dataclasses.replace(options, compile=False)):
         resumed, _ = run(tmp_path / "cut", resumed_by, checkpoint=copy.deepcopy(checkpoint))
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)

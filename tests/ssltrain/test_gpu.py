@@ -9,20 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from ssltrain import cli, config, data, loop, methods, speech
+from ssltrain import checkpoints, cli, data, loop, speech
+from ssltrain.methods.cpc import CPCConfig
+from ssltrain.methods.moco import MoCoConfig
+from ssltrain.methods.simclr import SimCLRConfig
+from ssltrain.stopwatch import Stopwatch
 from torch.utils import backend_registration
 
 from .test_loop import stop_at
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU by CUDA")
 COMMON = dict(epochs=6, batch_size=64, precision="fp32", threads=1, device="cuda")
-SPEECH = config.CPCConfig(**COMMON, width=32, units=32)
+SPEECH = CPCConfig(**COMMON, width=32, units=32)
 METHODS = {
-    "simclr": config.SimCLRConfig(**COMMON, dim=32),
-    "simclr bf16": config.SimCLRConfig(**{**COMMON, "precision": "bf16"}, dim=32),
-    "simclr resnet18": config.SimCLRConfig(**COMMON, dim=32, encoder="resnet18"),
-    "moco": config.MoCoConfig(**COMMON, dim=32, queue=256),
-    "moco v3": config.MoCoConfig(**COMMON, dim=32, version=3),
+    "simclr": SimCLRConfig(**COMMON, dim=32),
+    "simclr bf16": SimCLRConfig(**{**COMMON, "precision": "bf16"}, dim=32),
+    "simclr resnet18": SimCLRConfig(**COMMON, dim=32, encoder="resnet18"),
+    "moco": MoCoConfig(**COMMON, dim=32, queue=256),
+    "moco v3": MoCoConfig(**COMMON, dim=32, version=3),
     "cpc": SPEECH,
 }
 per_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
@@ -59,7 +63,7 @@ def test_on_a_gpu_the_stopwatch_reads_events_and_waits_for_the_last_one_only(mon
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
     criterion = torch.nn.Linear(3, 1)
-    with loop.Stopwatch(criterion, torch.device("cuda:1")) as stopwatch:
+    with Stopwatch(criterion, torch.device("cuda:1")) as stopwatch:
         for _ in range(2):
             criterion(torch.ones(1, 3, requires_grad=True)).sum().backward()
         assert stopwatch.read() == 4 and waited == [7]  # two passes, forward and backward, a tick each
@@ -86,9 +90,9 @@ def run(images, out, options, **more):
     if options.method == "cpc":
         draw = torch.Generator().manual_seed(0)
         sounds = [torch.randint(-999, 999, (3000 + i,), generator=draw).short() for i in range(300)]
-        method, train = methods.build(options, None), speech.Clips.of(sounds)
+        method, train = options.build(None), speech.Clips.of(sounds)
     else:
-        method, train = methods.build(options, images), images.train
+        method, train = options.build(images), images.train
     state = loop.train(method, train, options, out, **more)
     return {name: x.cpu() for name, x in method.state_dict().items()}, state
 
@@ -110,7 +114,7 @@ def test_it_trains_without_waiting_and_resumes_at_the_same_bits(images, tmp_path
     with pytest.raises(loop.Interrupted):
         run(images, tmp_path / "cut", options, report=stop_at(7))
     torch.cuda.manual_seed(123)  # the state of another process
-    resumed, resumed_state = run(images, tmp_path / "cut", options, checkpoint=loop.load_checkpoint(tmp_path / "cut"))
+    resumed, resumed_state = run(images, tmp_path / "cut", options, checkpoint=checkpoints.load(tmp_path / "cut"))
     assert resumed_state.losses == state.losses
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 

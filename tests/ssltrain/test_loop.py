@@ -8,15 +8,18 @@ import time
 
 import pytest
 import torch
-from ssltrain import UsageError, config, data, loop, methods
+from ssltrain import UsageError, checkpoints, data, loop, rehearsal
+from ssltrain.methods.moco import MoCoConfig
+from ssltrain.methods.simclr import SimCLRConfig
+from ssltrain.stopwatch import Stopwatch
 
 COMMON = dict(data="digits", epochs=3, batch_size=64, dim=32, precision="fp32", threads=1, device="cpu")
-CONFIG = config.SimCLRConfig(**COMMON)
+CONFIG = SimCLRConfig(**COMMON)
 METHODS = [
     CONFIG,
-    config.SimCLRConfig(**COMMON, version=2),
-    config.MoCoConfig(**COMMON, queue=256),
-    config.MoCoConfig(**COMMON, version=3),
+    SimCLRConfig(**COMMON, version=2),
+    MoCoConfig(**COMMON, queue=256),
+    MoCoConfig(**COMMON, version=3),
 ]
 per_method = pytest.mark.parametrize("options", METHODS, ids=["simclr", "simclr v2", "moco", "moco v3"])
 
@@ -28,7 +31,7 @@ def images():
 
 def build(images, options):
     torch.manual_seed(options.seed)
-    return methods.build(options, images)
+    return options.build(images)
 
 
 def run(images, out, options=CONFIG, **more):
@@ -65,7 +68,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(images, tmp_path, options, step
     whole, state = run(images, tmp_path / "whole", options)
     with pytest.raises(loop.Interrupted):
         run(images, tmp_path / "cut", options, report=stop_at(step))
-    checkpoint = loop.load_checkpoint(tmp_path / "cut")
+    checkpoint = checkpoints.load(tmp_path / "cut")
     assert checkpoint["state"]["step"] == step
     torch.manual_seed(123)  # the state of another process
     resumed, resumed_state = run(images, tmp_path / "cut", options, checkpoint=checkpoint)
@@ -101,7 +104,7 @@ def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(images, tmp_pa
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
         run(images, tmp_path, dataclasses.replace(CONFIG, seed=1))
-    checkpoint = loop.load_checkpoint(tmp_path)
+    checkpoint = checkpoints.load(tmp_path)
     assert all(torch.equal(before[k], checkpoint["method"][k]) for k in before)
     assert sorted(f.suffix for f in tmp_path.iterdir()) == [".part", ".pt", ".safetensors", ".safetensors"]
     monkeypatch.undo()
@@ -140,7 +143,7 @@ def test_the_stopwatch_sees_forward_and_backward_of_its_module_only():
 
     criterion = Criterion()
     x = torch.ones(3, requires_grad=True)
-    with loop.Stopwatch(criterion, torch.device("cpu")) as stopwatch:
+    with Stopwatch(criterion, torch.device("cpu")) as stopwatch:
         (criterion(x * 2) + Slow.apply(x, 0.1)).backward()
         assert 0.06 <= stopwatch.read() < 0.2
         assert stopwatch.read() == 0
@@ -150,7 +153,7 @@ def test_precision_is_chosen_by_trial_and_leaves_no_trace(images):
     method = build(images, CONFIG)
     before = {k: v.clone() for k, v in method.state_dict().items()}
     random_state = torch.get_rng_state()
-    assert loop.faster_precision(method, images.train[:64]) in ("fp32", "bf16")
+    assert rehearsal.faster_precision(method, images.train[:64]) in ("fp32", "bf16")
     assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.grad is None for p in method.parameters())
@@ -170,7 +173,7 @@ def test_bf16_trains(images, tmp_path):
 )
 def test_every_wrong_value_names_its_flag(field, value):
     with pytest.raises(UsageError, match=f"^--{field.replace('_', '-')} .*\\.$"):
-        dataclasses.replace(config.MoCoConfig(), **{field: value}).check()
+        dataclasses.replace(MoCoConfig(), **{field: value}).check()
 
 
 def test_a_batch_larger_than_the_set(images, tmp_path):
@@ -179,6 +182,6 @@ def test_a_batch_larger_than_the_set(images, tmp_path):
 
 
 def test_a_foreign_checkpoint(tmp_path):
-    (tmp_path / loop.CHECKPOINT).write_bytes(b"something else")
+    (tmp_path / checkpoints.CHECKPOINT).write_bytes(b"something else")
     with pytest.raises(UsageError, match="no checkpoint that can be read"):
-        loop.load_checkpoint(tmp_path)
+        checkpoints.load(tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ssltrain import UsageError, augment, encoders, evaluate
 from ssltrain.draws import Draws, drawing, rand
+from ssltrain.images import features
 
 from ..functional.agreement import peer
 
@@ -123,8 +124,8 @@ def test_features_come_from_the_encoder_in_evaluation_mode():
     images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
     encoder = encoders.build("convnet", images).train()
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    whole = evaluate.features(encoder, images, torch.device("cpu"))
-    parts = evaluate.features(encoder, images, torch.device("cpu"), batch=7)
+    whole = features(encoder, images, torch.device("cpu"))
+    parts = features(encoder, images, torch.device("cpu"), batch=7)
     assert torch.allclose(whole, parts, atol=1e-5) and encoder.training
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 

@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ssltrain import UsageError, cli, config, data, loop, methods, ranks, speech
+from ssltrain import UsageError, checkpoints, cli, data, loop, ranks, speech
+from ssltrain.methods.cpc import CPCConfig
+from ssltrain.methods.moco import MoCoConfig
+from ssltrain.methods.simclr import SimCLRConfig
 
 from ..distributed.pool import Pool
 from .test_cli import draw_images
@@ -23,11 +26,11 @@ from .test_cli import draw_images
 COMMON = dict(epochs=6, batch_size=50, precision="fp64", optimizer="sgd", lr=0.1, threads=1, device="cpu")  # 30 steps
 IMAGES = dict(data="digits", limit=270, dim=16)
 METHODS = {
-    "simclr": config.SimCLRConfig(**COMMON, **IMAGES),
-    "simclr v2": config.SimCLRConfig(**COMMON, **IMAGES, version=2),
-    "moco": config.MoCoConfig(**COMMON, **IMAGES, queue=128),
-    "moco v3": config.MoCoConfig(**COMMON, **IMAGES, version=3),
-    "cpc": config.CPCConfig(**COMMON | dict(batch_size=10), window=1600, steps=2, width=8, units=8),
+    "simclr": SimCLRConfig(**COMMON, **IMAGES),
+    "simclr v2": SimCLRConfig(**COMMON, **IMAGES, version=2),
+    "moco": MoCoConfig(**COMMON, **IMAGES, queue=128),
+    "moco v3": MoCoConfig(**COMMON, **IMAGES, version=3),
+    "cpc": CPCConfig(**COMMON | dict(batch_size=10), window=1600, steps=2, width=8, units=8),
 }
 
 
@@ -50,11 +53,11 @@ def train(group, options, folders, stop=None):
 
     torch.manual_seed(options.seed)
     if options.method == "cpc":
-        method, samples = methods.build(options, None), speech.Clips.of(torch.randint(-999, 999, (54, 2000)).short())
+        method, samples = options.build(None), speech.Clips.of(torch.randint(-999, 999, (54, 2000)).short())
     else:
         images = data.load("digits", limit=options.limit)
-        method, samples = methods.build(options, images), images.train
-    checkpoint = ranks.of_first(loop.load_checkpoint(folders[0]))
+        method, samples = options.build(images), images.train
+    checkpoint = ranks.of_first(checkpoints.load(folders[0]))
     try:
         state = loop.train(method, samples, options, out, checkpoint, report)
     except loop.Interrupted:
@@ -94,7 +97,7 @@ def test_as_many_processes_as_one_likes_train_the_same(worlds, tmp_path, name, s
     assert all(difference(whole, run) < 1e-9 for run in runs)
     assert all(run[0] == runs[0][0] and all(torch.equal(run[2][k], runs[0][2][k]) for k in run[2]) for run in runs)
     assert [folder.exists() for folder in folders] == [True] + (size - 1) * [False]
-    assert loop.load_checkpoint(folders[0])["state"]["finished"]
+    assert checkpoints.load(folders[0])["state"]["finished"]
 
 
 @pytest.mark.slow
@@ -102,7 +105,7 @@ def test_a_stop_of_any_rank_is_one_of_all_and_others_go_on(worlds, tmp_path):
     options = METHODS["simclr"]
     folders = 3 * [tmp_path / "run"]
     assert worlds[2].run(train, options, folders, (1, 7), ranks=2) == [None, None]
-    assert loop.load_checkpoint(folders[0])["state"]["step"] == 7
+    assert checkpoints.load(folders[0])["state"]["step"] == 7
     assert worlds[3].run(train, options, folders, (0, 19), ranks=3) == [None, None, None]
     assert difference(of_one_process("simclr"), train(None, options, folders)) < 1e-9
 
@@ -168,7 +171,7 @@ def test_torchrun_starts_anew_what_was_killed_and_goes_on_with_another_number(tm
     out = tmp_path / "run"
 
     def step() -> int:
-        path = out / loop.CHECKPOINT
+        path = out / checkpoints.CHECKPOINT
         return torch.load(path, weights_only=True)["state"]["step"] if path.exists() else 0
 
     run = Torchrun(2, tmp_path / "first.log", *arguments, out, "--save-every", 0)
@@ -192,7 +195,7 @@ def test_torchrun_starts_anew_what_was_killed_and_goes_on_with_another_number(tm
     with pytest.raises(SystemExit) as exit:
         cli.main([*map(str, arguments), str(tmp_path / "alone")])
     assert not exit.value.code
-    alone, ended = (loop.load_checkpoint(folder) for folder in (tmp_path / "alone", out))
+    alone, ended = (checkpoints.load(folder) for folder in (tmp_path / "alone", out))
     runs = [(end["state"]["losses"], end["state"]["stats"], end["method"]) for end in (alone, ended)]
     assert len(runs[1][0]) == 120 and difference(*runs) < 1e-9
     assert json.loads((out / "result.json").read_text())["processes"] == 3

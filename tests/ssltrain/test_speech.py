@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.io import wavfile
-from ssltrain import UsageError, config, evaluate, loop, methods, speech
-from ssltrain.methods.cpc import CPC, frame_count
+from ssltrain import UsageError, loop, speech
+from ssltrain.methods.cpc import CPC, CPCConfig
 
 RATE = 8000
 WORDS, SPEAKERS = ("no", "yes"), ("ann", "bob")
@@ -95,7 +95,7 @@ def test_one_word_or_one_speaker_is_nothing_to_tell(folder):
         file.unlink()
     loaded = speech.load(str(folder))
     encoder = CPC(width=4, context=4).encoder
-    found = evaluate.of_speech(encoder, encoder, loaded, torch.device("cpu")).accuracies
+    found = loaded.evaluate(encoder, encoder, torch.device("cpu")).accuracies
     assert found["log_mel_word"] > 0.9 and np.isnan([found["speaker"], found["word_new_speaker"]]).all()
 
 
@@ -156,28 +156,31 @@ def test_padding_after_a_clip_does_not_change_its_last_context(folder):
     loaded, method = speech.load(str(folder)), CPC(width=8, context=8)
     short = speech.Clips.of([loaded.test.samples[:1500]])
     both = speech.Clips.of([loaded.test.samples[:1500], loaded.test.samples[:4000]])
-    alone = evaluate.contexts(method.encoder, short, torch.device("cpu"))
-    assert torch.allclose(alone[0], evaluate.contexts(method.encoder, both, torch.device("cpu"))[0], atol=1e-6)
+    alone = speech.contexts(method.encoder, short, torch.device("cpu"))
+    assert torch.allclose(alone[0], speech.contexts(method.encoder, both, torch.device("cpu"))[0], atol=1e-6)
     too_short = speech.Clips.of([loaded.test.samples[:100]])
-    assert frame_count(100) == 0 and not evaluate.contexts(method.encoder, too_short, torch.device("cpu")).any()
+    assert (
+        method.encoder.frame_count(100) == 0
+        and not speech.contexts(method.encoder, too_short, torch.device("cpu")).any()
+    )
 
 
 def test_frames_are_counted_as_the_convolutions_give_them():
     method = CPC(width=4, context=4)
     for samples in (465, 1000, 2048, 3001):
         frames, contexts = method.encoder.frames_and_contexts(torch.randn(2, samples))
-        assert frames.shape[1] == contexts.shape[1] == frame_count(samples)
+        assert frames.shape[1] == contexts.shape[1] == method.encoder.frame_count(samples)
     with pytest.raises(UsageError, match="--steps 8: a --window of 800 samples has"):
         CPC(window=800)
 
 
 def train_cpc(folder, out, epochs):
-    options = config.CPCConfig(
+    options = CPCConfig(
         data=str(folder), epochs=epochs, batch_size=16, width=32, units=32, precision="fp32", threads=1, device="cpu"
     )
-    loaded = methods.load_data(options)
+    loaded = options.load()
     torch.manual_seed(0)
-    method = methods.build(options, loaded)
+    method = options.build(loaded)
     return method, loop.train(method, loaded.train, options, out), options, loaded
 
 
@@ -196,7 +199,7 @@ def test_cpc_repeats_and_goes_through_the_engine(folder, tmp_path):
 def test_cpc_learns_word_and_speaker(folder, tmp_path):
     method, state, options, loaded = train_cpc(folder, tmp_path, 60)
     assert sum(state.losses[-5:]) < sum(state.losses[:5]) - 2 and len(state.stats["top1"]) == state.step
-    found = evaluate.of_speech(method.encoder, methods.build(options, loaded).encoder, loaded, torch.device("cpu"))
+    found = loaded.evaluate(method.encoder, options.build(loaded).encoder, torch.device("cpu"))
     assert found.accuracies["speaker"] > 0.9 and found.accuracies["log_mel_speaker"] == 1
     keys = {
         row + column for row in ("", "untrained_", "log_mel_") for column in ("word", "speaker", "word_new_speaker")

@@ -1,4 +1,6 @@
-"""One module per method. A method is an `nn.Module` with the five things that `ssltrain.loop` asks for:
+"""One file per method: the mathematics in its docstring, a module, and a configuration.
+
+A method is an `nn.Module` with the five things that `ssltrain.loop` asks for:
 
 - `encoder`: what the evaluation looks at, images [B, C, H, W] in [0, 1] -> features [B, F], or sound [B, samples] ->
   contexts [B, frames, F];
@@ -10,35 +12,37 @@
 
 State besides the weights (a queue, a momentum encoder) goes into parameters without gradient and buffers, so that
 checkpoints carry it.
+
+Its configuration, a dataclass whose `method` is the name of the file, has its options, `build(data)`, which gives the
+method, and as docstring the help of its command. A file that is here is a command: there is no list to add it to.
 """
 
 from __future__ import annotations
 
-from torch import nn
+import ast
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ssltrain.config import Config
+if TYPE_CHECKING:
+    from ssltrain.config import Config
 
-
-def load_data(config: Config, about: dict | None = None):
-    """What `config.data` names: `data.Images` or `speech.Speech`. `about` is what a checkpoint says of a run's data."""
-    from ssltrain import data, speech
-
-    if config.method == "cpc":
-        return speech.load(config.data, config.limit, config.window)
-    return data.load(config.data, config.image_size, config.limit, data.Levels.of((about or {}).get("levels")))
+_FILES = {path.stem: path for path in sorted(Path(__file__).parent.glob("[!_]*.py"))}
+NAMES = tuple(_FILES)
 
 
-def build(config: Config, data) -> nn.Module:
-    """The method of `config`, for data like these."""
-    if config.method == "cpc":
-        from ssltrain.methods.cpc import CPC
+def config_of(name: str) -> type[Config]:
+    """The configuration of a method."""
+    return next(x for x in vars(importlib.import_module(f"{__name__}.{name}")).values() if _is_of(x, name))
 
-        return CPC(config.window, config.steps, config.width, config.units, config.temperature)
-    from ssltrain import augment, encoders
-    from ssltrain.methods.moco import MoCo
-    from ssltrain.methods.simclr import SimCLR
 
-    parts = encoders.build(config.encoder, data.train), augment.build(data.channels, data.size, config.flip)
-    if config.method == "simclr":
-        return SimCLR(*parts, config.dim, config.temperature, config.version)
-    return MoCo(*parts, config.dim, config.temperature, config.version, config.momentum, config.queue)
+def _is_of(x: object, name: str) -> bool:
+    return isinstance(x, type) and vars(x).get("method") == name
+
+
+def summary_of(name: str) -> str:
+    """The first paragraph of the help of a method, without importing it: torch takes two seconds, and a list of
+    methods should not."""
+    classes = (node for node in ast.parse(_FILES[name].read_text("utf-8")).body if isinstance(node, ast.ClassDef))
+    config = next(node for node in classes if node.name.endswith("Config"))
+    return " ".join(ast.get_docstring(config).partition("\n\n")[0].split())

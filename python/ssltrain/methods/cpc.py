@@ -13,12 +13,17 @@ speaks, and which sound. Features for later use are the contexts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 import sslkern
 from ssltrain import UsageError
-from ssltrain.speech import Clips
+from ssltrain.config import SpeechConfig, at_least, option, positive
+from ssltrain.speech import Clips, Speech
 
 STRIDES = (
     (10, 5),
@@ -29,11 +34,26 @@ STRIDES = (
 HOP = 80  # samples between frames: 10 ms at 8 kHz
 
 
-def frame_count(samples: int) -> int:
-    """How many frames a window gives."""
-    for kernel, stride in STRIDES:
-        samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
-    return samples
+@dataclass(frozen=True)
+class CPCConfig(SpeechConfig):
+    """CPC: the context of a sound tells its next frames from all others (van den Oord et al. 2018).
+
+    --data names a folder, zip or tar of wav files. Then linear probes on one context frame tell word and speaker,
+    beside the untrained encoder and log-mel statistics.
+    """
+
+    method: ClassVar[str] = "cpc"
+
+    temperature: float = option(1.0, "Divides the scores of the bilinear form.", **positive())
+    steps: int = option(8, "How many frames ahead are predicted.", **at_least(1))
+    width: int = option(128, "Channels of the convolutions.", **at_least(1))
+    units: int = option(128, "Units of the GRU, the width of a context.", **at_least(1))
+
+    def build(self, data: Speech) -> CPC:
+        return CPC(self.window, self.steps, self.width, self.units, self.temperature)
+
+    def build_encoder(self, shape: Sequence[int]) -> ContextEncoder:
+        return ContextEncoder(self.width, self.units)
 
 
 class CPC(nn.Module):
@@ -52,13 +72,14 @@ class CPC(nn.Module):
         self, window: int = 2048, steps: int = 8, width: int = 128, context: int = 128, temperature: float = 1.0
     ):
         super().__init__()
-        if frame_count(window) <= steps:
-            raise UsageError(
-                f"--steps {steps}: a --window of {window} samples has {frame_count(window)} frames; predict fewer "
-                "steps ahead, or cut longer windows."
-            )
         self.window = window
         self.encoder = ContextEncoder(width, context)
+        frames = self.encoder.frame_count(window)
+        if frames <= steps:
+            raise UsageError(
+                f"--steps {steps}: a --window of {window} samples has {frames} frames; predict fewer steps ahead, or "
+                "cut longer windows."
+            )
         self.criterion = sslkern.CPCLoss(context, width, steps, temperature, stats=True, group="world")
 
     @torch.no_grad()
@@ -90,6 +111,12 @@ class ContextEncoder(nn.Module):
         self.convolutions = nn.Sequential(*layers)
         self.recurrent = nn.GRU(width, context, batch_first=True)
         self.features = context
+
+    def frame_count(self, samples: int) -> int:
+        """How many frames a sound of that length gives."""
+        for kernel, stride in STRIDES:
+            samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
+        return samples
 
     def frames_and_contexts(self, sound: Tensor) -> tuple[Tensor, Tensor]:
         frames = self.convolutions(sound.unsqueeze(1)).transpose(1, 2)

@@ -15,12 +15,40 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import sslkern
+from ssltrain import augment, encoders
+from ssltrain.config import ImageConfig, at_least, one_of, option
+from ssltrain.images import Images
 from ssltrain.methods.simclr import head, two_views
+
+
+@dataclass(frozen=True)
+class MoCoConfig(ImageConfig):
+    """MoCo: a query finds its key among a queue of earlier keys (He et al. 2020; 2 and 3: Chen et al.).
+
+    The keys come from a second encoder that follows the first one slowly. Small batches do; evaluated as simclr is.
+    """
+
+    method: ClassVar[str] = "moco"
+
+    version: int = option(
+        2, "1: a linear head. 2: a head of two layers. 3: no queue, a predictor, both directions.", **one_of(1, 2, 3)
+    )
+    momentum: float = option(
+        0.99, "How much of the key encoder stays at each step.", lambda x: 0 <= x < 1, "must be from 0 to below 1"
+    )
+    queue: int = option(4096, "Keys of earlier batches that serve as negatives (versions 1 and 2).", **at_least(1))
+
+    def build(self, data: Images) -> MoCo:
+        encoder = encoders.build(self.encoder, data.train)
+        views = augment.build(data.channels, data.size, self.flip)
+        return MoCo(encoder, views, self.dim, self.temperature, self.version, self.momentum, self.queue)
 
 
 class MoCo(nn.Module):

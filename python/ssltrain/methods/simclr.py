@@ -12,11 +12,34 @@ Afterwards g is thrown away: the features of f serve better (section 4.2). Versi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import sslkern
+from ssltrain import augment, encoders
+from ssltrain.config import ImageConfig, one_of, option
+from ssltrain.images import Images
+
+
+@dataclass(frozen=True)
+class SimCLRConfig(ImageConfig):
+    """SimCLR: two augmented views of an image attract, views of different images repel (Chen et al. 2020).
+
+    The default trains a small conv net on 4,000 MNIST digits in about a minute on two CPU cores, then compares its
+    features with raw pixels and with the untrained encoder, by linear probe and nearest neighbours.
+    """
+
+    method: ClassVar[str] = "simclr"
+
+    version: int = option(1, "1: a head of two layers. 2: of three.", **one_of(1, 2))
+
+    def build(self, data: Images) -> SimCLR:
+        encoder = encoders.build(self.encoder, data.train)
+        views = augment.build(data.channels, data.size, self.flip)
+        return SimCLR(encoder, views, self.dim, self.temperature, self.version)
 
 
 class SimCLR(nn.Module):

@@ -1,0 +1,165 @@
+"""Sets of images: what they are, how good features of them are, and what a report shows of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssltrain import panels
+from ssltrain.evaluate import Evaluation, knn, linear_probe
+from ssltrain.pictures import Levels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass
+class Images:
+    """An image set in memory. Labels serve the evaluation only; training never sees them.
+
+    Without labels there are no `classes`, all labels are 0, and the test set may be empty.
+    """
+
+    name: str
+    train: Tensor  # uint8 [N, C, H, W], C = 1 or 3
+    train_labels: Tensor  # int64 [N]
+    test: Tensor  # uint8 [M, C, H, W]
+    test_labels: Tensor  # int64 [M]
+    classes: list[str]
+    notes: list[str] = field(default_factory=list)  # what a reader should know about the split, sizes, bad files
+    levels: Levels = field(default_factory=Levels)  # of images of more than 8 bits
+    left: list[str] = field(default_factory=list)  # every file that is not in it, and why
+
+    @property
+    def channels(self) -> int:
+        return self.train.shape[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return tuple(self.train.shape[2:])
+
+    @property
+    def shape(self) -> list[int]:
+        """Of an image, [C, H, W]."""
+        return list(self.train.shape[1:])
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint keeps about the data."""
+        return {"levels": {kind: list(range_) for kind, range_ in self.levels.known.items()}}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What a run trains on."""
+        return [self.train]
+
+    def describe(self) -> str:
+        """In a line."""
+        height, width = self.size
+        test = f" and {len(self.test):,} test" if len(self.test) else ""
+        colour = "colour" if self.channels == 3 else "grayscale"
+        labels = f"{len(self.classes)} classes" if self.classes else "no labels"
+        return (
+            f"{self.name}: {len(self.train):,} training{test} images of {width} x {height} pixels, {colour}, {labels}"
+        )
+
+    def evaluate(self, encoder: nn.Module, untrained: nn.Module, device: torch.device) -> Evaluation:
+        """Linear probe and nearest neighbours for the encoder, beside raw pixels and the untrained encoder."""
+        rows = {"": "trained", "raw_": "raw pixels", "untrained_": "untrained encoder"}
+        columns = {"linear": "linear probe", "knn": "20-NN"}
+        if not self.classes:
+            shown = self.test if len(self.test) else self.train[:: -(-len(self.train) // 1000)]
+            found = features(encoder, shown, device)
+            nothing = {row + column: math.nan for row in rows for column in columns}
+            none = torch.zeros(len(shown), dtype=torch.long)
+            return Evaluation(nothing, rows, columns, found, none, [], "test" if len(self.test) else "training")
+        labels = self.train_labels.to(device), self.test_labels.to(device)
+        accuracies, seen = {}, {}
+        for prefix, network in zip(rows, (encoder, nn.Flatten(), untrained.to(device)), strict=True):
+            train, test = (features(network, part, device) for part in (self.train, self.test))
+            accuracies[f"{prefix}linear"] = linear_probe(train, labels[0], test, labels[1])
+            accuracies[f"{prefix}knn"] = knn(train, labels[0], test, labels[1])
+            seen[prefix] = test
+        return Evaluation(accuracies, rows, columns, seen[""], self.test_labels, self.classes)
+
+    @torch.no_grad()
+    def draw(self, method: nn.Module, device: torch.device, axes: Axes) -> None:
+        """Pairs of views."""
+        chosen = self.train[:: max(1, len(self.train) // panels.PAIRS)][: panels.PAIRS]
+        views = method.views(chosen.to(device))
+        panels.draw_pairs(axes, views)
+
+    def fine_tune(
+        self, encoder: nn.Module, share: float, views: Callable[[Tensor], Tensor], device: torch.device, seed: int = 0
+    ) -> tuple[float, int]:
+        """Test accuracy after training a copy of the encoder and a linear layer on a `share` of the labels, and how
+        many these are. `views` augments float [B, C, H, W] in [0, 1]."""
+        rows = self._labelled(share, generator := torch.Generator().manual_seed(seed))
+        pixels, labels = self.train[rows].to(device), self.train_labels[rows].to(device)
+        torch.manual_seed(seed)
+        encoder = copy.deepcopy(encoder).to(device).train()
+        head = nn.Linear(encoder.features, len(self.classes)).to(device)
+        _fit_labels(encoder, head, pixels, labels, views, generator)
+        scores = head(features(encoder, self.test, device))
+        return (scores.argmax(1) == self.test_labels.to(device)).float().mean().item(), len(rows)
+
+    def _labelled(self, share: float, generator: torch.Generator) -> Tensor:
+        """The rows of that share of the training images, drawn class by class, at least one of each."""
+        chosen = []
+        for c in range(len(self.classes)):
+            members = (self.train_labels == c).nonzero().flatten()
+            count = max(1, round(share * len(members)))
+            chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+        return torch.cat(chosen)
+
+
+def _fit_labels(
+    encoder: nn.Module,
+    head: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    views: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
+    steps: int = 400,
+    batch: int = 64,
+    lr: float = 1e-3,
+) -> None:
+    """AdamW with a cosine schedule, every layer at the same rate."""
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=lr, weight_decay=1e-4)
+    draws = torch.randint(len(labels), (steps, min(batch, len(labels))), generator=generator).to(labels.device)
+    for step, picked in enumerate(draws):
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        with torch.no_grad():
+            x = views(pixels[picked].float() / 255)
+        loss = F.cross_entropy(head(encoder(x)), labels[picked])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def features(encoder: nn.Module, images: Tensor, device: torch.device, batch: int = 512) -> Tensor:
+    """Features of uint8 images [N, C, H, W] under an encoder in evaluation mode: float32 [N, F] on `device`."""
+    training = encoder.training
+    encoder.eval()
+    out = torch.cat([encoder(part.to(device).float() / 255).float() for part in images.split(batch)])
+    encoder.train(training)
+    return out
+
+
+def with_channels(pixels: Tensor, channels: int) -> Tensor:
+    """uint8 [N, C, H, W] with that many channels, as Pillow converts between colour and gray."""
+    if pixels.shape[1] == channels:
+        return pixels
+    if channels == 3:
+        return pixels.expand(-1, 3, -1, -1)
+    red, green, blue = pixels.float().unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).round().to(torch.uint8).unsqueeze(1)
