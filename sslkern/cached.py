@@ -64,8 +64,10 @@ class CachedLoss:
 
         CLIP, whose temperature is a parameter of the model: keyword arguments go to the loss.
 
-        >>> cached = sslkern.CachedLoss((model.encode_image, model.encode_text), sslkern.InfoNCELoss(two_way=True), 64)
-        >>> loss = cached(images, texts, logit_scale=model.logit_scale.exp())
+        >>> encode_image, encode_text = torch.nn.Linear(32, 16), torch.nn.Linear(24, 16)
+        >>> log_scale = torch.nn.Parameter(torch.tensor(1 / 0.07).log())
+        >>> cached = sslkern.CachedLoss((encode_image, encode_text), sslkern.InfoNCELoss(two_way=True), chunk_size=64)
+        >>> cached(torch.randn(256, 32), torch.randn(256, 24), logit_scale=log_scale.exp()).backward()
     """
 
     def __init__(self, encoder: Encoder | Sequence[Encoder], loss: Callable[..., Any], chunk_size: int):

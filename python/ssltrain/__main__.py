@@ -1,3 +1,4 @@
+"""python -m ssltrain: the command line."""
 from ssltrain.cli import main
 
 main()

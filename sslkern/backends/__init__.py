@@ -45,6 +45,7 @@ class use_backend:
         RuntimeError: the backend cannot run on this machine.
 
     Example:
+        >>> z0, z1 = torch.randn(256, 128), torch.randn(256, 128)
         >>> with sslkern.use_backend("reference"):
         ...     loss = sslkern.functional.nt_xent(z0, z1)
     """

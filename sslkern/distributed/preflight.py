@@ -32,6 +32,7 @@ def preflight(on: bool) -> None:
 
     Example:
         >>> sslkern.distributed.preflight(False)  # on every rank
+        >>> sslkern.distributed.preflight(True)
     """
     check_flags(on=on)
     global _ON

@@ -14,7 +14,7 @@ class SigLIPLoss(Loss):
 
     Example:
         >>> criterion = sslkern.SigLIPLoss()
-        >>> log_scale, bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-10.0))
+        >>> log_scale, bias = (torch.nn.Parameter(torch.tensor(x)) for x in (2.3, -10.0))
         >>> loss = criterion(torch.randn(64, 32), torch.randn(64, 32), log_scale.exp(), bias)
     """
 
