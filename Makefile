@@ -76,6 +76,9 @@ $(VENV)/triton-%: | $(VENV)/.setup
 INTERPRETED = tests/ops tests/gpu/test_triton_paths.py \
 	tests/functional/test_nt_xent.py tests/functional/test_info_nce.py tests/functional/test_siglip.py
 
+# On the newest, which differs in what it accepts, the primitive that has most of the code.
+triton-interpret-newest: INTERPRETED := tests/ops/test_similarity_lse.py tests/functional/test_nt_xent.py
+
 triton-interpret-%: $(VENV)/triton-%
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest $(INTERPRETED)
 

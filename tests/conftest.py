@@ -48,7 +48,7 @@ if EVERY == ["triton"]:
 def pytest_generate_tests(metafunc):
     """`backend`: each backend in turn; in the test of a primitive those that have it.
 
-    What is traced hardly depends on the backend: all but the fastest of the CPU and those of a GPU are slow tests.
+    What is traced hardly depends on the backend: all but the fastest of the CPU and those of a GPU are long tests.
     """
     if "backend" not in metafunc.fixturenames:
         return
@@ -64,7 +64,7 @@ def pytest_generate_tests(metafunc):
         names = [name for name in names if name.partition("-")[0] not in mark.args]
     if any(word in metafunc.function.__name__ for word in ("compile", "opcheck")):
         quick = f"cpu-{_native.isa()}" if _native else "reference", "auto", "cuda", "triton"
-        names = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+        names = [name if name in quick else pytest.param(name, marks=pytest.mark.long) for name in names]
     metafunc.parametrize("backend", names, indirect=True)
 
 

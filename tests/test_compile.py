@@ -84,7 +84,7 @@ def names(known: Iterable[str], taken: Container[str], others: pytest.MarkDecora
 SOME = {"nt_xent", "info_nce", "siglip", "NCELoss"}
 
 
-@pytest.mark.parametrize("name", names(FIRST, SOME, pytest.mark.slow))
+@pytest.mark.parametrize("name", names(FIRST, SOME, pytest.mark.long))
 def test_sizes_and_numbers_may_change(name):
     assert counted(changing(name), "eager") <= 2  # the second finds out what changes
 

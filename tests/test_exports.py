@@ -218,7 +218,9 @@ def test_traces(name, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["real", "fake", pytest.param("symbolic", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "mode", ["fake", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("real", "symbolic"))]
+)
 def test_traces_of_every_loss(mode):
     for name in LOSSES:
         traced_as_eager(name, mode)

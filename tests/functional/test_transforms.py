@@ -66,16 +66,18 @@ def test_autocast_changes_nothing_in_compiled_code(loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", [LOSSES[name] for name in ("nt_xent", "info_nce, two way", "mnrl")])
-def test_what_the_compiler_fuses_stays_right(loss):
+@pytest.mark.parametrize(
+    "name", ["nt_xent", *(pytest.param(name, marks=pytest.mark.long) for name in ("info_nce, two way", "mnrl"))]
+)
+def test_what_the_compiler_fuses_stays_right(name):
     torch.compiler.reset()
-    tensors = inputs(64)
+    loss, tensors = LOSSES[name], inputs(64)
     got = value_and_gradients(torch.compile(loss, fullgraph=True), tensors)
     for ours, plain in zip(got, value_and_gradients(loss, tensors), strict=True):
         assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
-@pytest.mark.slow  # tests/test_compile.py has other sizes of every loss
+@pytest.mark.long  # tests/test_compile.py has other sizes of every loss
 @compiled_losses
 def test_compiled_code_does_not_depend_on_the_batch_size(loss):
     torch.compiler.reset()
