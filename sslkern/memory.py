@@ -55,7 +55,8 @@ class FeatureQueue(nn.Module):
 
     def push(self, keys: Tensor) -> None:
         """Writes keys [B, dim] over the oldest; of a batch larger than the queue the last rows stay."""
-        push_of(_ranks(self.group, "FeatureQueue.push", keys=keys), self, keys)
+        given = dict(keys=keys, queue=self.queue, normalize=self.normalize)
+        push_of(_ranks(self.group, "FeatureQueue.push", **given), self, keys)
 
     def extra_repr(self) -> str:
         return f"dim={self.queue.shape[0]}, size={self.queue.shape[1]}, normalize={self.normalize}"
@@ -86,7 +87,8 @@ class CrossBatchMemory(FeatureQueue):
     @torch.no_grad()
     def push(self, keys: Tensor, labels: Tensor) -> None:
         """Writes keys [B, dim] and their labels int64 [B] over the oldest."""
-        ranks = _ranks(self.group, "CrossBatchMemory.push", keys=keys, labels=labels)
+        given = dict(keys=keys, labels=labels, queue=self.queue, normalize=self.normalize)
+        ranks = _ranks(self.group, "CrossBatchMemory.push", **given)
         _check_rows("keys", keys, self.queue.shape[0])
         check_dense("labels", labels)
         if not isinstance(labels, Tensor) or labels.shape != keys.shape[:1] or labels.dtype != torch.int64:
@@ -138,7 +140,8 @@ class MemoryBank(nn.Module):
 
     def update(self, index: Tensor, features: Tensor) -> None:
         """Moves the vectors of samples index int64 [B] towards features [B, dim]; of equal samples the last counts."""
-        update_of(_ranks(self.group, "MemoryBank.update", index=index, features=features), self, index, features)
+        given = dict(index=index, features=features, bank=self.bank, momentum=self.momentum)
+        update_of(_ranks(self.group, "MemoryBank.update", **given), self, index, features)
 
     def sample(self, index: Tensor, negatives: int, generator: torch.Generator | None = None) -> Tensor:
         """Rows of the bank for `functional.nce`, int64 [B, 1 + negatives]: index [B] and, uniformly and with
@@ -206,8 +209,8 @@ def _first_rows(size: int, dim: int, group: Group) -> Tensor:
     return unit(rows.to(torch.empty(0).device))  # the one that a module is being made on
 
 
-def _ranks(group: Group, what: str, **rows: Tensor) -> Ranks | None:
-    return None if group is None else ranks_of(group, "auto", "mean", what, **rows)
+def _ranks(group: Group, what: str, **given) -> Ranks | None:
+    return None if group is None else ranks_of(group, "auto", "mean", what, **given)
 
 
 def _check_rows(name: str, x: Tensor, width: int) -> None:

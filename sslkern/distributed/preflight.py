@@ -9,7 +9,7 @@ themselves follow, so that each rank can say what all of them have.
 import numbers
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 import torch.distributed as dist
@@ -55,8 +55,7 @@ def compared(group, rows: int, what: str, arguments: dict) -> tuple[int, ...]:
     equal, dims = [what, *map(str, _modes())], []
     for name, value in arguments.items():
         equal.append(f"{name}={_kind(value)}")
-        for x in value if isinstance(value, (list, tuple)) else [value]:
-            dims += x.shape if isinstance(x, Tensor) else []
+        dims += _dims(value)
     fit = dims[: SIZE - 2]
     equal.append(str(dims[SIZE - 2 :]))
     mine = torch.zeros(SIZE, dtype=torch.int64)
@@ -84,14 +83,24 @@ def equal_rows(group, rows: int) -> None:
 def _kind(value) -> str:
     """What of an argument is the same on all ranks."""
     if isinstance(value, Tensor):
-        return f"{type(value).__name__} {value.ndim} {value.dtype} {value.device.type} {value.requires_grad}"
+        layout = "nested" if value.is_nested else value.layout
+        return f"{type(value).__name__} {value.ndim} {value.dtype} {value.device.type} {layout} {value.requires_grad}"
     if isinstance(value, (list, tuple)):
         return str([_kind(x) for x in value])
     return _named(value)
 
 
+def _dims(value) -> list[int]:
+    """The dimensions of a tensor, or of all in a list of them."""
+    if isinstance(value, (list, tuple)):
+        return [dim for x in value for dim in _dims(x)]
+    return list(value.shape) if isinstance(value, Tensor) and not value.is_nested else []
+
+
 def _named(value) -> str:
     """Of an object, whose `repr` may be its address, what it is."""
+    if isinstance(value, Set):  # whose order is another one in each process
+        return str(sorted(map(_named, value)))
     simple = value is None or isinstance(value, (bool, str, numbers.Number))
     return repr(value) if simple else getattr(value, "__qualname__", type(value).__qualname__)
 
@@ -103,8 +112,10 @@ def _modes() -> tuple[bool, bool]:
 
 def _shown(value) -> str:
     if isinstance(value, Tensor):
+        shape = "nested" if value.is_nested else f"{list(value.shape)}"
+        layout = "" if value.layout is torch.strided else f" {str(value.layout)[6:]}"
         learns = ", requires_grad" if value.requires_grad else ""
-        return f"{type(value).__name__} {list(value.shape)} {str(value.dtype)[6:]} on {value.device.type}{learns}"
+        return f"{type(value).__name__} {shape}{layout} {str(value.dtype)[6:]} on {value.device.type}{learns}"
     if isinstance(value, (list, tuple)):
         return "(" + ", ".join(map(_shown, value)) + ")"
     return _named(value)

@@ -55,7 +55,7 @@ def ranks_of(
     if not torch.compiler.is_compiling():
         if rows is None:
             first = next(iter(arguments.values()))
-            rows = first.shape[0] if isinstance(first, Tensor) and first.ndim else 0
+            rows = first.shape[0] if isinstance(first, Tensor) and not first.is_nested and first.ndim else 0
         said = dict(strategy=strategy, grad_reduce=grad_reduce)
         counts = compared(group_object(group), rows, what, arguments | said)
     check_choice("strategy", strategy, *STRATEGIES)

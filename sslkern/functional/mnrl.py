@@ -123,6 +123,7 @@ def mnrl(
     check_options(reduction, group, strategy, grad_reduce, normalize=normalize, stats=stats)
     scale = scale_of(temperature, logit_scale, anchor, ranks)
     check_directions(directions, partition)
+    directions = [name for name in _DIRECTIONS if name in directions]  # a set has another order in each process
     N, D = anchor.shape
     if negatives is not None:
         check_alike("negatives", negatives, "anchor", anchor, "[N, H, D]")

@@ -37,9 +37,13 @@ class Loss(nn.Module):
         return loss_fn(*features, **self.options | per_call)
 
     def _ranks(self, **given) -> Ranks | None:
-        """The ranks that share what forward was given, for what comes before or after the loss."""
+        """The ranks that share what forward was given, for what comes before or after the loss. It stands for the
+        comparison that the function would make: the options, and what the module keeps, belong to it."""
+        if self.options["group"] is None:
+            return None
         sharing = [self.options[name] for name in _SHARING]
-        return None if sharing[0] is None else ranks_of(*sharing, type(self).__name__, **given, training=self.training)
+        options = {name: value for name, value in self.options.items() if name not in _SHARING}
+        return ranks_of(*sharing, type(self).__name__, **given, **options, training=self.training)
 
     def extra_repr(self) -> str:
         return listed(self.options)
@@ -57,6 +61,10 @@ class ScaledLoss(Loss):
         """The same; a logit_scale given to forward counts before that of the constructor."""
         logit_scale = self.logit_scale if logit_scale is None else logit_scale
         return loss_fn(*features, temperature=self.temperature, logit_scale=logit_scale, **self.options | per_call)
+
+    def _ranks(self, **given) -> Ranks | None:
+        scale = given.pop("logit_scale")
+        return super()._ranks(**given, **(self._scale() if scale is None else dict(logit_scale=scale)))
 
     def _scale(self) -> dict:
         """The one of temperature and logit_scale that counts."""

@@ -49,8 +49,8 @@ class MoCoLoss(ScaledLoss):
         self, query: Tensor, key: Tensor, *, weights: Tensor | None = None, logit_scale: float | Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         per_call = dict(weights=weights, logit_scale=logit_scale)
-        ranks = self._ranks(query=query, key=key, **per_call)
         queue = self.memory.queue.t()
+        ranks = self._ranks(query=query, key=key, queue=queue, **per_call)
         for name, x in (("query", query), ("key", key), ("queue", queue)):
             check_features(name, x, ranks)
         query, key = query.to(queue.dtype), key.to(queue.dtype)

@@ -43,7 +43,7 @@ class _BankLoss(ScaledLoss):
         self._estimated = self.options["form"] == "softmax" or not bool(self.log_z.isnan().any())
 
     def _ranks(self, **given) -> Ranks | None:
-        return super()._ranks(**given, log_z_is_known=self._estimated)
+        return super()._ranks(**given, negatives=self.negatives, log_z_is_known=self._estimated)
 
     def _known_log_z(self) -> Tensor | None:
         return self.log_z if self._estimated and self.options["form"] == "nce" else None
@@ -116,7 +116,7 @@ class NCELoss(_BankLoss):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """query [N, D] of the samples `sample` int64 [N]; index [N, 1 + K] replaces what would be sampled."""
         given = dict(query=query, sample=sample, index=index, weights=weights, logit_scale=logit_scale)
-        ranks = self._ranks(rows=rows_of(query), **given)
+        ranks = self._ranks(rows=rows_of(query), **given, bank=self.memory.bank)
         check_features("query", query, ranks)
         check_ids("sample", sample, query.shape[:1], query)
         index = self.memory.sample(sample, self.negatives) if index is None else index
@@ -198,6 +198,7 @@ class CMCLoss(_BankLoss):
     ) -> Tensor:
         """views: [N, D] each, of the samples `sample` int64 [N]; index [N, 1 + K] replaces what would be sampled."""
         given = dict(views=views, sample=sample, index=index, weights=weights, logit_scale=logit_scale)
+        given |= dict(banks=[memory.bank for memory in self.memories], graph=self.graph)
         ranks = self._ranks(rows=rows_of_views(views), **given)
         views = checked_views(views, ranks)
         if len(views) != len(self.memories):

@@ -55,7 +55,7 @@ class NNCLRLoss(ScaledLoss):
         logit_scale: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         features = dict(z0=z0, z1=z1, p0=p0, p1=p1)
-        ranks = self._ranks(**features, ids=ids, logit_scale=logit_scale)
+        ranks = self._ranks(**features, support=self.support.queue, ids=ids, logit_scale=logit_scale)
         for name, x in features.items():
             check_features(name, x, ranks)
         support = self.support.queue.t().to(z0.dtype)

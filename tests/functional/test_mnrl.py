@@ -182,6 +182,15 @@ def test_is_info_nce_where_they_meet(backend):
     assert torch.allclose(mnrl(a, p, n), flat) and torch.allclose(mnrl(a, p, list(n.unbind(1))), flat)
 
 
+def test_the_order_of_directions_says_nothing():
+    """That of a set is another one in each process."""
+    z = torch.randn(4, N, D)
+    for guide in (None, list(z[2:])):
+        losses = {mnrl(z[0], z[1], directions=names, guide=guide).item() for names in itertools.permutations(ALL)}
+        losses |= {mnrl(z[0], z[1], directions=set(ALL), guide=guide).item()}
+        assert len(losses) == 1
+
+
 def test_guide_works_in_blocks(monkeypatch):
     tensors, T, options = problem("guide, relative", True, False)
     expected = mnrl(*tensors, T, **options)
