@@ -77,7 +77,7 @@ def clip(
         normalize=normalize,
         reduction=reduction,
         stats=stats,
-        group=ranks,
+        group=ranks or group,
         strategy=strategy,
         grad_reduce=grad_reduce,
         weights=weights,

@@ -151,6 +151,6 @@ def moco_v3(
     if times_2t and isinstance(scale, float) and scale == 0:
         raise ValueError("logit_scale must not be 0 with times_2t=True, which divides by it")
     options = dict(logit_scale=scale, ids=ids, normalize=normalize, label_smoothing=label_smoothing, reduction="none")
-    options |= dict(group=within(ranks))
+    options |= dict(group=within(ranks) or group)
     losses = info_nce(query0, key1.detach(), **options) + info_nce(query1, key0.detach(), **options)
     return reduce(losses * (2 / scale) if times_2t else losses, reduction, weights, ranks)

@@ -81,7 +81,7 @@ def nnclr(
     check_options(reduction, group, strategy, grad_reduce, two_way=two_way, normalize=normalize, stats=stats)
     near0, near1 = _nearest(cat((z0, z1)), support, normalize, ranks).view(2, *z0.shape)
     options = dict(two_way=two_way, logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction)
-    options |= dict(stats=stats, group=ranks)
+    options |= dict(stats=stats, group=ranks or group)
     first, second = (info_nce(*pair, None, temperature, **options) for pair in ((near0, p1), (near1, p0)))
     return tuple((a + b) / 2 for a, b in zip(first, second, strict=True)) if stats else (first + second) / 2
 

@@ -72,7 +72,7 @@ def sup_con(
         form: "out" or "in"; for labels [N, C] "out".
         temperature, logit_scale, normalize, reduction, weights: as in `nt_xent`.
         group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`; labels are compared over all of
-            them, and sums of the features of a label are made of the gathered rows.
+            them.
 
     Returns:
         The loss, 0-d, or for "none" [N] or [N, V], in fp32 (fp64). A row without positives adds exactly 0 and counts in
@@ -102,7 +102,7 @@ def sup_con(
         check_weights(weights, N, z)
         scale = scale_of(temperature, logit_scale, z, ranks)
         options = dict(form=form, logit_scale=scale, normalize=normalize, reduction="none")
-        options |= dict(group=copies(within(ranks), V))
+        options |= dict(group=copies(within(ranks), V) or group)
         losses = sup_con(z.reshape(N * V, D), labels.repeat_interleave(V, 0), **options).view(N, V)
         check_options(reduction, group, strategy, grad_reduce)
         return reduce(losses.t(), reduction, weights, ranks).t()
@@ -158,7 +158,11 @@ def _several_labels(z: Tensor, labels: Tensor, scale: float | Tensor, ranks: Ran
     # others can be, and is right to the rounding of its scores only.)
     row = row_ids(z.shape[0], z.device, ranks)
     twin, pair = _twins(labels, shared, count, row, ranks)
-    positive = positive.where(~twin.unsqueeze(1), gather(wide(z), ranks).gather(0, pair.unsqueeze(1).expand_as(z)))
+    if ranks is None:
+        of_pair = wide(z).gather(0, pair.unsqueeze(1).expand_as(z))
+    else:
+        of_pair, _ = sum_of_equal(wide(z), torch.where(twin, pair, -1), row, ranks)
+    positive = positive.where(~twin.unsqueeze(1), of_pair)
     negative = similarity_lse(z, scale=scale, q_ids=torch.where(twin, torch.minimum(row, pair), row), ranks=ranks)
     gap = (negative - dots(z, positive) * scale).masked_fill(alone, -torch.inf)
     return torch.where(twin | alone, softplus(gap), gap)

@@ -42,14 +42,20 @@ def result(problem: Problem, rows: slice, dtype: torch.dtype, **sharing) -> tupl
     options = {name: value for name, value in problem.options.items() if name != "frozen"}
     out = problem.loss(**given | leaves, **options, **sharing)
     loss, share = out if options.get("stats") else (out, None)
-    # Of both signs and many sizes; the same for the same row in any split.
+    grads = torch.autograd.grad(weighed(problem, loss, rows), list(leaves.values()), allow_unused=True)
+    return loss.detach(), share, dict(zip(leaves, grads, strict=True))
+
+
+def weighed(problem: Problem, loss: Tensor, rows: slice) -> Tensor:
+    """The sum of what a loss returned, each element times a number: of both signs and many sizes, and the same for the
+    same row in any split."""
+    if loss.ndim == 0:
+        return loss * 1.5
     N = next(iter(problem.sharded.values())).shape[0]
     upstream = torch.linspace(-1, 2, problem.views * N, dtype=loss.dtype).view(problem.views, N)[:, rows]
     if not problem.by_row:
         upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype)
-    total = loss * 1.5 if loss.ndim == 0 else (loss * upstream.reshape(loss.shape)).sum()
-    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return loss.detach(), share, dict(zip(leaves, grads, strict=True))
+    return (loss * upstream.reshape(loss.shape)).sum()
 
 
 def of_rank(group, make: Callable, args: tuple, counts: list[int], dtype: torch.dtype, backend: str, sharing: dict):

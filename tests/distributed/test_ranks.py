@@ -1,6 +1,10 @@
 """Who shares a batch, in which order it is exchanged, and what compiled code makes of it."""
 
+import os
 import pickle
+import subprocess
+import sys
+import types
 import warnings
 
 import pytest
@@ -12,7 +16,8 @@ import sslkern
 from sslkern.distributed import preflight, recorded
 from sslkern.functional import clip, nt_xent
 
-from .agreement import COUNTS
+from .agreement import COUNTS, result
+from .problems import CASES, of_loss, of_pairs
 
 W = 3
 
@@ -44,10 +49,12 @@ def test_a_group_has_several_names(pool, ranks):
 
 def alone(group):
     z = views(group)
+    module = sys.modules["sslkern.distributed.ranks"]
+    module._warned = False  # another test may have been the first
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loss = [nt_xent(*z, 0.1) for _ in range(2)][0]
-    said = [str(w.message) for w in caught if "group=None" in str(w.message)]
+    said = [w.filename for w in caught if "group=None is the loss of this process's rows alone" in str(w.message)]
     other = dist.GroupMember.NON_GROUP_MEMBER
     with pytest.raises(ValueError, match="group does not hold this process"):
         nt_xent(*z, 0.1, group=other)
@@ -57,8 +64,28 @@ def alone(group):
 def test_no_group_is_this_process_and_says_so_once(pool):
     answers = pool.run(alone, ranks=1)
     assert answers[0][0] == answers[0][2]  # one rank has the bits of no group
-    assert len(answers[0][1]) <= 1  # at most: another test may have been the first
+    assert len(answers[0][1]) == 1 and answers[0][1][0] == __file__
     assert len({loss for loss, _, _ in pool.run(alone, ranks=W)}) == W
+
+
+def of_one(group):
+    """Which losses warn of a group that is this process by itself, or have other bits than without a group."""
+    different = []
+    for name in [*CASES, "nt_xent", "info_nce", "clip"]:
+        problem = of_loss(4, name, "") if name in CASES else of_pairs(4, name, "ids", "stats")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sys.modules["sslkern.distributed.ranks"]._warned = False
+            loss, _, grads = result(problem, slice(None), torch.float32, group=group)
+        plain, _, plain_grads = result(problem, slice(None), torch.float32)
+        same = all(a is b or torch.equal(a, b) for a, b in zip(grads.values(), plain_grads.values(), strict=True))
+        if caught or not same or not torch.equal(loss, plain):
+            different.append((name, [str(w.message) for w in caught]))
+    return different
+
+
+def test_a_group_of_one_rank_is_none(pool):
+    assert pool.run(of_one, ranks=1) == [[]]
 
 
 def test_without_processes_the_world_is_this_one():
@@ -75,6 +102,49 @@ def of_dtensors(group):
 def test_a_dtensor_is_to_be_made_local(pool):
     errors = pool.outcomes(of_dtensors, ranks=2)
     assert all(isinstance(error, TypeError) and "pass z0.to_local()" in str(error) for error in errors)
+
+
+def in_several(group):
+    """Of all ranks, of every other one, and of no others, in one step; then the gradients, as shares."""
+    halves = [dist.new_group(range(start, 8, 2)) for start in (0, 1)]
+    z = views(group, 2, dtype=torch.float64)
+    options = dict(grad_reduce="sum", strategy=("ring", "all_gather")[group.rank() % 2])
+    loss = nt_xent(*z, 0.1, group=halves[group.rank() % 2], **options) + clip(*z, 3.0, group=None)
+    loss = loss + nt_xent(*z, 0.2, group="world", grad_reduce="sum")
+    loss.backward()
+    return loss.item(), *(x.grad for x in z)
+
+
+@pytest.mark.filterwarnings("ignore:group=None")
+def test_several_groups_at_once(pool):
+    ranks = pool.run(in_several, ranks=8)
+    z = torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    of = z.view(2, 8, 2, 6)  # by rank
+    whole = nt_xent(*z, 0.2)
+    halves = [nt_xent(*of[:, start::2].flatten(1, 2), 0.1) for start in (0, 1)]
+    own = [clip(*of[:, rank], 3.0) for rank in range(8)]
+    (whole + sum(halves) + sum(own)).backward()
+    for rank, (loss, *grads) in enumerate(ranks):
+        assert abs(loss - (whole + halves[rank % 2] + own[rank]).item()) < 1e-12
+        assert torch.allclose(torch.stack(grads), z.grad.view(2, 8, 2, 6)[:, rank], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "group, said",
+    [
+        ("all", "group must be None, 'world', a process group or a device mesh of one dimension, not 'all'"),
+        (3, "group must be None, .*, not a int"),
+        (types.SimpleNamespace(ndim=2, get_group=None), "device mesh of one dimension, not 2; pass mesh"),
+    ],
+    ids=["name", "number", "mesh"],
+)
+def test_what_is_no_group(group, said):
+    z = torch.randn(2, 4, 3)
+    for call in (lambda: nt_xent(*z, group=group), lambda: sslkern.NTXentLoss(group=group)):
+        with pytest.raises((TypeError, ValueError), match=said):
+            call()
+    with pytest.raises((TypeError, ValueError), match=said):
+        sslkern.FeatureQueue(3, 9, group=group)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -99,6 +169,14 @@ def without_preflight(group, rows):
         return loss.item(), record.received
     finally:
         preflight(True)
+
+
+@pytest.mark.slow
+def test_comparing_can_be_left_out_by_the_environment():
+    code = "from sslkern.distributed import preflight; import sys; print(sys.modules[preflight.__module__]._ON)"
+    for value, on in (("0", "False"), ("1", "True")):
+        env = os.environ | dict(SSLKERN_PREFLIGHT=value)
+        assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == on
 
 
 def with_preflight(group):
