@@ -164,14 +164,15 @@ class _Cache:
         self.x, self.inputs = x, list(_tensors(x))
         self.parameters = dict(self.encoder.named_parameters())
         self.learning = {name: p for name, p in self.parameters.items() if p.requires_grad}
-        sizes = {t.shape[0] if t.ndim else 0 for t in self.inputs}
-        if len(sizes) != 1 or 0 in sizes:
+        sizes = {t.shape[0] if t.ndim else None for t in self.inputs}
+        if len(sizes) != 1 or None in sizes:
             shapes = [list(t.shape) for t in self.inputs]
-            raise ValueError(f"inputs must hold tensors [N, ...] with one and the same N > 0, not {shapes}")
+            raise ValueError(f"inputs must hold tensors [N, ...] with one and the same N, not {shapes}")
         for t in self.inputs:
             check_dense("inputs", t)
         (N,) = sizes
-        self.chunks = [slice(i, min(i + chunk_size, N)) for i in range(0, N, chunk_size)]
+        # Of no rows, which a rank among others may have, one chunk.
+        self.chunks = [slice(i, min(i + chunk_size, N)) for i in range(0, max(1, N), chunk_size)]
         tensors = (*self.inputs, *self.parameters.values())
         self.devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}  # with a random state
         self.autocast = [

@@ -528,9 +528,11 @@ def test_misuse_is_named():
         CachedLoss(nn.Sequential(model, Nothing()), NTXentLoss(), 4)(x, x)
     with pytest.raises(ValueError, match="inputs must be 2"):
         CachedLoss((model, model), NTXentLoss(), 4)(x)
-    for bad in (x[:0], {"a": x, "b": x[:3]}, "text", torch.tensor(1.0)):
+    for bad in ({"a": x, "b": x[:3]}, "text", torch.tensor(1.0)):
         with pytest.raises(ValueError, match="inputs must hold"):
             CachedLoss(model, NTXentLoss(), 4)(bad, x)
+    with pytest.raises(ValueError, match="z0 is empty"):  # as the loss says; a rank among others may have no rows
+        CachedLoss(model, NTXentLoss(), 4)(x[:0], x[:0])
     with pytest.raises(TypeError, match="inputs must be a dense"):
         CachedLoss(model, NTXentLoss(), 4)(x, x.to_sparse())
     with pytest.raises(ValueError, match=r"encoder must return tensors \[4, ...\]"):
