@@ -1,6 +1,7 @@
 """Memories over ranks: the same on all of them, and those of one process that is given all rows."""
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import sslkern
 
@@ -74,3 +75,22 @@ def test_memories_are_the_same_on_all_ranks(pool):
             assert torch.allclose(after[key], x, atol=1e-6), (name, key)
             if x.is_floating_point():
                 assert not torch.equal(after[key], before[key])
+
+
+def under_ddp(group, ignored):
+    """The first number of a queue and of running statistics, which differ from rank to rank, after a forward."""
+    model = torch.nn.ModuleDict(dict(norm=torch.nn.BatchNorm1d(4), loss=sslkern.MoCoLoss(4, 9, group=group)))
+    model.forward = lambda x: model["norm"](x)
+    model = sslkern.memory.ignored_by_ddp(model) if ignored else model
+    parallel = DistributedDataParallel(model, process_group=group)  # which broadcasts everything once, if not ignored
+    kept = model["loss"].memory.queue, model["norm"].running_mean
+    for x in kept:
+        x.fill_(group.rank())
+    model.eval()
+    parallel(torch.randn(3, 4))
+    return [x.flatten()[0].item() for x in kept]
+
+
+def test_a_memory_is_not_broadcast(pool):
+    assert pool.run(under_ddp, True, ranks=3) == [[0, 0], [1, 0], [2, 0]]
+    assert pool.run(under_ddp, False, ranks=3) == [[0, 0]] * 3
