@@ -50,32 +50,39 @@ class Schedule(Sequence[Step]):
     def __getitem__(self, step: int) -> Step:
         if not 0 <= step < len(self):
             raise IndexError(f"step must be 0 to {len(self) - 1}, not {step}")
-        ahead, behind, before = self._at(1), self._at(-1), step - 1
-        sends, receives = [], []
-        if self._computes(ahead, step + 1):  # who does not compute in a step does in none after it
-            sends.append(Message("keys", self._at(-step), ahead))
-        if self._computes(self.rank, step + 1):
-            receives.append(Message("keys", self._at(-step - 1), behind))
-        if self.results and before > 0:
-            owner, worker = self._at(-before), self._at(before)
-            if self._computes(self.rank, before):
-                sends.append(Message("result", owner, owner))
-            if self._computes(worker, before):
-                receives.append(Message("result", self.rank, worker))
-        compute = self._at(-step) if self._computes(self.rank, step) else None
-        return Step(compute, tuple(sends), tuple(receives))
+        sends, receives = (tuple(message for message, there in messages if there) for messages in self.messages(step))
+        return Step(self.keys_of(step) if self.computes(self.rank, step) else None, sends, receives)
 
     def has_result_of(self, worker: int) -> bool:
         """Whether that rank computes with this one's keys."""
-        return self._computes(worker, (worker - self.rank) % self.size)
+        return self.computes(worker, (worker - self.rank) % self.size)
+
+    # These are right for a tensor of ranks as well.
+
+    def keys_of(self, step: int) -> int:
+        """Whose keys are with this rank in a step."""
+        return self._at(-step)
+
+    def computes(self, rank: int, step: int) -> bool:
+        """Whether a rank does in a step; if not, then in none after it. Of an even number of ranks only the first half
+        does in the last step of a triangle."""
+        from_both_sides = self.once and 2 * step == self.size
+        return (step <= self.last) & ((not from_both_sides) | (2 * rank < self.size))
+
+    def messages(self, step: int) -> tuple[list, list]:
+        """What may be sent in a step, and received, each with whether it is."""
+        ahead, behind, before = self._at(1), self._at(-1), step - 1  # results are of the step before
+        owner, worker, results = self._at(-before), self._at(before), self.results and before > 0
+        return [
+            (Message("keys", self.keys_of(step), ahead), self.computes(ahead, step + 1)),
+            (Message("result", owner, owner), results & self.computes(self.rank, before)),
+        ], [
+            (Message("keys", self.keys_of(step + 1), behind), self.computes(self.rank, step + 1)),
+            (Message("result", self.rank, worker), results & self.computes(worker, before)),
+        ]
 
     def _at(self, distance: int) -> int:
         return (self.rank + distance) % self.size
-
-    def _computes(self, rank: int, step: int) -> bool:
-        """Of an even number of ranks only the first half does in the last step of a triangle."""
-        from_both_sides = self.once and 2 * step == self.size
-        return step <= self.last and not (from_both_sides and 2 * rank >= self.size)
 
 
 def ring(rank: int, size: int, results: bool = False) -> Schedule:

@@ -4,6 +4,7 @@ import functools
 from collections import Counter
 
 import pytest
+import torch
 
 from sslkern.distributed.schedule import Message, Step, ring, triangle
 
@@ -99,34 +100,41 @@ def test_results_go_to_whom_they_are_for():
                 assert m.what == "keys" and m.peer == (rank + 1) % size or m == Message("result", m.peer, m.peer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_of_4096_ranks(schedule):
-    """All steps of some ranks, whose peers have the other side of each message in the same step; and who computes with
-    the keys of such a rank."""
+    """All of the above, for the steps of all ranks at a time."""
     size = 4096
-    for rank in (0, 1, 1234, 2047, 2048, 4095):
-        steps, met = SCHEDULES[schedule](rank, size), []
-        for i, step in enumerate(steps):
-            sends, receives = messages_of(rank, step)
-            for peer in {m.peer for m in step.sends + step.receives}:
-                their_sends, their_receives = messages_of(peer, SCHEDULES[schedule](peer, size)[i])
-                assert {key for key in sends if key[1] == peer} == {key for key in their_receives if key[0] == rank}
-                assert {key for key in receives if key[0] == peer} == {key for key in their_sends if key[1] == rank}
-            met += [step.compute] if step.compute is not None else []
-            met += [m.peer for m in step.receives if m.what == "result"] if schedule == "triangle" else []
-        assert sorted(met) == list(range(size))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_of_all_4096_ranks(schedule):
-    """The first and last steps and some between, of every rank."""
-    size = 4096
-    ranks = [SCHEDULES[schedule](rank, size) for rank in range(size)]
-    last = len(ranks[0]) - 1
-    for i in sorted({0, 1, 2, *range(0, last, 311), last - 2, last - 1, last}):
-        steps = [messages_of(rank, steps[i]) for rank, steps in enumerate(ranks)]
-        assert set().union(*(sends for sends, _ in steps)) == set().union(*(receives for _, receives in steps))
-        works_with = {rank: steps[i].compute for rank, steps in enumerate(ranks) if steps[i].compute is not None}
-        assert all((rank - keys) % size == i for rank, keys in works_with.items())  # whom it meets in no other step
-        expected = size // 2 if schedule == "triangle" and i == size // 2 else size if i <= ranks[0].last else 0
-        assert len(works_with) == expected
+    ranks = torch.arange(size)
+    of_all = SCHEDULES[schedule](ranks, size)
+    some = [SCHEDULES[schedule](rank, size) for rank in (1, 2048)]
+    met, blocks = torch.zeros(size, size, dtype=torch.int8), torch.zeros(size, dtype=torch.int64)
+    here, made = ranks, torch.zeros(size, dtype=torch.bool)  # whose keys; whether there is a result of the step before
+    for step in range(len(of_all)):
+        computes = torch.as_tensor(of_all.computes(ranks, step)).expand(size)
+        sends, receives = (
+            {m.what: (m.block, m.peer, torch.as_tensor(there).expand(size)) for m, there in messages}
+            for messages in of_all.messages(step)
+        )
+        for what, (block, peer, there) in sends.items():  # nothing is waited for in vain
+            their_block, their_peer, awaited = receives[what]
+            assert (awaited[peer] & (their_peer[peer] == ranks) & (their_block[peer] == block))[there].all()
+            assert awaited.sum() == there.sum()
+        keys = of_all.keys_of(step)
+        assert (keys == here)[computes].all() and (sends["keys"][0] == here)[sends["keys"][2]].all()
+        assert torch.equal(sends["result"][2], made) and (sends["result"][0] == (ranks - step + 1) % size).all()
+        assert (sends["result"][0] == sends["result"][1]).all() and (receives["result"][0] == ranks).all()
+        met[ranks[computes], keys[computes]] += 1
+        blocks += computes
+        here = torch.where(receives["keys"][2], receives["keys"][0], here)
+        made = computes & (keys != ranks) & of_all.results
+        for plan in some:  # what is yielded is that
+            got, rank = plan[step], plan.rank
+            assert got.compute == (keys[rank] if computes[rank] else None)
+            for messages, those in ((got.sends, sends), (got.receives, receives)):
+                assert [tuple(m) for m in messages] == [
+                    (what, block[rank], peer[rank]) for what, (block, peer, there) in those.items() if there[rank]
+                ]
+    assert not made.any()
+    assert (met + met.T.tril(-1) + met.T.triu(1) == 1).all() if schedule == "triangle" else (met == 1).all()
+    assert blocks.max() - blocks.min() <= (schedule == "triangle")
