@@ -1,4 +1,5 @@
 """python -m ssltrain: the command line."""
+
 from ssltrain.cli import main
 
 main()
