@@ -1,0 +1,41 @@
+"""What stands in examples/ runs, and does what it says."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def example(name: str):
+    return importlib.import_module(f"examples.{name}")
+
+
+def test_a_new_loss():
+    ours, dense, *gradients = example("new_loss").main()
+    torch.testing.assert_close(ours, dense)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.slow
+def test_simclr():
+    untrained, trained = example("simclr").main()
+    assert trained > untrained + 0.03
+
+
+@pytest.mark.slow
+def test_clip_under_ddp():
+    """Two processes, started as its first lines say."""
+    script = CHECKOUT / "examples" / "clip_ddp.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    paths = os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    share = re.search(r"of 128 pairs a share of ([\d.]+) find each other", ran.stdout)
+    assert share and float(share[1]) > 0.8, ran.stdout
