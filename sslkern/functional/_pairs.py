@@ -1,4 +1,4 @@
-"""Positives and negatives beyond `contrast`: two views stacked, counts and sums over ids, label smoothing."""
+"""Positives and negatives beyond `pair_contrast`: two views stacked, rows and their best, sums over ids, smoothing."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from ..common.arguments import check_flags
 from ..common.autocast import cat
 from ..common.rows import dots, unit
 from ..common.tensors import wide
-from ..distributed import Ranks, all_rows, row_ids, sum_of_equal, total_of
+from ..distributed import Ranks, all_rows, row_ids, similarity_lse, sum_of_equal, total_of
 from .checks import check_alike, check_features, check_ids, promoted
 
 
@@ -18,12 +18,28 @@ def two_views(
     check_features("z0", z0, ranks)
     check_alike("z1", z1, "z0", z0)
     check_flags(normalize=normalize)
-    if ids is None:
-        ids = row_ids(z0.shape[0], z0.device, ranks)
-    else:
-        check_ids("ids", ids, z0.shape[:1], z0)
-    z0, z1 = (unit(z0), unit(z1)) if normalize else (z0, z1)
+    ids = own_ids(ids, z0, ranks)
+    if normalize:
+        z0, z1 = unit(z0), unit(z1)
     return cat((z0, z1)), ids.repeat(2), dots(z0, z1).repeat(2)
+
+
+def own_ids(ids: Tensor | None, x: Tensor, ranks: Ranks | None) -> Tensor:
+    """The ids of rows x [N, D], checked; where none are given numbers that all differ."""
+    if ids is None:
+        return row_ids(x.shape[0], x.device, ranks)
+    check_ids("ids", ids, x.shape[:1], x)
+    return ids
+
+
+def row_and_best(
+    q: Tensor, k: Tensor | None, scale: float | Tensor, *, best: bool, **options
+) -> tuple[Tensor, Tensor | None]:
+    """`similarity_lse` of the rows and, if asked for, their best score, else None."""
+    out = similarity_lse(q, k, scale, best=best, **options)
+    if best:
+        return out
+    return out, None
 
 
 def over_different(

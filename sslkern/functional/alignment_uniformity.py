@@ -96,7 +96,8 @@ def alignment(
     check_alike("z1", z1, "z0", z0)
     alpha = check_number("alpha", alpha, 1)
     check_options("mean", group, strategy, grad_reduce, normalize=normalize)
-    z0, z1 = (unit(z0), unit(z1)) if normalize else (z0, z1)
+    if normalize:
+        z0, z1 = unit(z0), unit(z1)
     distance = torch.linalg.vector_norm(wide(z0) - wide(z1), dim=1)
     if torch.compiler.is_compiling():
         alpha = constant(alpha, distance, distance.dtype)
@@ -137,8 +138,8 @@ def uniformity(
     t = check_number("t", t, 1e-6, FLOAT32_MAX / 2)
     check_options("mean", group, strategy, grad_reduce, normalize=normalize)
     N = all_rows(z.shape[0], ranks)
-    z = unit(z) if normalize else z
-    if normalize:  # the shift of all rows, 2t, is taken off at the end
+    if normalize:  # the square of all lengths is 1: 2t, which it adds to all scores, is taken off at the end
+        z = unit(z)
         row = similarity_lse(z, scale=2 * t, ranks=ranks)
     else:
         squares = dots(z, z)
@@ -152,8 +153,9 @@ def uniformity(
 
 
 def _with_zeros(z: Tensor, t: float, dtype: torch.dtype, ranks: Ranks | None) -> Tensor:
-    """log of what a sum of exp(2t <z_i, z_j> - 2t) over the pairs lacks, as rows of z have the length 1 or 0: a row of
-    zeros is at the distance 1 from a unit row, and at 0 from its like."""
+    """The logarithm of what rows of zeros among the unit rows z add to the sum of exp(2t <z_i, z_j> - 2t) over the
+    pairs, where it takes all rows for unit rows: a row of zeros is at distance 1 from a unit row, and at 0 from another
+    row of zeros."""
     zeros = total_of((torch.linalg.vector_norm(z, dim=1) < 0.5).sum().to(dtype), ranks)
     t = constant(t, zeros, dtype)
     to_units = (2 * zeros * (all_rows(len(z), ranks) - zeros)).log() - t + (-torch.expm1(-t)).log()

@@ -70,12 +70,14 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str
     `shape` names the sizes: a number from x would tie compiled code to it.
     """
     check_dense(name, x)
-    fits = isinstance(x, Tensor) and (x.shape == other.shape if shape is None else x.shape[-1:] == other.shape[-1:])
+    if shape is None:
+        fits = isinstance(x, Tensor) and x.shape == other.shape
+    else:
+        fits = isinstance(x, Tensor) and x.shape[-1:] == other.shape[-1:]
     if not fits:
-        wanted = list(other.shape) if shape is None else shape
         raise ValueError(
-            f"{name} must be a tensor {wanted} to go with {other_name} {list(other.shape)}, not {describe(x)}"
-            + _hint(x, shape is not None and other.shape[-1])
+            f"{name} must be a tensor {shape or list(other.shape)} to go with {other_name} {list(other.shape)}, not"
+            f" {describe(x)}" + _hint(x, shape is not None and other.shape[-1])
         )
     if x.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, not {x.dtype}; convert one")
@@ -134,10 +136,14 @@ def scale_of(
         return 1.0 / temperature
     if logit_scale is not None:
         value = scalar("logit_scale", logit_scale, like)
-        return value if ranks is None else replicated(value, ranks)
-    value = scalar("temperature", temperature, like)
+    else:
+        value = scalar("temperature", temperature, like)
+    if ranks is not None:
+        value = replicated(value, ranks)
+    if logit_scale is not None:
+        return value
     if isinstance(value, Tensor):
-        return (value if ranks is None else replicated(value, ranks)).reciprocal()
+        return value.reciprocal()
     if value == 0:
         raise ValueError("temperature must not be 0: similarities are divided by it")
     if not -FLOAT32_MAX <= 1.0 / value <= FLOAT32_MAX:
@@ -170,7 +176,9 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None = None) -> floa
     if not isinstance(like, Tensor):
         return wide(value)
     check_device(name, value, like)
-    return value.double() if like.dtype == torch.float64 else wide(value)
+    if like.dtype == torch.float64:
+        return value.double()
+    return wide(value)
 
 
 def _hint(x, D: int | bool = False) -> str:
@@ -179,4 +187,6 @@ def _hint(x, D: int | bool = False) -> str:
         return ""
     if x.ndim == 1 and not x.dtype.is_floating_point:
         return "; if these are labels, pass them as ids=, or to sup_con"
-    return "; a queue (D, K) is passed as .queue.t()" if D and x.ndim == 2 and x.shape[0] == D else ""
+    if D and x.ndim == 2 and x.shape[0] == D:
+        return "; a queue (D, K) is passed as .queue.t()"
+    return ""

@@ -102,15 +102,22 @@ def clamp_logit_scale_(log_scale: Tensor, max: float | None = math.log(100), min
     if not isinstance(log_scale, Tensor) or log_scale.dtype not in FLOATS:
         raise TypeError("log_scale must be a floating-point tensor, the logarithm of the logit scale")
     check_own_memory("log_scale", log_scale)
-    max = None if max is None else check_number("max", max, -math.inf)
-    min = None if min is None else check_number("min", min, -math.inf)
+    if max is not None:
+        max = check_number("max", max, -math.inf)
+    if min is not None:
+        min = check_number("min", min, -math.inf)
     if max is not None and min is not None and min > max:
         raise ValueError(f"min must not exceed max, the logarithms of the bounds of the scale, but {min} > {max}")
     if max is None and min is None:
         return log_scale
+    return log_scale.clamp_(min=_bound(min, log_scale), max=_bound(max, log_scale))
+
+
+def _bound(value: float | None, like: Tensor) -> float | Tensor | None:
+    """value, which may be too large for the type of `like`, as an argument of its `clamp_`."""
+    if value is None:
+        return None
     if torch.compiler.is_compiling():  # which would compile anew for each bound that is a number
-        min, max = (None if bound is None else constant(bound, log_scale, log_scale.dtype) for bound in (min, max))
-    else:
-        most = torch.finfo(log_scale.dtype).max
-        min, max = (None if bound is None else sorted((-most, bound, most))[1] for bound in (min, max))
-    return log_scale.clamp_(min=min, max=max)
+        return constant(value, like, like.dtype)
+    most = torch.finfo(like.dtype).max
+    return sorted((-most, value, most))[1]

@@ -16,8 +16,8 @@ from ..distributed import (
     ranks_of,
     replicated,
     row_ids,
-    similarity_lse,
 )
+from ._pairs import row_and_best
 from .checks import check_features, check_options, promoted, scale_of
 from .formulas import reduce
 
@@ -112,12 +112,18 @@ def cpc(
     elif negatives == "sample":  # S groups
         query, key, spread = query.transpose(0, 1), target.transpose(0, 1), ranks
         q_ids = k_ids = row_ids(N, targets.device, ranks)
-    out = similarity_lse(query, key, scale, q_ids=q_ids, k_ids=k_ids, best=stats, ranks=spread)
-    row, best = (x.T if negatives == "sample" else x.view_as(positive) for x in (out if stats else (out, out)))
+    row, best = row_and_best(query, key, scale, q_ids=q_ids, k_ids=k_ids, best=stats, ranks=spread)
 
-    losses = _by_step(pair_loss(row, positive), counts, ranks)
-    loss = reduce(losses, reduction)
-    return (loss, _by_step((best < positive.detach()).float(), counts, ranks)) if stats else loss
+    loss = reduce(_by_step(pair_loss(_by_sample(row, positive, negatives), positive), counts, ranks), reduction)
+    if not stats:
+        return loss
+    wins = (_by_sample(best, positive, negatives) < positive.detach()).float()
+    return loss, _by_step(wins, counts, ranks)
+
+
+def _by_sample(x: Tensor, positive: Tensor, negatives: str) -> Tensor:
+    """x of all predictions, as their positives [N, S]; with negatives "sample" it came as [S, N]."""
+    return x.T if negatives == "sample" else x.view_as(positive)
 
 
 def _by_step(x: Tensor, counts: list[int], ranks: Ranks | None) -> Tensor:

@@ -99,7 +99,8 @@ def _decoupled(
         given = dict(z0=z0, z1=z1, temperature=temperature, sigma=sigma, logit_scale=logit_scale, ids=ids)
         options = dict(normalize=normalize, reduction=reduction, weights=weights)
         ranks = ranks_of(group, strategy, grad_reduce, name, **given, **options)
-    sigma = check_number("sigma", sigma, 1e-6) if name == "dclw" else None
+    if name == "dclw":
+        sigma = check_number("sigma", sigma, 1e-6)
     z, ids, cosine = two_views(z0, z1, ids, normalize, ranks)
     N = z0.shape[0]
     check_options(reduction, group, strategy, grad_reduce)
@@ -113,4 +114,6 @@ def _decoupled(
         positive = pull.repeat(2) * positive
     losses = (negative - positive).masked_fill(negative == -torch.inf, 0)
     loss = reduce(losses.view(2, N), reduction, weights, ranks)
-    return loss.view(-1) if reduction == "none" else loss
+    if reduction == "none":
+        return loss.view(-1)
+    return loss

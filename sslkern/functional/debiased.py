@@ -107,14 +107,17 @@ def hard_negative(
 
 
 def _debiased(name, z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, reduction, weights, *sharing):
-    ranks, (group, strategy, grad_reduce) = None, sharing
+    group, strategy, grad_reduce = sharing
+    ranks = None
     if group is not None:
         given = dict(z0=z0, z1=z1, temperature=temperature, beta=beta, tau_plus=tau_plus, logit_scale=logit_scale)
         options = dict(ids=ids, normalize=normalize, reduction=reduction, weights=weights)
         ranks = ranks_of(group, strategy, grad_reduce, name, **given, **options)
-    beta = check_number("beta", beta, 0) if name == "hard_negative" else None
+    if name == "hard_negative":
+        beta = check_number("beta", beta, 0)
     z, ids, cosine = two_views(z0, z1, ids, normalize, ranks)
-    N, views = z0.shape[0], copies(ranks, 2)
+    N = z0.shape[0]
+    views = copies(ranks, 2)
     tau_plus = check_number("tau_plus", tau_plus, 0, 1)
     check_options(reduction, group, strategy, grad_reduce)
     check_weights(weights, N, z0)
@@ -130,11 +133,15 @@ def _debiased(name, z0, z1, temperature, beta, tau_plus, logit_scale, ids, norma
         hard, soft = (similarity_lse(z, scale=scale * power, q_ids=ids, ranks=views) for power in (1 + beta, beta))
         negative = log_count + hard - soft.masked_fill(soft == -torch.inf, 0)
     # log G. All of it in logarithms: exp(1 / T) overflows at T = 0.01.
-    share = log(tau_plus, cosine) if tau_plus > 0 else -math.inf
+    share = -math.inf
+    if tau_plus > 0:
+        share = log(tau_plus, cosine)
     gap = positive + (share + log_count) - negative
     more = (gap < 0) & (log_count != -torch.inf)  # what is taken out is less than all
     rest = negative + torch.log(-torch.expm1(gap.where(more, -1))) - log(1 - tau_plus, cosine)
-    floor = log_count - (scale.abs() if isinstance(scale, Tensor) else abs(scale))
+    floor = log_count - abs(scale)
     estimate = torch.maximum(rest.masked_fill(~more, -torch.inf), floor)
     loss = reduce(pair_loss(estimate, positive).view(2, N), reduction, weights, ranks)
-    return loss.view(-1) if reduction == "none" else loss
+    if reduction == "none":
+        return loss.view(-1)
+    return loss

@@ -6,8 +6,9 @@ from torch import Tensor
 from ..common.arguments import check_choice, describe
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, softplus, times
-from ..distributed import Group, copies, gather, over_ranks, ranks_of, row_ids, similarity_lse, similarity_softplus
-from .checks import check_alike, check_features, check_ids, check_options, promoted, scale_of
+from ..distributed import Group, copies, gather, over_ranks, ranks_of, similarity_lse, similarity_softplus
+from ._pairs import own_ids
+from .checks import check_alike, check_features, check_options, promoted, scale_of
 from .formulas import log_total_of, mean_of
 
 
@@ -78,26 +79,25 @@ def deep_infomax(
         wanted = f"[{N}, L, {D}] with L > 0 or [{N}, {D}]"
         raise ValueError(f"local_features must be a tensor {wanted}, not {describe(local_features)}")
     scale = scale_of(temperature, logit_scale, features, ranks)
-    if ids is not None:
-        check_ids("ids", ids, (N,), features)
+    images = own_ids(ids, features, ranks)
 
     if normalize:
         features, local_features = unit(features), unit(local_features)
-    local_features = local_features.unsqueeze(1) if local_features.ndim == 2 else local_features
+    if local_features.ndim == 2:
+        local_features = local_features.unsqueeze(1)
     L = local_features.shape[1]
     own = times(dots(local_features, features.unsqueeze(1)), scale)  # [N, L], the scores P
-    images = row_ids(N, features.device, ranks) if ids is None else ids
-    q = dict(q_ids=images, k_ids=images.unsqueeze(1).expand(N, L).reshape(-1), ranks=copies(ranks, L))
+    options = dict(q_ids=images, k_ids=images.unsqueeze(1).expand(N, L).reshape(-1), ranks=copies(ranks, L))
     locations = local_features.reshape(N * L, D)
     if estimator == "infonce":
-        row = similarity_lse(features, locations, scale, **q)
+        row = similarity_lse(features, locations, scale, **options)
         return mean_of(pair_loss(row.unsqueeze(1), own), ranks)
     count = (_different_pairs(gather(images, ranks)) * L).to(own.dtype)
     if estimator == "jsd":
-        negative = over_ranks(similarity_softplus(features, locations, scale, **q), ranks)
+        negative = over_ranks(similarity_softplus(features, locations, scale, **options), ranks)
         return mean_of(softplus(-own), ranks) + negative / count.clamp_min(1)
     nothing = count == 0
-    total = log_total_of(similarity_lse(features, locations, scale, **q).masked_fill(nothing, 0), ranks)
+    total = log_total_of(similarity_lse(features, locations, scale, **options).masked_fill(nothing, 0), ranks)
     return (total - count.clamp_min(1).log() - mean_of(own, ranks)).masked_fill(nothing, 0)
 
 

@@ -12,7 +12,9 @@ from ..distributed import Ranks, all_rows, gather, one_each, over_ranks, own_row
 def beaten(best: Tensor, positive: Tensor, ranks: Ranks | None = None) -> Tensor:
     """The share of rows whose positive beats every negative, 0-d."""
     wins = (best < positive.detach()).float()
-    return wins.mean() if ranks is None else reduce(wins, "mean", ranks=ranks)
+    if ranks is None:
+        return wins.mean()
+    return reduce(wins, "mean", ranks=ranks)
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
@@ -27,10 +29,14 @@ def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None, ranks:
     if weights is None:
         if reduction == "none":
             return own_rows(losses, ranks)
+        if ranks is None and reduction == "mean":
+            return mean(losses)
         if ranks is None:
-            return mean(losses) if reduction == "mean" else total(losses)
+            return total(losses)
         loss = over_ranks(total(losses), ranks)
-        return loss / (losses.shape[:-1].numel() * all_rows(losses.shape[-1], ranks)) if reduction == "mean" else loss
+        if reduction == "sum":
+            return loss
+        return loss / (losses.shape[:-1].numel() * all_rows(losses.shape[-1], ranks))
     weights = weights.to(losses.dtype).expand_as(losses)
     losses = weights * losses
     if reduction == "none":
@@ -50,7 +56,9 @@ def rows_of(x) -> int:
 def rows_of_views(views) -> int:
     """N of V views [N, D], likewise."""
     listed = isinstance(views, (list, tuple)) or isinstance(views, Tensor) and not views.is_nested and views.ndim > 1
-    return rows_of(views[0] if listed and len(views) else None)
+    if not listed or len(views) == 0:
+        return 0
+    return rows_of(views[0])
 
 
 def mean_of(x: Tensor, ranks: Ranks | None) -> Tensor:
@@ -71,4 +79,6 @@ def log_total_of(x: Tensor, ranks: Ranks | None) -> Tensor:
 
 def at_once_of(reduction: str, weights: Tensor | None, label_smoothing: float, ranks: Ranks | None = None) -> str:
     """The reduction that `pair_contrast` can take over: none where something comes before it."""
-    return reduction if weights is None and label_smoothing == 0 and ranks is None else "none"
+    if weights is None and label_smoothing == 0 and ranks is None:
+        return reduction
+    return "none"

@@ -9,10 +9,10 @@ from ..common.numbers import check_number
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
 from ..common.tensors import transformed, wide
-from ..distributed import Group, pair_contrast_over, ranks_of, replicated, row_ids, similarity_lse
+from ..distributed import Group, pair_contrast_over, ranks_of, replicated
 from ..ops import queue_push_
 from ..ops.pair_contrast import pair_contrast
-from ._pairs import above_mean, over_different
+from ._pairs import above_mean, over_different, own_ids, row_and_best
 from .checks import check_alike, check_ids, check_options, check_pair, check_weights, promoted, scale_of
 from .formulas import at_once_of, beaten, logaddexp, reduce
 
@@ -90,7 +90,6 @@ def info_nce(
     query, key = check_pair("query", query, "key", key, ranks)
     check_options(reduction, group, strategy, grad_reduce, two_way=two_way, normalize=normalize, stats=stats)
     scale = scale_of(temperature, logit_scale, query, ranks)
-    N = query.shape[0]
     if negatives is not None:
         _check_negatives(negatives, query, two_way)
     if in_batch is None:
@@ -101,55 +100,47 @@ def info_nce(
         raise ValueError("in_batch=False leaves no negatives; pass negatives or leave in_batch out")
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     if weights is not None:
-        check_weights(weights, N, query)
+        check_weights(weights, query.shape[0], query)
     if ids is not None:
-        check_ids("ids", ids, (N,), query)
+        check_ids("ids", ids, query.shape[:1], query)
     if negative_ids is not None:
         if ids is None or negatives is None:
             raise ValueError("negative_ids needs negatives and ids: the ids of the rows to compare them with")
         check_ids("negative_ids", negative_ids, tuple(negatives.shape[:-1]), query)
 
+    options = dict(normalize=normalize, reduction=reduction, stats=stats, weights=weights)
+    options |= dict(label_smoothing=label_smoothing, ranks=ranks)
     if negatives is None:
-        at_once = at_once_of(reduction, weights, label_smoothing, ranks)
-        mode = "two_way" if two_way else "one_way"
-        contrast = pair_contrast if ranks is None else pair_contrast_over(ranks)
-        losses, positive, best = contrast(query, key, scale, ids, mode, normalize, stats, None, at_once)
-        if label_smoothing > 0:
-            query, key = (unit(query), unit(key)) if normalize else (query, key)
-            own_ids = row_ids(N, query.device, ranks) if ids is None else ids
-            cosine, ways = dots(query, key), ((query, key), (key, query))[: 1 + two_way]
-            smooth = [above_mean(cosine, *over_different(q, k, own_ids, own_ids, ranks)) for q, k in ways]
-            losses = losses + label_smoothing * scale * stack(smooth)
-        if at_once == "none":
-            whole = reduction == "mean" and weights is None  # one mean of both ways instead of two
-            losses = reduce(losses if whole else losses.mean(0), reduction, weights, ranks)
-        return (losses, beaten(best, positive, ranks)) if stats else losses
+        return _over_batch(query, key, scale, ids, two_way, **options)
+    learns = negatives.requires_grad or transformed()
+    if negatives.ndim == 2 and negative_ids is None and not in_batch and not learns:
+        return over_bank(query, key, negatives, scale, unit_bank=normalize, **options)
+    return _over_given(query, key, negatives, scale, ids, negative_ids, in_batch, **options)
 
-    one_bank = negatives.ndim == 2 and negative_ids is None and not in_batch
-    if one_bank and not (negatives.requires_grad or transformed()):
-        options = dict(normalize=normalize, unit_bank=normalize, reduction=reduction, stats=stats, weights=weights)
-        return over_bank(query, key, negatives, scale, **options, label_smoothing=label_smoothing, ranks=ranks)
 
-    own_ids = row_ids(N, query.device, ranks) if ids is None else ids
-    negatives = replicated(negatives, ranks) if negatives.ndim == 2 else negatives
-    if normalize:
-        query, key, negatives = unit(query), unit(key), unit(negatives)
-    cosine = dots(query, key)
-    positive = times(cosine, scale)
-    row, best = _over_negatives(query, negatives, scale, ids, negative_ids, stats)
-    if in_batch:
-        out = similarity_lse(query, key, scale, q_ids=own_ids, k_ids=own_ids, best=stats, ranks=ranks)
-        others, other_best = out if stats else (out, None)
-        row, best = logaddexp(row, others), torch.maximum(best, other_best) if stats else None
-    losses = pair_loss(row, positive)
+def _over_batch(
+    query, key, scale, ids, two_way, *, normalize, reduction, stats, weights, label_smoothing, ranks
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss over the other keys of the batch, one way or both."""
+    at_once = at_once_of(reduction, weights, label_smoothing, ranks)
+    mode = "two_way" if two_way else "one_way"
+    contrast = pair_contrast if ranks is None else pair_contrast_over(ranks)
+    losses, positive, best = contrast(query, key, scale, ids, mode, normalize, stats, None, at_once)
     if label_smoothing > 0:
-        total, count = _sum_over_negatives(query, negatives, ids, negative_ids)
-        if in_batch:
-            others, number = over_different(query, key, own_ids, own_ids, ranks)
-            total, count = total + others, count + number
-        losses = losses + label_smoothing * scale * above_mean(cosine, total, count)
-    loss = reduce(losses, reduction, weights, ranks)
-    return (loss, beaten(best, positive, ranks)) if stats else loss
+        if normalize:
+            query, key = unit(query), unit(key)
+        ids, cosine = own_ids(ids, query, ranks), dots(query, key)
+        smooth = [above_mean(cosine, *over_different(query, key, ids, ids, ranks))]
+        if two_way:
+            smooth.append(above_mean(cosine, *over_different(key, query, ids, ids, ranks)))
+        losses = losses + label_smoothing * scale * stack(smooth)
+    if at_once == "none":
+        if reduction != "mean" or weights is not None:  # else one mean serves for both ways and the rows
+            losses = losses.mean(0)
+        losses = reduce(losses, reduction, weights, ranks)
+    if stats:
+        return losses, beaten(best, positive, ranks)
+    return losses
 
 
 def over_bank(
@@ -158,24 +149,75 @@ def over_bank(
     """The loss of queries over rows of a bank that get no gradient, which are normalised first where `unit_bank` says
     so. With a ptr the keys are pushed onto the bank then."""
     if query.shape[0] == 0:  # a rank without rows, which takes part in the sums over ranks
-        losses = times(dots(query, key), scale)
-        loss = reduce(losses, reduction, weights, ranks)
-        return (loss, beaten(losses.detach(), losses, ranks)) if stats else loss
+        positive = times(dots(query, key), scale)
+        loss = reduce(positive, reduction, weights, ranks)
+        if stats:
+            return loss, beaten(positive.detach(), positive, ranks)
+        return loss
     at_once = at_once_of(reduction, weights, label_smoothing, ranks)
-    then = ptr
+    within = ptr  # the push, in the launches of the loss
     if label_smoothing > 0:  # which reads the bank once more
-        then, bank, unit_bank = None, unit(bank) if unit_bank else bank, False
-    options = "one_way", normalize, stats, bank, at_once, unit_bank, then
+        within = None
+        if unit_bank:
+            bank, unit_bank = unit(bank), False
+    options = "one_way", normalize, stats, bank, at_once, unit_bank, within
     loss, positive, best = pair_contrast(query, key, scale, None, *options)
     if label_smoothing > 0:
-        q, k = (unit(query), unit(key)) if normalize else (query, key)
+        q, k = query, key
+        if normalize:
+            q, k = unit(q), unit(k)
         above = above_mean(dots(q, k), *_sum_over_negatives(q, bank, None, None))
         loss = loss + label_smoothing * scale * above
         if ptr is not None:
             queue_push_(bank, ptr, key, normalize)
     if at_once == "none":
         loss = reduce(loss.squeeze(0), reduction, weights, ranks)
-    return (loss, beaten(best.squeeze(0), positive, ranks)) if stats else loss
+    if stats:
+        return loss, beaten(best.squeeze(0), positive, ranks)
+    return loss
+
+
+def _over_given(
+    query,
+    key,
+    negatives,
+    scale,
+    ids,
+    negative_ids,
+    in_batch,
+    *,
+    normalize,
+    reduction,
+    stats,
+    weights,
+    label_smoothing,
+    ranks,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss over given negatives and, with `in_batch`, the other keys of the batch."""
+    row_ids = own_ids(ids, query, ranks)
+    if negatives.ndim == 2:
+        negatives = replicated(negatives, ranks)
+    if normalize:
+        query, key, negatives = unit(query), unit(key), unit(negatives)
+    cosine = dots(query, key)
+    positive = times(cosine, scale)
+    negative, best = _lse_over_negatives(query, negatives, scale, ids, negative_ids, stats)
+    if in_batch:
+        others, best_other = row_and_best(query, key, scale, q_ids=row_ids, k_ids=row_ids, best=stats, ranks=ranks)
+        negative = logaddexp(negative, others)
+        if stats:
+            best = torch.maximum(best, best_other)
+    losses = pair_loss(negative, positive)
+    if label_smoothing > 0:
+        total, count = _sum_over_negatives(query, negatives, ids, negative_ids)
+        if in_batch:
+            others, number = over_different(query, key, row_ids, row_ids, ranks)
+            total, count = total + others, count + number
+        losses = losses + label_smoothing * scale * above_mean(cosine, total, count)
+    loss = reduce(losses, reduction, weights, ranks)
+    if stats:
+        return loss, beaten(best, positive, ranks)
+    return loss
 
 
 def _check_negatives(negatives: Tensor, query: Tensor, two_way: bool) -> None:
@@ -187,24 +229,27 @@ def _check_negatives(negatives: Tensor, query: Tensor, two_way: bool) -> None:
         raise ValueError(f"negatives must be [M, {D}] or [{N}, M, {D}], not {describe(negatives)}")
 
 
-def _over_negatives(query, negatives, scale, ids, negative_ids, best):
+def _lse_over_negatives(query, negatives, scale, ids, negative_ids, best) -> tuple[Tensor, Tensor | None]:
     """The log-sum-exp [N] over the given negatives and, if asked for, their best score [N]."""
-    ids = ids if negative_ids is not None else None
-    if negatives.ndim == 3:  # N problems of one row each
-        query, ids = query.unsqueeze(1), None if ids is None else ids.unsqueeze(1)
-    out = similarity_lse(query, negatives, scale, q_ids=ids, k_ids=negative_ids, best=best)
-    row, top = out if best else (out, None)
-    return row.reshape(-1), None if top is None else top.reshape(-1)
+    if negative_ids is None:
+        ids = None
+    if negatives.ndim == 2:
+        return row_and_best(query, negatives, scale, q_ids=ids, k_ids=negative_ids, best=best)
+    if ids is not None:
+        ids = ids.unsqueeze(1)
+    # N problems of one row each.
+    row, top = row_and_best(query.unsqueeze(1), negatives, scale, q_ids=ids, k_ids=negative_ids, best=best)
+    return row.reshape(-1), top.reshape(-1) if best else None
 
 
 def _sum_over_negatives(query, negatives, ids, negative_ids):
     """The sum [N] of the cosines with the given negatives, and their number."""
+    if negatives.ndim == 3 and negative_ids is not None:
+        counts, negatives = ids.unsqueeze(1) != negative_ids, wide(negatives)
+        total = product(counts.unsqueeze(1).to(negatives.dtype), negatives).squeeze(1)
+        return dots(query, total), counts.sum(1)
     if negatives.ndim == 3:
-        if negative_ids is None:
-            return dots(query, wide(negatives).sum(1)), negatives.shape[1]
-        kept, negatives = ids.unsqueeze(1) != negative_ids, wide(negatives)
-        total = product(kept.unsqueeze(1).to(negatives.dtype), negatives).squeeze(1)
-        return dots(query, total), kept.sum(1)
+        return dots(query, wide(negatives).sum(1)), negatives.shape[1]
     if negative_ids is not None:
         return over_different(query, negatives, ids, negative_ids)
     return dots(query, wide(negatives).sum(0)), negatives.shape[0]

@@ -49,18 +49,25 @@ def checked_prefixes(loss_fn, dims, weights, normalize) -> tuple[tuple[int, ...]
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a loss, a function or a module, not {describe(loss_fn)}")
     check_flags(normalize=normalize)
-    given = tuple(dims) if isinstance(dims, Iterable) and not isinstance(dims, (str, Tensor)) else ()
+    given = _listed(dims)
     if not given:
         raise ValueError(f"dims must be positive integers, at least one, not {shown(dims)}")
     given = tuple(check_size("each of dims", d) for d in given)
     if weights is None:
         return given, (1.0,) * len(given)
-    factors = tuple(weights) if isinstance(weights, Iterable) and not isinstance(weights, (str, Tensor)) else ()
+    factors = _listed(weights)
     if isinstance(weights, Tensor) and weights.ndim == 1 and weights.layout == torch.strided and not weights.is_meta:
         factors = tuple(w.item() for w in weights)  # subclasses have no tolist()
     if len(factors) != len(given):
         raise ValueError(f"weights must have a number for each of the {len(given)} dims, not {shown(weights)}")
     return given, tuple(check_finite("each of weights", w) for w in factors)
+
+
+def _listed(x) -> tuple:
+    """What is in x, which is to be a list or the like; nothing where it is something else."""
+    if isinstance(x, Iterable) and not isinstance(x, (str, Tensor)):
+        return tuple(x)
+    return ()
 
 
 def loss_of_prefixes(loss_fn, dims, weights, normalize, /, *features, **options):
@@ -72,9 +79,14 @@ def loss_of_prefixes(loss_fn, dims, weights, normalize, /, *features, **options)
     for d in dims:
         cut = _prefix(arguments, d, D, normalize)
         parts.append(loss_fn(*cut["features"], **cut["options"]))
-    losses, *others = zip(*(part if isinstance(part, tuple) else (part,) for part in parts), strict=True)
-    total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
-    return (total, *map(torch.stack, others)) if isinstance(parts[0], tuple) else total
+    if not isinstance(parts[0], tuple):
+        return _weighted_sum(weights, parts)
+    losses, *others = zip(*parts, strict=True)
+    return _weighted_sum(weights, losses), *map(torch.stack, others)
+
+
+def _weighted_sum(weights, losses):
+    return sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
 
 
 def _is_features(x) -> bool:
@@ -95,14 +107,17 @@ def _width(x: Any) -> int | None:
 def _items(x):
     if isinstance(x, Mapping):
         return [one for name, one in x.items() if name != "guide"]
-    return x if isinstance(x, (tuple, list)) else ()
+    if isinstance(x, (tuple, list)):
+        return x
+    return ()
 
 
 def _prefix(x: Any, d: int, D: int | None, normalize: bool) -> Any:
     """x with the first d of D features of each tensor; of another model's, the guide's, all."""
     if _is_features(x) and x.shape[-1] == D:
         check_dense("features", x)
-        return unit(x[..., :d]) if normalize else x[..., :d]
+        x = x[..., :d]
+        return unit(x) if normalize else x
     if isinstance(x, Mapping):
         return {name: one if name == "guide" else _prefix(one, d, D, normalize) for name, one in x.items()}
     if isinstance(x, (tuple, list)):

@@ -9,9 +9,10 @@ from ..common.arguments import check_dense, check_device, describe
 from ..common.rows import unit
 from ..common.sums import softplus, times
 from ..common.tensors import wide
-from ..distributed import Group, copies, ranks_of, row_ids, similarity_lse
+from ..distributed import Group, copies, ranks_of, similarity_lse
 from ..ops import logsumexp
-from .checks import check_alike, check_features, check_ids, check_options, check_weights, promoted, scale_of
+from ._pairs import own_ids
+from .checks import check_alike, check_features, check_options, check_weights, promoted, scale_of
 from .formulas import logaddexp, reduce
 
 
@@ -91,10 +92,7 @@ def mil_nce(
     scale = scale_of(temperature, logit_scale, anchor, ranks)
     if valid is not None:
         _check_valid(valid, positives)
-    if ids is None:
-        ids = row_ids(N, anchor.device, ranks)
-    else:
-        check_ids("ids", ids, (N,), anchor)
+    ids = own_ids(ids, anchor, ranks)
 
     if normalize:
         anchor, positives = unit(anchor), unit(positives)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 from functools import partial
 from functools import reduce as fold
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +15,16 @@ from ..common.numbers import check_finite, shown
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
 from ..common.tensors import transformed, wide
-from ..distributed import Group, copies, gather, pair_contrast_over, ranks_of, row_ids, similarity_lse
+from ..distributed import Group, Ranks, copies, gather, pair_contrast_over, ranks_of, similarity_lse
 from ..ops import logsumexp
 from ..ops.pair_contrast import pair_contrast
+from ._pairs import own_ids, row_and_best
 from .checks import check_alike, check_features, check_ids, check_options, promoted, scale_of
 from .formulas import beaten, logaddexp, reduce
 
 BLOCK = 2**20  # scores that a guide decides on at a time
 
-# Who is contrasted with whom: 0 anchors, 1 positives, 2 hard negatives; the second may be missing.
+# Who is contrasted with whom: 0 anchors, 1 positives, 2 hard negatives, which may be missing.
 _DIRECTIONS = {
     "query_to_doc": ((0, 1), (0, 2)),
     "query_to_query": ((0, 0),),
@@ -124,19 +126,7 @@ def mnrl(
     scale = scale_of(temperature, logit_scale, anchor, ranks)
     check_directions(directions, partition)
     directions = [name for name in _DIRECTIONS if name in directions]  # a set has another order in each process
-    N, D = anchor.shape
-    if negatives is not None:
-        check_alike("negatives", negatives, "anchor", anchor, "[N, H, D]")
-        if negatives.shape[:-2] != (N,):
-            raise ValueError(f"negatives must be [{N}, H, {D}] or H tensors [{N}, {D}], not {describe(negatives)}")
-    if ids is not None:
-        check_ids("ids", ids, (N,), anchor)
-    if negative_ids is not None:
-        if ids is None or negatives is None:
-            raise ValueError("negative_ids needs negatives and ids: the ids of the anchors to compare them with")
-        if "doc_to_doc" in directions:
-            raise ValueError("negative_ids cannot go with doc_to_doc, which leaves out negatives by their row")
-        check_ids("negative_ids", negative_ids, tuple(negatives.shape[:2]), anchor)
+    _check_negatives(anchor, negatives, ids, negative_ids, directions)
     if guide is not None:
         guide = _checked_guide(guide, anchor, negatives)
     margin = checked_margin(margin, margin_strategy, scale, guide)
@@ -146,93 +136,139 @@ def mnrl(
         mode = "two_way" if two_way else "one_way"
         contrast = pair_contrast if ranks is None else pair_contrast_over(ranks)
         losses, toward, best = contrast(anchor, positive, scale, ids, mode, normalize, stats)
-        loss = reduce(losses.mean(0), reduction, ranks=ranks)
-        return (loss, beaten(best, toward, ranks)) if stats else loss
+    else:
+        features, hard = [anchor, positive], 0
+        if negatives is not None:
+            features, hard = [anchor, positive, negatives.flatten(0, 1)], negatives.shape[1]
+        if normalize:
+            features = [unit(x) for x in features]
+        cosine = dots(*features[:2])
+        toward = times(cosine, scale)
+        limit = _limit(cosine, guide, margin, margin_strategy)
+        batch = _Batch(features, hard, scale, ids, negative_ids, guide, limit, stats, ranks)
+        terms = _terms(batch, directions)
+        if partition == "joint":
+            terms = {"all": [term for of_direction in terms.values() for term in of_direction]}
+        negative = stack([fold(logaddexp, [row for row, _ in of_one]) for of_one in terms.values()])
+        if partition == "joint" and two_way:  # the second positive, in rows with any negative
+            negative = torch.where(negative == -math.inf, negative, logaddexp(negative, toward.expand_as(negative)))
+        losses = pair_loss(negative, toward)
+        if stats:
+            best = stack([fold(torch.maximum, [top for _, top in of_one]) for of_one in terms.values()])
+    loss = reduce(losses.mean(0), reduction, ranks=ranks)
+    if stats:
+        return loss, beaten(best, toward, ranks)
+    return loss
 
-    features = [anchor, positive] if negatives is None else [anchor, positive, negatives.flatten(0, 1)]
-    if normalize:
-        features = [unit(x) for x in features]
-    cosine = dots(*features[:2])
-    toward = times(cosine, scale)
-    rows = row_ids(N, anchor.device, ranks)
-    limit = None  # what a row's negatives must not exceed
-    if margin is not None:
-        limit = cosine.detach() if guide is None else dots(*guide[:2])
-        limit = limit + margin * (limit.abs() if margin_strategy == "relative" else 1)
 
-    # The log-sum-exp over the negatives of each direction, and the best of them.
-    found = {direction: [] for direction in directions}
-    one_pass = two_way and limit is None  # for query_to_doc and doc_to_query
-    of_negatives = ranks if negatives is None else copies(ranks, negatives.shape[1])
-    sides = [(name, a, b) for name in directions for a, b in _DIRECTIONS[name]]
-    for name, a, b in sides:
-        if b == len(features) or (one_pass and name == "doc_to_query"):
-            continue
-        q, k, keys = features[a], features[b] if a != b else None, ranks if b < 2 else of_negatives
-        if b < 2:
-            q_ids = k_ids = rows if ids is None else ids
-        elif a == 1:  # all but its own hard negatives
-            q_ids, k_ids = rows, rows.repeat_interleave(negatives.shape[1])
-        else:
-            q_ids, k_ids = (None, None) if negative_ids is None else (ids, negative_ids.flatten())
-        if guide is not None:
-            k, k_guide, k_ids = (None if x is None else gather(x, keys) for x in (features[b], guide[b], k_ids))
-            found[name].append(_guided_lse(q, k, scale, q_ids, k_ids, guide[a], k_guide, limit))
-        elif one_pass and (a, b) == (0, 1):
-            options = dict(q_ids=q_ids, k_ids=k_ids, columns=True, best=stats)
-            row, column, *top = similarity_lse(q, k, scale, **options, ranks=keys)
-            top, other_top = top[0].chunk(2) if stats else (None, None)
-            found[name].append((row, top))
-            found["doc_to_query"].append((column, other_top))
-        else:
-            factor = scale.detach() if isinstance(scale, Tensor) else scale
-            q_limit = None if limit is None else limit * factor
-            k_ids = None if k is None else k_ids
-            options = dict(q_ids=q_ids, k_ids=k_ids, q_limit=q_limit, best=stats)
-            out = similarity_lse(q, k, scale, **options, ranks=keys)
-            found[name].append(out if stats else (out, None))
+def _limit(cosine: Tensor, guide: list[Tensor] | None, margin: float | None, margin_strategy: str) -> Tensor | None:
+    """What the similarities of a row's negatives must not exceed [N]."""
+    if margin is None:
+        return None
+    similarity = cosine.detach() if guide is None else dots(*guide[:2])
+    if margin_strategy == "relative":
+        return similarity + margin * similarity.abs()
+    return similarity + margin
 
-    if partition == "joint":
-        found = {"all": [term for terms in found.values() for term in terms]}
-    negative = stack([fold(logaddexp, [row for row, _ in terms]) for terms in found.values()])
-    if partition == "joint" and two_way:  # the second positive, in rows with any negative
-        negative = torch.where(negative == -math.inf, negative, logaddexp(negative, toward.expand_as(negative)))
-    loss = reduce(pair_loss(negative, toward).mean(0), reduction, ranks=ranks)
-    if not stats:
-        return loss
-    best = stack([fold(torch.maximum, [top for _, top in terms]) for terms in found.values()])
-    return loss, beaten(best, toward, ranks)
+
+class _Batch(NamedTuple):
+    """What is contrasted, and how."""
+
+    features: list[Tensor]  # [N, D] anchors, positives and, [N H, D], hard negatives
+    hard: int  # H
+    scale: float | Tensor
+    ids: Tensor | None
+    negative_ids: Tensor | None
+    guide: list[Tensor] | None  # as features
+    limit: Tensor | None
+    stats: bool
+    ranks: Ranks | None
+
+
+def _terms(batch: _Batch, directions: Sequence[str]) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
+    """Of each direction the log-sum-exps [N] over its negatives, and the best of them [N] with `stats`."""
+    sides = {name: [side for side in _DIRECTIONS[name] if side[1] < len(batch.features)] for name in directions}
+    terms = {name: [] for name in directions}
+    if _TWO_WAY <= set(directions) and batch.limit is None:  # one pass for both
+        row, column = _over_both(batch)
+        terms["query_to_doc"].append(row)
+        terms["doc_to_query"].append(column)
+        sides["query_to_doc"].remove((0, 1))
+        sides["doc_to_query"].remove((1, 0))
+    for name in directions:
+        terms[name] += [_over(batch, a, b) for a, b in sides[name]]
+    return terms
+
+
+def _over_both(batch: _Batch) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """Anchors over positives, and positives over anchors."""
+    (q, k, *_), (q_ids, k_ids) = batch.features, _ids_of(batch, 0, 1)
+    options = dict(q_ids=q_ids, k_ids=k_ids, columns=True, best=batch.stats, ranks=batch.ranks)
+    row, column, *best = similarity_lse(q, k, batch.scale, **options)
+    if not batch.stats:
+        return (row, None), (column, None)
+    of_row, of_column = best[0].chunk(2)
+    return (row, of_row), (column, of_column)
+
+
+def _over(batch: _Batch, a: int, b: int) -> tuple[Tensor, Tensor | None]:
+    """Rows a over rows b."""
+    q, k, ranks = batch.features[a], batch.features[b], batch.ranks
+    if b == 2:
+        ranks = copies(ranks, batch.hard)
+    q_ids, k_ids = _ids_of(batch, a, b)
+    if batch.guide is not None:
+        guide_q, guide_k = batch.guide[a], gather(batch.guide[b], ranks)
+        if k_ids is not None:
+            k_ids = gather(k_ids, ranks)
+        return _guided_lse(q, gather(k, ranks), batch.scale, q_ids, k_ids, guide_q, guide_k, batch.limit)
+    limit = batch.limit
+    if limit is not None:
+        limit = limit * (batch.scale.detach() if isinstance(batch.scale, Tensor) else batch.scale)
+    if a == b:  # rows among themselves
+        k = k_ids = None
+    options = dict(q_ids=q_ids, k_ids=k_ids, q_limit=limit, ranks=ranks)
+    return row_and_best(q, k, batch.scale, best=batch.stats, **options)
+
+
+def _ids_of(batch: _Batch, a: int, b: int) -> tuple[Tensor | None, Tensor | None]:
+    """The ids of rows a and rows b, equal where they are not negatives of each other."""
+    if b < 2:
+        ids = own_ids(batch.ids, batch.features[0], batch.ranks)
+        return ids, ids
+    if a == 1:  # all but its own hard negatives
+        rows = own_ids(None, batch.features[0], batch.ranks)
+        return rows, rows.repeat_interleave(batch.hard)
+    if batch.negative_ids is None:
+        return None, None
+    return batch.ids, batch.negative_ids.flatten()
 
 
 def _guided_lse(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
     """The log-sum-exp [N] over the keys that the guide finds no more similar than `limit`, and their best score [N]."""
-    N, size = q.shape[0], max(1, BLOCK // max(1, k.shape[0]))
     from torch.utils.checkpoint import checkpoint  # late: with it torch 2.6 imports sympy
 
-    # torch.func has no checkpoints.
-    again = _at_once if transformed() else partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    blocks = [
-        again(
-            _guided_block, q[i : i + size], k, scale, None if q_ids is None else q_ids[i : i + size], k_ids,
-            guide_q[i : i + size], guide_k, limit[i : i + size],
-        )
-        for i in (range(0, N, size) if N > size else (0,))  # a range ties compiled code to N
-    ]  # fmt: skip
+    block = partial(checkpoint, _guided_block, use_reentrant=False, preserve_rng_state=False)
+    if transformed():  # torch.func has no checkpoints
+        block = _guided_block
+    N, size = q.shape[0], max(1, BLOCK // max(1, k.shape[0]))
+    blocks = []
+    for i in range(0, N, size) if N > size else (0,):  # a range ties compiled code to N
+        of_rows = [None if x is None else x[i : i + size] for x in (q, q_ids, guide_q, limit)]
+        blocks.append(block(*of_rows, k, scale, k_ids, guide_k))
     row, best = zip(*blocks, strict=True)
     return cat(row), cat(best)
 
 
-def _at_once(function, *args):
-    return function(*args)
-
-
-def _guided_block(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
+def _guided_block(q, q_ids, guide_q, limit, k, scale, k_ids, guide_k):
     out = product(guide_q, guide_k.T) > limit.unsqueeze(1)
     if q_ids is not None:
         out = out | (q_ids.unsqueeze(1) == k_ids)
     s = (product(wide(q), wide(k).T) * scale).masked_fill(out, -math.inf)
     row = logsumexp(s)
-    return row, s.detach().amax(1) if s.shape[1] else row.detach()
+    if s.shape[1] == 0:
+        return row, row.detach()
+    return row, s.detach().amax(1)
 
 
 def _stacked(name: str, x: Tensor | Sequence[Tensor]) -> Tensor:
@@ -249,12 +285,29 @@ def _stacked(name: str, x: Tensor | Sequence[Tensor]) -> Tensor:
     return stack(x, 1)
 
 
+def _check_negatives(anchor, negatives, ids, negative_ids, directions) -> None:
+    N, D = anchor.shape
+    if negatives is not None:
+        check_alike("negatives", negatives, "anchor", anchor, "[N, H, D]")
+        if negatives.shape[:-2] != (N,):
+            raise ValueError(f"negatives must be [{N}, H, {D}] or H tensors [{N}, {D}], not {describe(negatives)}")
+    if ids is not None:
+        check_ids("ids", ids, (N,), anchor)
+    if negative_ids is not None:
+        if ids is None or negatives is None:
+            raise ValueError("negative_ids needs negatives and ids: the ids of the anchors to compare them with")
+        if "doc_to_doc" in directions:
+            raise ValueError("negative_ids cannot go with doc_to_doc, which leaves out negatives by their row")
+        check_ids("negative_ids", negative_ids, tuple(negatives.shape[:2]), anchor)
+
+
 def check_directions(directions: Sequence[str], partition: str) -> None:
     listed = isinstance(directions, Collection) and not isinstance(directions, (str, Tensor))
     named = listed and all(isinstance(name, str) for name in directions)
     known = named and set(directions) <= set(_DIRECTIONS)
     if not known or "query_to_doc" not in directions or len(set(directions)) < len(directions):
-        names, given = ", ".join(map(repr, _DIRECTIONS)), repr(list(directions)) if named else shown(directions)
+        names = ", ".join(map(repr, _DIRECTIONS))
+        given = repr(list(directions)) if named else shown(directions)
         raise ValueError(f"directions must be some of {names}, 'query_to_doc' among them, not {given}")
     check_choice("partition", partition, "joint", "per_direction")
     if partition == "per_direction" and not set(directions) <= _TWO_WAY:

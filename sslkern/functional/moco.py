@@ -64,7 +64,7 @@ def moco(
         >>> memory.push(key)  # also allowed before the backward
         >>> loss.backward()
     """
-    ranks, ring = None, queue
+    ranks, given_queue = None, queue
     if group is not None:
         given = dict(query=query, key=key, queue=queue, temperature=temperature, logit_scale=logit_scale)
         options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
@@ -79,14 +79,16 @@ def moco(
     label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
     check_weights(weights, query.shape[0], query)
     if ptr is not None:
-        check_push(ring, ptr, key, normalize)
+        check_push(given_queue, ptr, key, normalize)
     scale, key, queue = scale_of(temperature, logit_scale, query, ranks), key.detach(), queue.detach()
     options = dict(normalize=normalize, unit_bank=False, reduction=reduction, stats=stats, weights=weights)
-    then = ptr if queue.dtype == ring.dtype and ranks is None else None  # promoted, it is a copy
     options |= dict(label_smoothing=label_smoothing, ranks=ranks)
-    result = over_bank(query, key, queue, scale, **options, ptr=then)
-    if then is not ptr:
-        queue_push_(ring, ptr, gather(key, ranks), normalize)
+    if ranks is None and queue.dtype == given_queue.dtype:
+        return over_bank(query, key, queue, scale, **options, ptr=ptr)
+    # The keys of all ranks are pushed, and onto the queue that was given: promoted, it is a copy.
+    result = over_bank(query, key, queue, scale, **options)
+    if ptr is not None:
+        queue_push_(given_queue, ptr, gather(key, ranks), normalize)
     return result
 
 
@@ -153,4 +155,6 @@ def moco_v3(
     options = dict(logit_scale=scale, ids=ids, normalize=normalize, label_smoothing=label_smoothing, reduction="none")
     options |= dict(group=within(ranks) or group)
     losses = info_nce(query0, key1.detach(), **options) + info_nce(query1, key0.detach(), **options)
-    return reduce(losses * (2 / scale) if times_2t else losses, reduction, weights, ranks)
+    if times_2t:
+        losses = losses * (2 / scale)
+    return reduce(losses, reduction, weights, ranks)

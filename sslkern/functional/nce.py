@@ -104,7 +104,9 @@ def nce(
         strategy=strategy,
         grad_reduce=grad_reduce,
     )
-    return (loss, share) if stats else loss
+    if stats:
+        return loss, share
+    return loss
 
 
 def nce_and_log_z(
@@ -136,7 +138,8 @@ def nce_and_log_z(
     _check(query, bank, index, scale, form, log_z, weights, ranks)
     if log_z is not None:
         log_z = scalar("log_z", log_z, query)
-    query = unit(query) if normalize else query
+    if normalize:
+        query = unit(query)
     losses, share, log_z = _losses_over(replicated(bank, ranks), query, index, scale, form, log_z, stats, ranks)
     return reduce(losses, reduction, weights, ranks), share, log_z
 
@@ -170,7 +173,10 @@ def _losses_over(bank, query, index, scale, form, log_z, stats, ranks):
             M, K = bank.shape[0], index.shape[1] - 1
             if log_z is None:
                 log_z = _estimated_log_z(logits, M, ranks)
-            logits = logits - (log_z + (log(K / M, logits) if K > 0 else -math.inf))
+            noise = -math.inf
+            if K > 0:
+                noise = log(K / M, logits)
+            logits = logits - (log_z + noise)
             losses = softplus(-logits[:, 0]) + softplus(logits[:, 1:]).sum(1)
         else:
             losses = pair_loss(logits[:, 1:].logsumexp(1), logits[:, 0])
@@ -318,7 +324,8 @@ def checked_views(views: Sequence[Tensor], ranks: Ranks | None = None) -> Sequen
     """Two views or more, of one shape and type."""
     if not isinstance(views, (Sequence, Tensor)) or isinstance(views, str) or len(_each(views)) < 2:
         raise ValueError(f"views must be two tensors [N, D] or more, not {describe(views)}")
-    views = views if isinstance(views, Tensor) else promoted(*views)
+    if not isinstance(views, Tensor):
+        views = promoted(*views)
     for i, view in enumerate(views):
         check_features(f"views[{i}]", view, ranks)
         check_alike(f"views[{i}]", view, "views[0]", views[0])
@@ -367,14 +374,18 @@ def cmc_and_log_z(
         of_pair, _, of_z = _losses_over(banks[bank], views[view], index, scale, form, known, False, ranks)
         losses.append(reduce(of_pair, reduction, weights, ranks))
         used.append(of_z)
-    return stack(losses).sum(0), stack(used) if form == "nce" else None
+    loss = stack(losses).sum(0)
+    if form == "nce":
+        return loss, stack(used)
+    return loss, None
 
 
 def _checked_banks(banks: Sequence[Tensor], count: int) -> Sequence[Tensor]:
     """As many banks as views, of one shape and type."""
     if not isinstance(banks, (Sequence, Tensor)) or len(_each(banks)) != count:
         raise ValueError(f"banks must be {count} tensors [M, D], one for each view")
-    banks = banks if isinstance(banks, Tensor) else promoted(*banks)
+    if not isinstance(banks, Tensor):
+        banks = promoted(*banks)
     check_features("banks[0]", banks[0])
     for i, bank in enumerate(banks):
         check_alike(f"banks[{i}]", bank, "banks[0]", banks[0])
@@ -382,4 +393,6 @@ def _checked_banks(banks: Sequence[Tensor], count: int) -> Sequence[Tensor]:
 
 
 def _each(tensors):
-    return () if isinstance(tensors, Tensor) and tensors.ndim == 0 else tensors
+    if isinstance(tensors, Tensor) and tensors.ndim == 0:
+        return ()
+    return tensors

@@ -83,7 +83,9 @@ def nnclr(
     options = dict(two_way=two_way, logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction)
     options |= dict(stats=stats, group=ranks or group)
     first, second = (info_nce(*pair, None, temperature, **options) for pair in ((near0, p1), (near1, p0)))
-    return tuple((a + b) / 2 for a, b in zip(first, second, strict=True)) if stats else (first + second) / 2
+    if stats:
+        return tuple((a + b) / 2 for a, b in zip(first, second, strict=True))
+    return (first + second) / 2
 
 
 def nearest_neighbors(z: Tensor, support: Tensor, *, normalize: bool = True) -> Tensor:

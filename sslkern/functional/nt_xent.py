@@ -11,9 +11,9 @@ from ..common.numbers import check_number
 from ..common.rows import unit
 from ..common.sums import pair_loss, times
 from ..common.tensors import wide
-from ..distributed import Group, Ranks, copies, pair_contrast_over, ranks_of, row_ids, similarity_lse
+from ..distributed import Group, Ranks, copies, pair_contrast_over, ranks_of, similarity_lse
 from ..ops.pair_contrast import pair_contrast
-from ._pairs import above_mean, over_different, two_views
+from ._pairs import above_mean, over_different, own_ids, two_views
 from .checks import check_alike, check_features, check_ids, check_options, check_pair, check_weights, promoted, scale_of
 from .formulas import at_once_of, beaten, reduce, rows_of_views
 
@@ -96,8 +96,11 @@ def nt_xent(
         loss = loss + label_smoothing * scale * smooth.view_as(loss)
     if at_once == "none":
         loss = reduce(loss, reduction, weights, ranks)
-        loss = loss.view(-1) if reduction == "none" else loss
-    return (loss, beaten(best, positive, ranks)) if stats else loss
+        if reduction == "none":
+            loss = loss.view(-1)
+    if stats:
+        return loss, beaten(best, positive, ranks)
+    return loss
 
 
 def nt_xent_multi_view(
@@ -153,11 +156,9 @@ def nt_xent_multi_view(
     check_options(reduction, group, strategy, grad_reduce, normalize=normalize)
     check_weights(weights, N, z)
     scale = scale_of(temperature, logit_scale, z, ranks)
-    if ids is None:
-        ids = row_ids(N, z.device, ranks)
-    else:
-        check_ids("ids", ids, (N,), z)
-    z = unit(z) if normalize else z
+    ids = own_ids(ids, z[0], ranks)
+    if normalize:
+        z = unit(z)
     rows = z.reshape(V * N, D)
     negative = similarity_lse(rows, scale=scale, q_ids=ids.repeat(V), ranks=copies(ranks, V)).view(V, N, 1)
     # The V x V scores within each sample, [V, N, V], then without that of a view with itself.
@@ -191,4 +192,6 @@ def _stacked(views: Tensor | Sequence[Tensor], ranks: Ranks | None) -> Tensor:
 
 
 def _what(views) -> str:
-    return f"{len(views)}" if isinstance(views, (list, tuple)) else describe(views)
+    if isinstance(views, (list, tuple)):
+        return str(len(views))
+    return describe(views)

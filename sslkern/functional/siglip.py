@@ -72,18 +72,24 @@ def siglip(
     N = image.shape[0]
     if ids is not None:
         check_ids("ids", ids, (N,), image)
-    whole = pair_sigmoid(image, text, scale, bias, ids, normalize, reduction) if ranks is None else None
-    if whole is not None:
-        return whole
+    if ranks is None:
+        loss = pair_sigmoid(image, text, scale, bias, ids, normalize, reduction)
+        if loss is not None:
+            return loss
     if ids is None and ranks is None:
         ids = row_numbers(N, 1, image.device, keep=past_dispatcher())
     elif ids is None:
         ids = row_ids(N, image.device, ranks)
-    image, text, cosine = unit_pairs(image, text) if normalize else (image, text, dots(image, text))
+    if normalize:
+        image, text, cosine = unit_pairs(image, text)
+    else:
+        cosine = dots(image, text)
     positives = softplus(-(times(cosine, scale) + bias))
     if reduction == "none":
         rows = similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids, rows=True, ranks=ranks)
         return own_rows(positives + rows, ranks)
     share = total(positives) + similarity_softplus(image, text, scale, bias, q_ids=ids, k_ids=ids, ranks=ranks)
     loss = over_ranks(share, ranks)
-    return loss / all_rows(N, ranks) if reduction == "mean" else loss
+    if reduction == "mean":
+        return loss / all_rows(N, ranks)
+    return loss

@@ -100,11 +100,11 @@ def sup_con(
             labels = row_ids(N, z.device, ranks)
         _check_labels(labels, N, z, form)
         check_weights(weights, N, z)
+        check_options(reduction, group, strategy, grad_reduce, normalize=normalize)
         scale = scale_of(temperature, logit_scale, z, ranks)
         options = dict(form=form, logit_scale=scale, normalize=normalize, reduction="none")
         options |= dict(group=copies(within(ranks), V) or group)
         losses = sup_con(z.reshape(N * V, D), labels.repeat_interleave(V, 0), **options).view(N, V)
-        check_options(reduction, group, strategy, grad_reduce)
         return reduce(losses.t(), reduction, weights, ranks).t()
     if not isinstance(z, Tensor) or z.ndim != 2:
         raise ValueError(f"z must be a tensor [N, D] or [N, V, D], not {describe(z)}")
@@ -116,14 +116,22 @@ def sup_con(
     check_options(reduction, group, strategy, grad_reduce, normalize=normalize)
     check_weights(weights, N, z)
     scale = scale_of(temperature, logit_scale, z, ranks)
-    if labels.ndim == 2:
-        return reduce(_several_labels(unit(z) if normalize else z, labels, scale, ranks), reduction, weights, ranks)
+    if normalize:
+        z = unit(z)
+    if labels.ndim == 1:
+        losses = _one_label(z, labels, scale, form, ranks)
+    else:
+        losses = _several_labels(z, labels, scale, ranks)
+    return reduce(losses, reduction, weights, ranks)
 
+
+def _one_label(z: Tensor, labels: Tensor, scale: float | Tensor, form: str, ranks: Ranks | None) -> Tensor:
+    """[N] losses: the log-sum-exp over all others minus the mean score of the positives ("out"), or minus the logarithm
+    of the mean of their exponentials ("in")."""
     # Sorted by label, rows meet their positives near the diagonal only: the pass over the positives costs next to
     # nothing, and keeping them apart from the negatives keeps the digits of tiny losses.
     labels, order = labels.sort()
-    z = unit(z) if normalize else z
-    z = z.gather(0, order.unsqueeze(1).expand(N, D))  # whose backward is faster than that of z[order]
+    z = z.gather(0, order.unsqueeze(1).expand_as(z))  # whose backward is faster than that of z[order]
     negative = similarity_lse(z, scale=scale, q_ids=labels, ranks=ranks)
     positive = similarity_lse(z, scale=scale, q_ids=labels, pairs="same", ranks=ranks)
     of_label, count = sum_of_equal(z, labels, labels, ranks)
@@ -135,8 +143,7 @@ def sup_con(
     else:
         mean = dots(z, of_label - wide(z)) * scale / count.clamp_min(1)
         losses = losses + (positive - mean).masked_fill(alone | twins, 0)
-    losses = torch.zeros_like(losses).scatter(0, order, losses)
-    return reduce(losses, reduction, weights, ranks)
+    return torch.zeros_like(losses).scatter(0, order, losses)
 
 
 def _several_labels(z: Tensor, labels: Tensor, scale: float | Tensor, ranks: Ranks | None) -> Tensor:
