@@ -1,5 +1,6 @@
 """Who shares a batch: the `group=` of a loss, and how its rows are spread over the ranks."""
 
+import sys
 import warnings
 from typing import TYPE_CHECKING, NamedTuple, Union
 
@@ -107,10 +108,13 @@ def alone() -> None:
     if _warned or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     _warned = True
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("sslkern", "torch"):
+        frame, level = frame.f_back, level + 1  # to whoever called the loss, or made a module of it
     warnings.warn(
         "group=None is the loss of this process's rows alone, and its process is one of"
         f" {dist.get_world_size()}; pass group='world' for the loss of the rows of all, or filter this warning",
-        stacklevel=4,
+        stacklevel=level,
     )
 
 

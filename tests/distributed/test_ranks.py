@@ -49,22 +49,24 @@ def test_a_group_has_several_names(pool, ranks):
 
 def alone(group):
     z = views(group)
-    module = sys.modules["sslkern.distributed.ranks"]
-    module._warned = False  # another test may have been the first
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loss = [nt_xent(*z, 0.1) for _ in range(2)][0]
-    said = [w.filename for w in caught if "group=None is the loss of this process's rows alone" in str(w.message)]
+    module, said = sys.modules["sslkern.distributed.ranks"], []
+    made = sslkern.CLIPLoss()
+    for call in (nt_xent, lambda *z: clip(*z, 3.0), made, lambda *z: sslkern.NTXentLoss()(*z)):
+        module._warned = False  # another test may have been the first
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss = [call(*z) for _ in range(2)][0]
+        said += [w.filename for w in caught if "group=None is the loss of this process's rows alone" in str(w.message)]
     other = dist.GroupMember.NON_GROUP_MEMBER
     with pytest.raises(ValueError, match="group does not hold this process"):
         nt_xent(*z, 0.1, group=other)
-    return loss.item(), said, nt_xent(*z, 0.1, group=group).item()
+    return loss.item(), said, nt_xent(*z, group=group).item()
 
 
 def test_no_group_is_this_process_and_says_so_once(pool):
     answers = pool.run(alone, ranks=1)
     assert answers[0][0] == answers[0][2]  # one rank has the bits of no group
-    assert len(answers[0][1]) == 1 and answers[0][1][0] == __file__
+    assert answers[0][1] == [__file__] * 4
     assert len({loss for loss, _, _ in pool.run(alone, ranks=W)}) == W
 
 
