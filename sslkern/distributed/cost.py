@@ -13,6 +13,10 @@ product for a block of n x n scores, 2 n^2 D flop. What a rank moves, and holds 
 and the gradients, d for each set of rows. The last k are the views as one tensor. Who has gathered the keys does not
 move them again in the backward. (Gloo has what it gathers a second time until it has.)
 
+The backward of q with itself visits each pair of ranks from both sides, and no gradient travels. A triangle, which
+visits it once, would make both gradients of a block: 3 W/2 passes, if a block computes its scores once for them, and
+W/2 (k + 2 s + d). See `by_triangle`.
+
 All_gather exchanges, then computes. The ring does both at the same time, step by step (schedule.py), and takes the
 longer of the two; but it computes in W blocks what the other does in one, each of which costs a launch. What a device
 can do are assumptions, DEVICES, rounded figures of data sheets; nothing of it has been measured.
@@ -91,6 +95,14 @@ def cost(strategy: str, problem: Problem, device: Device) -> Cost:
         held = 2 * keys + 4 * gradient + W * sums if strategy == "ring" else W * (keys + 2 * gradient)
         memory = 2 * gradient + held
     return Cost(forward, backward, memory)
+
+
+def by_triangle(problem: Problem, device: Device, passes: int = 3) -> Phase:
+    """What the backward of q with itself would cost as a ring that visits each pair of ranks once. passes: of a block
+    whose kernel makes both gradients; 4 where it computes the scores anew for each."""
+    n, D, W, _, b = problem
+    a = max(b, 4)
+    return _overlapped(triangle(0, W), problem, device, passes, n * (D * b + 8) + 2 * n * a, n * D * a)
 
 
 def _overlapped(schedule: Schedule, problem: Problem, device: Device, passes: int, keys: int, result: int) -> Phase:

@@ -92,7 +92,7 @@ def mnrl(
         reduction: "mean" or "sum" over the N pairs, or "none".
         stats: also return the share of pairs whose positive beats every negative.
         group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. With a guide all features come
-            together.
+            together, whatever the strategy.
 
     Returns:
         The loss, 0-d, or for "none" [N], in fp32 (fp64). With `stats` a pair of it and the share, 0-d without

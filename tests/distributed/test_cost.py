@@ -1,6 +1,6 @@
 import pytest
 
-from sslkern.distributed.cost import DEVICES, SHARE, Problem, choose, cost
+from sslkern.distributed.cost import DEVICES, SHARE, Problem, by_triangle, choose, cost
 
 GPU = DEVICES["cuda"]
 
@@ -34,6 +34,18 @@ def test_the_ring_hides_what_it_sends_behind_what_it_computes():
     slow = GPU._replace(bandwidth=GPU.bandwidth / 100)
     exposed = cost("ring", problem, slow).forward.exposed
     assert exposed > 0.9 * cost("ring", problem, slow).forward.moved / slow.bandwidth
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 64])
+def test_a_triangle_backward_is_fewer_flop_and_no_fewer_bytes(ranks):
+    n, D = 96, 128
+    for b in (2, 4):
+        problem = Problem(n, D, ranks, True, b)
+        owners, once = cost("ring", problem, GPU).backward, by_triangle(problem, GPU)
+        assert once.moved == ranks // 2 * (n * (D * b + 8) + 2 * n * 4 + n * D * 4)
+        assert once.flop == 3 * (2 * (ranks // 2) + 1) * n * n * D
+        assert once.flop < owners.flop or ranks == 2  # of which one has the whole block of both
+        assert by_triangle(problem, GPU, 4).flop >= owners.flop
 
 
 def test_auto_takes_the_quicker_one_and_none_that_does_not_fit():
