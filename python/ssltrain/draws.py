@@ -69,6 +69,11 @@ def rand(*size: int, device=None) -> Tensor:
     return (Draws.current or torch).rand(*size, device=device)
 
 
+def of_batch() -> int:
+    """A number, 0 to 2^63, that is drawn once for the batch, in every process the same; 0 without current draws."""
+    return int(Draws.current.batch.next(1)[0, 0] >> np.uint64(1)) if Draws.current else 0
+
+
 def drawing() -> AbstractContextManager:
     """While this is on, `torch.rand` and `torch.randperm` draw by the current draws, too; all else costs 2 us more."""
     return _Drawing() if Draws.current else nullcontext()

@@ -85,7 +85,7 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
     data = data.to(device)
     method.to(device, torch.float64 if config.precision == "fp64" else None).train()
-    ranks.synchronise(method, device)
+    ranks.normalise(method, device, getattr(method, "parts", None))
     with compiled(method) if config.compile else nullcontext():
         training = Training(method, data, config, out, checkpoint, about or {})
         training.go(report)

@@ -8,6 +8,7 @@ this does nothing.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -172,23 +173,86 @@ class _Loss(nn.Module):
 # ---- Batch normalisation ---------------------------------------------------------------------------------------------
 
 
-def synchronise(method: nn.Module, device: torch.device) -> None:
-    """Batch normalisation by the statistics of all ranks, in place; no name in a checkpoint changes."""
-    if size() == 1:
-        return
+def normalise(method: nn.Module, device: torch.device, parts: int | None) -> None:
+    """Batch normalisation by the statistics of all ranks, or of each of so many parts of the batch of all, in place; no
+    name in a checkpoint changes."""
+    if parts is not None:
+        if parts % size():
+            raise UsageError(
+                f"--shuffle-bn {parts}: there are {size()} processes; choose a multiple of that, for each normalises "
+                "as many parts."
+            )
+        _replace_norms(method, functools.partial(SplitBatchNorm.of, parts=parts), "leave --shuffle-bn out")
+    elif size() > 1:
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm if device.type == "cuda" else SyncBatchNorm.of
+        _replace_norms(method, synced, "train in one process")
+
+
+def _replace_norms(method: nn.Module, replacement: Callable[[nn.Module], nn.Module], otherwise: str) -> None:
     for parent in list(method.modules()):
         for name, child in parent.named_children():
             if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-                synced = nn.SyncBatchNorm.convert_sync_batchnorm if device.type == "cuda" else SyncBatchNorm.of
-                setattr(parent, name, synced(child))
-            elif isinstance(child, _BatchNorm) and not isinstance(child, (SyncBatchNorm, nn.SyncBatchNorm)):
+                setattr(parent, name, replacement(child))
+            elif isinstance(child, _BatchNorm) and not isinstance(child, (_Replaced, nn.SyncBatchNorm)):
                 raise UsageError(
-                    f"--encoder: {type(child).__name__} has no form that works over several processes; choose another "
-                    "encoder, or train in one process."
+                    f"--encoder: {type(child).__name__} has no form that works over several processes or parts; choose "
+                    f"another encoder, or {otherwise}."
                 )
 
 
-class SyncBatchNorm(_BatchNorm):
+class _Replaced(_BatchNorm):
+    """In the place of a batch normalisation, for inputs of any dimensions."""
+
+    @classmethod
+    def of(cls, norm: _BatchNorm):
+        """The same with parameters and buffers that are those of `norm`."""
+        replaced = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        replaced._parameters, replaced._buffers, replaced.training = norm._parameters, norm._buffers, norm.training
+        return replaced
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any that has a batch and channels."""
+
+    def _rate(self) -> float:
+        """What running statistics take of those of this batch, which is counted."""
+        self.num_batches_tracked += 1
+        return 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+
+class SplitBatchNorm(_Replaced):
+    """Batch normalisation of `parts` parts of the batch of all ranks, each by itself, as if each were a GPU's: rows
+    that follow one another, as many in each. Running statistics take the mean of theirs."""
+
+    parts: int
+
+    @classmethod
+    def of(cls, norm: _BatchNorm, parts: int) -> SplitBatchNorm:
+        split = super().of(norm)
+        split.parts = parts
+        return split
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        rows = x.chunk(self.parts // size())
+        if not self.track_running_stats:
+            return torch.cat([self._normalised(part, None, None, 0.0) for part in rows])
+        rate, running = self._rate(), torch.stack([self.running_mean, self.running_var])
+        seen = [running.clone() for _ in rows]  # which each part moves on its own
+        out = torch.cat([self._normalised(part, *moved, rate) for part, moved in zip(rows, seen, strict=True)])
+        mean = torch.stack(seen).mean(0)
+        if size() > 1:
+            dist.all_reduce(mean)
+            mean /= size()
+        self.running_mean.copy_(mean[0])
+        self.running_var.copy_(mean[1])
+        return out
+
+    def _normalised(self, x: Tensor, mean: Tensor | None, var: Tensor | None, rate: float) -> Tensor:
+        return nn.functional.batch_norm(x, mean, var, self.weight, self.bias, True, rate, self.eps)
+
+
+class SyncBatchNorm(_Replaced):
     """Batch normalisation over the ranks of a group, by default all, for devices where torch's refuses.
 
     Exact where the ranks have different numbers of samples, forward and backward, as the gradient of each rank is that
@@ -197,16 +261,6 @@ class SyncBatchNorm(_BatchNorm):
 
     group: dist.ProcessGroup | None = None
 
-    @staticmethod
-    def of(norm: _BatchNorm) -> SyncBatchNorm:
-        """The same with parameters and buffers that are those of `norm`."""
-        synced = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        synced._parameters, synced._buffers, synced.training = norm._parameters, norm._buffers, norm.training
-        return synced
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        """Any that has a batch and channels."""
-
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
@@ -214,8 +268,7 @@ class SyncBatchNorm(_BatchNorm):
         mean, var, count = _Moments.apply(x.to(dtype), self.group)
         if self.track_running_stats:
             with torch.no_grad():
-                self.num_batches_tracked += 1
-                weight = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+                weight = self._rate()
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
                 self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), weight)
         scale = (var + self.eps).rsqrt()

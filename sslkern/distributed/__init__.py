@@ -25,6 +25,7 @@ from .ranks import (
     rows_here,
     within,
 )
+from .shuffled import shuffled
 from .similarity_lse import similarity_lse
 from .similarity_softplus import similarity_softplus
 from .similarity_topk import similarity_topk
@@ -51,6 +52,7 @@ __all__ = [
     "replicated",
     "row_ids",
     "rows_here",
+    "shuffled",
     "similarity_lse",
     "similarity_softplus",
     "similarity_topk",

@@ -81,16 +81,23 @@ def gather_rows(x: Tensor, counts: Sequence[int], name: str) -> Tensor:
 def exchange_rows(x: Tensor, counts: Sequence[int], name: str) -> Tensor:
     """Of x [M, ...], of which counts[r] rows belong to rank r: what every rank has of this one's, [W, N, ...]."""
     group, shape = group_of(name), x.shape[1:]
-    size, rank = group.size(), group.rank()
-    mine = x.new_empty(size, counts[rank], *shape)
+    size, own = group.size(), counts[group.rank()]
     if shape.numel() == 0 or max(counts) == 0:
-        return mine
-    there, here = _through(group, x.contiguous()), _through(group, mine)
-    row = shape.numel() * x.element_size()
-    _count((x.shape[0] - counts[rank]) * row, (size - 1) * counts[rank] * row)
+        return x.new_empty(size, own, *shape)
+    return send_rows(x, counts, [own] * size, name).view(size, own, *shape)
+
+
+def send_rows(x: Tensor, to: Sequence[int], of: Sequence[int], name: str) -> Tensor:
+    """Rows x [N, ...], of which the first to[0] are for rank 0, the next to[1] for rank 1 and so on: what comes here,
+    of[r] rows of rank r, in the order of the ranks."""
+    group, rank = group_of(name), group_of(name).rank()
+    arriving = x.new_empty(sum(of), *x.shape[1:])
+    there, here = _through(group, x.contiguous()), _through(group, arriving)
+    row = x.shape[1:].numel() * x.element_size()
+    _count((sum(to) - to[rank]) * row, (sum(of) - of[rank]) * row)
     with _explained(group):
-        outgoing, incoming = _bytes(there).view(-1), _bytes(here).view(-1)
-        splits = [counts[rank] * row] * size, [count * row for count in counts]
+        incoming, outgoing = _bytes(here).view(-1), _bytes(there).view(-1)
+        splits = [n * row for n in of], [n * row for n in to]
         group.alltoall_base(incoming, outgoing, *splits, dist.AllToAllOptions()).wait()
     return here.to(x.device)
 

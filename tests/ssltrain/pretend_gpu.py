@@ -8,7 +8,7 @@ import sys
 import traceback
 
 import torch
-from ssltrain import augment, encoders, loop, speech
+from ssltrain import augment, encoders, loop, ranks, speech
 from ssltrain.draws import Draws
 from ssltrain.methods.cpc import CPCConfig
 from ssltrain.methods.moco import MoCo
@@ -83,14 +83,19 @@ def build(name: str, channels: int) -> tuple[nn.Module, Tensor | speech.Clips]:
         "simclr": lambda: SimCLR(*parts),
         "moco": lambda: MoCo(*parts, queue=32),
         "moco v3": lambda: MoCo(*parts, version=3),
+        "moco shuffled": lambda: MoCo(*parts, queue=32, shuffle_bn=4),
     }
-    return kinds[name](), images
+    method = kinds[name]()
+    ranks.normalise(method, torch.device("cpu"), getattr(method, "parts", None))
+    return method, images
 
 
 def main() -> None:
     _setup_privateuseone_for_python_backend("gpu", Backend())
     gpu, failed = PretendGPU(), 0
-    for name, channels in [(n, c) for n in ("simclr", "moco", "moco v3") for c in (1, 3)] + [("cpc", 0)]:
+    for name, channels in [(n, c) for n in ("simclr", "moco", "moco v3", "moco shuffled") for c in (1, 3)] + [
+        ("cpc", 0)
+    ]:
         method, batch = build(name, channels)
         method._apply(gpu.to)
         batch = gpu.to(batch) if isinstance(batch, Tensor) else speech.Clips(*map(gpu.to, vars(batch).values()))

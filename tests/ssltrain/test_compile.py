@@ -18,6 +18,7 @@ METHODS = [
     SimCLRConfig(**COMMON),
     MoCoConfig(**COMMON, queue=256),
     MoCoConfig(**COMMON, version=3),
+    pytest.param(MoCoConfig(**COMMON, queue=256, shuffle_bn=8), marks=pytest.mark.slow),
     CPCConfig(batch_size=16, epochs=2, width=8, units=8, precision="fp32", threads=1, device="cpu"),
 ]
 
@@ -50,7 +51,7 @@ def run(out, options, **more):
     return method.state_dict(), state
 
 
-@pytest.mark.parametrize("options", METHODS, ids=["simclr", "moco", "moco v3", "cpc"])
+@pytest.mark.parametrize("options", METHODS, ids=["simclr", "moco", "moco v3", "moco shuffled", "cpc"])
 def test_checkpoints_do_not_tell_and_runs_resume(graphs, tmp_path, options):
     plain, plain_state = run(tmp_path / "plain", options)
     assert not graphs

@@ -13,6 +13,8 @@ from ssltrain.methods.moco import MoCoConfig
 from ssltrain.methods.simclr import SimCLRConfig
 from ssltrain.stopwatch import Stopwatch
 
+import sslkern
+
 COMMON = dict(data="digits", epochs=3, batch_size=64, dim=32, precision="fp32", threads=1, device="cpu")
 CONFIG = SimCLRConfig(**COMMON)
 METHODS = [
@@ -20,8 +22,11 @@ METHODS = [
     SimCLRConfig(**COMMON, version=2),
     MoCoConfig(**COMMON, queue=256),
     MoCoConfig(**COMMON, version=3),
+    MoCoConfig(**COMMON, queue=256, shuffle_bn=8),
 ]
-per_method = pytest.mark.parametrize("options", METHODS, ids=["simclr", "simclr v2", "moco", "moco v3"])
+per_method = pytest.mark.parametrize(
+    "options", METHODS, ids=["simclr", "simclr v2", "moco", "moco v3", "moco shuffled"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,16 @@ def test_resumed_equals_uninterrupted_to_the_bit(images, tmp_path, options, step
     resumed, resumed_state = run(images, tmp_path / "cut", options, checkpoint=checkpoint)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert resumed_state.losses == state.losses and resumed_state.stats == state.stats
+
+
+def test_keys_are_normalised_beside_other_images_than_their_queries(images, tmp_path, monkeypatch):
+    options, seeds = METHODS[-1], []
+    _, shuffled = run(images, tmp_path, options)
+    monkeypatch.setattr(sslkern.distributed, "shuffled", lambda encoder, x, seed: seeds.append(seed) or encoder(x))
+    _, straight = run(images, tmp_path, options)
+    _, whole = run(images, tmp_path, dataclasses.replace(options, shuffle_bn=None))
+    assert len(set(seeds)) == 12  # anew in each step
+    assert len({state.losses[0] for state in (shuffled, straight, whole)}) == 3
 
 
 def test_an_interrupt_leaves_the_signal_handler_as_it_was(images, tmp_path):

@@ -10,6 +10,8 @@ A method is an `nn.Module` with the five things that `ssltrain.loop` asks for:
   `draws.rand` depends on seed, epoch, sample and view alone;
 - `loss(views) -> (loss, stats)`: a scalar to minimise and a dict of detached scalars to show.
 
+A method that has `parts`, and not as None, has each batch normalised in that many parts, not as a whole.
+
 State besides the weights (a queue, a momentum encoder) goes into parameters without gradient and buffers, so that
 checkpoints carry it.
 

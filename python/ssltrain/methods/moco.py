@@ -9,6 +9,9 @@ depend on the batch:
     key encoder <- momentum * key encoder + (1 - momentum) * query encoder                                (equation 2)
 
 Version 3 has no queue: the keys of the batch are the negatives, in both directions, and a predictor follows the query.
+
+With shuffled batch normalisation (section 3.3 of the first) a batch is normalised in parts, and for keys it is drawn
+who is in which: a query and its key do not have the statistics of the same images, by which they could find each other.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 import sslkern
-from ssltrain import augment, encoders
+from ssltrain import UsageError, augment, encoders
 from ssltrain.config import ImageConfig, at_least, one_of, option
+from ssltrain.draws import of_batch
 from ssltrain.images import Images
 from ssltrain.methods.simclr import head, two_views
 
@@ -44,18 +48,40 @@ class MoCoConfig(ImageConfig):
         0.99, "How much of the key encoder stays at each step.", lambda x: 0 <= x < 1, "must be from 0 to below 1"
     )
     queue: int = option(4096, "Keys of earlier batches that serve as negatives (versions 1 and 2).", **at_least(1))
+    shuffle_bn: int | None = option(
+        None,
+        "Normalise each batch in so many parts, as that many GPUs would, and draw for keys who is in which (versions 1 "
+        "and 2). [default: the batch as a whole]",
+        **at_least(2, ", for of one part all are in it"),
+    )
+
+    def check(self) -> MoCoConfig:
+        checked = super().check()
+        if self.shuffle_bn is None:
+            return checked
+        if self.version == 3:
+            raise UsageError(f"--shuffle-bn {self.shuffle_bn}: is for versions 1 and 2; leave it out.")
+        if self.batch_size % self.shuffle_bn or self.batch_size < 2 * self.shuffle_bn:
+            raise UsageError(
+                f"--shuffle-bn {self.shuffle_bn}: does not cut a --batch-size of {self.batch_size} into equal parts of "
+                "two samples or more; choose a number that does."
+            )
+        return checked
 
     def build(self, data: Images) -> MoCo:
         encoder = encoders.build(self.encoder, data.train)
         views = augment.build(data.channels, data.size, self.flip)
-        return MoCo(encoder, views, self.dim, self.temperature, self.version, self.momentum, self.queue)
+        return MoCo(
+            encoder, views, self.dim, self.temperature, self.version, self.momentum, self.queue, self.shuffle_bn
+        )
 
 
 class MoCo(nn.Module):
     """MoCo around any encoder that has the attribute `features`; `encoder` is the query encoder.
 
     `augment` maps float [B, C, H, W] in [0, 1] to the same, each image by a draw of its own. `queue` is the number of
-    keys that versions 1 and 2 keep.
+    keys that versions 1 and 2 keep. With `shuffle_bn` the order of the keys' images is drawn, for an encoder that, as
+    the loop makes it, normalises the batch in so many parts.
 
     >>> from ssltrain import augment, encoders
     >>> images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
@@ -75,9 +101,10 @@ class MoCo(nn.Module):
         version: int = 2,
         momentum: float = 0.99,
         queue: int = 4096,
+        shuffle_bn: int | None = None,
     ):
         super().__init__()
-        self.encoder, self.augment, self.momentum = encoder, augment, momentum
+        self.encoder, self.augment, self.momentum, self.parts = encoder, augment, momentum, shuffle_bn
         self.head = head(encoder.features, dim, layers=version)
         self.key = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
         self.predictor = head(dim, dim, layers=2) if version == 3 else None
@@ -98,7 +125,7 @@ class MoCo(nn.Module):
             first, second = views.chunk(2)
             query = self.queries(first)
             with torch.no_grad():
-                key = self.keys(second)
+                key = sslkern.distributed.shuffled(self.keys, second, of_batch()) if self.parts else self.keys(second)
             with torch.autocast(views.device.type, enabled=False):  # the engine chooses its own precision
                 loss, top1 = self.criterion(query, key)
             return loss, {"top1": top1}
