@@ -6,15 +6,15 @@ A loss here is written densely as people write it, with all scores stored, eager
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from baselines import TEMPERATURE as T
-from baselines import (
+from harness import OURS
+from problems import (
+    CHUNKED,
     Problem,
-    chunked,
-    correlated_pairs,
     gathered_scores,
     memory_bank,
     moco_step,
@@ -24,13 +24,15 @@ from baselines import (
     siglip,
     sup_con,
     two_way,
+    unit,
+    views,
 )
-from harness import OURS, checked_steps
+from problems import TEMPERATURE as T
 
 from sslkern import functional
 
 N, D = 4096, 128
-NAMES = (OURS, "chunked torch", "dense", "compiled dense")
+NAMES = (OURS, CHUNKED, "dense", "compiled dense")
 LOSSES = {}
 
 
@@ -45,21 +47,14 @@ def loss(passes: float, n: int = N, m: int | None = None):
 
 
 def versus(ours, dense, inputs) -> Problem:
-    contenders = {OURS: ours, "chunked torch": chunked(ours), "dense": dense}
-    return Problem(inputs, contenders | {"compiled dense": torch.compile(dense, dynamic=False)}, "dense")
+    return Problem(inputs, ours, dense={"": dense})
 
 
-def renamed(problem: Problem, dense: str, compiled: str | None = None) -> Problem:
-    """A problem of baselines.py, whose dense form has a name of its own."""
-    inputs, c = problem.inputs, problem.contenders
-    named = {OURS: c[OURS], "chunked torch": c["chunked torch"], "dense": c[dense]}
-    if compiled:
-        named["compiled dense"] = c[compiled]
-    return Problem(inputs, named, "dense")
-
-
-def unit(x):
-    return F.normalize(x, dim=-1)
+def renamed(problem: Problem, dense: str) -> Problem:
+    """A problem of problems.py, whose dense form has a name of its own."""
+    if dense in problem.dense:
+        return replace(problem, dense={"": problem.dense[dense]})
+    return replace(problem, rivals={"dense": problem.rivals[dense]})  # it is not compiled
 
 
 def dots(a, b):
@@ -68,7 +63,7 @@ def dots(a, b):
 
 def views_of(n, d, dtype, count=2):
     """count views [n / count, d]; the last axis of what follows is d."""
-    pairs = [correlated_pairs(n // count, d, dtype) for _ in range((count + 1) // 2)]
+    pairs = [views(n // count, d, dtype) for _ in range((count + 1) // 2)]
     flat = [x.detach() + 0.1 * i for i, x in enumerate(x for pair in pairs for x in pair)]
     return tuple(x.requires_grad_() for x in flat[:count])
 
@@ -83,22 +78,22 @@ def others(z0, z1):
 
 @loss(passes=2)
 def simclr(n, d, dtype):
-    return renamed(nt_xent(n, d, dtype), "dense cross_entropy", "compiled dense cross_entropy")
+    return renamed(nt_xent(n, d, dtype), "cross_entropy")
 
 
 @loss(passes=4)
 def clip(n, d, dtype):
-    return renamed(two_way(n, d, dtype), "dense cross_entropy", "compiled dense cross_entropy")
+    return renamed(two_way(n, d, dtype), "cross_entropy")
 
 
 @loss(passes=3)
 def in_batch(n, d, dtype):
-    return renamed(one_way(n, d, dtype), "dense cross_entropy", "compiled dense cross_entropy")
+    return renamed(one_way(n, d, dtype), "cross_entropy")
 
 
 @loss(passes=3)
 def sigmoid(n, d, dtype):
-    return renamed(siglip(n, d, dtype), "dense logsigmoid", "compiled dense logsigmoid")
+    return renamed(siglip(n, d, dtype), "logsigmoid")
 
 
 @loss(passes=2, n=256, m=65_536)
@@ -120,7 +115,7 @@ def moco_v3(n, d, dtype):
 
 @loss(passes=2)
 def supervised(n, d, dtype):
-    return renamed(sup_con(n, d, dtype), "SupContrast", "compiled SupContrast")
+    return renamed(sup_con(n, d, dtype), "SupContrast")
 
 
 @loss(passes=2)
@@ -208,7 +203,7 @@ def matryoshka(n, d, dtype):
 @loss(passes=2 * 2 + 2 * 4)
 def nnclr(n, d, dtype):
     z0, z1 = (x.detach() for x in views_of(2 * n, d, dtype))
-    support = unit(correlated_pairs(4 * n, d, torch.float32)[0].detach()).to(dtype)
+    support = unit(views(4 * n, d, torch.float32)[0].detach()).to(dtype)
 
     def dense(p0, p1):
         losses = 0
@@ -309,7 +304,7 @@ def bank_softmax(n, d, dtype, size=50_000, negatives=16_384):
         return F.cross_entropy(gathered_scores(unit(q), bank, index) / T, torch.zeros(len(q), dtype=torch.long))
 
     ours = lambda q: functional.nce(q, bank, index, T, form="softmax")  # noqa: E731
-    return versus(ours, dense, correlated_pairs(n, d, dtype)[:1])
+    return versus(ours, dense, views(n, d, dtype)[:1])
 
 
 @loss(passes=2 * 2, n=256, m=4096)
@@ -332,6 +327,5 @@ def cmc(n, d, dtype, size=50_000, negatives=4096):
 
 @pytest.mark.parametrize("name", LOSSES)
 def bench_loss(race, name):
-    problem, passes, n, m = LOSSES[name]
-    steps = checked_steps(problem, n, D, "fp32", NAMES)
-    race(steps, seconds=6, floor_flops=passes * 2 * n * m * D, problem=name, n=n, d=D, dtype="fp32", columns=m)
+    build, passes, n, m = LOSSES[name]
+    race(build, n, D, NAMES, seconds=6, floor_flops=passes * 2 * n * m * D, columns=m)

@@ -5,29 +5,26 @@ python -m pytest benchmarks/bench_queue.py
 
 import pytest
 import torch
-from baselines import moco_step
-from harness import DTYPES, OURS, add_peak_memory, checked_steps
+from harness import CPU_DTYPES, DTYPES, OURS
+from problems import CHUNKED, moco_step
 
 from sslkern import ops
 
 BATCH, SIZE, D = 256, 65536, 128
+PUBLISHED = "published MoCo"
 
 
-def bench_goals(race, goal, benchmark):
+def bench_goals(race, goal):
     """The keys are frozen: S and the gradient of the queries, two passes over the queue."""
-    steps = checked_steps(moco_step, BATCH, D, "fp32")
-    flops = 2 * 2 * BATCH * SIZE * D
-    result = race(steps, seconds=20, floor_flops=flops, problem="moco_step", n=BATCH, d=D, dtype="fp32", size=SIZE)
-    add_peak_memory(benchmark, moco_step, BATCH, D, "fp32", list(steps))
+    result = race(moco_step, BATCH, D, [OURS, CHUNKED, PUBLISHED], seconds=20, memory=True, size=SIZE)
     case = f"MoCo step, {BATCH} x {SIZE} x {D}"
-    faster = result.times_faster["published MoCo"]
-    goal(f"{case}: times faster than the published one", faster, at_least=3)
-    peak = benchmark.extra_info["peak_bytes"][OURS]
-    goal(f"{case}: peak extra memory over an N x K tensor's", peak / (BATCH * SIZE * 4), at_most=0.5)
+    goal(f"{case}: times faster than the published one", result.times_faster[PUBLISHED], at_least=3)
+    share = result.peak_bytes[OURS] / (BATCH * SIZE * 4)
+    goal(f"{case}: peak extra memory over an N x K tensor's", share, at_most=0.5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def bench_push(race, dtype):
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+def bench_push(timed, dtype):
     """The write of one batch alone; the published code writes a slice of a queue laid out as (D, K)."""
     keys = torch.randn(BATCH, D).to(DTYPES[dtype])
     ring, ptr = torch.zeros(SIZE, D, dtype=DTYPES[dtype]), torch.zeros(1, dtype=torch.long)
@@ -42,4 +39,4 @@ def bench_push(race, dtype):
     for step in steps.values():
         step()
     assert torch.equal(ring, slices.T) and ptr.item() == position, "queue_push_ wrote something else than the slices"
-    race(steps, seconds=2, problem="queue_push", n=BATCH, d=D, dtype=dtype, size=SIZE)
+    timed(steps, seconds=2, problem="queue_push", n=BATCH, d=D, dtype=dtype, size=SIZE)

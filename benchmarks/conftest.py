@@ -1,53 +1,92 @@
-"""The fixtures `race` and `goal`, and the tables at the end of a run."""
+"""The fixtures `race`, `timed` and `goal`, and the tables at the end of a run."""
 
 import os
-import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
-from harness import OURS, Step, machine, paired_ratio, run_in_turn
+from harness import CPU, OURS, Step, checked_steps, medians, peak_memory, run_in_turn, times_faster
 
 
 @dataclass
 class Result:
-    seconds: dict[str, float]  # median per call of each contender
     times_faster: dict[str, float]  # median over paired rounds of a rival's time by ours
+    peak_bytes: dict[str, int]
 
     def over_dense(self) -> float:
         """How many times faster than the fastest dense form we are."""
         return min(ratio for name, ratio in self.times_faster.items() if "dense" in name)
 
 
+def time_steps(
+    benchmark, steps: dict[str, Step], *, seconds: float, floor_flops: float = 0, **case
+) -> dict[str, float]:
+    """Times the steps in turn, ours first, and keeps the figures and the case for the JSON."""
+    times = run_in_turn(steps, seconds, rounds=benchmark.pedantic)
+    figures = {"seconds": medians(times), "times_faster": times_faster(times)}
+    benchmark.extra_info |= case | figures
+    benchmark.extra_info |= {"rounds": len(times[OURS]), "load_average": round(os.getloadavg()[0], 2)}
+    if floor_flops:
+        rates = {name: floor_flops / t / 1e9 for name, t in figures["seconds"].items()}
+        benchmark.extra_info["gflops_on_floor"] = rates
+    return figures["times_faster"]
+
+
+def race_contenders(
+    benchmark,
+    build: Callable,
+    n: int,
+    d: int,
+    names: Sequence[str],
+    dtype: str = "fp32",
+    phase: str = "both",
+    *,
+    seconds: float,
+    beside: dict[str, Step] | None = None,
+    memory: bool = False,
+    floor_flops: float | None = None,
+    **case,
+) -> Result:
+    """Checks the named contenders of a problem, then times them in turn, and what is given `beside` them; with `memory`
+    the peak of each is measured, too. What else is named describes the case in the JSON."""
+    problem, steps = checked_steps(build, n, d, dtype, names, phase)
+    floor = problem.floor_flops(phase) if floor_flops is None else floor_flops
+    case = dict(problem=build.__name__, n=n, d=d, dtype=dtype, phase=phase) | case
+    faster = time_steps(benchmark, steps | (beside or {}), seconds=seconds, floor_flops=floor, **case)
+    if not memory:
+        return Result(faster, {})
+    peaks = {name: peak_memory(build, name, n, d, dtype) for name in steps}
+    benchmark.extra_info["peak_bytes"] = peaks
+    return Result(faster, peaks)
+
+
+def set_beside_goal(
+    benchmark, what: str, figure: float, *, at_most: float | None = None, at_least: float | None = None
+) -> None:
+    met = figure <= at_most if at_least is None else figure >= at_least
+    bound = f"at most {at_most:g}" if at_least is None else f"at least {at_least:g}"
+    goals = benchmark.extra_info.setdefault("goals", [])
+    goals.append({"what": what, "figure": round(figure, 3), "goal": bound, "met": met})
+
+
+@pytest.fixture
+def timed(benchmark):
+    """timed(steps, seconds=...) times steps in turn."""
+    return partial(time_steps, benchmark)
+
+
 @pytest.fixture
 def race(benchmark):
-    """race(steps, ...) times the steps in turn, ours first, and keeps the figures and the case for the JSON."""
-
-    def run(steps: dict[str, Step], *, seconds: float = 5.0, floor_flops: float | None = None, **case) -> Result:
-        times = run_in_turn(steps, seconds, benchmark.pedantic)
-        medians = {name: statistics.median(t) for name, t in times.items()}
-        result = Result(medians, {name: paired_ratio(times, name) for name in times if name != OURS})
-        benchmark.extra_info |= case
-        benchmark.extra_info |= {"seconds": medians, "times_faster": result.times_faster}
-        benchmark.extra_info |= {"rounds": len(times[OURS]), "load_average": round(os.getloadavg()[0], 2)}
-        if floor_flops:
-            benchmark.extra_info["gflops_on_floor"] = {name: floor_flops / t / 1e9 for name, t in medians.items()}
-        return result
-
-    return run
+    """race(problem, n, d, names, seconds=...) checks contenders and times them in turn."""
+    return partial(race_contenders, benchmark)
 
 
 @pytest.fixture
 def goal(benchmark):
     """goal(what, figure, at_most=... or at_least=...) sets a measured figure beside the one to reach."""
-
-    def record(what: str, figure: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
-        met = figure <= at_most if at_least is None else figure >= at_least
-        bound = f"at most {at_most:g}" if at_least is None else f"at least {at_least:g}"
-        goals = benchmark.extra_info.setdefault("goals", [])
-        goals.append({"what": what, "figure": round(figure, 3), "goal": bound, "met": met})
-
-    return record
+    return partial(set_beside_goal, benchmark)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +101,7 @@ def pytest_configure(config):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.clear()
-    machine_info.update(machine())
+    machine_info.update(CPU.machine())
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

@@ -6,17 +6,16 @@ The cases, the most important first, run in a process of their own, since a fail
 crashed or hung is listed with the reason, and a new process goes on without it. Results are checked before they are
 timed, in turn, a, b, c, a, b, c, by CUDA events; beside them what the library's products take at that moment. Rivals
 are timed once, and `--part profile` tells where the time of ours goes. Results are added to those that OUT has.
+How things are measured stands in harness.py, what is measured in gpu_cases.py.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import gc
-import importlib.metadata
+import functools
 import itertools
 import json
 import os
-import platform
 import queue
 import re
 import statistics
@@ -24,13 +23,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import gpu_report
+import problems
 import torch
-from baselines import chunked
-from gpu_cases import DTYPES, LIBRARY, OURS, PARTS, PASSES, PROBLEMS, Case, Problem, plan, yardsticks
+from gpu_cases import LIBRARY, PARTS, PASSES, PROBLEMS, Case, plan, yardsticks
+from harness import CPU, DTYPES, GPU, OURS, Cpu, Step, as_type, check_exact, checked, medians, run_in_turn, step_of
+from problems import Problem, chunked
 
 from sslkern import functional
 from sslkern.backends.reference import similarity_lse as reference
@@ -39,19 +39,23 @@ PATIENCE = 100  # seconds without a word from the worker: it hangs
 FATAL = re.compile(r"CUDA error|illegal memory access|misaligned address|device-side assert|launch failure", re.I)
 # torch.compile would start one for each core, which takes longer than our few kernels.
 FEW_COMPILERS = {"TORCHINDUCTOR_COMPILE_THREADS": "4"} | os.environ
-PACKAGES = "torch nvidia-cuda-nvrtc nvidia-cuda-nvrtc-cu12 triton memeff inf-cl cut-cross-entropy siglip-kernel".split()
-PACKAGES += "pytorch-metric-learning kornia".split()
 
 # ---- the worker -----------------------------------------------------------------------------------------------------
 
 
-def worker(part: str, done: set[str], skip: set[tuple[str, str]], deadline: float, dry: bool, select: str) -> None:
-    """Measures the selected cases that are not done, and tells what it does in lines of JSON."""
-    device = "cpu" if dry else "cuda"
+def start(dry: bool) -> Cpu:
+    """The device, made ready."""
     if dry:
         torch.set_num_threads(1)
-    else:
-        reference.BLOCK = 2**28  # rows for a GPU, not for the cache of a CPU
+        problems.COMPILER = "eager"
+        return CPU
+    reference.BLOCK = 2**28  # rows for a GPU, not for the cache of a CPU
+    return GPU
+
+
+def worker(part: str, done: set[str], skip: set[tuple[str, str]], deadline: float, dry: bool, select: str) -> None:
+    """Measures the selected cases that are not done, and tells what it does in lines of JSON."""
+    device = start(dry)
     for case in plan(part):
         if case.key in done or not re.search(select, case.key):
             continue
@@ -61,7 +65,7 @@ def worker(part: str, done: set[str], skip: set[tuple[str, str]], deadline: floa
         with contextlib.suppress(Exception):
             torch.compiler.reset()  # it gives up on functions that have met too many shapes
         result = measure(shrunk(case) if dry else case, case.key, skip, device, deadline)
-        release(device)
+        device.release()
         tell("result", key=case.key, **result)
     tell("end")
 
@@ -75,39 +79,36 @@ def shrunk(case: Case) -> Case:
     return dataclasses.replace(case, n=max(32, case.n >> 12), d=max(8, case.d // 8), seconds=0.01)
 
 
-def release(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def measure(case: Case, key: str, skip: set, device: str, deadline: float) -> dict:
+def measure(case: Case, key: str, skip: set, device: Cpu, deadline: float) -> dict:
     """The figures of each contender of a case, and why others have none."""
     torch.set_float32_matmul_precision("highest" if case.dtype == "fp32" else "high")
     contenders, failed = {}, {}
     facts = dataclasses.asdict(case) | {"contenders": contenders, "failed": failed}
     try:
-        problem = case.build(device)
+        problem = case.build(device.name)
         want = None if case.part == "profile" else truth(problem, case)
     except Exception as error:
         failed["the case itself"] = reason(error)
         return facts
-    facts |= {"flops": PASSES[problem.work]["floor"] * problem.pass_flops, "bytes": problem.bytes}
+    facts |= {"flops": problem.floor_flops(), "bytes": problem.bytes}
     steps = {}
     for name, factory in case.contenders(problem).items():
-        if (key, name) in skip or time.time() > deadline:
-            failed[name] = "took its process along, or hung" if (key, name) in skip else "no time left"
+        if (key, name) in skip:
+            failed[name] = "took its process along, or hung"
+            continue
+        if time.time() > deadline:
+            failed[name] = "no time left"
             continue
         tell("contender", name=name)
         try:
-            step = step_of(problem, factory(), case)
+            step = step_of(factory(), problem.inputs, slope=slope(case, problem))
             if case.part == "profile":
-                contenders[name] = {"kernels": profile(step, problem, device)}
+                contenders[name] = {"kernels": add_rates(device.profile(step), problem)}
             else:
                 contenders[name], steps[name] = first_calls(case, name, problem, step, want, device), step
         except Exception as error:
             failed[name] = reason(error)
-        release(device)
+        device.release()
     if case.part in ("headlines", "small"):
         del want
         tell("timing")
@@ -118,26 +119,32 @@ def measure(case: Case, key: str, skip: set, device: str, deadline: float) -> di
     return facts
 
 
-def race(case: Case, problem: Problem, steps: dict[str, Callable], facts: dict, device: str) -> None:
+def race(case: Case, problem: Problem, steps: dict[str, Step], facts: dict, device: Cpu) -> None:
     """Times the contenders and the library's products in turn, as they are and then as CUDA graphs."""
-    contenders, failed, graphs = facts["contenders"], facts["failed"], {}
+    contenders, failed = facts["contenders"], facts["failed"]
     forms = sorted((figures["seconds"], name) for name, figures in contenders.items() if name.startswith("compiled"))
     for _, name in forms[1:]:  # the fastest in its first call is enough, and has the memory
         del steps[name]
-    steps = steps | yardsticks(problem, DTYPES[case.dtype], device)
-    for name, seconds in run_in_turn(steps, case.seconds, device, failed).items():
+    steps = steps | yardsticks(problem, DTYPES[case.dtype], device.name)
+
+    def lost(suffix: str, name: str, error: Exception) -> None:
+        failed[name + suffix] = reason(error)
+
+    times = run_in_turn(steps, case.seconds, device, lost=functools.partial(lost, ""))
+    for name, seconds in medians(times).items():
         contenders.setdefault(name, {})["seconds"] = seconds
-    release(device)
-    failed_graphs: dict[str, str] = {}
-    for name, step in steps.items() if case.graph else ():
-        if name not in failed:
-            try:
-                graphs[name] = captured(step, device)
-            except Exception as error:  # such an error ends the capture, not the process
-                failed_graphs[name] = words(error)
-    for name, seconds in run_in_turn(graphs, case.seconds / 2, device, failed_graphs).items():
+    device.release()
+    if not case.graph:
+        return
+    graphs = {}
+    for name in times:
+        try:
+            graphs[name] = device.captured(steps[name])
+        except Exception as error:  # such an error ends the capture, not the process
+            failed[f"{name}, CUDA graph"] = words(error)
+    times = run_in_turn(graphs, case.seconds / 2, device, lost=functools.partial(lost, ", CUDA graph"))
+    for name, seconds in medians(times).items():
         contenders[name]["graph_seconds"] = seconds
-    failed |= {f"{name}, CUDA graph": why for name, why in failed_graphs.items()}
 
 
 def reason(error: Exception) -> str:
@@ -155,100 +162,58 @@ def words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def step_of(problem: Problem, function: Callable, case: Case, inputs=None) -> Callable:
-    """Forward and backward; returns the loss and a gradient, or None, for each input that wants one."""
-    inputs = problem.inputs if inputs is None else inputs
-    wanted = [x for x in inputs if x.requires_grad]
-    # As a gradient scaler does: gradients of a mean over many rows are too small for fp16.
-    slope = torch.tensor(2.0**16, device=inputs[0].device) if case.dtype == "fp16" else None
-    around = getattr(function, "around", contextlib.nullcontext)
-
-    def step():
-        with around():
-            if problem.plain:
-                return function()
-            loss = function(*inputs)
-            return (loss.detach(), *torch.autograd.grad(loss, wanted, slope, allow_unused=True))
-
-    return step
+def slope(case: Case, problem: Problem) -> torch.Tensor | None:
+    """As a gradient scaler does: gradients of a mean over many rows are too small for fp16."""
+    if case.dtype != "fp16":
+        return None
+    return torch.tensor(2.0**16, device=problem.inputs[0].device)
 
 
 def truth(problem: Problem, case: Case):
     """The result on the reference backend in fp32, with tf32 products unless the case is fp32; None: takes too long."""
     if problem.plain:
-        return chunked(problem.ours)()
+        return chunked(problem.ours)(*problem.inputs)
     if not problem.truth:
         return None
-    return step_of(problem, chunked(problem.ours), case, as_type(problem.inputs, torch.float32))()
+    inputs = as_type(problem.inputs, torch.float32)
+    return step_of(chunked(problem.ours), inputs, slope=slope(case, problem))()
 
 
-def as_type(inputs, dtype: torch.dtype):
-    return [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in inputs]
-
-
-def first_calls(case: Case, name: str, problem: Problem, step: Callable, want, device: str) -> dict:
+def first_calls(case: Case, name: str, problem: Problem, step: Step, want, device: Cpu) -> dict:
     """The checks, the peak memory, and the time of one call."""
     figures = {}
+    ours, others = device.tolerance[case.dtype]
     if name.startswith(OURS):
-        figures["error_of_96_rows"] = check_exact(case, name, device)
+        figures["error_of_96_rows"] = error_of_few_rows(few_rows(case), name, device)
     got = step()
     if want is not None:
-        figures["error"] = checked(got, want, RIVAL_TOLERANCE[case.dtype], least=0.1)
+        figures["error"] = checked(got, want, others, least=0.1)
     else:
-        figures["error_of_1024_losses"] = check_some_losses(problem)
+        figures["error_of_1024_losses"] = check_some_losses(problem, ours)
     assert all(x is None or x.isfinite().all() for x in got), "its result is not finite"
     del got
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    seconds = [seconds_per_call(step, 1, device)]
-    if device == "cuda":
-        figures["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    if seconds[0] < 0.05:  # what is slow is timed once
-        seconds = [seconds_per_call(step, 1, device) for _ in range(5)]
-    return figures | {"seconds": statistics.median(seconds)}
+    figures |= device.seconds_and_peak(step)
+    if figures["seconds"] < 0.05:  # what is slow is timed once
+        figures["seconds"] = statistics.median(device.seconds_per_call(step) for _ in range(5))
+    return figures
 
 
-# Ours against float64 of the same inputs, relative to the norm; everybody at the size itself.
-OURS_TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 1e-2, "fp16": 2e-3}
-RIVAL_TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
-_exact: dict[tuple, float] = {}
+def few_rows(case: Case) -> Case:
+    """What is the same for all cases of a width and a type."""
+    return Case(case.problem, 96, case.d, case.dtype, "headlines", case.scale, alone=case.alone)
 
 
-def check_exact(case: Case, name: str, device: str) -> float:
-    """Ours against the textbook in float64, 96 rows: once for each width and type."""
-    kind = (case.problem, name, case.d, case.dtype, case.scale)
-    if kind not in _exact:
-        problem = case.build(device, rows=96)
-        got = step_of(problem, case.contenders(problem)[name](), case)()
-        if problem.plain:
-            want = chunked(problem.ours)()
-        else:
-            want = step_of(problem, problem.textbook, case, as_type(problem.inputs, torch.float64))()
-        _exact[kind] = checked(got, want, OURS_TOLERANCE[case.dtype])
-    return _exact[kind]
-
-
-def checked(got, want, tolerance: float, least: float = 1e-300) -> float:
-    """The largest error of the loss and the gradients, relative to their norms; of numbers, sums of terms that cancel,
-    to `least` where they are smaller.
-
-    Raises:
-        AssertionError: it is above the tolerance.
-    """
-    errors = []
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        if a is not None:
-            norm = b.double().norm().clamp_min(1e-300 if b.ndim else least)
-            errors.append(((a.double() - b.double()).norm() / norm).item())
-            what = f"result {i}" if i else "the loss"
-            assert errors[-1] <= tolerance, f"wrong: {what} differs by {errors[-1]:.1e} of its norm"
-    return max(errors)
+@functools.cache
+def error_of_few_rows(case: Case, name: str, device: Cpu) -> float:
+    """Of ours against the textbook in float64."""
+    problem = case.build(device.name)
+    exact = problem if problem.plain else case.build(device.name, dtype=torch.float64)
+    function, (tolerance, _) = case.contenders(problem)[name](), device.tolerance[case.dtype]
+    return check_exact(function, problem, exact, tolerance, slope(case, problem))
 
 
 @torch.no_grad()
-def check_some_losses(problem: Problem, count: int = 1024) -> float:
+def check_some_losses(problem: Problem, tolerance: float, count: int = 1024) -> float:
     """NT-Xent where the truth would take too long: the losses of some views, against rows of the whole matrix."""
     *views, scale = problem.inputs
     z, N = torch.cat([x.float() for x in views]), len(views[0])
@@ -256,83 +221,7 @@ def check_some_losses(problem: Problem, count: int = 1024) -> float:
     samples = dict(ids=rows % N, negative_ids=torch.arange(2 * N, device=z.device) % N)
     options = dict(logit_scale=scale, reduction="none")
     want = chunked(functional.info_nce)(z[rows], z[(rows + N) % (2 * N)], z, **samples, **options)
-    return checked((functional.nt_xent(*views, **options)[rows],), (want,), OURS_TOLERANCE["bf16"])
-
-
-def captured(step: Callable, device: str) -> Callable:
-    """The step as a CUDA graph, which must give the same result."""
-    if device == "cpu":
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        want = step()
-    torch.cuda.current_stream().wait_stream(side)
-    release(device)  # what a graph needs it has for itself
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    if isinstance(got, tuple):
-        checked(got, want, 1e-2)
-
-    def replay():
-        graph.replay()
-        return got
-
-    return replay
-
-
-def run_in_turn(steps: dict[str, Callable], seconds: float, device: str, failed: dict[str, str]) -> dict[str, float]:
-    """Median seconds per call over rounds a, b, c, a, b, c, ... that take about `seconds`."""
-    calls, times = {}, {name: [] for name in steps}
-    begun = time.perf_counter()
-    for done in range(100):
-        if done > 2 and time.perf_counter() - begun > seconds:
-            break
-        for name, step in steps.items():
-            if name in failed:
-                continue
-            try:
-                estimate = seconds_per_call(step, 1, device)  # it also gets back the memory that others had meanwhile
-                calls.setdefault(name, max(1, min(100, round(1e-3 / max(estimate, 1e-6)))))
-                times[name].append(seconds_per_call(step, calls[name], device))
-            except Exception as error:
-                failed[name] = reason(error)
-    return {name: statistics.median(of) for name, of in times.items() if name not in failed}
-
-
-def seconds_per_call(step: Callable, calls: int, device: str) -> float:
-    """By CUDA events around `calls` calls: the GPU's time, or the CPU's where launching takes longer."""
-    if device == "cpu":
-        start = time.perf_counter()
-        for _ in range(calls):
-            step()
-        return (time.perf_counter() - start) / calls
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
-
-
-def profile(step: Callable, problem: Problem, device: str) -> list[dict]:
-    """The kernels of one call, the longest first."""
-    activity, spent = torch.profiler.ProfilerActivity.CUDA, "self_device_time_total"
-    if device == "cpu":
-        activity, spent = torch.profiler.ProfilerActivity.CPU, "self_cpu_time_total"
-    for _ in range(2):
-        step()
-    with torch.profiler.profile(activities=[activity]) as run:
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    kernels = [{"name": e.key, "calls": e.count, "seconds": getattr(e, spent) / 1e6} for e in run.key_averages()]
-    kernels = sorted((k for k in kernels if k["seconds"] > 0), key=lambda kernel: -kernel["seconds"])
-    return add_rates(kernels, problem)
+    return checked((functional.nt_xent(*views, **options)[rows],), (want,), tolerance)
 
 
 def add_rates(kernels: list[dict], problem: Problem) -> list[dict]:
@@ -358,7 +247,7 @@ def supervise(out: Path, part: str, seconds: float, dry: bool, select: str = "")
     """Runs workers until all cases are done or the time is up; the results in OUT are whole after every case."""
     deadline = time.time() + seconds
     results = gpu_report.read(out)
-    results |= {"dry_run": dry, "machine": machine(), "complete": False}
+    results |= {"dry_run": dry, "machine": GPU.machine(), "complete": False}
     done, skip = set(), set()
     while time.time() < deadline and not results["complete"]:
         key = begun = crash = None
@@ -381,7 +270,7 @@ def supervise(out: Path, part: str, seconds: float, dry: bool, select: str = "")
             if key is None:
                 break  # it does not even start
             if begun is None:
-                done.add(key)  # nobody to blame: on with the next case
+                done.add(key)  # no contender was running: on with the next case
             else:
                 skip.add(begun)
     gpu_report.write(out, results)
@@ -423,49 +312,33 @@ def talk(part: str, done: set, skip: set, deadline: float, dry: bool, select: st
 
 def warm(part: int, parts: int, dry: bool, select: str) -> None:
     """Fills the compilers' caches on disk: each racer of every so many cases once."""
-    device = "cpu" if dry else "cuda"
+    device = start(dry)
     cases = [case for case in plan("headlines") + plan("small") if re.search(select, case.key)]
     for case in cases[part::parts]:
         with contextlib.suppress(Exception):
             torch.compiler.reset()
             case = shrunk(case) if dry else case
-            problem = case.build(device)
+            problem = case.build(device.name)
             for factory in case.contenders(problem).values():
                 with contextlib.suppress(Exception):
-                    step_of(problem, factory(), case)()
-        release(device)
+                    step_of(factory(), problem.inputs, slope=slope(case, problem))()
+        device.release()
 
 
-def exercise(device: str) -> None:
+def exercise(dry: bool) -> None:
     """Every loss and kernel of ours once, at odd sizes; what fails is told, and the exit status is 1."""
-    failed = False
+    device, failed = start(dry), False
     for name, d in itertools.product(PROBLEMS, (72, 200, 776)):  # each a class of kernels for Hopper
-        case = Case(name, 194, d, alone=True)
-        problem = case.build(device)
-        for contender, factory in (case.contenders(problem) | problem.variants()).items():
+        case = Case(name, 194, d, part="profile")
+        problem = case.build(device.name)
+        for contender, factory in case.contenders(problem).items():
             try:
-                step_of(problem, factory(), case)()
+                step_of(factory(), problem.inputs)()
                 print(f"{name}, {d} features, {contender}: ran", flush=True)
             except Exception as error:
                 failed = failed or contender == OURS
                 print(f"{name}, {d} features, {contender}: {error!r}", flush=True)
     sys.exit(failed)
-
-
-def machine() -> dict:
-    """What a reader must know to judge a figure."""
-    facts = {"gpu": None, "driver": None}
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
-        facts["gpu"], facts["driver"] = (part.strip() for part in lines[0].split(","))
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            facts[package] = importlib.metadata.version(package)
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        facts["commit"] = commit.stdout.strip()
-    return facts | {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
 
 
 def main() -> None:
@@ -486,7 +359,7 @@ def main() -> None:
     if options.warm:
         return warm(*options.warm, options.dry_run, options.select)
     if options.exercise:
-        return exercise("cpu" if options.dry_run else "cuda")
+        return exercise(options.dry_run)
     if options.out is None:
         parser.error("OUT, the folder for the results, is missing")
     options.out.mkdir(parents=True, exist_ok=True)

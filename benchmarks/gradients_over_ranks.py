@@ -7,7 +7,6 @@ the gradient that DDP, which averages, makes of it? And what does a rank receive
 
 import ctypes
 import importlib
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from baselines import allow_torchvision_import  # noqa: E402
+from harness import extra_bytes  # noqa: E402
+from problems import allow_torchvision_import  # noqa: E402
 
 import sslkern  # noqa: E402
 from sslkern.functional import clip, info_nce, nt_xent  # noqa: E402
@@ -157,14 +157,7 @@ def cost(rank, who, loss):
             loss(x, y, scale).backward()
         moved = received.bytes
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed is given back
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM restarts at what is resident now
-    before = resident("VmRSS")
-    loss(x, y, scale).backward()
-    return moved, resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return moved, extra_bytes(lambda: loss(x, y, scale).backward())
 
 
 def shown(values) -> str:

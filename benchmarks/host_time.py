@@ -12,7 +12,6 @@ caches as it left them, as in a training step; one thread, 16-bit features; medi
 
 import argparse
 import ctypes
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -21,23 +20,23 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import baselines
+import problems
+from harness import Cpu, Step, medians, run_in_turn, step_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern.backends.cuda import driver
 from tests.conftest import emulate_cuda
 
-PROBLEMS = {"NT-Xent": baselines.nt_xent, "InfoNCE": baselines.one_way, "CLIP, learned scale": baselines.two_way}
+PROBLEMS = {"NT-Xent": problems.nt_xent, "InfoNCE": problems.one_way, "CLIP, learned scale": problems.two_way}
 CONTENDERS = "sslkern", "dense cross_entropy", "dense logsumexp"
 LAUNCH = 0, 2, 4  # microseconds, assumed: what a driver takes has not been measured
 
 
-def step_of(call, inputs):
-    wanted = [x for x in inputs if x.requires_grad]
+HOST = Cpu(time.process_time)
 
-    def step():
-        torch.autograd.grad(call(*inputs), wanted)
 
+def warm_step(problem: problems.Problem, contender: str) -> Step:
+    step = step_of(problem.contenders()[contender](), problem.inputs)
     for _ in range(50):
         step()
     return step
@@ -64,19 +63,21 @@ def launches_of(step, library) -> int:
     return mode.count + last[4] - before
 
 
-def in_turn(steps: dict, seconds: float) -> dict[str, float]:
-    times = {name: [] for name in steps}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for name, step in steps.items():
-            start = time.process_time()
-            step()
-            times[name].append(time.process_time() - start)
-    return {name: 1e6 * statistics.median(of) for name, of in times.items()}
-
-
 def heading(each: int) -> str:
     return f"ratio, {each} us a launch" if each else "ratio without launches"
+
+
+def row(name: str, problem: problems.Problem, seconds: float, library) -> str:
+    steps = {contender: warm_step(problem, contender) for contender in CONTENDERS}
+    times = medians(run_in_turn(steps, seconds, HOST, calls=1, most=10**6))
+    us = [1e6 * times[contender] for contender in CONTENDERS]
+    launches = [launches_of(step, library) for step in steps.values()]
+    ratios = []
+    for each in LAUNCH:
+        ours, *dense = (host + count * each for host, count in zip(us, launches, strict=True))
+        ratios.append(f"{ours / min(dense):.2f}")
+    cells = [name, *(f"{host:.0f}" for host in us), ", ".join(map(str, launches)), *ratios]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -90,16 +91,8 @@ def main() -> None:
         with driver.Context(0):  # as torch leaves it
             print(f"| us a step | {' | '.join(CONTENDERS)} | launches | {' | '.join(map(heading, LAUNCH))} |")
             print(f"| --- | {(len(CONTENDERS) + 1 + len(LAUNCH)) * '---: | '}")
-            for name, problem in PROBLEMS.items():
-                problem = problem(2, 8, torch.bfloat16)
-                steps = {name: step_of(problem.contenders[name], problem.inputs) for name in CONTENDERS}
-                times = list(in_turn(steps, seconds).values())
-                launches = [launches_of(step, library) for step in steps.values()]
-                cells = [f"{us:.0f}" for us in times] + [", ".join(map(str, launches))]
-                for each in LAUNCH:
-                    ours, *dense = (us + count * each for us, count in zip(times, launches, strict=True))
-                    cells.append(f"{ours / min(dense):.2f}")
-                print(f"| {name} | {' | '.join(cells)} |", flush=True)
+            for name, build in PROBLEMS.items():
+                print(row(name, build(2, 8, torch.bfloat16), seconds, library), flush=True)
         library.emulated_idle(0)
 
 

@@ -13,8 +13,10 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+import torch
+from harness import CPU, Step, run_in_turn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,10 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def serve(root: str, threads: int) -> None:
     """Answers lines "name rows" with the median time of a step."""
     sys.path[:0] = [root, str(ROOT)]  # sslkern of the checkout that is asked, the examples of this one
-    import torch
-
     import sslkern
-    from tests.examples import LOSSES, value
 
     if not sslkern.__file__.startswith(root):
         raise SystemExit(f"{sslkern.__file__} is not of {root}")
@@ -33,22 +32,24 @@ def serve(root: str, threads: int) -> None:
     steps = {}
     for line in sys.stdin:
         name, rows = line.rsplit(maxsplit=1)
-        if (name, rows) not in steps:
-            example = LOSSES[name](N=int(rows), D=128)
-            leaves = example.leaves()
+        if line not in steps:
+            steps[line] = warm_step(name, int(rows))
+        times = run_in_turn({line: steps[line]}, 0.04, calls=1)
+        print(statistics.median(times[line]), flush=True)
 
-            def step(example=example, leaves=leaves):
-                torch.autograd.grad(value(example)[0].sum(), leaves, allow_unused=True)
 
-            for _ in range(20):
-                step()
-            steps[name, rows] = step
-        times, end = [], time.perf_counter() + 0.04
-        while len(times) < 5 or time.perf_counter() < end:
-            start = time.perf_counter()
-            steps[name, rows]()
-            times.append(time.perf_counter() - start)
-        print(statistics.median(times), flush=True)
+def warm_step(name: str, rows: int) -> Step:
+    from tests.examples import LOSSES, value
+
+    example = LOSSES[name](N=rows, D=128)
+    leaves = example.leaves()
+
+    def step():
+        torch.autograd.grad(value(example)[0].sum(), leaves, allow_unused=True)
+
+    for _ in range(20):
+        step()
+    return step
 
 
 class Checkout:
@@ -78,13 +79,11 @@ def main() -> None:
     if options.other is None or not list((options.other / "sslkern").glob("_cpu*.so")):
         parser.error("name another checkout, with its native module built by `make setup` or `make build`")
 
-    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-    from harness import machine
-
+    sys.path.insert(0, str(ROOT))
     from tests.examples import LOSSES
 
     ours, other = (Checkout(root.resolve(), options.threads) for root in (ROOT, options.other))
-    facts = machine() | {"threads": options.threads}
+    facts = CPU.machine() | {"threads": options.threads}
     print(", ".join(f"{key} {value}" for key, value in facts.items()) + "; us, forward + backward, before -> now\n")
     print("| loss |" + "".join(f" {rows} rows | ratio |" for rows in options.rows))
     print("| --- |" + " --- | --- |" * len(options.rows))
@@ -92,15 +91,21 @@ def main() -> None:
     for name in options.only or LOSSES:
         cells = []
         for rows in options.rows:
-            before, now = [], []
-            for number in range(options.rounds):
-                for checkout, times in ((other, before), (ours, now))[:: 1 if number % 2 else -1]:
-                    times.append(checkout.seconds(name, rows))
-            ratio = statistics.median(b / a for a, b in zip(before, now, strict=True))
+            before, now, ratio = compared(other, ours, name, rows, options.rounds)
             ratios.append(ratio)
-            cells += [f"{1e6 * statistics.median(before):.0f} -> {1e6 * statistics.median(now):.0f}", f"{ratio:.2f}"]
+            cells += [f"{1e6 * before:.0f} -> {1e6 * now:.0f}", f"{ratio:.2f}"]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     print(f"\nMedian of the ratios {statistics.median(ratios):.3f}, highest {max(ratios):.3f}.")
+
+
+def compared(other: Checkout, ours: Checkout, name: str, rows: int, rounds: int) -> tuple[float, float, float]:
+    """Medians over the rounds, which begin with one and the other in turn: of both times and of ours over the other."""
+    before, now = [], []
+    for number in range(rounds):
+        for checkout, times in ((other, before), (ours, now))[:: 1 if number % 2 else -1]:
+            times.append(checkout.seconds(name, rows))
+    ratios = [b / a for a, b in zip(before, now, strict=True)]
+    return statistics.median(before), statistics.median(now), statistics.median(ratios)
 
 
 if __name__ == "__main__":

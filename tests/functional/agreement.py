@@ -157,7 +157,7 @@ def peer(module: str):
     """A module of another package; skips the test where that is not installed."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
-        importlib.import_module("baselines").allow_torchvision_import()
+        importlib.import_module("problems").allow_torchvision_import()
     except ImportError:
         pass  # lightly and open_clip will say so
     finally:
