@@ -1,11 +1,17 @@
 """Features kept from earlier batches, to serve as negatives.
 
 With `group=` a memory is the same on all processes of the group: what is pushed is the rows of all of them, in the
-order of the ranks, and what it begins with is drawn from a seed that counts the memories of the process, so that all
-that make theirs in the same order have the same. Nothing else is exchanged, and nothing has to be broadcast.
+order of the ranks, and what it begins with is drawn from a seed made of its sizes. Nothing else is exchanged, and
+nothing has to be broadcast.
+
+With `sharded=True` each process has a part of it instead, rows r, r + W, r + 2 W .. of W processes, and losses take it
+as they take the whole: `memory.queue.t()`, `memory.bank`. The buffers are `queue_shard` (or `bank_shard`) [n, dim] with
+the rows here, and `shard_place` int64 (3,): whose they are, of how many processes, of how many rows. A `state_dict` is
+that of one process; `joined` makes one of those of all, which any number of processes loads.
 """
 
-import itertools
+import zlib
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +19,82 @@ from torch import Tensor, nn
 from .common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from .common.numbers import check_number, check_size
 from .common.rows import unit
-from .distributed import Group, Ranks, check_group, gather, ranks_of
+from .distributed import (
+    Group,
+    Ranks,
+    Shard,
+    all_rows,
+    check_group,
+    gather,
+    members_of,
+    push_rows,
+    ranks_of,
+    rows_and_shard,
+    rows_of_rank,
+    update_rows,
+)
 from .ops import bank_update_, queue_push_
+from .ops.queue_push import check_push
 
-_numbers = itertools.count()
+
+class _Memory(nn.Module):
+    """Rows [size, dim], all of them or a part; see above. `normalize` and the like are of those who inherit."""
+
+    _NAME: str
+    _sharded: Shard | None = None  # the rows, where they are
+
+    def __init__(self, size: int, dim: int, group: Group, sharded: bool):
+        super().__init__()
+        check_flags(sharded=sharded)
+        check_group(group)
+        if sharded and group is None:
+            raise ValueError("sharded=True needs group=, the processes of which each has a part, such as 'world'")
+        self.group = group
+        if not sharded:
+            return
+        members, rank = members_of(group)
+        if size < len(members):
+            raise ValueError(f"size must be at least {len(members)}, a row for each process of the group, not {size}")
+        here = rows_of_rank(size, rank, len(members))
+        self._sharded = Shard(self, f"{self._NAME}_shard", size, members, rank)
+        self.register_buffer(f"{self._NAME}_shard", _first_rows(here, dim, group, rank, len(members)))
+        self.register_buffer("shard_place", torch.tensor([rank, len(members), size]))
+
+    def _whole(self) -> "Tensor | Shard":
+        """[size, dim]"""
+        return self.queue.t() if self._NAME == "queue" else self.bank
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        place = state.get(prefix + "shard_place")
+        if self._sharded is not None:
+            rank, ranks = self._sharded.rank, len(self._sharded.members)
+            for name in _SHARDED:
+                if prefix + name in state:  # a whole one, of which this is cut
+                    rows = state.pop(prefix + name).t() if name == "queue" else state.pop(prefix + name)
+                    state[f"{prefix}{name}_shard"] = rows[rank::ranks].contiguous()
+                    place = state[prefix + "shard_place"] = torch.tensor([rank, ranks, rows.shape[0]])
+            if place is not None and place.tolist() != [rank, ranks, self._sharded.size]:
+                errors.append(_says(prefix, place, f"{self._sharded.size} rows on rank {rank} of {ranks}"))
+                return
+        elif place is not None:
+            errors.append(_says(prefix, place, "a whole one"))
+            return
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
 
-class FeatureQueue(nn.Module):
+_SHARDED = "queue", "labels", "bank"
+
+
+def _says(prefix: str, place: Tensor, here: str) -> str:
+    rank, ranks, size = place.tolist()
+    of = prefix.rstrip(".") or "the state"
+    return (
+        f"{of} is what rank {rank} of {ranks} has of a memory of {size} rows, and this is {here};"
+        " load what sslkern.memory.joined makes of the states of all ranks"
+    )
+
+
+class FeatureQueue(_Memory):
     """The queue of MoCo (https://arxiv.org/abs/1911.05722, section 3.2): the keys of the last batches, in a ring.
 
     Buffers have the names and shapes of MoCo's, and go with the module through `state_dict`, `.to()` and `deepcopy`:
@@ -32,6 +107,8 @@ class FeatureQueue(nn.Module):
         size: keys kept; it need not be a multiple of the batch size.
         normalize: divide keys by their norm when they are pushed.
         group: the processes that keep the same queue, as in `functional.nt_xent`; each pushes its own keys.
+        sharded: each of them keeps a part of it, and `queue` is a `sslkern.distributed.Shard`, for which losses ask all
+            of them.
 
     Example:
         >>> memory = sslkern.FeatureQueue(dim=128, size=4096)
@@ -41,16 +118,19 @@ class FeatureQueue(nn.Module):
         >>> loss.backward()
     """
 
+    _NAME = "queue"
     queue: Tensor
     queue_ptr: Tensor
 
-    def __init__(self, dim: int, size: int = 65536, normalize: bool = True, group: Group = None):
-        super().__init__()
+    def __init__(self, dim: int, size: int = 65536, normalize: bool = True, group: Group = None, sharded: bool = False):
         dim, size = check_size("dim", dim), check_size("size", size)
         check_flags(normalize=normalize)
-        check_group(group)
-        self.normalize, self.group = normalize, group
-        self.register_buffer("queue", _first_rows(size, dim, group).t())
+        super().__init__(size, dim, group, sharded)
+        self.normalize = normalize
+        if sharded:
+            self.queue = self._sharded
+        else:
+            self.register_buffer("queue", _first_rows(size, dim, group).t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     def push(self, keys: Tensor) -> None:
@@ -59,7 +139,8 @@ class FeatureQueue(nn.Module):
         push_of(_ranks(self.group, "FeatureQueue.push", **given), self, keys)
 
     def extra_repr(self) -> str:
-        return f"dim={self.queue.shape[0]}, size={self.queue.shape[1]}, normalize={self.normalize}"
+        size, dim = self._whole().shape
+        return f"dim={dim}, size={size}, normalize={self.normalize}"
 
 
 class CrossBatchMemory(FeatureQueue):
@@ -79,9 +160,10 @@ class CrossBatchMemory(FeatureQueue):
     labels: Tensor
     count: Tensor
 
-    def __init__(self, dim: int, size: int = 8192, normalize: bool = True, group: Group = None):
-        super().__init__(dim, size, normalize, group)
-        self.register_buffer("labels", torch.zeros(size, dtype=torch.long))
+    def __init__(self, dim: int, size: int = 8192, normalize: bool = True, group: Group = None, sharded: bool = False):
+        super().__init__(dim, size, normalize, group, sharded)
+        here = self.queue_shard.shape[0] if sharded else size
+        self.register_buffer("labels_shard" if sharded else "labels", torch.zeros(here, dtype=torch.long))
         self.register_buffer("count", torch.zeros(1, dtype=torch.long))
 
     @torch.no_grad()
@@ -89,26 +171,35 @@ class CrossBatchMemory(FeatureQueue):
         """Writes keys [B, dim] and their labels int64 [B] over the oldest."""
         given = dict(keys=keys, labels=labels, queue=self.queue, normalize=self.normalize)
         ranks = _ranks(self.group, "CrossBatchMemory.push", **given)
-        _check_rows("keys", keys, self.queue.shape[0])
+        _check_rows("keys", keys, self._whole().shape[1])
         check_dense("labels", labels)
         if not isinstance(labels, Tensor) or labels.shape != keys.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(f"labels must be an int64 tensor {list(keys.shape[:1])}, one for each key")
-        check_devices("the queue", self.labels, labels=labels)
-        keys, labels = gather(keys, ranks), gather(labels, ranks)
-        size, B = self.labels.shape[0], labels.shape[0]
-        last = torch.arange(max(0, B - size), B, device=self.labels.device)
-        place = (last + self.queue_ptr % size) % size
-        push_of(None, self, keys)
-        self.labels.index_copy_(0, place, labels[-size:].clone())  # which may be some of them
+        check_devices("the queue", self.queue_ptr, labels=labels)
+        B = all_rows(labels.shape[0], ranks)
+        of_keys = self.labels if self._sharded is None else self.labels_shard
+        _, shard = rows_and_shard("the memory", self._whole(), ranks)
+        if shard is not None:
+            push_rows(shard, self.queue_ptr, keys, self.normalize, ranks, of_keys, labels)
+        else:
+            keys, labels = gather(keys, ranks), gather(labels, ranks)
+            size = of_keys.shape[0]
+            last = torch.arange(max(0, B - size), B, device=of_keys.device)
+            place = (last + self.queue_ptr % size) % size
+            push_of(None, self, keys)
+            of_keys.index_copy_(0, place, labels[-size:].clone())  # which may be some of them
         self.count += B
 
     def contents(self) -> tuple[Tensor, Tensor]:
         """The keys pushed so far and still there, [n, dim] and their labels [n]. The host waits for the count."""
-        n = min(int(self.count), self.labels.shape[0])
-        return self.queue.t()[:n], self.labels[:n]
+        n = min(int(self.count), self._whole().shape[0])
+        if self._sharded is None:
+            return self.queue.t()[:n], self.labels[:n]
+        here = rows_of_rank(n, self._sharded.rank, len(self._sharded.members))
+        return self._sharded.of(self.queue_shard[:here], n), self._sharded.of(self.labels_shard[:here], n)
 
 
-class MemoryBank(nn.Module):
+class MemoryBank(_Memory):
     """A unit vector for each sample of the data (https://arxiv.org/abs/1805.01978, section 3.2), a moving average.
 
     It goes with the module through `state_dict`, `.to()` and `deepcopy` as the buffer `bank` (size, dim), at first
@@ -119,6 +210,8 @@ class MemoryBank(nn.Module):
         dim: features per sample.
         momentum: how much of a vector stays when it is updated, 0 to 1.
         group: the processes that keep the same bank, as in `functional.nt_xent`; each updates its own samples.
+        sharded: each of them keeps a part of it, and `bank` is a `sslkern.distributed.Shard`, for which losses ask all
+            of them.
 
     Example:
         >>> memory = sslkern.MemoryBank(size=50_000, dim=32)
@@ -128,15 +221,18 @@ class MemoryBank(nn.Module):
         >>> loss.backward()
     """
 
+    _NAME = "bank"
     bank: Tensor
 
-    def __init__(self, size: int, dim: int, momentum: float = 0.5, group: Group = None):
-        super().__init__()
+    def __init__(self, size: int, dim: int, momentum: float = 0.5, group: Group = None, sharded: bool = False):
         size, dim = check_size("size", size), check_size("dim", dim)
-        self.momentum = check_number("momentum", momentum, 0, 1, closed=True)
-        check_group(group)
-        self.group = group
-        self.register_buffer("bank", _first_rows(size, dim, group))
+        momentum = check_number("momentum", momentum, 0, 1, closed=True)
+        super().__init__(size, dim, group, sharded)
+        self.momentum = momentum
+        if sharded:
+            self.bank = self._sharded
+        else:
+            self.register_buffer("bank", _first_rows(size, dim, group))
 
     def update(self, index: Tensor, features: Tensor) -> None:
         """Moves the vectors of samples index int64 [B] towards features [B, dim]; of equal samples the last counts."""
@@ -146,7 +242,7 @@ class MemoryBank(nn.Module):
     def sample(self, index: Tensor, negatives: int, generator: torch.Generator | None = None) -> Tensor:
         """Rows of the bank for `functional.nce`, int64 [B, 1 + negatives]: index [B] and, uniformly and with
         repetition, rows other than it."""
-        size = self.bank.shape[0]
+        size = self._whole().shape[0]
         check_dense("index", index)
         if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
             raise ValueError("index must be an int64 tensor [B], the samples of the batch")
@@ -161,7 +257,8 @@ class MemoryBank(nn.Module):
         return torch.cat((own, others.add_((others >= own).long())), 1)
 
     def extra_repr(self) -> str:
-        return f"size={self.bank.shape[0]}, dim={self.bank.shape[1]}, momentum={self.momentum}"
+        size, dim = self._whole().shape
+        return f"size={size}, dim={dim}, momentum={self.momentum}"
 
 
 # ---- what a loss does that has its ranks already ---------------------------------------------------------------------
@@ -169,16 +266,27 @@ class MemoryBank(nn.Module):
 
 @torch.no_grad()
 def push_of(ranks: Ranks | None, memory: FeatureQueue, keys: Tensor) -> None:
+    queue, shard = rows_and_shard("the memory", memory._whole(), ranks)
     if ranks is not None:
-        _check_rows("keys", keys, memory.queue.shape[0])
-        keys = gather(keys, ranks)
-    queue_push_(memory.queue.t(), memory.queue_ptr, keys, memory.normalize)
+        check_push(queue, memory.queue_ptr, keys, memory.normalize)
+    if shard is None:
+        queue_push_(queue, memory.queue_ptr, gather(keys, ranks), memory.normalize)
+    else:
+        push_rows(shard, memory.queue_ptr, keys, memory.normalize, ranks)
 
 
 @torch.no_grad()
 def update_of(ranks: Ranks | None, memory: MemoryBank, index: Tensor, features: Tensor) -> None:
-    _check_rows("features", features, memory.bank.shape[1])
-    bank_update_(memory.bank, gather(index, ranks), gather(unit(features), ranks), memory.momentum)
+    bank, shard = rows_and_shard("the memory", memory._whole(), ranks)
+    _check_rows("features", features, bank.shape[1])
+    if shard is None:
+        bank_update_(bank, gather(index, ranks), gather(unit(features), ranks), memory.momentum)
+        return
+    check_dense("index", index)
+    if not isinstance(index, Tensor) or index.shape != features.shape[:1] or index.dtype != torch.int64:
+        raise ValueError(f"index must be an int64 tensor {list(features.shape[:1])}, a sample for each of features")
+    check_devices("bank", bank, index=index, features=features)
+    update_rows(shard, index, unit(features), memory.momentum, ranks)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,7 +294,7 @@ def update_of(ranks: Ranks | None, memory: MemoryBank, index: Tensor, features: 
 
 def ignored_by_ddp(model: nn.Module) -> nn.Module:
     """Has `DistributedDataParallel(model)` leave the memories in model alone: it broadcasts all other buffers before
-    each forward, and these are the same on every process already.
+    each forward, and these are the same on every process already, or a part that is its own.
 
     Example:
         >>> model = torch.nn.ModuleDict(dict(encoder=torch.nn.Linear(8, 4), loss=sslkern.MoCoLoss(4, 64)))
@@ -200,11 +308,47 @@ def ignored_by_ddp(model: nn.Module) -> nn.Module:
     return model
 
 
-def _first_rows(size: int, dim: int, group: Group) -> Tensor:
-    """Random unit vectors, with a group the same on all of its processes."""
+def joined(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What `load_state_dict` takes on any number of processes, of the states of a model on all of those that shared its
+    memories: these are whole, as if they had not been sharded, and all else is that of the first.
+
+    Args:
+        states: the `state_dict` of every rank, in any order.
+
+    Raises:
+        ValueError: they are not those of all ranks.
+
+    Example:
+        >>> memory = sslkern.FeatureQueue(dim=128, size=4096, group="world", sharded=True)
+        >>> states = [memory.state_dict()]  # from the files that all ranks have written
+        >>> memory.load_state_dict(sslkern.memory.joined(states))
+        <All keys matched successfully>
+    """
+    whole = dict(states[0])
+    for key in [key for key in whole if key.endswith("shard_place")]:
+        prefix = key.removesuffix("shard_place")
+        places = [state[key].tolist() for state in states]
+        _, ranks, size = places[0]
+        if sorted(places) != [[rank, ranks, size] for rank in range(ranks)]:
+            given = [rank for rank, _, _ in places]
+            raise ValueError(f"states must be those of all {ranks} ranks, one of each, not of ranks {given}")
+        del whole[key]
+        for name in _SHARDED:
+            part = whole.pop(f"{prefix}{name}_shard", None)
+            if part is not None:
+                rows = part.new_empty(size, *part.shape[1:])
+                for (rank, _, _), state in zip(places, states, strict=True):
+                    rows[rank::ranks] = state[f"{prefix}{name}_shard"]
+                whole[prefix + name] = rows.t() if name == "queue" else rows
+    return whole
+
+
+def _first_rows(size: int, dim: int, group: Group, *part: int) -> Tensor:
+    """Random unit vectors, with a group the same on all of its processes, whatever these have made before; of a part of
+    a memory those of this part."""
     if group is None:
         return unit(torch.randn(size, dim))
-    generator = torch.Generator().manual_seed(next(_numbers))
+    generator = torch.Generator().manual_seed(zlib.crc32(repr((size, dim, part)).encode()))
     rows = torch.randn(size, dim, generator=generator, device="cpu")
     return unit(rows.to(torch.empty(0).device))  # the one that a module is being made on
 

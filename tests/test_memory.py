@@ -6,6 +6,7 @@ import torch
 
 import sslkern
 from sslkern import CrossBatchMemory, FeatureQueue, MemoryBank
+from sslkern.memory import joined
 
 
 def test_holds_the_last_keys(backend):
@@ -154,3 +155,14 @@ def test_a_memory_may_be_pushed_rows_of_its_own(backend):
     keys, labels = (x.clone() for x in other.contents())
     other.push(keys, labels)
     assert torch.equal(memory.queue, other.queue) and torch.equal(memory.labels, other.labels)
+
+
+def test_a_process_alone_has_all_of_a_sharded_memory(backend):
+    query, key = torch.randn(2, 5, 4)
+    whole, sharded = sslkern.MoCoLoss(4, 9), sslkern.MoCoLoss(4, 9, group="world", sharded=True)
+    sharded.load_state_dict(whole.state_dict())
+    for _ in range(3):
+        assert torch.equal(whole(query, key), sharded(query, key))
+    state = joined([sharded.state_dict()])
+    assert all(torch.equal(x, state[name]) for name, x in whole.state_dict().items())
+    assert repr(sharded) == repr(whole).replace("group=None", "group='world'")

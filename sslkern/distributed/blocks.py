@@ -27,15 +27,15 @@ def place_of(ranks: Ranks, strategy: str) -> tuple:
     return ranks.group, ranks.counts, strategy
 
 
-def strategy_of(ranks: Ranks, keys: Tensor, itself: bool) -> str:
-    """What "auto" is; the same on all ranks."""
+def strategy_of(ranks: Ranks, keys: Tensor, itself: bool, shard: int = 0) -> str:
+    """What "auto" is; the same on all ranks. shard: where queries travel, and not the keys, how many keys stay here."""
     if ranks.strategy != "auto":
         return ranks.strategy
     if torch.compiler.is_compiling():
         return "all_gather"
     rows = max(ranks.counts) if ranks.counts else keys.shape[-2]
     device = DEVICES.get(keys.device.type, DEVICES["cuda"])
-    return choose(Problem(rows, keys.shape[-1], ranks.size, itself, keys.element_size()), device)
+    return choose(Problem(rows, keys.shape[-1], ranks.size, itself, keys.element_size(), shard), device)
 
 
 class Place(NamedTuple):

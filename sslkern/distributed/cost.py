@@ -17,6 +17,18 @@ The backward of q with itself visits each pair of ranks from both sides, and no 
 visits it once, would make both gradients of a block: 3 W/2 passes, if a block computes its scores once for them, and
 W/2 (k + 2 s + d). See `by_triangle`.
 
+Of a memory that is sharded over the ranks, K / W rows on each, the queries travel, k = n D b, and the mean of the rows
+of the memory for each, d, comes home with its log-sum-exp, s. It is all in the forward, and the backward exchanges
+nothing:
+
+    forward           2 W passes of n x K / W scores, (W - 1) (k + d + s)
+    all_gather holds  W (k + 2 (d + s))                           ring holds  2 k + 4 (d + s) + d + W s
+
+To push n rows onto a queue a rank sends (1 - 1 / W) n D b. What it sends to update n rows of a bank depends on whose
+they are, (1 - 1 / W) n (D b + 8) if they are spread evenly. NCE against T rows of a bank for each query sends
+(W - 1) n (D b + L (4 + a)) in the forward and (W - 1) n (L (4 + a) + D a) for the gradient, where L is the length of
+the longest list of rows that a query names of one rank: T / W and some.
+
 All_gather exchanges, then computes. The ring does both at the same time, step by step (schedule.py), and takes the
 longer of the two; but it computes in W blocks what the other does in one, each of which costs a launch. What a device
 can do are assumptions, DEVICES, rounded figures of data sheets; nothing of it has been measured.
@@ -47,13 +59,14 @@ SHARE = 1 / 8  # of the memory that the loss of a network may take
 
 
 class Problem(NamedTuple):
-    """n rows on each of `size` ranks; q with itself, or q with k."""
+    """n rows on each of `size` ranks; q with itself, with k, or with `shard` rows of a memory on each rank."""
 
     rows: int
     features: int
     size: int
     itself: bool
     itemsize: int = 2
+    shard: int = 0
 
 
 class Phase(NamedTuple):
@@ -79,11 +92,16 @@ class Cost(NamedTuple):
 @functools.lru_cache
 def cost(strategy: str, problem: Problem, device: Device) -> Cost:
     """A forward and a backward by "all_gather" or "ring"."""
-    n, D, W, itself, b = problem
+    n, D, W, itself, b, shard = problem
     a = max(b, 4)
     keys, sums, gradient = n * (D * b + 8), n * a, n * D * a
     phase = _overlapped if strategy == "ring" else _one_after_the_other
     again = keys if strategy == "ring" else 0
+    if shard:
+        result = gradient + sums
+        forward = phase(ring(0, W, results=True), problem, device, 2, n * D * b, result)
+        held = 2 * n * D * b + 4 * result + W * sums if strategy == "ring" else W * (n * D * b + 2 * result)
+        return Cost(forward, Phase(0, 0, 0, 0), gradient + held)
     if itself:
         forward = phase(triangle(0, W), problem, device, 1, keys, sums)
         backward = phase(ring(0, W), problem, device, 2, again + 2 * sums, 0)
@@ -100,7 +118,7 @@ def cost(strategy: str, problem: Problem, device: Device) -> Cost:
 def by_triangle(problem: Problem, device: Device, passes: int = 3) -> Phase:
     """What the backward of q with itself would cost as a ring that visits each pair of ranks once. passes: of a block
     whose kernel makes both gradients; 4 where it computes the scores anew for each."""
-    n, D, W, _, b = problem
+    n, D, W, _, b, _ = problem
     a = max(b, 4)
     return _overlapped(triangle(0, W), problem, device, passes, n * (D * b + 8) + 2 * n * a, n * D * a)
 
@@ -145,7 +163,7 @@ def _flop(schedule: Schedule, step: Step, problem: Problem, passes: int) -> int:
     if step.compute is None:
         return 0
     half = schedule.once and step.compute == schedule.rank
-    return passes * problem.rows**2 * problem.features * (1 if half else 2)
+    return passes * problem.rows * (problem.shard or problem.rows) * problem.features * (1 if half else 2)
 
 
 def choose(problem: Problem, device: Device) -> str:

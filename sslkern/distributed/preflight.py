@@ -101,7 +101,7 @@ def _named(value) -> str:
     """Of an object, whose `repr` may be its address, what it is."""
     if isinstance(value, Set):  # whose order is another one in each process
         return str(sorted(map(_named, value)))
-    simple = value is None or isinstance(value, (bool, str, numbers.Number))
+    simple = value is None or isinstance(value, (bool, str, numbers.Number)) or hasattr(value, "same_on_all_ranks")
     return repr(value) if simple else getattr(value, "__qualname__", type(value).__qualname__)
 
 

@@ -96,6 +96,12 @@ def _place(group) -> tuple[str, int, int]:
     return group.group_name, group.size(), group.rank()
 
 
+def members_of(group) -> tuple[tuple[int, ...], int]:
+    """The ranks of a group by their number in the world, and the place of this one among them."""
+    _, size, rank = _place(group)
+    return tuple(dist.get_process_group_ranks(group_object(group))) if size > 1 else (0,), rank
+
+
 _place._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which imports the compiler
 
 

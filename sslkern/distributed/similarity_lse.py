@@ -120,14 +120,14 @@ def _forward(*inputs):
                 block.results = (out[1], out[-1][..., N:]) if best else out[1:]
         if symmetric:  # what others computed for these keys belongs to the same rows
             own |= theirs
-        row, top = _merged(own, best)
+        row, top = merged(own, best)
         if not columns or symmetric:
             return row, None, top, *kept
-        col, col_top = _merged(theirs, best)
+        col, col_top = merged(theirs, best)
         return row, col, cat((top, col_top), -1) if best else None, *kept
 
 
-def _merged(partials: dict[int, Sequence[Tensor]], best: bool) -> tuple[Tensor, Tensor | None]:
+def merged(partials: dict[int, Sequence[Tensor]], best: bool) -> tuple[Tensor, Tensor | None]:
     """The log-sum-exps and best scores over all keys from those over the keys of some ranks, in the order of these."""
     lse, *tops = zip(*(partials[rank] for rank in sorted(partials)), strict=True)
     lse = lse[0] if len(lse) == 1 else stack(lse).logsumexp(0)
@@ -262,14 +262,19 @@ def _frozen_forward(*inputs):
             of = load(resolve("similarity_lse", q, frozen=True, **options(part)), "similarity_lse")
             lse, of_block, *top = of.similarity_lse_frozen_fwd(part, best)
             rows[block.first] = (lse, *top) if best else (lse,)
-            if mean is None:
-                row, mean = lse, of_block
-            else:  # a mean over all keys so far, of which this block has its share
-                both = torch.logaddexp(row, lse)
-                share = (lse - both.masked_fill(both == -math.inf, 0)).exp().unsqueeze(-1)
-                row, mean = both, mean.lerp(of_block, share)
+            row, mean = mean_of_both(row, mean, lse, of_block)
             del of_block
-    return _merged(rows, best)[0], mean, _merged(rows, best)[1]
+    return merged(rows, best)[0], mean, merged(rows, best)[1]
+
+
+def mean_of_both(row: Tensor | None, mean: Tensor | None, lse: Tensor, of_block: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp and the mean, which is overwritten, of the keys so far and those of a block, which has its share
+    of it."""
+    if mean is None:
+        return lse, of_block
+    both = torch.logaddexp(row, lse)
+    share = (lse - both.masked_fill(both == -math.inf, 0)).exp().unsqueeze(-1)
+    return both, mean.lerp_(of_block, share)
 
 
 def _frozen_fake(*inputs):

@@ -9,7 +9,17 @@ from ..common.numbers import check_number
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
 from ..common.tensors import transformed, wide
-from ..distributed import Group, pair_contrast_over, ranks_of, replicated
+from ..distributed import (
+    Group,
+    Shard,
+    lse_over_shards,
+    pair_contrast_over,
+    ranks_of,
+    replicated,
+    rows_and_shard,
+    total_of,
+    with_rows,
+)
 from ..ops import queue_push_
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different, own_ids, row_and_best
@@ -62,7 +72,8 @@ def info_nce(
         reduction: "mean" or "sum" over the N rows, or "none".
         stats: also return the share of rows whose positive beats every negative (with `two_way`, of both directions).
         group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. `negatives` [M, D] are the same
-            on all of them, [N, M, D] and all others have this process's rows.
+            on all of them, or those of a memory that is sharded over them; [N, M, D] and all others have this process's
+            rows.
         weights: floating point [N], w_i for row i: "mean" is sum w_i l_i / sum w_i.
         label_smoothing: in [0, 1), the share of the target that is spread over the positive and all negatives.
 
@@ -85,7 +96,12 @@ def info_nce(
         given |= dict(ids=ids, negative_ids=negative_ids, weights=weights, in_batch=in_batch, two_way=two_way)
         options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
         ranks = ranks_of(group, strategy, grad_reduce, "info_nce", **given, **options)
+    shard = None
     if negatives is not None:
+        negatives, shard = rows_and_shard("negatives", negatives, ranks)
+        negative_ids, shard_of_ids = rows_and_shard("negative_ids", negative_ids, ranks)
+        if negative_ids is not None and (shard is None) != (shard_of_ids is None):
+            raise ValueError("negatives and negative_ids must both be those of a sharded memory, or none of them")
         query, key, negatives = promoted(query, key, negatives)
     query, key = check_pair("query", query, "key", key, ranks)
     check_options(reduction, group, strategy, grad_reduce, two_way=two_way, normalize=normalize, stats=stats)
@@ -107,15 +123,20 @@ def info_nce(
         if ids is None or negatives is None:
             raise ValueError("negative_ids needs negatives and ids: the ids of the rows to compare them with")
         check_ids("negative_ids", negative_ids, tuple(negatives.shape[:-1]), query)
+    if shard is not None and negative_ids is not None and label_smoothing > 0:
+        raise ValueError("label_smoothing must be 0 with the negative_ids of a sharded memory, which it would sum over")
 
     options = dict(normalize=normalize, reduction=reduction, stats=stats, weights=weights)
     options |= dict(label_smoothing=label_smoothing, ranks=ranks)
     if negatives is None:
         return _over_batch(query, key, scale, ids, two_way, **options)
     learns = negatives.requires_grad or transformed()
+    negatives = with_rows(shard, negatives)
+    if negative_ids is not None:
+        negative_ids = with_rows(shard, negative_ids)
     if negatives.ndim == 2 and negative_ids is None and not in_batch and not learns:
         return over_bank(query, key, negatives, scale, unit_bank=normalize, **options)
-    return _over_given(query, key, negatives, scale, ids, negative_ids, in_batch, **options)
+    return _over_given(query, key, negatives, scale, ids, negative_ids, in_batch, unit_negatives=normalize, **options)
 
 
 def _over_batch(
@@ -147,7 +168,11 @@ def over_bank(
     query, key, bank, scale, *, normalize, unit_bank, reduction, stats, weights, label_smoothing, ptr=None, ranks=None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The loss of queries over rows of a bank that get no gradient, which are normalised first where `unit_bank` says
-    so. With a ptr the keys are pushed onto the bank then."""
+    so. With a ptr the keys are pushed onto the bank then, unless it is sharded."""
+    if isinstance(bank, Shard):
+        options = dict(normalize=normalize, reduction=reduction, stats=stats, weights=weights, ranks=ranks)
+        options |= dict(unit_negatives=unit_bank, label_smoothing=label_smoothing)
+        return _over_given(query, key, bank, scale, None, None, False, **options)
     if query.shape[0] == 0:  # a rank without rows, which takes part in the sums over ranks
         positive = times(dots(query, key), scale)
         loss = reduce(positive, reduction, weights, ranks)
@@ -166,7 +191,7 @@ def over_bank(
         q, k = query, key
         if normalize:
             q, k = unit(q), unit(k)
-        above = above_mean(dots(q, k), *_sum_over_negatives(q, bank, None, None))
+        above = above_mean(dots(q, k), *_sum_over_negatives(q, bank, None, None, ranks))
         loss = loss + label_smoothing * scale * above
         if ptr is not None:
             queue_push_(bank, ptr, key, normalize)
@@ -187,6 +212,7 @@ def _over_given(
     in_batch,
     *,
     normalize,
+    unit_negatives,
     reduction,
     stats,
     weights,
@@ -198,10 +224,12 @@ def _over_given(
     if negatives.ndim == 2:
         negatives = replicated(negatives, ranks)
     if normalize:
-        query, key, negatives = unit(query), unit(key), unit(negatives)
+        query, key = unit(query), unit(key)
+    if unit_negatives:
+        negatives = negatives.of(unit(negatives.rows)) if isinstance(negatives, Shard) else unit(negatives)
     cosine = dots(query, key)
     positive = times(cosine, scale)
-    negative, best = _lse_over_negatives(query, negatives, scale, ids, negative_ids, stats)
+    negative, best = _lse_over_negatives(query, negatives, scale, ids, negative_ids, stats, ranks)
     if in_batch:
         others, best_other = row_and_best(query, key, scale, q_ids=row_ids, k_ids=row_ids, best=stats, ranks=ranks)
         negative = logaddexp(negative, others)
@@ -209,7 +237,7 @@ def _over_given(
             best = torch.maximum(best, best_other)
     losses = pair_loss(negative, positive)
     if label_smoothing > 0:
-        total, count = _sum_over_negatives(query, negatives, ids, negative_ids)
+        total, count = _sum_over_negatives(query, negatives, ids, negative_ids, ranks)
         if in_batch:
             others, number = over_different(query, key, row_ids, row_ids, ranks)
             total, count = total + others, count + number
@@ -229,10 +257,13 @@ def _check_negatives(negatives: Tensor, query: Tensor, two_way: bool) -> None:
         raise ValueError(f"negatives must be [M, {D}] or [{N}, M, {D}], not {describe(negatives)}")
 
 
-def _lse_over_negatives(query, negatives, scale, ids, negative_ids, best) -> tuple[Tensor, Tensor | None]:
+def _lse_over_negatives(query, negatives, scale, ids, negative_ids, best, ranks) -> tuple[Tensor, Tensor | None]:
     """The log-sum-exp [N] over the given negatives and, if asked for, their best score [N]."""
     if negative_ids is None:
         ids = None
+    if isinstance(negatives, Shard):
+        out = lse_over_shards(query, negatives, scale, q_ids=ids, k_ids=negative_ids, best=best, ranks=ranks)
+        return out if best else (out, None)
     if negatives.ndim == 2:
         return row_and_best(query, negatives, scale, q_ids=ids, k_ids=negative_ids, best=best)
     if ids is not None:
@@ -242,8 +273,10 @@ def _lse_over_negatives(query, negatives, scale, ids, negative_ids, best) -> tup
     return row.reshape(-1), top.reshape(-1) if best else None
 
 
-def _sum_over_negatives(query, negatives, ids, negative_ids):
+def _sum_over_negatives(query, negatives, ids, negative_ids, ranks):
     """The sum [N] of the cosines with the given negatives, and their number."""
+    if isinstance(negatives, Shard):
+        return dots(query, total_of(wide(negatives.rows).sum(0), ranks)), negatives.size
     if negatives.ndim == 3 and negative_ids is not None:
         counts, negatives = ids.unsqueeze(1) != negative_ids, wide(negatives)
         total = product(counts.unsqueeze(1).to(negatives.dtype), negatives).squeeze(1)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..common.arguments import describe
 from ..common.numbers import check_number
-from ..distributed import Group, gather, ranks_of, within
+from ..distributed import Group, gather, push_rows, ranks_of, rows_and_shard, with_rows, within
 from ..ops.queue_push import check_push, queue_push_
 from .checks import check_alike, check_features, check_options, check_weights, promoted, scale_of
 from .formulas import reduce
@@ -45,7 +45,8 @@ def moco(
             buffer (D, K) is passed as `memory.queue.t()`.
         normalize: divide query and key, but not the queue, by their norm.
         group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. The queue is the same on all of
-            them, as `FeatureQueue(..., group=...)` keeps it, and nothing but sums is exchanged.
+            them, as `FeatureQueue(..., group=...)` keeps it, and nothing but sums is exchanged; or each has a part of
+            it, of `FeatureQueue(..., group=..., sharded=True)`, and queries are.
         temperature, logit_scale, reduction, stats, weights, label_smoothing: as in `info_nce`.
         ptr: int64 [1], the row of the queue to write next, `memory.queue_ptr`: after the loss the keys are pushed onto
             the queue, as `memory.push(key)` does, which for small batches on a GPU takes no launch of its own then.
@@ -64,12 +65,13 @@ def moco(
         >>> memory.push(key)  # also allowed before the backward
         >>> loss.backward()
     """
-    ranks, given_queue = None, queue
+    ranks = None
     if group is not None:
         given = dict(query=query, key=key, queue=queue, temperature=temperature, logit_scale=logit_scale)
         options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
         ranks = ranks_of(group, strategy, grad_reduce, "moco", **given, weights=weights, ptr=ptr, **options)
-    query, key, queue = promoted(query, key, queue)
+    given_queue, shard = rows_and_shard("queue", queue, ranks)
+    query, key, queue = promoted(query, key, given_queue)
     check_features("query", query, ranks)
     check_alike("key", key, "query", query)
     check_alike("queue", queue, "query", query, "[K, D]")
@@ -86,8 +88,10 @@ def moco(
     if ranks is None and queue.dtype == given_queue.dtype:
         return over_bank(query, key, queue, scale, **options, ptr=ptr)
     # The keys of all ranks are pushed, and onto the queue that was given: promoted, it is a copy.
-    result = over_bank(query, key, queue, scale, **options)
-    if ptr is not None:
+    result = over_bank(query, key, with_rows(shard, queue), scale, **options)
+    if ptr is not None and shard is not None:
+        push_rows(shard, ptr, key, normalize, ranks)
+    elif ptr is not None:
         queue_push_(given_queue, ptr, gather(key, ranks), normalize)
     return result
 

@@ -20,8 +20,17 @@ from ..common.numbers import check_size, log
 from ..common.rows import unit
 from ..common.sums import pair_loss, pieces, softplus, times, total
 from ..common.tensors import transformed
-from ..distributed import Group, Ranks, all_rows, ranks_of, replicated
-from ..ops import sampled_similarity, sampled_similarity_bwd
+from ..distributed import (
+    Group,
+    Ranks,
+    all_rows,
+    ranks_of,
+    replicated,
+    rows_and_shard,
+    sampled_similarity,
+    sampled_similarity_bwd,
+    with_rows,
+)
 from .checks import check_alike, check_features, check_options, check_weights, promoted, scalar, scale_of
 from .formulas import beaten, log_total_of, reduce, rows_of_views
 
@@ -73,7 +82,8 @@ def nce(
         reduction: "mean" or "sum" over the N queries, or "none".
         stats: also return the share of queries whose positive beats every sampled negative.
         group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. The bank is the same on all of
-            them, as `MemoryBank(..., group=...)` keeps it, and nothing but sums is exchanged.
+            them, as `MemoryBank(..., group=...)` keeps it, and nothing but sums is exchanged; or each has a part of
+            it, of `MemoryBank(..., group=..., sharded=True)`, and queries are, with the scores of the named rows.
 
     Returns:
         The loss, 0-d, or for "none" [N], in fp32 (fp64). With `stats` a pair of it and the share, 0-d without gradient.
@@ -134,13 +144,15 @@ def nce_and_log_z(
         ranks = ranks_of(group, strategy, grad_reduce, "nce", **given, logit_scale=logit_scale, **options)
     check_options(reduction, group, strategy, grad_reduce, normalize=normalize, stats=stats)
     scale = scale_of(temperature, logit_scale, query, ranks)
+    bank, shard = rows_and_shard("bank", bank, ranks)
     query, bank = promoted(query, bank)
     _check(query, bank, index, scale, form, log_z, weights, ranks)
     if log_z is not None:
         log_z = scalar("log_z", log_z, query)
     if normalize:
         query = unit(query)
-    losses, share, log_z = _losses_over(replicated(bank, ranks), query, index, scale, form, log_z, stats, ranks)
+    bank = with_rows(shard, replicated(bank, ranks))
+    losses, share, log_z = _losses_over(bank, query, index, scale, form, log_z, stats, ranks)
     return reduce(losses, reduction, weights, ranks), share, log_z
 
 
@@ -166,7 +178,7 @@ def _losses_over(bank, query, index, scale, form, log_z, stats, ranks):
     """
     frozen = not bank.requires_grad and not transformed()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        dots = sampled_similarity(query, bank, index)
+        dots = sampled_similarity(query, bank, index, ranks)
         logits = times(dots, scale)
         share = _share(logits, ranks) if stats else None
         if form == "nce":
@@ -181,7 +193,7 @@ def _losses_over(bank, query, index, scale, form, log_z, stats, ranks):
         else:
             losses = pair_loss(logits[:, 1:].logsumexp(1), logits[:, 0])
     if frozen and torch.is_grad_enabled():
-        losses = _with_gradients(losses, logits, dots, bank, query, index, scale, form)
+        losses = _with_gradients(losses, logits, dots, bank, query, index, scale, form, ranks)
     return losses, share, log_z
 
 
@@ -198,14 +210,14 @@ def _estimated_log_z(logits: Tensor, M: int, ranks: Ranks | None) -> Tensor:
     return log_total_of(logits.detach(), ranks) + log(M / count, logits)
 
 
-def _with_gradients(losses, logits, dots, bank, query, index, scale, form) -> Tensor:
+def _with_gradients(losses, logits, dots, bank, query, index, scale, form, ranks) -> Tensor:
     """The losses as a function of query and scale, whose gradients are computed now; logits are overwritten."""
     scale_learns = isinstance(scale, Tensor) and scale.requires_grad
     if not (query.requires_grad or scale_learns):
         return losses
     with torch.no_grad():
         slopes = _slopes(logits, losses, form)
-        dq, _ = sampled_similarity_bwd(query, bank, index, slopes, need_bank=False)
+        dq = sampled_similarity_bwd(query, bank, index, slopes, ranks)
         dscale = (slopes * dots).sum(1) if scale_learns else None
         dq = dq * scale
     inputs = losses, query, dq, scale if scale_learns else None, dscale
@@ -358,7 +370,7 @@ def cmc_and_log_z(
     check_options(reduction, group, strategy, grad_reduce, normalize=normalize)
     scale = scale_of(temperature, logit_scale, None, ranks)
     views = checked_views(views, ranks)
-    banks = _checked_banks(banks, len(views))
+    banks, shards = _checked_banks(banks, len(views), ranks)
     pairs = cmc_pairs(len(views), graph)
     if log_z is not None:
         if not isinstance(log_z, Tensor) or log_z.shape != (len(pairs),):
@@ -367,7 +379,7 @@ def cmc_and_log_z(
     _check(views[0], banks[0], index, scale, form, log_z, weights, ranks)
     if normalize:
         views = [unit(view) for view in views]
-    banks = [replicated(bank, ranks) for bank in banks]
+    banks = [with_rows(shard, replicated(bank, ranks)) for shard, bank in zip(shards, banks, strict=True)]
     losses, used = [], []
     for number, (view, bank) in enumerate(pairs):
         known = None if log_z is None else scalar("log_z", log_z[number], views[0])
@@ -380,16 +392,17 @@ def cmc_and_log_z(
     return loss, None
 
 
-def _checked_banks(banks: Sequence[Tensor], count: int) -> Sequence[Tensor]:
-    """As many banks as views, of one shape and type."""
+def _checked_banks(banks: Sequence[Tensor], count: int, ranks: Ranks | None):
+    """As many banks as views, of one shape and type; of sharded ones the rows here, and the shards."""
     if not isinstance(banks, (Sequence, Tensor)) or len(_each(banks)) != count:
         raise ValueError(f"banks must be {count} tensors [M, D], one for each view")
-    if not isinstance(banks, Tensor):
-        banks = promoted(*banks)
+    parts = [rows_and_shard(f"banks[{i}]", bank, ranks) for i, bank in enumerate(banks)]
+    banks, shards = zip(*parts, strict=True)
+    banks = promoted(*banks)
     check_features("banks[0]", banks[0])
     for i, bank in enumerate(banks):
         check_alike(f"banks[{i}]", bank, "banks[0]", banks[0])
-    return banks
+    return banks, shards
 
 
 def _each(tensors):

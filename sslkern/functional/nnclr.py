@@ -6,7 +6,7 @@ from torch import Tensor
 from ..common.arguments import check_flags
 from ..common.autocast import cat
 from ..common.rows import unit
-from ..distributed import Group, Ranks, ranks_of
+from ..distributed import Group, Ranks, Shard, copies, nearest_over_shards, ranks_of, rows_and_shard, with_rows
 from ..ops import similarity_topk
 from .checks import check_alike, check_features, check_options, promoted
 from .info_nce import info_nce
@@ -53,7 +53,7 @@ def nnclr(
         reduction: "mean" or "sum" over the N samples, or "none".
         stats: also return the share of rows whose positive beats every negative.
         group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. The support set is the same on
-            all of them, as `FeatureQueue(..., group=...)` keeps it.
+            all of them, as `FeatureQueue(..., group=...)` keeps it, or sharded over them.
 
     Returns:
         The mean of the losses of both views, 0-d, or for "none" [N], in fp32 (fp64). With `stats` a pair of it and the
@@ -74,12 +74,13 @@ def nnclr(
         given = dict(z0=z0, z1=z1, p0=p0, p1=p1, support=support, temperature=temperature, two_way=two_way)
         options = dict(logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction, stats=stats)
         ranks = ranks_of(group, strategy, grad_reduce, "nnclr", **given, **options)
+    support, shard = rows_and_shard("support", support, ranks)
     z0, z1, p0, p1, support = promoted(z0, z1, p0, p1, support)
     check_features("z0", z0, ranks)
     for name, x in (("z1", z1), ("p0", p0), ("p1", p1)):
         check_alike(name, x, "z0", z0)
     check_options(reduction, group, strategy, grad_reduce, two_way=two_way, normalize=normalize, stats=stats)
-    near0, near1 = _nearest(cat((z0, z1)), support, normalize, ranks).view(2, *z0.shape)
+    near0, near1 = _nearest(cat((z0, z1)), support, normalize, ranks, shard).view(2, *z0.shape)
     options = dict(two_way=two_way, logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction)
     options |= dict(stats=stats, group=ranks or group)
     first, second = (info_nce(*pair, None, temperature, **options) for pair in ((near0, p1), (near1, p0)))
@@ -111,11 +112,14 @@ def nearest_neighbors(z: Tensor, support: Tensor, *, normalize: bool = True) -> 
     return _nearest(z, support, normalize)
 
 
-def _nearest(z: Tensor, support: Tensor, normalize: bool, ranks: Ranks | None = None) -> Tensor:
+def _nearest(z, support, normalize: bool, ranks: Ranks | None = None, shard: Shard | None = None) -> Tensor:
+    """support: all of it, or the rows here of a shard; of that z are two views of each sample."""
     check_features("z", z, ranks)
     check_features("support", support)
     check_alike("support", support, "z", z, "[K, D]")
     check_flags(normalize=normalize)
+    if shard is not None:
+        return nearest_over_shards(z, with_rows(shard, support), normalize, copies(ranks, 2))
     with torch.no_grad():
         # The length of z does not change which is nearest.
         _, index = similarity_topk(z, unit(support) if normalize else support, 1)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import functional
-from ..distributed import Group
+from ..distributed import Group, rows_and_shard
 from ..functional.checks import check_features
 from ..memory import FeatureQueue
 from .base import ScaledLoss
@@ -18,6 +18,7 @@ class MoCoLoss(ScaledLoss):
     Args:
         dim, size: features per key, and keys that the queue keeps.
         group, strategy, grad_reduce: as in `sslkern.functional.moco`; the keys of all processes enter each queue.
+        sharded: each of them keeps a part of the queue, as in `FeatureQueue`.
         temperature, logit_scale, normalize, reduction, stats, label_smoothing: as in `sslkern.functional.moco`.
 
     Example:
@@ -40,10 +41,11 @@ class MoCoLoss(ScaledLoss):
         strategy: str = "auto",
         grad_reduce: str = "mean",
         label_smoothing: float = 0.0,
+        sharded: bool = False,
     ):
         options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
         super().__init__(temperature, logit_scale, **options, group=group, strategy=strategy, grad_reduce=grad_reduce)
-        self.memory = FeatureQueue(dim, size, normalize, group)
+        self.memory = FeatureQueue(dim, size, normalize, group, sharded)
 
     def forward(
         self, query: Tensor, key: Tensor, *, weights: Tensor | None = None, logit_scale: float | Tensor | None = None
@@ -51,7 +53,7 @@ class MoCoLoss(ScaledLoss):
         per_call = dict(weights=weights, logit_scale=logit_scale)
         queue = self.memory.queue.t()
         ranks = self._ranks(query=query, key=key, queue=queue, **per_call)
-        for name, x in (("query", query), ("key", key), ("queue", queue)):
+        for name, x in (("query", query), ("key", key), ("queue", rows_and_shard("queue", queue, ranks)[0])):
             check_features(name, x, ranks)
         query, key = query.to(queue.dtype), key.to(queue.dtype)
         per_call |= dict(ptr=self.memory.queue_ptr if self.training else None)

@@ -64,7 +64,7 @@ class NCELoss(_BankLoss):
     updates the bank (the `MemoryBank` `memory`) with the queries. All of it is in the `state_dict`.
 
     Args:
-        size, dim, momentum: of the bank.
+        size, dim, momentum, sharded: of the bank.
         negatives: K, sampled for each query.
 
     Example:
@@ -89,6 +89,7 @@ class NCELoss(_BankLoss):
         group: Group = None,
         strategy: str = "auto",
         grad_reduce: str = "mean",
+        sharded: bool = False,
     ):
         super().__init__(
             1,
@@ -103,7 +104,7 @@ class NCELoss(_BankLoss):
             strategy=strategy,
             grad_reduce=grad_reduce,
         )
-        self.memory = MemoryBank(size, dim, momentum, group)
+        self.memory = MemoryBank(size, dim, momentum, group, sharded)
 
     def forward(
         self,
@@ -144,7 +145,7 @@ class CMCLoss(_BankLoss):
 
     Args:
         views: how many.
-        size, dim, momentum: of each bank.
+        size, dim, momentum, sharded: of each bank.
         negatives: K, sampled for each sample, the same for all pairs.
 
     Example:
@@ -170,6 +171,7 @@ class CMCLoss(_BankLoss):
         group: Group = None,
         strategy: str = "auto",
         grad_reduce: str = "mean",
+        sharded: bool = False,
     ):
         pairs = len(cmc_pairs(views, graph))
         super().__init__(
@@ -185,7 +187,10 @@ class CMCLoss(_BankLoss):
             grad_reduce=grad_reduce,
         )
         self.graph = graph
-        self.memories = nn.ModuleList(MemoryBank(size, dim, momentum, group) for _ in range(views))
+        self.memories = nn.ModuleList(MemoryBank(size, dim, momentum, group, sharded) for _ in range(views))
+        for number, memory in enumerate(self.memories if group is not None else ()):
+            rows = memory.bank.rows if sharded else memory.bank
+            rows.copy_(rows.roll(number, 0))  # which all begin with the same
 
     def forward(
         self,

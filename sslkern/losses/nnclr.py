@@ -19,6 +19,7 @@ class NNCLRLoss(ScaledLoss):
     Args:
         dim: features per embedding.
         size: embeddings kept, the paper's best is 98304.
+        sharded: each process of the group keeps a part of them, as in `FeatureQueue`.
 
     Example:
         >>> criterion = sslkern.NNCLRLoss(dim=32, size=4096)
@@ -39,10 +40,11 @@ class NNCLRLoss(ScaledLoss):
         group: Group = None,
         strategy: str = "auto",
         grad_reduce: str = "mean",
+        sharded: bool = False,
     ):
         options = dict(two_way=two_way, reduction=reduction, stats=stats)
         super().__init__(temperature, logit_scale, **options, group=group, strategy=strategy, grad_reduce=grad_reduce)
-        self.support = FeatureQueue(dim, size, group=group)
+        self.support = FeatureQueue(dim, size, group=group, sharded=sharded)
 
     def forward(
         self,

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sslkern import FeatureQueue, MemoryBank
 from sslkern.distributed import recorded
 from sslkern.distributed.cost import DEVICES, Problem, cost
-from sslkern.functional import clip, nt_xent
+from sslkern.functional import clip, moco, nce, nt_xent
 
 from .combinations import combinations
 
@@ -19,10 +20,12 @@ ITSELF = {"nt_xent": True, "clip": False}
 
 def loss_of(name: str, rows: int, features: int, group, strategy: str, dtype=torch.float32):
     """The loss of so many rows of this rank, whose gradients are wanted."""
-    if ITSELF[name]:
+    if ITSELF.get(name):
         z0, z1 = (torch.randn(rows // 2, features, dtype=dtype, requires_grad=True) for _ in range(2))
         return nt_xent(z0, z1, normalize=False, group=group, strategy=strategy)
     x, y = (torch.randn(rows, features, dtype=dtype, requires_grad=True) for _ in range(2))
+    if isinstance(name, FeatureQueue):
+        return moco(x, y.detach(), name.queue.t(), normalize=False, group=group, strategy=strategy)
     return clip(x, y, 1.0, normalize=False, group=group, strategy=strategy)
 
 
@@ -43,6 +46,49 @@ def test_what_is_exchanged_is_what_the_model_counts(pool, name, strategy, ranks,
     everyones = pool.run(exchanged, name, strategy, rows, features, dtype, ranks=ranks)
     for phase, counted in zip((of.forward, of.backward), zip(*everyones, strict=True), strict=True):
         assert max(counted) == pytest.approx(phase.moved, rel=0.02)
+
+
+def exchanged_with_a_memory(group, name, strategy, rows, features, size):
+    """The same of a loss of a sharded memory, and of writing to it: of the last the bytes sent."""
+    x, y = (torch.randn(rows, features, requires_grad=True) for _ in range(2))
+    if name == "moco":
+        memory = FeatureQueue(features, size, group=group, sharded=True)
+        with recorded() as forward:
+            loss = moco(x, y, memory.queue.t(), group=group, strategy=strategy)
+    else:
+        memory = MemoryBank(size, features, group=group, sharded=True)
+        with recorded() as forward:
+            loss = nce(x, memory.bank, torch.arange(64).expand(rows, 64), group=group, strategy=strategy)
+    with recorded() as backward:
+        loss.backward()
+    with recorded() as written:
+        if name == "moco":
+            memory.push(y)
+        else:
+            memory.update(torch.arange(rows) * group.size() + group.rank(), y)
+    return *(max(record.sent, record.received) for record in (forward, backward)), written.sent
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_of_a_sharded_memory_queries_are_exchanged(pool, strategy, ranks):
+    rows, features, size = 240, 128, 4800
+    of = cost(strategy, Problem(rows, features, ranks, False, 4, size // ranks), DEVICES["cpu"])
+    everyones = pool.run(exchanged_with_a_memory, "moco", strategy, rows, features, size, ranks=ranks)
+    forward, backward, pushed = (max(counted) for counted in zip(*everyones, strict=True))
+    assert forward == pytest.approx(of.forward.moved, rel=0.02) and backward == of.backward.moved == 0
+    assert pushed == (ranks - 1) * (rows // ranks * features * 4 + 512)  # of the preflight
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_of_a_sharded_bank_names_and_scores_are_exchanged(pool, ranks):
+    rows, features = 240, 128
+    everyones = pool.run(exchanged_with_a_memory, "nce", "auto", rows, features, 4800, ranks=ranks)
+    forward, backward, updated = (max(counted) for counted in zip(*everyones, strict=True))
+    longest = -(-64 // ranks)
+    each = features * 4 + longest * 8 + longest * 8 + features * 4
+    assert forward == pytest.approx((ranks - 1) * rows * each, rel=0.02) and backward == 0
+    assert updated == (ranks - 1) * (512 + 8 * (ranks + 1))  # how many go where: all samples are this rank's
 
 
 def events(group):
@@ -89,3 +135,23 @@ def test_the_ring_holds_a_few_blocks_for_any_number_of_ranks(pool, name):
         print(f"{strategy} of {ranks} ranks: {peak / 1e6:.1f} MB, by the model {predicted / 1e6:.1f}")
         assert peak < 1.15 * predicted or strategy == "all_gather"
     assert peaks["all_gather", 8] > 2 * peaks["ring", 8]  # or nothing of this would be seen
+
+
+def held_with_a_memory(group, strategy, rows, features, size):
+    """The bytes of the buffers of a queue, and the most that a loss needs beside them."""
+    memory = FeatureQueue(features, size, group=group, sharded=True)
+    return sum(x.nbytes for x in memory.buffers()), held(group, memory, strategy, rows, features)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="it needs Linux, which tells the peak")
+def test_a_rank_holds_its_part_of_a_memory_and_a_few_blocks_of_queries(pool):
+    rows, features, size = 1024, 480, 4096
+    whole, query = size * features * 4, rows * features * 4
+    for strategy, ranks in (("ring", 3), ("ring", 8), ("all_gather", 8)):
+        everyones = pool.run(held_with_a_memory, strategy, rows, features, size, ranks=ranks)
+        part, peak = (max(of) for of in zip(*everyones, strict=True))
+        of = cost(strategy, Problem(rows, features, ranks, False, 4, size // ranks), DEVICES["cpu"])
+        print(f"{strategy} of {ranks} ranks: {peak / 1e6:.1f} MB, by the model {(of.memory + 2 * query) / 1e6:.1f}")
+        assert part == pytest.approx(whole / ranks, rel=0.01)
+        assert peak < 1.15 * (of.memory + 2 * query) or strategy == "all_gather"
