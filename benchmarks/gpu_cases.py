@@ -223,45 +223,58 @@ def times_faster(rival: str, key: str, cases: dict, seconds: str = "seconds") ->
     return min(found) / ours(key, cases)[seconds]
 
 
+def ms_in_graph(key: str, cases: dict) -> float:
+    return 1e3 * ours(key, cases)["graph_seconds"]
+
+
+def gigabytes(key: str, cases: dict) -> float:
+    return ours(key, cases)["peak_bytes"] / 1e9
+
+
+CLIP, NT_XENT, MILLION = "clip-65536-512-bf16", "nt_xent-65536-128-bf16", "nt_xent-1048576-128-bf16"
+TIMES = {
+    CLIP: 26,
+    "clip-65536-128-bf16": 7.7,
+    "clip-65536-256-bf16": 15.5,
+    "clip-65536-768-bf16": 38,
+    "clip-32768-512-bf16": 6.8,
+    "clip-8192-512-bf16": 0.5,
+    "nt_xent-65536-64-bf16": 3,
+    NT_XENT: 3.9,
+    "nt_xent-65536-256-bf16": 8.3,
+    "nt_xent-65536-512-bf16": 12.5,
+    "nt_xent-8192-128-bf16": 0.13,
+    MILLION: 1000,
+    "info_nce-65536-128-bf16": 7.5,
+    "info_nce_frozen-65536-128-bf16": 3.2,
+    "siglip-65536-768-bf16": 30,
+}
+GRAPH_TIMES = {"moco-65536-128-bf16": 0.027, "nt_xent-256-128-bf16": 0.011}
+TIMES_FASTER = {CLIP: 1.4, NT_XENT: 5, "nt_xent-65536-512-bf16": 2.2, "cpc-64-128-tf32": 1}  # than compiled dense
+
+
 def goals() -> list[Goal]:
-    clip, nt_xent, million = "clip-65536-512-bf16", "nt_xent-65536-128-bf16", "nt_xent-1048576-128-bf16"
     compiled, kernels = "compiled dense", [case.key for case in plan("headlines") if case.problem in KERNELS]
     small = [case for case in plan("small") if case.n in SMALL]
     few = [case.key for case in small if case.n <= 1024 and case.d > 64]
-    times = {clip: 26, "clip-65536-128-bf16": 7.7, "clip-65536-256-bf16": 15.5, "clip-65536-768-bf16": 38}
-    times |= {"clip-32768-512-bf16": 6.8, "clip-8192-512-bf16": 0.5}
-    times |= {"nt_xent-65536-64-bf16": 3, nt_xent: 3.9, "nt_xent-65536-256-bf16": 8.3, "nt_xent-65536-512-bf16": 12.5}
-    times |= {"nt_xent-8192-128-bf16": 0.13, million: 1000, "info_nce-65536-128-bf16": 7.5}
-    times |= {"info_nce_frozen-65536-128-bf16": 3.2, "siglip-65536-768-bf16": 30}
-    faster = {clip: 1.4, nt_xent: 5, "nt_xent-65536-512-bf16": 2.2, "cpc-64-128-tf32": 1}
-    most = [
-        ("ms", ms, times),
-        (
-            "ms in a CUDA graph",
-            lambda key, cases: 1e3 * ours(key, cases)["graph_seconds"],
-            {"moco-65536-128-bf16": 0.027, "nt_xent-256-128-bf16": 0.011},
-        ),
-        ("GB beyond the input", lambda key, cases: ours(key, cases)["peak_bytes"] / 1e9, {clip: 1.7, million: 4}),
-        ("times as long as NT-Xent", partial(times_as_long, nt_xent), {"sup_con-65536-128-bf16": 1.4}),
-        *(
-            (f"times as long as {x}", partial(times_as_long, x), {x.replace("bf16", "fp16"): 1.03})
-            for x in (clip, nt_xent)
-        ),
-    ]
-    least = [
-        (f"times faster than {compiled}", partial(times_faster, compiled), faster),
-        ("times faster than memeff", partial(times_faster, "memeff"), {f"{clip}-rivals": 2.8}),
-        ("of the copy rate", of_copy, dict.fromkeys(kernels, 0.85)),
-        (
-            f"times faster than {compiled}, both in CUDA graphs",
-            partial(times_faster, compiled, seconds="graph_seconds"),
-            {case.key: 1 / 0.6 if case.key in few else 1 for case in small},
-        ),
-        (f"times faster than {compiled}, eager", partial(times_faster, compiled), dict.fromkeys(few, 10 / 3)),
-    ]
-    return [
-        Goal(f"{key}, {unit}", partial(figure, key), bound, table is least)
-        for table in (most, least)
-        for unit, figure, bounds in table
-        for key, bound in bounds.items()
-    ]
+    in_graphs = dict.fromkeys([case.key for case in small], 1.0) | dict.fromkeys(few, 1 / 0.6)
+    goals = []
+
+    def add(unit: str, figure: Callable, bounds: dict[str, float], least: bool = False) -> None:
+        goals.extend(Goal(f"{key}, {unit}", partial(figure, key), bound, least) for key, bound in bounds.items())
+
+    add("ms", ms, TIMES)
+    add("ms in a CUDA graph", ms_in_graph, GRAPH_TIMES)
+    add("GB beyond the input", gigabytes, {CLIP: 1.7, MILLION: 4})
+    add("times as long as NT-Xent", partial(times_as_long, NT_XENT), {"sup_con-65536-128-bf16": 1.4})
+    for key in (CLIP, NT_XENT):
+        add(f"times as long as {key}", partial(times_as_long, key), {key.replace("bf16", "fp16"): 1.03})
+
+    faster = partial(times_faster, compiled)
+    add(f"times faster than {compiled}", faster, TIMES_FASTER, least=True)
+    add("times faster than memeff", partial(times_faster, "memeff"), {f"{CLIP}-rivals": 2.8}, least=True)
+    add("of the copy rate", of_copy, dict.fromkeys(kernels, 0.85), least=True)
+    graphs = partial(faster, seconds="graph_seconds")
+    add(f"times faster than {compiled}, both in CUDA graphs", graphs, in_graphs, least=True)
+    add(f"times faster than {compiled}, eager", faster, dict.fromkeys(few, 10 / 3), least=True)
+    return goals

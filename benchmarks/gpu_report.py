@@ -5,14 +5,15 @@ python benchmarks/gpu_report.py OUT
 
 import copy
 import json
+import math
 import sys
 from pathlib import Path
 
-from gpu_cases import COPY, COPY_BYTES, CUBE, PRODUCT, goals, ours, plan, rate
+from gpu_cases import COPY, COPY_BYTES, CUBE, PRODUCT, Goal, goals, ours, plan, rate
 from harness import OURS
+from tables import number, of_unit, table
 
 EMPTY = {"form": 2, "dry_run": False, "machine": {}, "cases": {}, "crashes": [], "complete": False}
-STATES = {None: "not measured", True: "met", False: "MISSED"}
 
 
 def read(out: Path) -> dict:
@@ -24,7 +25,7 @@ def read(out: Path) -> dict:
 
 
 def write(out: Path, results: dict) -> None:
-    """Whole or not at all, so that whoever stops the run at any time finds what was measured until then."""
+    """Each file is replaced in one step: a run that is stopped leaves whole what was measured until then."""
     steps = out / "steps.tsv"
     results["steps"] = [line.split("\t") for line in steps.read_text().splitlines()] if steps.exists() else []
     results |= {"goals": judged(results), "missing": missing(results)}
@@ -42,11 +43,19 @@ def judged(results: dict) -> list[dict]:
             figure = goal.figure(results["cases"])
         except KeyError:
             figure = None
-        state = STATES[None if figure is None else figure >= goal.bound if goal.least else figure <= goal.bound]
-        state = "dry run" if results["dry_run"] and figure is not None else state
         bound = f"at {'least' if goal.least else 'most'} {goal.bound:g}"
+        state = state_of(goal, figure, results["dry_run"])
         judged.append({"what": goal.what, "figure": figure, "goal": bound, "state": state})
     return judged
+
+
+def state_of(goal: Goal, figure: float | None, dry_run: bool) -> str:
+    if figure is None:
+        return "not measured"
+    if dry_run:
+        return "dry run"
+    met = figure >= goal.bound if goal.least else figure <= goal.bound
+    return "met" if met else "MISSED"
 
 
 def missing(results: dict) -> list[str]:
@@ -120,26 +129,30 @@ def overview(results: dict) -> tuple[list[str], list[list[str]]]:
         if case["part"] == "profile" or OURS not in case["contenders"]:
             continue
         figures = ours(key, results["cases"])
-        best, product = min(figures["seconds"], figures.get("graph_seconds", 1e9)), case["contenders"].get(PRODUCT, {})
         compiled = [f for name, f in case["contenders"].items() if name.startswith("compiled dense")]
         fastest = min(compiled, key=lambda f: f["seconds"], default={})
-        share = ""
-        if CUBE in case["contenders"] and case["flops"]:
-            share = f"{100 * case['flops'] / best / rate(case):.0f} %"
-        elif COPY in case["contenders"]:
-            share = f"{100 * case['bytes'] / best / COPY_BYTES * case['contenders'][COPY]['seconds']:.0f} %"
-        peak = number(figures["peak_bytes"] / 2**20) if "peak_bytes" in figures else ""
         times = [ms(f, how) for f in (figures, fastest) for how in ("seconds", "graph_seconds")]
-        rows.append([key, *times, ms(product), share, peak])
+        product, peak = ms(case["contenders"].get(PRODUCT, {})), of_unit(figures, "peak_bytes", 2**20)
+        rows.append([key, *times, product, share_of_floor(case, figures), peak])
     head = ["case", "ours, ms", "CUDA graph", "compiled dense, ms", "CUDA graph", "mm, ms", "floor", "peak extra MiB"]
     return head, rows
+
+
+def share_of_floor(case: dict, ours: dict) -> str:
+    """What the algorithm has to multiply or to move, at the rate of the moment, over our time."""
+    best = min(ours["seconds"], ours.get("graph_seconds", math.inf))
+    if CUBE in case["contenders"] and case["flops"]:
+        return f"{100 * case['flops'] / best / rate(case):.0f} %"
+    if COPY in case["contenders"]:
+        return f"{100 * case['bytes'] / best / COPY_BYTES * case['contenders'][COPY]['seconds']:.0f} %"
+    return ""
 
 
 def profiled(key: str, case: dict) -> str:
     rows = []
     for name, figures in case["contenders"].items():
         for kernel in figures["kernels"][:8]:
-            rates = number(kernel["flops_per_second"] / 1e12) if "flops_per_second" in kernel else ""
+            rates = of_unit(kernel, "flops_per_second", 1e12)
             rows.append([name, kernel["name"][:80], str(kernel["calls"]), ms(kernel), rates])
     return folded(key, table(["", "kernel", "launches", "ms", "TFLOP/s executed"], rows))
 
@@ -148,8 +161,15 @@ def detailed(key: str, case: dict) -> str:
     rows = []
     for name, f in sorted(case["contenders"].items(), key=lambda item: item[1]["seconds"]):
         error = f.get("error", f.get("error_of_1024_losses"))
-        peak = number(f["peak_bytes"] / 2**20) if "peak_bytes" in f else ""
-        rows.append([name, ms(f), ms(f, "graph_seconds"), peak, "" if error is None else f"{error:.1e}"])
+        rows.append(
+            [
+                name,
+                ms(f),
+                ms(f, "graph_seconds"),
+                of_unit(f, "peak_bytes", 2**20),
+                "" if error is None else f"{error:.1e}",
+            ]
+        )
     rows += [[name, why, "", "", ""] for name, why in case["failed"].items()]
     return folded(key, table(["", "ms", "CUDA graph, ms", "peak extra MiB", "error"], rows))
 
@@ -162,17 +182,8 @@ def listed(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines or ["nothing"]) + "\n"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |" for cells in lines) + "\n"
-
-
 def ms(figures: dict, key: str = "seconds") -> str:
-    return number(1e3 * figures[key]) if key in figures else ""
-
-
-def number(x: float | None) -> str:
-    return "" if x is None else f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+    return of_unit(figures, key, 1e-3)
 
 
 def summary(results: dict) -> str:

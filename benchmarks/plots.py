@@ -11,8 +11,9 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from harness import OURS
+from tables import table
 
-OURS = "sslkern"
 TITLES = {"nt_xent": ("NT-Xent", "views"), "two_way": ("two-way InfoNCE", "rows")}
 COLORS = {
     OURS: "#d62728",
@@ -53,11 +54,6 @@ def plot_curve(cases: list[dict], problem: str, path: Path) -> None:
     figure.suptitle(f"{title}, forward + backward, {cases[0]['dtype']}")
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def goals_table(cases: list[dict]) -> str:

@@ -13,7 +13,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from plots import table
+from tables import table
 
 from sslkern.distributed.cost import DEVICES, Problem, by_triangle, choose, cost
 
