@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ssltrain.ranks import SplitBatchNorm, SyncBatchNorm
+from ssltrain import UsageError
+from ssltrain.ranks import SplitBatchNorm, SyncBatchNorm, normalise
 from torch import nn
 
 
@@ -79,3 +80,18 @@ def test_parts_are_normalised_each_by_itself_wherever_they_are(pool, shape, opti
             norm = kind(shape[1], dtype=x.dtype, **options).eval()
             norm.load_state_dict(states[0])
             assert torch.allclose(torch.cat(evaluated), norm(x), rtol=0, atol=1e-12)
+
+
+class Another(nn.BatchNorm1d):
+    """Of a library, with a forward of its own."""
+
+
+def test_every_batch_normalisation_is_replaced_or_refused():
+    encoder = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()))
+    names = list(encoder.state_dict())
+    normalise(encoder, torch.device("cpu"), 2)
+    assert type(encoder[1][0]) is SplitBatchNorm and list(encoder.state_dict()) == names
+    normalise(encoder.append(nn.BatchNorm1d(3)), torch.device("cpu"), None)  # of one process, as it is
+    assert type(encoder[2]) is nn.BatchNorm1d
+    with pytest.raises(UsageError, match="^--encoder: Another has no form .* or leave --shuffle-bn out.$"):
+        normalise(encoder.append(Another(3)), torch.device("cpu"), 2)

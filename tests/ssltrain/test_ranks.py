@@ -131,11 +131,13 @@ def test_a_mistake_of_some_is_one_of_all(worlds):
 
 
 def test_what_cannot_be_split(worlds, tmp_path):
-    options = dataclasses.replace(METHODS["simclr"], batch_size=3)
-    for error in worlds[4].outcomes(train, options, 4 * [tmp_path], ranks=4):
-        assert isinstance(error, UsageError) and str(error).startswith(
-            "--batch-size 3: there are 4 processes; use that"
-        )
+    for name, wrong, size, said in (
+        ("simclr", dict(batch_size=3), 4, "--batch-size 3: there are 4 processes; use that"),
+        ("moco shuffled", {}, 3, "--shuffle-bn 4: there are 3 processes; choose a multiple"),
+    ):
+        options = dataclasses.replace(METHODS[name], **wrong)
+        for error in worlds[size].outcomes(train, options, size * [tmp_path], ranks=size):
+            assert isinstance(error, UsageError) and str(error).startswith(said)
 
 
 OPTIONS = "--batch-size 10 --epochs 40 --dim 8 --precision fp64 --optimizer sgd --lr 0.1 --threads 1 --device cpu"
