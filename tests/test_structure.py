@@ -1,4 +1,4 @@
-"""Who may import whom: packages in layers, and private names within their package."""
+"""Who may import whom: packages in layers, and private names within their package. What every file begins with."""
 
 import ast
 from pathlib import Path
@@ -94,3 +94,16 @@ def test_the_checks_above_find_what_they_look_for():
 def test_every_function_has_its_module_in_a_file_of_the_same_name():
     files = {package: {path.stem for path in (ROOT / package).glob("[!_]*.py")} for package in ("functional", "losses")}
     assert files["losses"] - {"base"} == files["functional"] - {"checks", "formulas"}
+
+
+def sources(*folders: str, suffixes: tuple[str, ...]) -> list[Path]:
+    checkout = Path(__file__).parents[1]
+    return [path for folder in folders for path in (checkout / folder).rglob("*") if path.suffix in suffixes]
+
+
+def test_every_file_opens_with_what_it_is():
+    python = sources("sslkern", "python", "csrc", suffixes=(".py",))
+    others = sources("csrc", "sslkern", "tests/cpp", "tests/cuda_emulation", suffixes=(".h", ".cpp", ".cu"))
+    silent = [path for path in python if not ast.get_docstring(ast.parse(path.read_text()))]
+    silent += [path for path in others if not path.read_text().startswith("// ")]
+    assert python and others and not silent

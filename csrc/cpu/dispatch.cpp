@@ -1,48 +1,49 @@
+// The kernels of each instruction set that was built, and which of them run on this machine.
 #include <cstdlib>
 #include <cstring>
-#include <new>
+#include <type_traits>
 
 #include "kernels.h"
-#include "memory.h"
 #ifdef __x86_64__
 #include <cpuid.h>
 #endif
 #ifdef __linux__
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 namespace sslkern {
 
-#define SSLKERN_KERNELS(isa)                                                                                         \
-  namespace isa {                                                                                                    \
-  void similarity_lse_fwd(const Similarity&, float*, float*, float*);                                                \
-  void similarity_lse_frozen_fwd(const Similarity&, float*, float*, float*);                                         \
-  void similarity_lse_bwd(const Similarity&, const float*, const float*, const float*, const float*, float*, float*, \
-                          float*, float*);                                                                           \
-  void similarity_topk(const Similarity&, int64_t, float*, int64_t*);                                                \
-  void similarity_softplus(const Similarity&, const float*, const float*, float, float*, float*,                     \
-                           const SoftplusGradients&);                                                                \
-  bool sampled_similarity_fwd(const Similarity&, int64_t, const int64_t*, bool, float*);                             \
-  bool sampled_similarity_bwd(const Similarity&, int64_t, const int64_t*, bool, const float*, float*, float*);       \
-  void queue_push(DType, DType, int64_t, int64_t, int64_t, void*, int64_t*, const void*, bool, int);                 \
-  bool bank_update(DType, DType, int64_t, int64_t, int64_t, void*, const int64_t*, const void*, float, int);         \
-  void unit_pairs_fwd(DType, int64_t, int64_t, const void*, const void*, void*, float*, float*, int);                \
-  void unit_pairs_bwd(DType, int64_t, int64_t, const void*, const float*, const float*, const float*, const float*,  \
-                      void*, void*, int);                                                                            \
-  const Kernels table = {#isa,                                                                                       \
-                         similarity_lse_fwd,                                                                         \
-                         similarity_lse_frozen_fwd,                                                                  \
-                         similarity_lse_bwd,                                                                         \
-                         similarity_topk,                                                                            \
-                         similarity_softplus,                                                                        \
-                         sampled_similarity_fwd,                                                                     \
-                         sampled_similarity_bwd,                                                                     \
-                         queue_push,                                                                                 \
-                         bank_update,                                                                                \
-                         unit_pairs_fwd,                                                                             \
-                         unit_pairs_bwd};                                                                            \
+// Every kernel by its name, which is that of its function, of its declaration and of its place in the table.
+#define SSLKERN_EACH_KERNEL(DO) \
+  DO(similarity_lse_fwd)        \
+  DO(similarity_lse_frozen_fwd) \
+  DO(similarity_lse_bwd)        \
+  DO(similarity_topk)           \
+  DO(similarity_softplus)       \
+  DO(sampled_similarity_fwd)    \
+  DO(sampled_similarity_bwd)    \
+  DO(queue_push)                \
+  DO(bank_update)               \
+  DO(unit_pairs_fwd)            \
+  DO(unit_pairs_bwd)
+
+#define SSLKERN_ONE_MORE(kernel) +1
+static_assert(sizeof(Kernels) == (1 SSLKERN_EACH_KERNEL(SSLKERN_ONE_MORE)) * sizeof(void (*)()),
+              "SSLKERN_EACH_KERNEL must name every kernel of Kernels");
+
+#define SSLKERN_DECLARE(kernel) std::remove_pointer_t<decltype(Kernels::kernel)> kernel;
+#define SSLKERN_ENTER(kernel) kernels.kernel = kernel;
+#define SSLKERN_KERNELS(isa)           \
+  namespace isa {                      \
+  SSLKERN_EACH_KERNEL(SSLKERN_DECLARE) \
+  constexpr Kernels by_name() {        \
+    Kernels kernels{};                 \
+    kernels.name = #isa;               \
+    SSLKERN_EACH_KERNEL(SSLKERN_ENTER) \
+    return kernels;                    \
+  }                                    \
+  constexpr Kernels table = by_name(); \
   }
 
 #ifdef SSLKERN_HAS_AMX
@@ -141,32 +142,5 @@ Choice& choice() {
 const Kernels& kernels() { return *choice().current; }
 const Kernels* const* all_kernels() { return choice().runnable; }
 bool use_kernels(const char* name) { return choice().use(name); }
-
-// Large blocks come in huge pages where Linux has them: the faults of small ones take as long as a product.
-constexpr size_t LARGE = size_t(1) << 23;
-
-void* allocate(size_t bytes) {
-#ifdef __linux__
-  if (bytes >= LARGE) {
-    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    madvise(p, bytes, MADV_HUGEPAGE);
-    return p;
-  }
-#endif
-  void* p = aligned_alloc(64, (bytes + 64) / 64 * 64);
-  if (p == nullptr) throw std::bad_alloc();
-  return p;
-}
-
-void release(void* p, size_t bytes) {
-#ifdef __linux__
-  if (bytes >= LARGE) {
-    munmap(p, bytes);
-    return;
-  }
-#endif
-  free(p);
-}
 
 }  // namespace sslkern

@@ -1,4 +1,4 @@
-// The kernels of one instruction set, and the choice between them.
+// The kernels of one instruction set, what each computes, and the choice between instruction sets.
 #pragma once
 
 #include "similarity.h"
@@ -14,8 +14,8 @@ struct SoftplusGradients {
 
 struct Kernels {
   const char* name;
-  // row (groups, n); col (groups, m) or null, as it is without k; best (groups, n) or, with col, (groups, n + m), or
-  // null: the largest kept s.
+  // row (groups, n); col (groups, m) or null, as it is without k; best, the largest s that counts: (groups, n) or, with
+  // col, (groups, n + m), or null.
   void (*similarity_lse_fwd)(const Similarity&, float* row, float* col, float* best);
   // mean (groups, n, d): sum_j softmax_ij k_j.
   void (*similarity_lse_frozen_fwd)(const Similarity&, float* row, float* mean, float* best);
@@ -23,8 +23,8 @@ struct Kernels {
   // it.
   void (*similarity_lse_bwd)(const Similarity&, const float* row, const float* col, const float* g, const float* h,
                              float* dq, float* dk, float* dscale, float* dbias);
-  // values, indices (groups, n, count): the largest kept s of each row, of equal ones the lower index first; -inf and
-  // -1 where fewer are kept. m < 2^31.
+  // values, indices (groups, n, count): the largest s of each row that count, of equal ones the lower index first; -inf
+  // and -1 where fewer count. m < 2^31.
   void (*similarity_topk)(const Similarity&, int64_t count, float* values, int64_t* indices);
   // row (groups, n): sum_j softplus(sign (s_ij + bias_i)); total (groups): sum_i weight_i row_i, and its gradients.
   // bias and weight (groups, n) may be null: 0 and 1.
@@ -53,8 +53,8 @@ struct Kernels {
                          const float* da, const float* db, void* dx, void* dy, int threads);
 };
 
-const Kernels& kernels();             // those in use: the best that this machine runs, or SSLKERN_CPU_ISA
-const Kernels* const* all_kernels();  // those that were built and run on this machine, best first, ending with null
+const Kernels& kernels();             // those in use: the fastest that this machine runs, or SSLKERN_CPU_ISA
+const Kernels* const* all_kernels();  // those that were built and run on this machine, fastest first, then null
 bool use_kernels(const char* name);   // false where there are none of this name
 
 }  // namespace sslkern

@@ -1,3 +1,4 @@
+// Work arrays of the kernels.
 #pragma once
 
 #include <cstddef>

@@ -1,3 +1,4 @@
+// Teams of threads: those of OpenMP, or of std::thread where there is none.
 #include "parallel.h"
 
 #include <unistd.h>

@@ -12,14 +12,14 @@ struct Similarity {
   DType dtype;
   int64_t groups, n, m, d;  // q (groups, n, d), k (groups, m, d)
   const void* q;
-  const void* k;  // null: q with itself, without the pairs (i, i)
+  const void* k;  // null: the keys are the queries, and the pairs (i, i) are left out
   float scale;
   const int64_t* q_ids;  // (groups, n)
   const int64_t* k_ids;  // (groups, m)
-  bool same;             // keep the pairs with equal ids, not those with different ones
+  bool same;             // the pairs with equal ids count, not those with different ones
   const float* k_bias;   // (groups, m)
   const float* q_limit;  // (groups, n): pairs with s_ij > q_limit_i are left out
-  float* kept;           // (groups, kept_rows, m): the dot products of the first rows, which the forward leaves for the
+  float* kept;           // (groups, kept_rows, m): the dot products of the first rows, which the forward keeps for the
   int64_t kept_rows;     // backward; or null: the backward multiplies again
   int threads;
 };

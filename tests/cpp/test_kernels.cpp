@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "results.h"
 
 using namespace sslkern;
 
@@ -122,7 +123,7 @@ struct Problem {
   double largest = 0;  // |s| that may arise on the way to some s
 
   explicit Problem(const Case& shape);
-  bool keeps(int64_t group, int64_t i, int64_t j) const;
+  bool counts(int64_t group, int64_t i, int64_t j) const;
   Similarity arguments(Numbers& q_memory, Numbers& k_memory, int threads, float* kept = nullptr,
                        int64_t kept_rows = 0) const;
 };
@@ -138,7 +139,7 @@ double log_sum_exp(const double* s, int64_t count, int64_t step) {
   return most + std::log(sum);
 }
 
-bool Problem::keeps(int64_t group, int64_t i, int64_t j) const {
+bool Problem::counts(int64_t group, int64_t i, int64_t j) const {
   if (c.self && i == j) return false;
   if (q_ids.empty()) return true;
   const int64_t other = c.self ? q_ids[group * c.n + j] : k_ids[group * c.m + j];
@@ -178,7 +179,7 @@ Problem::Problem(const Case& shape) : c(shape) {
         double dot = 0, slack = 0;
         for (int64_t f = 0; f < c.d; ++f) dot += x[f] * y[f], slack += std::fabs(x[f] * y[f]);
         const double more = bias32.empty() ? 0 : bias32[group * c.m + j];
-        s[(group * c.n + i) * c.m + j] = keeps(group, i, j) ? float(c.scale) * dot + more : -INF;
+        s[(group * c.n + i) * c.m + j] = counts(group, i, j) ? float(c.scale) * dot + more : -INF;
         slack = std::fabs(c.scale) * slack + (std::isinf(more) ? 0 : std::fabs(more));
         if (std::isfinite(slack)) largest = std::max(largest, slack);
       }
@@ -213,22 +214,24 @@ Problem::Problem(const Case& shape) : c(shape) {
 
 Similarity Problem::arguments(Numbers& q_memory, Numbers& k_memory, int threads, float* kept, int64_t kept_rows) const {
   const auto optional = [](const auto& array) { return array.empty() ? nullptr : array.data(); };
-  return {c.dtype,
-          c.groups,
-          c.n,
-          c.m,
-          c.d,
-          q_memory.data(),
-          c.self ? nullptr : k_memory.data(),
-          float(c.scale),
-          optional(q_ids),
-          c.self ? nullptr : optional(k_ids),
-          c.mask == Mask::SAME,
-          optional(bias32),
-          optional(limit32),
-          kept,
-          kept_rows,
-          threads};
+  Similarity p{};
+  p.dtype = c.dtype;
+  p.groups = c.groups;
+  p.n = c.n;
+  p.m = c.m;
+  p.d = c.d;
+  p.q = q_memory.data();
+  p.k = c.self ? nullptr : k_memory.data();
+  p.scale = float(c.scale);
+  p.q_ids = optional(q_ids);
+  p.k_ids = c.self ? nullptr : optional(k_ids);
+  p.same = c.mask == Mask::SAME;
+  p.k_bias = optional(bias32);
+  p.q_limit = optional(limit32);
+  p.kept = kept;
+  p.kept_rows = kept_rows;
+  p.threads = threads;
+  return p;
 }
 
 // The gradients of sum_i g_i row_i + sum_j h_j col_j by plain formulas.
@@ -297,14 +300,11 @@ std::vector<std::vector<float>> for_threads(const Run& run, std::string& problem
 }
 
 void report(const Kernels& kernels, const Case& c, const std::string& call, const std::string& problem) {
-  if (problem.empty()) {
-    ++passed;
-    return;
-  }
-  ++failed;
-  printf("FAILED %s %s: groups %ld, n %ld, m %ld, d %ld, dtype %d, self %d, mask %s, scale %g, length %g: %s\n",
-         kernels.name, call.c_str(), long(c.groups), long(c.n), long(c.m), long(c.d), int(c.dtype), c.self,
-         MASKS[int(c.mask)], c.scale, c.length, problem.c_str());
+  char text[300];
+  snprintf(text, sizeof text, "%s %s, groups %ld, n %ld, m %ld, d %ld, dtype %d, self %d, mask %s, scale %g, length %g",
+           kernels.name, call.c_str(), long(c.groups), long(c.n), long(c.m), long(c.d), int(c.dtype), c.self,
+           MASKS[int(c.mask)], c.scale, c.length);
+  count_result(text, problem);
 }
 
 void test_forward(const Kernels& kernels, const Problem& p, double tolerance) {
@@ -628,14 +628,12 @@ void test_queue(DType queue_type, DType keys_type, int64_t size, int64_t dim, in
       Numbers queue(queue_type, old), from(keys_type, keys);
       int64_t ptr = start;
       (*one)->queue_push(queue_type, keys_type, size, dim, batch, queue.data(), &ptr, from.data(), false, threads);
-      if (ptr == (start + batch) % size &&
-          memcmp(queue.data(), want.data(), size * dim * format(queue_type).bytes) == 0) {
-        ++passed;
-      } else {
-        ++failed;
-        printf("FAILED %s queue_push: types %d from %d, size %ld, dim %ld, batch %ld, start %ld, threads %d\n",
-               (*one)->name, int(queue_type), int(keys_type), long(size), long(dim), long(batch), long(start), threads);
-      }
+      const bool same = memcmp(queue.data(), want.data(), size * dim * format(queue_type).bytes) == 0;
+      char text[200];
+      snprintf(text, sizeof text,
+               "%s queue_push, types %d from %d, size %ld, dim %ld, batch %ld, start %ld, threads %d", (*one)->name,
+               int(queue_type), int(keys_type), long(size), long(dim), long(batch), long(start), threads);
+      count_result(text, ptr != (start + batch) % size ? "the pointer is wrong" : same ? "" : "the queue is wrong");
     }
 }
 
@@ -661,17 +659,11 @@ void test_unit_queue(DType queue_type, DType keys_type, int64_t size, int64_t di
         },
         problem);
     if (problem.empty()) problem = difference("queue", results[0], want, nullptr, tolerance);
-    problem.empty() ? ++passed : ++failed;
-    if (!problem.empty()) printf("FAILED %s queue_push, normalized: %s\n", (*one)->name, problem.c_str());
+    count_result(std::string((*one)->name) + " queue_push, normalized", problem);
   }
 }
 
 // ---- sampled_similarity, bank_update --------------------------------------------------------------------------------
-
-void count_result(const Kernels& kernels, const char* call, const std::string& problem) {
-  problem.empty() ? ++passed : ++failed;
-  if (!problem.empty()) printf("FAILED %s %s: %s\n", kernels.name, call, problem.c_str());
-}
 
 void test_sampled(DType dtype, int64_t groups, int64_t n, int64_t m, int64_t d, int64_t count) {
   std::vector<double> q(groups * n * d), k(groups * m * d);
@@ -701,8 +693,17 @@ void test_sampled(DType dtype, int64_t groups, int64_t n, int64_t m, int64_t d, 
       const Kernels& kernels = **one;
       std::string problem;
       const auto at = [&](int threads) {
-        return Similarity{dtype, groups,  n,       m,       d, q_memory.data(), k_memory.data(), 1.f, nullptr, nullptr,
-                          false, nullptr, nullptr, nullptr, 0, threads};
+        Similarity p{};
+        p.dtype = dtype;
+        p.groups = groups;
+        p.n = n;
+        p.m = m;
+        p.d = d;
+        p.q = q_memory.data();
+        p.k = k_memory.data();
+        p.scale = 1;
+        p.threads = threads;
+        return p;
       };
       const auto results = for_threads(
           [&](int threads) {
@@ -727,7 +728,7 @@ void test_sampled(DType dtype, int64_t groups, int64_t n, int64_t m, int64_t d, 
           problem = "an index outside was taken";
       }
       index.back() = last;
-      count_result(kernels, streams ? "sampled_similarity, streamed" : "sampled_similarity, gathered", problem);
+      count_result(std::string(kernels.name) + " sampled_similarity, " + (streams ? "streamed" : "gathered"), problem);
     }
 }
 
@@ -760,15 +761,21 @@ void test_bank(DType bank_type, DType x_type, int64_t size, int64_t dim, int64_t
         },
         problem);
     if (problem.empty()) problem = difference("bank", results[0], want, nullptr, tolerance);
-    count_result(**one, "bank_update", problem);
+    count_result(std::string((*one)->name) + " bank_update", problem);
   }
 }
 
 }  // namespace
 
+void count_result(const std::string& call, const std::string& problem) {
+  problem.empty() ? ++passed : ++failed;
+  if (!problem.empty()) printf("FAILED %s: %s\n", call.c_str(), problem.c_str());
+}
+
 // With an argument, as sanitizers run it, each shape and type meets one way of leaving pairs out in turn, not all.
 int main(int argc, char**) {
   const bool brief = argc > 1;
+  test_tiles();
   int turn = 0;
   const DType dtypes[] = {DType::F32, DType::BF16, DType::FP16};
   const Mask masks[] = {Mask::NONE, Mask::DIFFERENT, Mask::SAME, Mask::FAR_IDS, Mask::BIAS, Mask::LIMIT};

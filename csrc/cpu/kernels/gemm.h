@@ -94,8 +94,8 @@ void gemm(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t m
     const auto strips = [&](auto rows) {
       constexpr int ROWS = decltype(rows)::value;
       for (; i + ROWS <= m; i += ROWS) {
-        for (int64_t next = i + ROWS; next < i + 2 * ROWS && next < m;
-             ++next)  // C may lie far away: in memory, for gradients
+        // C may lie far away: in memory, for gradients.
+        for (int64_t next = i + ROWS; next < i + 2 * ROWS && next < m; ++next)
           for (int v = 0; v < NV; ++v) __builtin_prefetch(c + next * c_row + j + v * LANES, 1);
         if (columns == NR)
           micro_kernel<Arithmetic, ROWS>(a + i * a_row, a_row, a_step, b, k, c + i * c_row + j, c_row, accumulate);
@@ -110,8 +110,8 @@ void gemm(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t m
   }
 }
 
-// Packing. `first` and `count` are along the features of a row-major source of type T, `words` are what they come to,
-// zeros included.
+// Packing. `count` is a number of features of a row-major source of type T, `words` how many words they fill, with the
+// zeros that make the last step whole.
 
 template <class Arithmetic>
 constexpr int64_t words(int64_t count) {
@@ -197,12 +197,12 @@ inline void transpose_square(const Word* from, int64_t from_row, Word* to, int64
 inline void pack_transposed(const Word* from, int64_t from_row, int64_t rows, int64_t k, Word* to) {
   for (int64_t j = 0; j < rows; j += LANES) {
     Word* panel = to + j / NR * NR * k + j % NR;
-    const int64_t wide = rows - j < LANES ? rows - j : LANES;
+    const int64_t columns = rows - j < LANES ? rows - j : LANES;
     int64_t p = 0;
-    if (wide == LANES)
+    if (columns == LANES)
       for (; p + LANES <= k; p += LANES) transpose_square(from + j * from_row + p, from_row, panel + p * NR, NR);
     for (; p < k; ++p)
-      for (int64_t i = 0; i < LANES; ++i) panel[p * NR + i] = i < wide ? from[(j + i) * from_row + p] : 0;
+      for (int64_t i = 0; i < LANES; ++i) panel[p * NR + i] = i < columns ? from[(j + i) * from_row + p] : 0;
   }
   for (int64_t j = round_up(rows, LANES); j < round_up(rows, NR); j += LANES)
     for (int64_t p = 0; p < k; ++p) memset(to + j / NR * NR * k + j % NR + p * NR, 0, LANES * 4);
@@ -212,19 +212,19 @@ inline void pack_transposed(const Word* from, int64_t from_row, int64_t rows, in
 template <class Arithmetic, class T>
 void pack_panels(const T* from, int64_t from_row, int64_t rows, int64_t count, Word* to) {
   for (int64_t d = 0; d < count; d += NR) {
-    const int64_t wide = count - d < NR ? count - d : NR;
+    const int64_t columns = count - d < NR ? count - d : NR;
     int64_t p = 0;
     for (; p < rows; p += Arithmetic::PER_WORD, to += NR) {
       const T* row = from + p * from_row + d;
       if constexpr (Arithmetic::PER_WORD == 2) {
         if (p + 1 < rows)
-          for (int64_t j = 0; j < wide; ++j) to[j] = row[j].bits | Word(row[from_row + j].bits) << 16;
+          for (int64_t j = 0; j < columns; ++j) to[j] = row[j].bits | Word(row[from_row + j].bits) << 16;
         else
-          for (int64_t j = 0; j < wide; ++j) to[j] = row[j].bits;
+          for (int64_t j = 0; j < columns; ++j) to[j] = row[j].bits;
       } else {
-        pack_rows<Arithmetic>(row, from_row, 1, wide, to, NR);
+        pack_rows<Arithmetic>(row, from_row, 1, columns, to, NR);
       }
-      for (int64_t j = wide; j < NR; ++j) to[j] = 0;
+      for (int64_t j = columns; j < NR; ++j) to[j] = 0;
     }
     for (; p < words<Arithmetic>(rows) * Arithmetic::PER_WORD; p += Arithmetic::PER_WORD, to += NR)
       memset(to, 0, NR * 4);

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t AHEAD = 8;     // rows that are fetched before they are needed
 constexpr int64_t WIDTH = 8;     // vectors of a row whose sums stay in registers
-constexpr int64_t SUMMED = 256;  // sums of this many rows are added to the total: short sums round less
+constexpr int64_t SUMMED = 256;  // rows of a sum that is added to the total: short sums round less
 
 bool all_within(const int64_t* index, int64_t count, int64_t size) {
   uint64_t outside = 0;
@@ -51,9 +51,9 @@ void gather_fwd(const Similarity& p, int64_t count, const int64_t* index, float*
   constexpr int64_t PART = 1024;  // of the indices of a query, for one thread
   const int64_t parts = (count + PART - 1) / PART, d = p.d;
   const int threads = p.groups * p.n * count * d < 1 << 16 ? 1 : usable_threads(p.threads);
-  const Array<float> wide(threads * d);
+  const Array<float> queries(threads * d);
   parallel(threads, [&](Team& team) {
-    float* const q = wide + team.id * d;
+    float* const q = queries + team.id * d;
     team.each(p.groups * p.n * parts, [&](int64_t task) {
       const int64_t i = task / parts, begin = task % parts * PART, end = begin + PART < count ? begin + PART : count;
       const T* const bank = static_cast<const T*>(p.k) + i / p.n * p.m * d;
@@ -79,11 +79,11 @@ void gather_fwd(const Similarity& p, int64_t count, const int64_t* index, float*
 // dq_i = sum_t g_it bank[index_it]
 template <class T>
 void gather_bwd(const Similarity& p, int64_t count, const int64_t* index, const float* g, float* dq) {
-  const int64_t d = p.d, wide = WIDTH * LANES, parts = (d + wide - 1) / wide;
+  const int64_t d = p.d, most = WIDTH * LANES, parts = (d + most - 1) / most;
   const int threads = p.groups * p.n * count * d < 1 << 16 ? 1 : usable_threads(p.threads);
   parallel(threads, [&](Team& team) {
     team.each(p.groups * p.n * parts, [&](int64_t task) {
-      const int64_t i = task / parts, first = task % parts * wide, width = d - first < wide ? d - first : wide;
+      const int64_t i = task / parts, first = task % parts * most, width = d - first < most ? d - first : most;
       const T* const bank = static_cast<const T*>(p.k) + i / p.n * p.m * d + first;
       const int64_t* const at = index + i * count;
       const float* const weight = g + i * count;
@@ -91,10 +91,10 @@ void gather_bwd(const Similarity& p, int64_t count, const int64_t* index, const 
       for (int64_t c = 0; c < width; ++c) to[c] = 0.f;
       for (int64_t begin = 0; begin < count; begin += SUMMED) {
         const int64_t end = begin + SUMMED < count ? begin + SUMMED : count;
-        if (width == wide) {
+        if (width == most) {
           Vec sums[WIDTH] = {};
           for (int64_t t = begin; t < end; ++t) {
-            if (t + AHEAD < count) fetch(bank + at[t + AHEAD] * d, wide);
+            if (t + AHEAD < count) fetch(bank + at[t + AHEAD] * d, most);
             const T* const row = bank + at[t] * d;
             const Vec w = all(weight[t]);
 #pragma GCC unroll 16
@@ -125,10 +125,10 @@ struct Part {
 };
 
 // Visits the parts of a group in order: before(team, g, part), visit(x, group, g, tile, scores) for its tiles, after.
-// SUMS: tiles add to the same rows and columns, and so take turns.
+// SUMS: tiles add to sums of their rows and columns, and so must take turns.
 template <bool SUMS, class T, class Arithmetic, class Start, class Before, class Visit, class After>
 void stream(const Similarity& p, const Start& start, const Before& before, const Visit& visit, const After& after) {
-  constexpr int64_t MOST = 1 << 24, ROWS = 256;  // scores; queries, for each part of which the bank is packed again
+  constexpr int64_t MOST = 1 << 24, ROWS = 256;  // scores and queries of a part; each part packs the bank anew
   const int64_t most_rows = p.n < ROWS ? p.n : ROWS, fits = MOST / most_rows / BLOCK * BLOCK;
   const int64_t most_columns = p.m < fits ? p.m : fits, stride = round_up(most_columns, 16) + 16;
   const Blocks rows(most_rows, false, SUMS ? most_columns : 0), columns(most_columns, false, SUMS ? most_rows : 0);
@@ -234,7 +234,7 @@ void stream_bwd(const Similarity& p, int64_t count, const int64_t* index, const 
           const float* const from = weights + (g * p.n + part.i0 + i) * count;
           float* const to = part.scores + i * part.stride;
           memset(to, 0, part.stride * 4);
-          for (int64_t t = 0; t < count; ++t) {  // no branch; what is elsewhere goes to the end, to several places
+          for (int64_t t = 0; t < count; ++t) {  // no branch: what is not of this part goes to the padding at the end
             const int64_t j = at[t] - part.j0;
             to[uint64_t(j) < uint64_t(part.columns) ? j : part.stride - 1 - (t & 15)] += from[t];
           }
@@ -245,7 +245,7 @@ void stream_bwd(const Similarity& p, int64_t count, const int64_t* index, const 
         const T *const keys = group.k + tile.j0 * d, *const queries = group.q + tile.i0 * d;
         float* const to_q = dq == nullptr ? nullptr : dq + (g * p.n + tile.i0) * d;
         float* const to_k = dk == nullptr ? nullptr : dk + (g * p.m + tile.j0) * d;
-        // A pair that is not named has weight 0, and 0 times infinity is not: then only those that are.
+        // A pair that is not named has weight 0, but 0 times infinity is NaN: then only named pairs are multiplied.
         if ((to_q != nullptr && !all_finite(keys, tile.columns * d)) ||
             (to_k != nullptr && !all_finite(queries, tile.rows * d))) {
           for (int64_t i = 0; i < tile.rows; ++i)

@@ -55,7 +55,7 @@ constexpr float INF = __builtin_inff();
 
 // e^x within 1 ulp; 0 below -104 (below -87.3 without AVX-512), inf above 88.73, NaN for NaN.
 inline Vec exp(Vec x) {
-  x = max(all(-110.f), min(all(110.f), x));          // both keep a NaN in x
+  x = max(all(-110.f), min(all(110.f), x));          // a NaN in x stays one
   const Vec shifted = x * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
   const Vec n = shifted - 12582912.f;
   const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // x - n ln 2, |r| < 0.347

@@ -11,12 +11,12 @@ namespace sslkern {
 namespace SSLKERN_ISA {
 namespace {
 
-constexpr float TINY_SUM = 0x1p-64f;  // a sum below has lost terms to underflow that its own shift would keep
-constexpr float MAX_SPREAD = 80.f;    // e^(80 / 2) times e^-(80 / 2): both within fp32
+constexpr float TINY_SUM = 0x1p-64f;  // a smaller sum has lost terms to underflow that its own shift would save
+constexpr float MAX_SPREAD = 80.f;    // e^(80 / 2) and e^-(80 / 2) are both within fp32
 
 // ---- 1. Forward: log-sum-exps ---------------------------------------------------------------------------------------
 
-// Running log-sum-exps: sum_j e^{s_j} = e^shift * sum. best, where it is asked for, is the largest s.
+// Log-sum-exps on their way: sum_j e^{s_j} = e^shift * sum. best, where it is asked for, is the largest s so far.
 struct Running {
   float *shift, *sum, *best;
 
@@ -54,7 +54,7 @@ struct Running {
       best[first + i] = tile_best[i] > best[first + i] ? tile_best[i] : best[first + i];
   }
 
-  // shift becomes the log-sum-exp, and best a NaN where that is one: maxima drop a NaN, sums carry it.
+  // shift becomes the log-sum-exp, and best a NaN where that is one: maxima drop a NaN, sums hand it on.
   void finish(int64_t first, int64_t count) const {
     for (int64_t i = first; i < first + count; ++i) {
       shift[i] += logf(sum[i]);
@@ -65,27 +65,28 @@ struct Running {
 
 // The maximum of each row, and the shift that goes with it: 0 where the maximum is no finite number.
 inline void row_shifts(const Tile& tile, Scratch& x) {
-  const int64_t wide = round_up(tile.columns, LANES);
+  const int64_t padded = round_up(tile.columns, LANES);
   for (int64_t i = 0; i < tile.rows; ++i) {
-    Vec most = all(-INF);
-    for (int64_t j = 0; j < wide; j += LANES) most = max(load(x.s + i * S_ROW + j), most);  // a NaN is not carried on:
-    x.row_max[i] = max(most);                                                               // the sum will carry it
+    Vec highest = all(-INF);
+    for (int64_t j = 0; j < padded; j += LANES)
+      highest = max(load(x.s + i * S_ROW + j), highest);  // drops a NaN, which
+    x.row_max[i] = max(highest);                          // the sum hands on
     x.row_shift[i] = finite(x.row_max[i]) ? x.row_max[i] : 0.f;
   }
 }
 
 inline void column_maxima(const Tile& tile, Scratch& x) {
   for (int64_t j = 0; j < tile.columns; j += LANES) {
-    Vec most = all(-INF);
-    for (int64_t i = 0; i < tile.rows; ++i) most = max(load(x.s + i * S_ROW + j), most);
-    store(x.column_max + j, most);
+    Vec highest = all(-INF);
+    for (int64_t i = 0; i < tile.rows; ++i) highest = max(load(x.s + i * S_ROW + j), highest);
+    store(x.column_max + j, highest);
   }
 }
 
 // Sums of e^(s - row_shift) over ROWS rows; with COLUMNS each exponential also serves its column, times the row's
 // factor.
 template <int ROWS, bool COLUMNS>
-inline void sum_rows(int64_t i, int64_t wide, Scratch& x) {
+inline void sum_rows(int64_t i, int64_t padded, Scratch& x) {
   Vec shift[ROWS], total[ROWS], factor[ROWS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
@@ -93,7 +94,7 @@ inline void sum_rows(int64_t i, int64_t wide, Scratch& x) {
     factor[r] = all(x.row_factor[i + r]);
     total[r] = Vec{};
   }
-  for (int64_t j = 0; j < wide; j += LANES) {
+  for (int64_t j = 0; j < padded; j += LANES) {
     Vec column = COLUMNS ? load(x.column_sum + j) : Vec{};
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
@@ -109,21 +110,21 @@ inline void sum_rows(int64_t i, int64_t wide, Scratch& x) {
 
 template <bool COLUMNS>
 void sum_tile(const Tile& tile, Scratch& x) {
-  const int64_t wide = round_up(tile.columns, LANES);
+  const int64_t padded = round_up(tile.columns, LANES);
   int64_t i = 0;
-  for (; i + 4 <= tile.rows; i += 4) sum_rows<4, COLUMNS>(i, wide, x);
-  for (; i < tile.rows; ++i) sum_rows<1, COLUMNS>(i, wide, x);
+  for (; i + 4 <= tile.rows; i += 4) sum_rows<4, COLUMNS>(i, padded, x);
+  for (; i < tile.rows; ++i) sum_rows<1, COLUMNS>(i, padded, x);
 }
 
-// Adds the tile in x.s to its rows and, where there are any, its columns: one exponential per pair serves both, at the
+// Adds the tile in x.s to `rows` and, unless they are null, to `columns`: one exponential per pair serves both, at the
 // shift of the row. A column whose sum comes out tiny, because its values lie far below those of its rows, is redone at
-// its own.
+// a shift of its own.
 void add_tile(const Tile& tile, Scratch& x, const Running& rows, const Running* columns) {
   row_shifts(tile, x);
   if (columns == nullptr) {
     sum_tile<false>(tile, x);
   } else {
-    const int64_t wide = round_up(tile.columns, LANES);
+    const int64_t padded = round_up(tile.columns, LANES);
     float highest = -INF;
     for (int64_t i = 0; i < tile.rows; ++i)
       if (finite(x.row_max[i]) && x.row_max[i] > highest) highest = x.row_max[i];
@@ -131,14 +132,14 @@ void add_tile(const Tile& tile, Scratch& x, const Running& rows, const Running* 
     for (int64_t i = 0; i < tile.rows; i += LANES) store(x.row_factor + i, exp(load(x.row_shift + i) - highest));
     for (int64_t i = 0; i < tile.rows; ++i)
       if (x.row_max[i] == -INF) x.row_factor[i] = 0.f;
-    for (int64_t j = 0; j < wide; ++j) x.column_sum[j] = 0.f, x.column_shift[j] = highest;
+    for (int64_t j = 0; j < padded; ++j) x.column_sum[j] = 0.f, x.column_shift[j] = highest;
     sum_tile<true>(tile, x);
     bool lost = false;
     for (int64_t j = 0; j < tile.columns; ++j) lost |= x.column_sum[j] < TINY_SUM;
     if (lost || columns->best != nullptr) column_maxima(tile, x);
     if (lost) {
-      for (int64_t j = 0; j < wide; j += LANES) {
-        const Vec most = load(x.column_max + j), shift = most - most == Vec{} ? most : Vec{};
+      for (int64_t j = 0; j < padded; j += LANES) {
+        const Vec highest = load(x.column_max + j), shift = highest - highest == Vec{} ? highest : Vec{};
         Vec total = Vec{};
         for (int64_t i = 0; i < tile.rows; ++i) total += exp(load(x.s + i * S_ROW + j) - shift);
         store(x.column_shift + j, shift);
@@ -157,7 +158,7 @@ void add_tile(const Tile& tile, Scratch& x, const Running& rows, const Running* 
 // Adds the tile in x.s to the sums of its rows and e^s k to `weighted` (n, d), which is kept at the same shift.
 template <class Arithmetic, class T>
 void add_tile_frozen(const Tile& tile, Scratch& x, const Running& rows, const T* keys, int64_t d, float* weighted) {
-  const int64_t wide = round_up(tile.columns, LANES);
+  const int64_t padded = round_up(tile.columns, LANES);
   row_shifts(tile, x);
   for (int64_t i = 0; i < tile.rows; ++i) {
     const float old_shift = rows.shift[tile.i0 + i];
@@ -171,7 +172,7 @@ void add_tile_frozen(const Tile& tile, Scratch& x, const Running& rows, const T*
     float* s = x.s + i * S_ROW;
     const Vec shift = all(x.row_shift[i]);
     Vec total = Vec{};
-    for (int64_t j = 0; j < wide; j += LANES) {
+    for (int64_t j = 0; j < padded; j += LANES) {
       const Vec e = exp(load(s + j) - shift);
       total += e;
       store(s + j, e);
@@ -191,7 +192,8 @@ struct Upstream {
   const float *value, *gradient;
 };
 
-// A side's part in W: gradient * e^(s - value), as factor * e^(s - shift). What has nothing left takes no part.
+// What rows or columns add to W: gradient * e^(s - value), as factor * e^(s - shift); nothing where all of their pairs
+// are left out.
 inline void factors(const Upstream& side, int64_t first, int64_t count, float* shift, float* factor, float& low,
                     float& high) {
   for (int64_t i = 0; i < round_up(count, LANES); ++i) {
@@ -199,20 +201,20 @@ inline void factors(const Upstream& side, int64_t first, int64_t count, float* s
     shift[i] = empty ? 0.f : side.value[first + i];
     factor[i] = empty ? 0.f : side.gradient[first + i];
     if (empty) continue;
-    if (!(shift[i] >= low)) low = shift[i];  // a NaN goes into both, and then the spread is one
+    if (!(shift[i] >= low)) low = shift[i];  // a NaN goes into both, and so into high - low
     if (!(shift[i] <= high)) high = shift[i];
   }
 }
 
 // x.s = W of the tile, W_ij = g_i e^(s_ij - row_i) + h_j e^(s_ij - col_j).
 void weigh_tile(const Tile& tile, Scratch& x, const Upstream& rows, const Upstream& columns) {
-  const int64_t wide = round_up(tile.columns, LANES);
+  const int64_t padded = round_up(tile.columns, LANES);
   float low = INF, high = -INF;
   if (rows.value != nullptr) factors(rows, tile.i0, tile.rows, x.row_shift, x.row_factor, low, high);
   if (columns.value != nullptr) factors(columns, tile.j0, tile.columns, x.column_shift, x.column_factor, low, high);
   const auto each = [&](const auto& weight) {
     for (int64_t i = 0; i < tile.rows; ++i)
-      for (int64_t j = 0; j < wide; j += LANES) {
+      for (int64_t j = 0; j < padded; j += LANES) {
         float* s = x.s + i * S_ROW + j;
         store(s, weight(load(s), i, j));
       }
@@ -222,13 +224,13 @@ void weigh_tile(const Tile& tile, Scratch& x, const Upstream& rows, const Upstre
   } else if (rows.value == nullptr) {
     each([&](Vec s, int64_t, int64_t j) { return exp(s - load(x.column_shift + j)) * load(x.column_factor + j); });
   } else if (high - low < MAX_SPREAD) {  // one exponential, at a shift in the middle
-    const float middle = low < high ? low + (high - low) / 2 : low == high ? low : 0.f;  // 0 where all sides are empty
-    const auto move = [&](float* factor, const float* shift) {  // e^middle is infinite beyond 88: what is 0 stays 0
+    const float middle = low < high ? low + (high - low) / 2 : low == high ? low : 0.f;  // 0: no pair counts
+    const auto move = [&](float* factor, const float* shift) {  // e^middle may be infinite; a factor of 0 stays 0
       const Vec f = load(factor), moved = f * exp(middle - load(shift));
       store(factor, f == 0.f ? all(0.f) : moved);
     };
     for (int64_t i = 0; i < tile.rows; i += LANES) move(x.row_factor + i, x.row_shift + i);
-    for (int64_t j = 0; j < wide; j += LANES) move(x.column_factor + j, x.column_shift + j);
+    for (int64_t j = 0; j < padded; j += LANES) move(x.column_factor + j, x.column_shift + j);
     each([&](Vec s, int64_t i, int64_t j) { return exp(s - middle) * (load(x.column_factor + j) + x.row_factor[i]); });
   } else {
     each([&](Vec s, int64_t i, int64_t j) {
@@ -302,14 +304,14 @@ void frozen_forward(const Similarity& p, float* row, float* mean, float* best) {
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);
   const int64_t states = p.groups * runs.splits * p.n;
-  const Array<float> shift(states), sums(states), bests(best == nullptr ? 0 : states);
+  const Array<float> shifts(states), sums(states), bests(best == nullptr ? 0 : states);
   const Array<float> more(p.groups * (runs.splits - 1) * p.n * p.d);  // `mean` itself serves the first run
 
   spread.run<Arithmetic>(p.groups, [&](Team& team, int64_t g) {
     const Group<T, Arithmetic> group = group_of<T, Arithmetic>(p, g);
     const auto part = [&](int64_t split) {
       const int64_t at = (g * runs.splits + split) * p.n;
-      return Running{shift + at, sums + at, best == nullptr ? nullptr : bests + at};
+      return Running{shifts + at, sums + at, best == nullptr ? nullptr : bests + at};
     };
     const auto weighted = [&](int64_t split) {
       return split == 0 ? mean + g * p.n * p.d : more + (g * (runs.splits - 1) + split - 1) * p.n * p.d;
@@ -325,23 +327,23 @@ void frozen_forward(const Similarity& p, float* row, float* mean, float* best) {
     });
     team.each(rows.count, [&](int64_t b) {
       for (int64_t i = rows.begin(b); i < rows.begin(b) + rows.width(b); ++i) {
-        float most = -INF, total = 0.f, highest = -INF;
+        float shift = -INF, total = 0.f, highest = -INF;
         for (int64_t split = 0; split < runs.splits; ++split) {
           const Running one = part(split);
-          if (one.shift[i] > most) most = one.shift[i];
+          if (one.shift[i] > shift) shift = one.shift[i];
           if (best != nullptr && one.best[i] > highest) highest = one.best[i];
         }
         float* to = mean + (g * p.n + i) * p.d;
         for (int64_t split = 0; split < runs.splits; ++split) {
           const Running one = part(split);
-          const float shrink = one.shift[i] == -INF ? 0.f : expf(one.shift[i] - most);
+          const float shrink = one.shift[i] == -INF ? 0.f : expf(one.shift[i] - shift);
           total += one.sum[i] * shrink;
           const float* from = weighted(split) + i * p.d;
           for (int64_t c = 0; c < p.d; ++c) to[c] = (split == 0 ? 0.f : to[c]) + from[c] * shrink;
         }
-        const float inverse = most == -INF ? 0.f : 1.f / total;
+        const float inverse = shift == -INF ? 0.f : 1.f / total;
         for (int64_t c = 0; c < p.d; ++c) to[c] *= inverse;
-        const float lse = most + logf(total);
+        const float lse = shift + logf(total);
         row[g * p.n + i] = lse;
         if (best != nullptr) best[g * p.n + i] = lse == lse ? highest : lse;
       }
@@ -357,7 +359,7 @@ void backward(const Similarity& p, const float* row, const float* col, const flo
   const Turns row_turns(p.groups * rows.count), column_turns(triangle ? 0 : p.groups * columns.count);
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);
-  // Without a triangle, dq and dk of one input are added in the end.
+  // Where the keys are the queries but the problem is not symmetric, dk is added to dq in the end.
   const Array<float> own_k(self && !triangle && dq != nullptr ? p.groups * p.m * p.d : 0);
   float* const to_k = !self ? dk : triangle || dq == nullptr ? nullptr : static_cast<float*>(own_k);
   const int64_t tiles = rows.count * columns.count;

@@ -14,7 +14,7 @@ struct Softplus {
   Vec value, slope;  // log(1 + e^x) and 1 / (1 + e^-x)
 };
 
-// Both within 3 ulps, however small they are, from one exponential.
+// Both within 3 ulps, also where they are tiny, from one exponential.
 inline Softplus softplus(Vec x) {
   const Vec e = exp(min(x, -x));
   Vec p = all(-3.24402517e-3f);  // log(1 + e) / e for e in [0, 1]
@@ -30,7 +30,7 @@ inline Softplus softplus(Vec x) {
   return {max(x, Vec{}) + e * p, (x > Vec{} ? all(1.f) : e) / (e + 1.f)};
 }
 
-// What similarity_lse does not have. Of each row, or null for 0 and 1.
+// The bias and the weight of each row, or null for 0 and 1.
 struct Rows {
   const float *bias, *weight;
 };
@@ -43,7 +43,7 @@ struct Sums {
   }
 };
 
-// bias and weight of some rows, and up to a whole vector a weight of 0.
+// bias and weight of some rows, with a weight of 0 up to a whole vector.
 inline void copy_rows(const Rows& rows, int64_t first, int64_t count, float* bias, float* weight) {
   for (int64_t i = 0; i < round_up(count, LANES); ++i) {
     bias[i] = rows.bias == nullptr || i >= count ? 0.f : rows.bias[first + i];
@@ -51,22 +51,22 @@ inline void copy_rows(const Rows& rows, int64_t first, int64_t count, float* bia
   }
 }
 
-// From s in x.s the sums of its rows, in x.row_max and x.row_sum, and over s the weights W_ij = w_i sign slope_ij of
-// the gradients. With MIRROR the tile also stands for its transpose: W + W^T, and the same sums of its columns. What is
-// left out weighs 0, whatever w is.
+// From s in x.s the sums of its rows, in x.row_value and x.row_slope, and over s the weights W_ij = w_i sign slope_ij
+// of the gradients. With MIRROR the tile also stands for its transpose: W + W^T, and the same sums of its columns. What
+// is left out weighs 0, whatever w is.
 template <bool MIRROR>
 void weigh_tile(const Tile& tile, Scratch& x, const Rows& rows, float sign) {
-  const int64_t wide = round_up(tile.columns, LANES);
-  copy_rows(rows, tile.i0, tile.rows, x.row_shift, x.row_factor);
+  const int64_t padded = round_up(tile.columns, LANES);
+  copy_rows(rows, tile.i0, tile.rows, x.row_bias, x.row_weight);
   if (MIRROR) {
-    copy_rows(rows, tile.j0, tile.columns, x.column_shift, x.column_factor);
-    memset(x.column_max, 0, wide * 4);
-    memset(x.column_sum, 0, wide * 4);
+    copy_rows(rows, tile.j0, tile.columns, x.column_bias, x.column_weight);
+    memset(x.column_value, 0, padded * 4);
+    memset(x.column_slope, 0, padded * 4);
   }
   for (int64_t i = 0; i < tile.rows; ++i) {
-    const Vec bias = all(x.row_shift[i]), weight = all(x.row_factor[i] * sign);
+    const Vec bias = all(x.row_bias[i]), weight = all(x.row_weight[i] * sign);
     Vec values = Vec{}, slopes = Vec{};
-    for (int64_t j = 0; j < wide; j += LANES) {
+    for (int64_t j = 0; j < padded; j += LANES) {
       float* const at = x.s + i * S_ROW + j;
       const Vec s = load(at);
       const auto term = [&](Vec b) { return softplus(s == all(-INF) ? s : (s + b) * sign); };
@@ -75,15 +75,15 @@ void weigh_tile(const Tile& tile, Scratch& x, const Rows& rows, float sign) {
       slopes += forth.slope;
       Vec w = forth.slope == Vec{} ? Vec{} : forth.slope * weight;
       if (MIRROR) {
-        const Softplus back = term(load(x.column_shift + j));
-        store(x.column_max + j, load(x.column_max + j) + back.value);
-        store(x.column_sum + j, load(x.column_sum + j) + back.slope);
-        w += back.slope == Vec{} ? Vec{} : back.slope * (load(x.column_factor + j) * sign);
+        const Softplus back = term(load(x.column_bias + j));
+        store(x.column_value + j, load(x.column_value + j) + back.value);
+        store(x.column_slope + j, load(x.column_slope + j) + back.slope);
+        w += back.slope == Vec{} ? Vec{} : back.slope * (load(x.column_weight + j) * sign);
       }
       store(at, w);
     }
-    x.row_max[i] = sum(values);
-    x.row_sum[i] = sum(slopes);
+    x.row_value[i] = sum(values);
+    x.row_slope[i] = sum(slopes);
   }
 }
 
@@ -98,7 +98,7 @@ void all_tiles(const Similarity& p, const float* bias, const float* weight, floa
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);
   const Array<double> values(p.groups * p.n), slopes(p.groups * p.n);
-  // Without a triangle, dq and dk of one input are added in the end.
+  // Where the keys are the queries but the problem is not symmetric, dk is added to dq in the end.
   const Array<float> own_k(self && !triangle && gradients.q != nullptr ? p.groups * p.m * p.d : 0);
   float* const to_k = !self ? gradients.k : triangle || gradients.q == nullptr ? nullptr : static_cast<float*>(own_k);
   const int64_t tiles = gradients.scale == nullptr ? 0 : rows.count * columns.count;
@@ -132,8 +132,8 @@ void all_tiles(const Similarity& p, const float* bias, const float* weight, floa
           const bool mirror = triangle && tile.i0 != tile.j0;  // a tile on the diagonal holds its transpose
           if (!group.similarities(tile, x, false, tiles > 0)) return;
           triangle ? weigh_tile<true>(tile, x, of_rows, sign) : weigh_tile<false>(tile, x, of_rows, sign);
-          sums.add(tile.i0, tile.rows, x.row_max, x.row_sum);
-          if (mirror) sums.add(tile.j0, tile.columns, x.column_max, x.column_sum);
+          sums.add(tile.i0, tile.rows, x.row_value, x.row_slope);
+          if (mirror) sums.add(tile.j0, tile.columns, x.column_value, x.column_slope);
           if (tiles > 0)
             dots_at[tile.i0 / rows.size * columns.count + tile.j0 / columns.size] =
                 weighted_dots(tile, x) / (triangle && !mirror ? 2 : 1);

@@ -1,9 +1,9 @@
 // similarity_topk on the CPU, for the instruction set SSLKERN_ISA.
 //
-// Each row keeps the scores that may still be among its n best, in the order of their columns. A tile appends those
-// above the row's threshold; when there is no room for more, the n best stay and the lowest of them is the new
-// threshold. Columns come in ascending order, so of equal scores those already there have the lower index and win: a
-// threshold is to be passed, not met. NaN passes none.
+// Each row has a list of candidates, scores that may still be among its n largest, in the order of their columns. A
+// tile appends those above the row's threshold; when there is no room for more, the n largest stay and the lowest of
+// them is the new threshold. Columns come in ascending order, so of equal scores those already there have the lower
+// index and win: a score must be above the threshold, not equal to it. NaN never is.
 #include "tiles.h"
 
 namespace sslkern {
@@ -39,7 +39,7 @@ inline float unordered(int32_t key) {
   return x;
 }
 
-// The scores of a row that may be among its n best, in the order of their columns, in arrays of `room` numbers.
+// The scores of a row that may be among its n largest, in the order of their columns, in arrays of `room` numbers.
 struct Candidates {
   float* value;
   int32_t* index;
@@ -57,9 +57,9 @@ inline int64_t count_greater(const float* value, int64_t count, float than) {
   return total;
 }
 
-// Keeps the n best of more candidates, in their order. The bound between them and the rest is found by bisection: n
-// candidates are above it, or fewer, and with those that equal it n or more.
-void keep_best(Candidates& x, int64_t n) {
+// Leaves the n largest of more candidates, in their order. The bound between them and the rest is found by bisection:
+// exactly n candidates are above it, or fewer, and n or more with those that equal it.
+void drop_rest(Candidates& x, int64_t n) {
   // Above low are n or more, above high fewer; some may equal the old threshold.
   int64_t low = int64_t(ordered(x.threshold)) - 1, high = ordered(INF), above = x.count;
   while (above != n && high - low > 1) {
@@ -72,25 +72,25 @@ void keep_best(Candidates& x, int64_t n) {
     }
   }
   const float bound = unordered(int32_t(above == n ? low : high));
-  int64_t ties = n - (above == n ? n : count_greater(x.value, x.count, bound)), kept = 0;
+  int64_t ties = n - (above == n ? n : count_greater(x.value, x.count, bound)), to = 0;
   for (int64_t i = 0; i < x.count; ++i) {
     const float value = x.value[i];
     const bool tie = value == bound && ties > 0;
-    x.value[kept] = value;
-    x.index[kept] = x.index[i];
+    x.value[to] = value;
+    x.index[to] = x.index[i];
     ties -= tie;
-    kept += value > bound || tie;
+    to += value > bound || tie;
   }
   x.count = n;
   x.threshold = bound;
 }
 
-// Appends a row of a tile, whose first column is `first`.
-inline void append_row(Candidates& x, int64_t n, const float* s, int64_t wide, int64_t first) {
-  for (int64_t j = 0; j < wide; j += LANES) {
+// Appends a row of a tile, whose first column is `first`; `padded` columns make whole vectors.
+inline void append_row(Candidates& x, int64_t n, const float* s, int64_t padded, int64_t first) {
+  for (int64_t j = 0; j < padded; j += LANES) {
     uint32_t above = greater(load(s + j), all(x.threshold));
     if (above != 0 && x.count + LANES > x.room) {
-      keep_best(x, n);
+      drop_rest(x, n);
       above = greater(load(s + j), all(x.threshold));
     }
     for (; above != 0; above &= above - 1) {
@@ -104,17 +104,17 @@ inline void append_row(Candidates& x, int64_t n, const float* s, int64_t wide, i
 // Appends candidates of later columns.
 void append_all(Candidates& x, int64_t n, const Candidates& more) {
   for (int64_t i = 0; i < more.count; ++i) {
-    if (x.count == x.room) keep_best(x, n);
+    if (x.count == x.room) drop_rest(x, n);
     if (!(more.value[i] > x.threshold)) continue;
     x.value[x.count] = more.value[i];
     x.index[x.count++] = more.index[i];
   }
 }
 
-// Writes the n best, highest first, and -inf and -1 where there are fewer. Sorts by merging ever longer runs between x
-// and `spare`, of equal values the first one first.
+// Writes the n largest, the largest first, and -inf and -1 where there are fewer. Sorts by merging ever longer runs
+// between x and `spare`; equal values stay in their order.
 void finish(Candidates& x, Candidates& spare, int64_t n, int64_t wanted, float* values, int64_t* indices) {
-  if (x.count > n) keep_best(x, n);
+  if (x.count > n) drop_rest(x, n);
   const int64_t count = x.count;
   Candidates from = x, to = spare;
   for (int64_t run = 1; run < count; run *= 2) {
@@ -146,7 +146,8 @@ void topk(const Similarity& p, int64_t wanted, float* values, int64_t* indices) 
   if (spread.by_group) runs.splits = 1, runs.per_split = columns.count;
   const int64_t n = wanted < p.m ? wanted : p.m;                        // no row has more
   const int64_t room = round_up(n + (n > 64 ? n : 64), LANES) + LANES;  // and off powers of two
-  // The lists of a row block belong to its thread, but where its columns are split to all, to be merged.
+  // A thread uses its lists for one row block after the other. Where columns are split, each row has a list per split,
+  // and they are merged in the end.
   const int64_t lists = runs.splits > 1 ? runs.splits * p.n : spread.threads * rows.size;
   const Array<Scratch> scratch(spread.threads);
   const Array<Candidates> candidates(lists + spread.threads);  // and one of each thread to sort with

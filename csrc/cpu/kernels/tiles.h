@@ -35,12 +35,14 @@ struct Tile {
 struct Scratch {
   alignas(64) float s[BLOCK * S_ROW];  // s, then e^s or the weights W of the backward
   alignas(64) Word a[BLOCK * A_ROW], b[BLOCK * DEPTH];
-  alignas(64) Word w[BLOCK * S_ROW / 2],
-      wt[BLOCK / 2 * S_ROW];  // W as bf16, in pairs along its rows and along its columns
-  float dot[BLOCK * S_ROW];   // q k^T, where the gradient of the scale needs it
+  // W as bf16, in pairs along its rows and along its columns.
+  alignas(64) Word w[BLOCK * S_ROW / 2], wt[BLOCK / 2 * S_ROW];
+  float dot[BLOCK * S_ROW];  // q k^T, where the gradient of the scale needs it
   int32_t row_id[BLOCK], column_id[BLOCK];
   float row_max[BLOCK], row_shift[BLOCK], row_factor[BLOCK], row_sum[BLOCK];
   float column_max[BLOCK], column_shift[BLOCK], column_factor[BLOCK], column_sum[BLOCK];
+  float row_bias[BLOCK], row_weight[BLOCK], row_value[BLOCK], row_slope[BLOCK];  // of similarity_softplus
+  float column_bias[BLOCK], column_weight[BLOCK], column_value[BLOCK], column_slope[BLOCK];
 };
 
 inline bool finite(float x) { return x - x == 0; }
@@ -52,7 +54,7 @@ template <class T, class Arithmetic>
 struct Group {
   int64_t n, m, d;
   const T *q, *k;
-  bool without_self;  // q is k: pair (i, i) is left out
+  bool without_self;  // q is k: the pairs (i, i) are left out
   float scale;
   const int64_t *q_ids, *k_ids;
   bool same;
@@ -60,7 +62,7 @@ struct Group {
   float* kept;
   int64_t kept_rows;
 
-  // False where ids leave nothing of the tile. Ids that cannot meet in the tile are not compared.
+  // False where the ids leave out the whole tile. They are not compared where no row and column can have the same.
   bool prepare_ids(const Tile& tile, Scratch& x, bool& compare) const {
     compare = false;
     if (q_ids == nullptr) return true;
@@ -75,8 +77,8 @@ struct Group {
       column_high = column[j] > column_high ? column[j] : column_high;
     }
     if (row_high < column_low || column_high < row_low) return !same;
-    // In the tile 32 bits tell the ids apart: an offset from the lowest where that fits, else the place of the first
-    // equal id.
+    // In the tile 32 bits tell the ids apart: the distance from the lowest id where that fits, else the first column
+    // that has the id, or -1.
     compare = true;
     const int64_t low = row_low < column_low ? row_low : column_low,
                   high = row_high > column_high ? row_high : column_high;
@@ -114,17 +116,18 @@ struct Group {
     } while (first < d);
   }
 
-  // x.s = s of the tile, -inf for pairs that are left out and in columns up to a whole vector. False where nothing is
-  // kept. Forward and backward both come here, so they leave out the same pairs. The forward leaves the dot products in
-  // `kept`, where there is one, and the backward takes them from it; `need_dot` leaves them in x.dot.
+  // x.s = s of the tile, -inf for pairs that are left out and in columns up to a whole vector. False where no pair
+  // counts. Forward and backward both come here, so they leave out the same pairs. The forward writes the dot products
+  // of the first rows to `kept`, where there is one, and the backward reads them there; `need_dot` leaves them in
+  // x.dot.
   bool similarities(const Tile& tile, Scratch& x, bool is_backward = false, bool need_dot = false) const {
     bool compare;
     if (!prepare_ids(tile, x, compare)) return false;
     float* const dots = need_dot ? x.dot : x.s;
     const auto kept_row = [&](int64_t i) { return kept + (tile.i0 + i) * m + tile.j0; };
-    const bool keeps = kept != nullptr && tile.i0 + tile.rows <= kept_rows;
-    if (!keeps || !is_backward) product(tile, x, dots);
-    for (int64_t i = 0; keeps && i < tile.rows; ++i) {
+    const bool is_kept = kept != nullptr && tile.i0 + tile.rows <= kept_rows;
+    if (!is_kept || !is_backward) product(tile, x, dots);
+    for (int64_t i = 0; is_kept && i < tile.rows; ++i) {
       float* const row = dots + i * S_ROW;
       if (is_backward) {
         copy_words(kept_row(i), tile.columns, reinterpret_cast<Word*>(row));
@@ -134,37 +137,37 @@ struct Group {
       }
     }
 
-    const int64_t wide = round_up(tile.columns, LANES);
+    const int64_t padded = round_up(tile.columns, LANES);
     alignas(64) float bias[BLOCK];
     if (k_bias != nullptr)
-      for (int64_t j = 0; j < wide; ++j) bias[j] = j < tile.columns ? k_bias[tile.j0 + j] : 0.f;
+      for (int64_t j = 0; j < padded; ++j) bias[j] = j < tile.columns ? k_bias[tile.j0 + j] : 0.f;
     const bool on_diagonal = without_self && tile.i0 < tile.j0 + tile.columns && tile.j0 < tile.i0 + tile.rows;
     for (int64_t i = 0; i < tile.rows; ++i) {
       float* s = x.s + i * S_ROW;
       const float* dot = dots + i * S_ROW;
       if (k_bias != nullptr)
-        for (int64_t j = 0; j < wide; j += LANES) {
+        for (int64_t j = 0; j < padded; j += LANES) {
           const Vec b = load(bias + j);
           store(s + j, b == all(-INF) ? all(-INF) : load(dot + j) * scale + b);  // whatever the product is
         }
       else
-        for (int64_t j = 0; j < wide; j += LANES) store(s + j, load(dot + j) * scale);
+        for (int64_t j = 0; j < padded; j += LANES) store(s + j, load(dot + j) * scale);
       if (compare) {
         const IVec id = all(x.row_id[i]);
-        for (int64_t j = 0; j < wide; j += LANES) {
+        for (int64_t j = 0; j < padded; j += LANES) {
           const IVec equal = load_int(x.column_id + j) == id;
           store(s + j, (same ? ~equal : equal) ? all(-INF) : load(s + j));
         }
       }
       if (q_limit != nullptr) {
         const Vec limit = all(q_limit[tile.i0 + i]);
-        for (int64_t j = 0; j < wide; j += LANES) store(s + j, load(s + j) > limit ? all(-INF) : load(s + j));
+        for (int64_t j = 0; j < padded; j += LANES) store(s + j, load(s + j) > limit ? all(-INF) : load(s + j));
       }
       if (on_diagonal) {
         const int64_t j = tile.i0 + i - tile.j0;
         if (j >= 0 && j < tile.columns) s[j] = -INF;
       }
-      for (int64_t j = tile.columns; j < wide; ++j) s[j] = -INF;
+      for (int64_t j = tile.columns; j < padded; ++j) s[j] = -INF;
     }
     return true;
   }
@@ -179,13 +182,14 @@ void round_weights([[maybe_unused]] const Tile& tile, [[maybe_unused]] Scratch& 
 #ifdef __AVX512BF16__
   if constexpr (Arithmetic::PER_WORD == 2) {
     constexpr bool TILES = Arithmetic::STEP == LANES;
-    const int64_t tall = 2 * words<Arithmetic>(tile.rows);
-    const int64_t filled = round_up(tile.columns, LANES), wide = round_up(2 * words<Arithmetic>(tile.columns), LANES);
-    for (int64_t i = 0; i < tile.rows && filled < wide; ++i) memset(x.s + i * S_ROW + filled, 0, (wide - filled) * 4);
-    for (int64_t i = tile.rows; i < tall; ++i) memset(x.s + i * S_ROW, 0, wide * 4);
+    const int64_t padded_rows = 2 * words<Arithmetic>(tile.rows);
+    const int64_t filled = round_up(tile.columns, LANES), padded = round_up(2 * words<Arithmetic>(tile.columns), LANES);
+    for (int64_t i = 0; i < tile.rows && filled < padded; ++i)
+      memset(x.s + i * S_ROW + filled, 0, (padded - filled) * 4);
+    for (int64_t i = tile.rows; i < padded_rows; ++i) memset(x.s + i * S_ROW, 0, padded * 4);
     Word* const pairs = TILES ? x.a : x.wt;
-    for (int64_t i = 0; i < tall; i += 2)
-      for (int64_t j = 0; j < wide; j += LANES) {
+    for (int64_t i = 0; i < padded_rows; i += 2)
+      for (int64_t j = 0; j < padded; j += LANES) {
         const __m256i upper = (__m256i)_mm512_cvtneps_pbh((__m512)load(x.s + i * S_ROW + j));
         const __m256i lower = (__m256i)_mm512_cvtneps_pbh((__m512)load(x.s + (i + 1) * S_ROW + j));
         _mm256_storeu_si256((__m256i*)(x.w + (i * S_ROW + j) / 2), upper);
@@ -196,8 +200,8 @@ void round_weights([[maybe_unused]] const Tile& tile, [[maybe_unused]] Scratch& 
               _mm512_or_si512(_mm512_cvtepu16_epi32(upper), _mm512_slli_epi32(_mm512_cvtepu16_epi32(lower), 16)));
       }
     if (TILES && transposed)
-      for (int64_t i = 0; i < tall / 2; i += LANES)
-        for (int64_t j = 0; j < wide; j += LANES)
+      for (int64_t i = 0; i < padded_rows / 2; i += LANES)
+        for (int64_t j = 0; j < padded; j += LANES)
           transpose_square(pairs + i * S_ROW + j, S_ROW, x.wt + j * (S_ROW / 2) + i, S_ROW / 2);
   }
 #endif
@@ -273,14 +277,16 @@ struct Turns {
   }
 };
 
-// Visits every tile of row and column blocks once, or, where both are the same, every pair (x, y) with x <= y. Threads
-// share no block at a time, and each block meets the others in one order, so that sums over tiles have the same bits
-// for any number of threads: the blocks are numbered in squares of SIDE, and x meets y in the turn x + y, where squares
-// and places within a square are added apart, each around its circle. That is a tournament in which two squares finish
-// with each other before they go on, while their rows are still in the shared cache.
+// Visits every tile of row and column blocks once, or, where both are the same, every tile (x, y) with x <= y; drawn in
+// docs/design.md. No two threads have a tile of the same block at a time, and each block meets the others in one order,
+// so that sums over tiles have the same bits for any number of threads: blocks are grouped into squares of SIDE, and x
+// meets y in the turn x + y, where the numbers of the squares and the places within a square are added separately, each
+// modulo its count. That is a tournament in which two squares finish with each other before they go on, while their
+// rows are still in the shared cache.
 template <class Visit>
 void each_tile(Team& team, const Blocks& rows, const Blocks& columns, std::atomic<int64_t>* row_turns,
                std::atomic<int64_t>* column_turns, const Visit& visit) {
+  if (rows.count == 0 || columns.count == 0) return;
   const bool pairs = row_turns == column_turns;
   const int64_t longest = rows.count > columns.count ? rows.count : columns.count;
   const int64_t side = longest < 12 ? 1 : SIDE, squares = (longest + side - 1) / side;
@@ -299,7 +305,7 @@ void each_tile(Team& team, const Blocks& rows, const Blocks& columns, std::atomi
   team.each(squares * parts * side * together * side, [&](int64_t t) {
     const int64_t place = t % side, square = t / side % together, step = t / (side * together) % side;
     const int64_t part = t / (side * together * side) % parts, round = t / (side * together * side * parts);
-    const int64_t x = (part * together + square) * side + (place + step) % side;  // what rests longest comes first
+    const int64_t x = (part * together + square) * side + (place + step) % side;  // the longest idle block comes first
     const int64_t turn = round * side + step, y = partner(turn, x);
     if (part * together + square >= squares || x >= rows.count || y >= columns.count || (pairs && y < x)) return;
     wait_for(row_turns[x], after_last(turn, x, columns.count));
@@ -310,7 +316,7 @@ void each_tile(Team& team, const Blocks& rows, const Blocks& columns, std::atomi
   });
 }
 
-// Visits the tiles of a row block in order, and in `splits` separate runs where there are few row blocks.
+// The tiles of a row block are visited in order, and in `splits` separate runs where there are few row blocks.
 struct Runs {
   int64_t splits, per_split;
   Runs(const Blocks& rows, const Blocks& columns) {
@@ -339,8 +345,8 @@ struct Spread {
     const double work = 2. * double(p.n) * double(p.m) * double(p.d + 16);  // of a group
     threads = usable_threads(p.threads);
     by_group = p.groups > 1 && (p.groups >= 2 * threads || work < 4e6);
-    const double useful =
-        (by_group ? work * double(p.groups) : work) / 1e6;  // a thread is worth starting for 10 us of work
+    // A thread is worth starting for 10 us of work.
+    const double useful = (by_group ? work * double(p.groups) : work) / 1e6;
     if (useful < threads) threads = useful < 1 ? 1 : int(useful);
   }
   template <class Arithmetic, class Body>
@@ -360,25 +366,27 @@ struct Spread {
 
 template <class T, class Arithmetic>
 Group<T, Arithmetic> group_of(const Similarity& p, int64_t g) {
-  const T* q = static_cast<const T*>(p.q) + g * p.n * p.d;
   const auto at = [g](const auto* array, int64_t length) { return array == nullptr ? nullptr : array + g * length; };
-  return {p.n,
-          p.m,
-          p.d,
-          q,
-          p.k == nullptr ? q : static_cast<const T*>(p.k) + g * p.m * p.d,
-          p.k == nullptr,
-          p.scale,
-          at(p.q_ids, p.n),
-          p.k == nullptr ? at(p.q_ids, p.n) : at(p.k_ids, p.m),
-          p.same,
-          at(p.k_bias, p.m),
-          at(p.q_limit, p.n),
-          p.kept == nullptr ? nullptr : p.kept + g * p.kept_rows * p.m,
-          p.kept_rows};
+  const bool self = p.k == nullptr;
+  Group<T, Arithmetic> group{};
+  group.n = p.n;
+  group.m = p.m;
+  group.d = p.d;
+  group.q = static_cast<const T*>(p.q) + g * p.n * p.d;
+  group.k = self ? group.q : static_cast<const T*>(p.k) + g * p.m * p.d;
+  group.without_self = self;
+  group.scale = p.scale;
+  group.q_ids = at(p.q_ids, p.n);
+  group.k_ids = self ? group.q_ids : at(p.k_ids, p.m);
+  group.same = p.same;
+  group.k_bias = at(p.k_bias, p.m);
+  group.q_limit = at(p.q_limit, p.n);
+  group.kept = p.kept == nullptr ? nullptr : p.kept + g * p.kept_rows * p.m;
+  group.kept_rows = p.kept_rows;
+  return group;
 }
 
-// s_ij = s_ji, and left out alike: half of the tiles do.
+// Whether s_ij = s_ji, and both count or neither: then half of the tiles are enough.
 inline bool symmetric(const Similarity& p) { return p.k == nullptr && p.k_bias == nullptr && p.q_limit == nullptr; }
 
 // Calls body(T(), Arithmetic()) with the types for the problem.
