@@ -9,9 +9,8 @@ from .agreement import COUNTS, agrees, result
 from .combinations import combinations
 from .problems import CASES, OPTIONS, of_loss, of_pairs
 
-SHARING = dict(  # of one rank: test_ranks.py
-    ranks=[2, 3, 5, 8], rows=list(COUNTS), strategy=["all_gather", "ring", "auto"], grad_reduce=["mean", "sum"]
-)
+# Of one rank: test_ranks.py; "auto", which is one of the two: test_primitives.py.
+SHARING = dict(ranks=[2, 3, 5, 8], rows=list(COUNTS), strategy=["all_gather", "ring"], grad_reduce=["mean", "sum"])
 
 
 @combinations(extra=["", "ids", "weights", "ids, learned"], options=list(OPTIONS), **SHARING)

@@ -112,6 +112,14 @@ def test_sum_of_equal(pool, extra, ranks, rows, strategy, grad_reduce):
     check(pool, "sum_of_equal", False, extra, ranks, rows, strategy, grad_reduce)
 
 
+@pytest.mark.parametrize("itself", [True, False])
+@pytest.mark.parametrize("primitive", ["similarity_lse", "similarity_softplus", "similarity_topk", "sum_of_equal"])
+def test_auto(pool, primitive, itself):
+    if primitive == "sum_of_equal" and itself:
+        pytest.skip("it has keys")
+    check(pool, primitive, itself, "ids, learned", 3, "uneven", "auto", "mean")
+
+
 def gathered_and_totalled(x, group=None, strategy="auto", grad_reduce="mean"):
     """Sums over all rows within a loss, of which each rank makes something else."""
     ranks = distributed.ranks_of(group, strategy, grad_reduce, "gathered", x=x)
