@@ -1,4 +1,4 @@
-"""What stands in examples/ runs, and does what it says."""
+"""What stands in examples/ runs, and does what it says; the picture in docs/ is that of the code."""
 
 import importlib
 import os
@@ -39,3 +39,9 @@ def test_clip_under_ddp():
     assert ran.returncode == 0, ran.stderr
     share = re.search(r"of 128 pairs a share of ([\d.]+) find each other", ran.stdout)
     assert share and float(share[1]) > 0.8, ran.stdout
+
+
+def test_the_architecture_is_drawn_as_it_is():
+    from docs import architecture
+
+    assert architecture.TARGET.read_text() == architecture.drawn(), "run python -m docs.architecture"
