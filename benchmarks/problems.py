@@ -262,7 +262,8 @@ def scaled_scores(q, k, scale):
 
 def two_way_cross_entropy(q, k, scale):
     s = scaled_scores(q, k, scale)
-    return (F.cross_entropy(s, places(s)) + F.cross_entropy(s.T, places(s))) / 2
+    positives = places(s)
+    return (F.cross_entropy(s, positives) + F.cross_entropy(s.T, positives)) / 2
 
 
 def two_way_logsumexp(q, k, scale):
@@ -278,8 +279,8 @@ def two_way_chunked(q, k, scale):
 
 def two_way_open_clip(q, k, scale):
     """ClipLoss of open_clip 3.3: a product for each direction."""
-    q, k, scale = unit(q), unit(k), scale.to(q.dtype)
-    return (F.cross_entropy(scale * q @ k.T, places(q)) + F.cross_entropy(scale * k @ q.T, places(q))) / 2
+    q, k, scale, positives = unit(q), unit(k), scale.to(q.dtype), places(q)
+    return (F.cross_entropy(scale * q @ k.T, positives) + F.cross_entropy(scale * k @ q.T, positives)) / 2
 
 
 def open_clip():
@@ -311,8 +312,9 @@ def cut_cross_entropy():
     loss_of = importlib.import_module("cut_cross_entropy").linear_cross_entropy
 
     def loss(q, k, scale):
-        q, k = unit(q), unit(k)
-        return sum(loss_of(scale.to(a.dtype) * a, b, places(a), filter_eps=None) for a, b in ((q, k), (k, q))) / 2
+        q, k, positives = unit(q), unit(k), places(q)
+        pairs = ((q, k), (k, q))
+        return sum(loss_of(scale.to(a.dtype) * a, b, positives, filter_eps=None) for a, b in pairs) / 2
 
     return loss
 

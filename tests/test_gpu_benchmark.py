@@ -93,6 +93,18 @@ def test_what_sanitizers_watch_runs():
         assert name in run.stdout
 
 
+def test_compiling_ahead_calls_each_racer(gpu, monkeypatch):
+    import problems
+
+    called = []
+    monkeypatch.setattr(problems, "COMPILER", "inductor")  # what a dry run changes, and puts back here
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(gpu, "step_of", lambda function, inputs, **_: lambda: called.append(function))
+    gpu.warm(0, 1, True, "^nt_xent-256-128-bf16")
+    case = gpu.Case("nt_xent", 256, 128, part="small")
+    assert len(called) == len(case.contenders(case.build("cpu"))) >= 4
+
+
 RESULT = {"part": "headlines", "flops": 0, "bytes": 0, "contenders": {"sslkern": {"seconds": 1.0}}, "failed": {}}
 
 
