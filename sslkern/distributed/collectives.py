@@ -166,7 +166,7 @@ class Post:
                 x.copy_(here)
 
 
-_TAGS = {"keys": 1, "result": 2}
+_TAGS = {"keys": 1, "result": 2, "rows": 3}
 
 
 # ---- the ways there --------------------------------------------------------------------------------------------------
@@ -176,10 +176,19 @@ def _sent_to_all(x: Tensor, group) -> Tensor:
     size, each = group.size(), x.numel() * x.element_size()
     here = _through(group, x.contiguous())
     everyone = here.new_empty(size, *x.shape)
+    if each >= DIRECTLY and _is_gloo(group, here):
+        others = [rank for rank in range(size) if rank != group.rank()]
+        sends = [(_bytes(here).view(-1), rank, "rows") for rank in others]
+        Post(sends, [(_bytes(everyone[rank]), rank, "rows") for rank in others], group.group_name).wait()
+        everyone[group.rank()] = here
+        return everyone.to(x.device)
     _count((size - 1) * each, (size - 1) * each)
     with _explained(group):
         group._allgather_base(_bytes(everyone).view(-1), _bytes(here).view(-1)).wait()
     return everyone.to(x.device)
+
+
+DIRECTLY = 2**18  # bytes: as much is sent to each rank, as Gloo's all-gather would hold all of it twice
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -188,7 +197,11 @@ def _bytes(x: Tensor) -> Tensor:
 
 def _through(group, x: Tensor) -> Tensor:
     """x where the group can send it from: Gloo's rows go through the host."""
-    return x.cpu() if x.device.type != "cpu" and group._get_backend(x.device).name() == "gloo" else x
+    return x.cpu() if x.device.type != "cpu" and _is_gloo(group, x) else x
+
+
+def _is_gloo(group, x: Tensor) -> bool:
+    return group._get_backend(x.device).name() == "gloo"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ product for a block of n x n scores, 2 n^2 D flop. What a rank moves, and holds 
     ring holds        2 k + 4 d + W s                             2 k + d + W s + k
 
 and the gradients, d for each set of rows. The last k are the views as one tensor. Who has gathered the keys does not
-move them again in the backward. (Gloo has what it gathers a second time until it has.)
+move them again in the backward.
 
 The backward of q with itself visits each pair of ranks from both sides, and no gradient travels. A triangle, which
 visits it once, would make both gradients of a block: 3 W/2 passes, if a block computes its scores once for them, and

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sslkern import FeatureQueue, MemoryBank
-from sslkern.distributed import recorded
+from sslkern.distributed import collectives, recorded
 from sslkern.distributed.cost import DEVICES, Problem, cost
 from sslkern.functional import clip, moco, nce, nt_xent
 
@@ -91,6 +91,25 @@ def test_of_a_sharded_bank_names_and_scores_are_exchanged(pool, ranks):
     assert updated == (ranks - 1) * (512 + 8 * (ranks + 1))  # how many go where: all samples are this rank's
 
 
+def gathered_both_ways(group):
+    """Rows of all ranks through Gloo's all-gather and as messages to each of them, with what is counted."""
+    counts, found = [3, 0, 4, 1, 4][: group.size()], []
+    x = torch.randn(counts[group.rank()], 5, generator=torch.Generator().manual_seed(group.rank()))
+    with pytest.MonkeyPatch.context() as patch:
+        for least in (collectives.DIRECTLY, 1):
+            patch.setattr(collectives, "DIRECTLY", least)
+            with recorded() as record:
+                found.append((collectives.gather_rows(x, counts, group.group_name), record.sent, record.received))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_large_rows_are_sent_to_each_rank(pool, ranks):
+    """As Gloo's all-gather would hold them twice."""
+    for (rows, *counted), (directly, *counted_then) in pool.run(gathered_both_ways, ranks=ranks):
+        assert torch.equal(rows, directly) and counted == counted_then and counted[1] > 0
+
+
 def events(group):
     """Of a forward and a backward by a ring."""
     x, y = (torch.randn(8, 4, requires_grad=True) for _ in range(2))
@@ -133,8 +152,8 @@ def test_the_ring_holds_a_few_blocks_for_any_number_of_ranks(pool, name):
     for (strategy, ranks), peak in peaks.items():
         predicted = cost(strategy, Problem(rows, features, ranks, ITSELF[name], 4), DEVICES["cpu"]).memory + own
         print(f"{strategy} of {ranks} ranks: {peak / 1e6:.1f} MB, by the model {predicted / 1e6:.1f}")
-        assert peak < 1.15 * predicted or strategy == "all_gather"
-    assert peaks["all_gather", 8] > 2 * peaks["ring", 8]  # or nothing of this would be seen
+        assert peak < 1.15 * predicted
+    assert peaks["all_gather", 8] > 0.85 * predicted > 1.5 * peaks["ring", 8]  # or nothing of this would be seen
 
 
 def held_with_a_memory(group, strategy, rows, features, size):
@@ -154,4 +173,4 @@ def test_a_rank_holds_its_part_of_a_memory_and_a_few_blocks_of_queries(pool):
         of = cost(strategy, Problem(rows, features, ranks, False, 4, size // ranks), DEVICES["cpu"])
         print(f"{strategy} of {ranks} ranks: {peak / 1e6:.1f} MB, by the model {(of.memory + 2 * query) / 1e6:.1f}")
         assert part == pytest.approx(whole / ranks, rel=0.01)
-        assert peak < 1.15 * (of.memory + 2 * query) or strategy == "all_gather"
+        assert peak < 1.15 * (of.memory + 2 * query)
