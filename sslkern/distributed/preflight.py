@@ -83,8 +83,11 @@ def equal_rows(group, rows: int) -> None:
 def _kind(value) -> str:
     """What of an argument is the same on all ranks."""
     if isinstance(value, Tensor):
-        layout = "nested" if value.is_nested else value.layout
-        return f"{type(value).__name__} {value.ndim} {value.dtype} {value.device.type} {layout} {value.requires_grad}"
+        if value.is_nested:
+            return f"{type(value).__name__} nested"
+        width = value.shape[-1] if value.ndim > 1 else ""  # which are no rows, whatever their number
+        of = f"{type(value).__name__} {value.ndim} {width} {value.dtype} {value.device.type} {value.layout}"
+        return f"{of} {value.requires_grad}"
     if isinstance(value, (list, tuple)):
         return str([_kind(x) for x in value])
     return _named(value)

@@ -79,6 +79,10 @@ Z = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 INDEX = torch.zeros(4, 3, dtype=torch.int64)
 # Of a group; `odd` on one of its ranks.
 CALLS = {
+    "features, as many as rows": (
+        lambda group, odd: nt_xent(*torch.randn(2, 3 + odd, 3 + odd), group=group),
+        r"z0 is Tensor \[3, 3\] .* on ranks 0, 2, Tensor \[4, 4\] .* on rank 1",
+    ),
     "a list in a list": (
         lambda group, odd: mnrl(Z, Z, [Z], guide=[Z, Z, [Z[:, : 3 - odd]]], group=group),
         r"guide is .* on ranks 0, 2, .*\(Tensor \[4, 2\] float32 on cpu\)\) on rank 1",
