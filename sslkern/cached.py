@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from .common.arguments import check_dense, describe
 from .common.numbers import check_size
-from .common.tensors import transformed
+from .common.tensors import map_given, transformed
 
 Encoder = nn.Module | MethodType
 
@@ -71,16 +71,16 @@ class CachedLoss:
     """
 
     def __init__(self, encoder: Encoder | Sequence[Encoder], loss: Callable[..., Any], chunk_size: int):
-        each = isinstance(encoder, (tuple, list))
-        for one in encoder if each else (encoder,):
-            if not isinstance(one if isinstance(one, nn.Module) else getattr(one, "__self__", None), nn.Module):
+        self.encoder = tuple(encoder) if isinstance(encoder, (tuple, list)) else encoder
+        for one in _listed(self.encoder):
+            if not isinstance(one, nn.Module) and not isinstance(getattr(one, "__self__", None), nn.Module):
                 raise TypeError(
                     f"encoder must be a module or a method of one, whose parameters are known, not {describe(one)}; "
                     "write what it does as a module"
                 )
         if not callable(loss):
             raise TypeError(f"loss must be a function or module of features, not {describe(loss)}")
-        self.encoder, self.loss = tuple(encoder) if each else encoder, loss
+        self.loss = loss
         self.chunk_size = check_size("chunk_size", chunk_size)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
@@ -90,10 +90,17 @@ class CachedLoss:
             raise NotImplementedError(
                 "CachedLoss runs neither under torch.func nor in forward mode; call the loss itself"
             )
-        encoders = self.encoder if isinstance(self.encoder, tuple) else (self.encoder,) * len(inputs)
+        encoders = _listed(self.encoder)
+        if not isinstance(self.encoder, tuple):
+            encoders *= len(inputs)
         if len(encoders) != len(inputs) or not inputs:
             raise ValueError(f"inputs must be {len(encoders) or 'at least 1'}, one for each encoder, not {len(inputs)}")
-        return self.loss(*(_embed(*pair, self.chunk_size) for pair in zip(encoders, inputs, strict=True)), **options)
+        features = [_embed(encoder, x, self.chunk_size) for encoder, x in zip(encoders, inputs, strict=True)]
+        return self.loss(*features, **options)
+
+
+def _listed(encoder: Encoder | tuple[Encoder, ...]) -> tuple[Encoder, ...]:
+    return encoder if isinstance(encoder, tuple) else (encoder,)
 
 
 def _embed(encoder: Encoder, x: Any, chunk_size: int) -> Any:
@@ -127,13 +134,15 @@ class _Called(nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.method = getattr(encoder, "__func__", None)
-        self.module = encoder if self.method is None else encoder.__self__
+        self.module = getattr(encoder, "__self__", encoder)
 
     def forward(self, x: Any) -> Any:
         # Weights that `parametrize.cached()` keeps have no graph here, or that of the chunk before.
         enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
         try:
-            return self.module(x) if self.method is None else self.method(self.module, x)
+            if self.method is None:
+                return self.module(x)
+            return self.method(self.module, x)
         finally:
             parametrize._cache_enabled = enabled
 
@@ -188,17 +197,21 @@ class _Cache:
         self.names = self._names()
         self.modes = self._modes()
         self.replayed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        for module in self.encoder.modules() if self.replayed else ():
+        if self.replayed:
+            self._check_parallel()
+        self.random: list[list[Tensor]] = []  # the state before each chunk
+        self.buffers: list[dict[str, Tensor | None]] = []  # likewise; equal ones are one tensor
+        self.changing: set[str] = set()  # names of buffers
+        self.structure: Any = None  # how the tensors are nested in what the encoder returns
+
+    def _check_parallel(self) -> None:
+        for module in self.encoder.modules():
             parallel = isinstance(module, nn.parallel.DistributedDataParallel)
             if parallel and (module.find_unused_parameters or module.static_graph):
                 raise TypeError(
                     "encoder must be the DistributedDataParallel itself, not hold one, where it has "
                     "find_unused_parameters or static_graph"
                 )
-        self.random: list[list[Tensor]] = []  # the state before each chunk
-        self.buffers: list[dict[str, Tensor | None]] = []  # likewise; equal ones are one tensor
-        self.changing: set[str] = set()  # names of buffers
-        self.structure: Any = None  # how the tensors are nested in what the encoder returns
 
     def embed(self) -> tuple[Tensor, ...]:
         """The features of all chunks."""
@@ -247,11 +260,12 @@ class _Cache:
             _set_modes(self.modes)
             for rows, state, buffers in zip(self.chunks, self.random, self.buffers, strict=True):
                 self._set_random_state(state)
-                buffers = {n: x.clone() if x is not None and n in self.changing else x for n, x in buffers.items()}
+                changing = {name: buffers[name].clone() for name in self.changing if buffers.get(name) is not None}
+                buffers = buffers | changing
                 leaves = [x[rows].detach() for x in self.inputs]
                 for leaf, total in zip(leaves, of_inputs, strict=True):
                     leaf.requires_grad_(total is not None)
-                self._replay_chunk(leaves, stand_ins | buffers, [None if g is None else g[rows] for g in grads])
+                self._replay_chunk(leaves, stand_ins | buffers, _rows_of(rows, grads))
                 for total, leaf in zip(of_inputs, leaves, strict=True):
                     if total is not None and leaf.grad is not None:
                         total[rows] = leaf.grad
@@ -277,13 +291,16 @@ class _Cache:
 
     def _keep_buffers(self) -> None:
         """The buffers as they are now, copies of those that are not known to be equal to the last ones."""
-        last = self.buffers[-1] if self.buffers else {}
+        last: dict[str, Tensor | None] = {}
+        if self.buffers:
+            last = self.buffers[-1]
         kept: dict[str, Tensor | None] = {name: None for name, x in self._held("_buffers") if x is None}
         for name, x in self.encoder.named_buffers():
             old = last.get(name)
             if old is None or name in self.changing or not _equal(old, x):
                 kept[name] = x.detach().clone()
-                self.changing.update(() if old is None else (name,))
+                if old is not None:
+                    self.changing.add(name)
             else:
                 kept[name] = old
         self.buffers.append(kept)
@@ -292,7 +309,9 @@ class _Cache:
         """Parameters of `fully_shard` as what they are between steps: those of its outermost module stay whole after a
         forward, and then another forward would not gather them from what stands in their place."""
         fsdp = sys.modules.get("torch.distributed.fsdp")
-        for module in self.encoder.modules() if fsdp is not None else ():
+        if fsdp is None:
+            return
+        for module in self.encoder.modules():
             if isinstance(module, getattr(fsdp, "FSDPModule", ())):
                 module.reshard()
 
@@ -325,6 +344,10 @@ def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
         module.training = training
 
 
+def _rows_of(rows: slice, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return map_given(lambda g: g[rows], *grads)
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
@@ -334,7 +357,9 @@ def _tensors(x: Any) -> Iterator[Tensor]:
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, (tuple, list, Mapping)):
-        for one in x.values() if isinstance(x, Mapping) else x:
+        if isinstance(x, Mapping):
+            x = x.values()
+        for one in x:
             yield from _tensors(one)
 
 

@@ -14,13 +14,17 @@ def collect() -> dict:
     """The facts as a dict of strings, numbers, lists and None, ready for JSON."""
     backends = {}
     for name, backend in BACKENDS.items():
-        backends[name] = {
+        facts = backends[name] = {
             "available": backend.MISSING is None,
             "missing": backend.MISSING,
-            "devices": list(backend.DEVICES) if backend.DEVICES else "any",
-            "dtypes": [str(dtype).removeprefix("torch.") for dtype in backend.DTYPES] if backend.DTYPES else "any",
+            "devices": "any",
+            "dtypes": "any",
             "primitives": list(backend.PRIMITIVES),
         }
+        if backend.DEVICES:
+            facts["devices"] = list(backend.DEVICES)
+        if backend.DTYPES:
+            facts["dtypes"] = [str(dtype).removeprefix("torch.") for dtype in backend.DTYPES]
     native, nvrtc = BACKENDS["cpu"]._cpu, BACKENDS["cuda"].nvrtc.find()
     return {
         "sslkern": __version__,
@@ -47,11 +51,16 @@ def main() -> None:
         return
     backends = info.pop("backends")
     for name, value in info.items():
-        print(f"{name:<10} {(', '.join(value) if isinstance(value, list) else value) or 'none'}")
+        print(f"{name:<10} {_listed(value) or 'none'}")
     for name, facts in backends.items():
-        devices = facts["devices"] if facts["devices"] == "any" else ", ".join(facts["devices"])
-        state = f"runs {', '.join(facts['primitives'])} on {devices}" if facts["available"] else facts["missing"]
+        state = facts["missing"] or f"runs {_listed(facts['primitives'])} on {_listed(facts['devices'])}"
         print(f"{'  ' + name:<10} {state}")
+
+
+def _listed(value):
+    if isinstance(value, list):
+        return ", ".join(value)
+    return value
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..common.tensors import map_given
+
 # Functions, as the compiler of torch 2.6 knows no properties of a named tuple.
 
 
@@ -17,7 +19,8 @@ def sizes_of(problem: "Problem") -> tuple[int, int, int, int]:
     """G (1 without groups), N, M, D."""
     q, k = problem.q, problem.k
     G, N, D = q.shape if q.ndim == 3 else (1, *q.shape)
-    return G, N, N if k is None else k.shape[-2], D
+    M = N if k is None else k.shape[-2]
+    return G, N, M, D
 
 
 def full_scale_of(problem: "Problem") -> float | Tensor:
@@ -38,7 +41,7 @@ class Problem(NamedTuple):
     """
 
     q: Tensor  # [G, N, D]
-    k: Tensor | None = None  # [G, M, D]; None: q with itself, without the pairs (i, i)
+    k: Tensor | None = None  # [G, M, D]; None: the rows of q with each other
     scale_tensor: Tensor | None = None  # 0-d; None: 1
     scale: float = 1.0
     q_ids: Tensor | None = None  # int64 [G, N]; pairs with equal ids are left out
@@ -59,5 +62,4 @@ class Problem(NamedTuple):
 
     def contiguous(self) -> "Problem":
         """With every tensor dense and row-major."""
-        tensors = [None if x is None else x.contiguous() for x in self.tensors]
-        return Problem.of(tensors, self.scale, self.same)
+        return Problem.of(map_given(Tensor.contiguous, *self.tensors), self.scale, self.same)

@@ -1,8 +1,8 @@
 """Gradients as products of the vendor's library: dq = w keys and dk = w^T q, of the weights w [N, M] that kernels write
 for a strip of rows at a time.
 
-S is computed once for both, 3 passes of 2 N M D flop; of q with itself, where w is symmetric and a strip begins at its
-own first row, 1 1/2. The price is to write and to read the weights, and to add to dk once for each strip.
+S is computed once for both, 3 passes of 2 N M D flop; of rows with each other, where w is symmetric and a strip begins
+at its own first row, 1 1/2. The price is to write and to read the weights, and to add to dk once for each strip.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..common.tensors import map_given
 
 LEAST = 2**25  # scores of a strip, where there are so many
 TILE = 256  # rows and columns; strips begin at multiples of it, and tiles of kernels divide it
@@ -43,10 +45,13 @@ def gradients(
     """dq [N, D] = w keys and dk [M, D] = w^T q in fp32, None where not needed; `weigh` fills in the weights of a strip.
     symmetric: q is keys, w is symmetric and dq is all there is."""
     (N, D), M = q.shape, keys.shape[0]
-    dq = q.new_empty((N, D), dtype=torch.float32) if need_q else None
-    dk = q.new_zeros((M, D), dtype=torch.float32) if need_k and not symmetric else None
-    if need_q and symmetric:
-        dq.zero_()
+    dq = dk = None
+    if need_q:
+        dq = q.new_empty((N, D), dtype=torch.float32)
+        if symmetric:  # to which strips add
+            dq.zero_()
+    if need_k and not symmetric:
+        dk = q.new_zeros((M, D), dtype=torch.float32)
     memory = room(strips, M, q)
     for strip in strips:
         first, stop, begin = strip
@@ -87,4 +92,4 @@ def fold_of(q: Tensor, weights: Iterable[Tensor | None]) -> Tensor | None:
 def scaled(dq: Tensor | None, dk: Tensor | None, scale: float | Tensor, fold: Tensor | None) -> list[Tensor | None]:
     """dq and dk times the scale and over fold, in place."""
     factor = scale if fold is None else scale / fold
-    return [None if x is None else x.mul_(factor) for x in (dq, dk)]
+    return map_given(lambda x: x.mul_(factor), dq, dk)

@@ -16,8 +16,10 @@ _WITH_AUTOCAST = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "
 
 
 def autocast_active(device_type: str) -> bool:
-    compiling = torch.compiler.is_compiling()
-    available = device_type in _WITH_AUTOCAST if compiling else torch.amp.is_autocast_available(device_type)
+    if torch.compiler.is_compiling():
+        available = device_type in _WITH_AUTOCAST
+    else:
+        available = torch.amp.is_autocast_available(device_type)
     return available and torch.is_autocast_enabled(device_type)
 
 
@@ -56,8 +58,11 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, g):
     a, b = ctx.saved_tensors
-    da = product(g, b.mT) if ctx.needs_input_grad[0] else None
-    db = product(a.mT, g) if ctx.needs_input_grad[1] else None
+    da = db = None
+    if ctx.needs_input_grad[0]:
+        da = product(g, b.mT)
+    if ctx.needs_input_grad[1]:
+        db = product(a.mT, g)
     return da, db
 
 

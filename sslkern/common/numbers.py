@@ -26,9 +26,9 @@ def check_number(name: str, x: float, low: float, high: float = math.inf, *, clo
     """x as a float, a number with low <= x < high; with `closed` low <= x <= high."""
     value = x if type(x) is float else number(x)
     if value is None or not (low <= value < high or (closed and value == high)):
-        bound = f"at least {float(low):g}" + (
-            f" and {'at most' if closed else 'below'} {float(high):g}" if high < math.inf else ""
-        )
+        bound = f"at least {float(low):g}"
+        if high < math.inf:
+            bound += f" and {'at most' if closed else 'below'} {float(high):g}"
         raise ValueError(f"{name} must be a number, {bound}, not {shown(x)}")
     return value
 
@@ -68,7 +68,9 @@ def constant(value: float, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def log(value: float, like: Tensor) -> float | Tensor:
     """The logarithm of a positive number, in the type of `like`: math.log would tie compiled code to a batch size."""
-    return constant(value, like, like.dtype).log() if torch.compiler.is_compiling() else math.log(value)
+    if torch.compiler.is_compiling():
+        return constant(value, like, like.dtype).log()
+    return math.log(value)
 
 
 def shown(x) -> str:

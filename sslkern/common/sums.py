@@ -1,4 +1,4 @@
-"""What torch computes with other bits for other numbers of threads, in one order.
+"""In one order, what torch computes with other bits for other numbers of threads.
 
 From SERIAL numbers on torch shares its work: the sum of all of a tensor is then one of partial sums, and where a thread
 begins within a vector, functions without an exact result (softplus, sigmoid) take another way to it. Rows that are
@@ -45,15 +45,16 @@ def log_total(x: Tensor) -> Tensor:
     """The log-sum-exp of all of x, 0-d. Where nothing is left its gradient is NaN, as of torch's."""
     if not shared(x):
         return x.reshape(-1).logsumexp(0)
-    top = x.detach().amax()
-    top = top.masked_fill(top.isinf(), 0)
-    return total(each(torch.exp, x - top)).log() + top
+    most = x.detach().amax()
+    most = most.masked_fill(most.isinf(), 0)
+    return total(each(torch.exp, x - most)).log() + most
 
 
 def times(x: Tensor, scale: float | Tensor) -> Tensor:
     """x * scale, where the gradient of a 0-d tensor is a `total`."""
-    learns = isinstance(scale, Tensor) and scale.requires_grad and shared(x)
-    return x * (_spread.way(True, scale)(scale, x.shape) if learns else scale)
+    if isinstance(scale, Tensor) and scale.requires_grad and shared(x):
+        scale = _spread.way(True, scale)(scale, x.shape)
+    return x * scale
 
 
 _spread = Node(
@@ -101,7 +102,7 @@ def pieces(x: Tensor) -> list[Tensor]:
         whole = x.numel() // (threads * _VECTORS) * (threads * _VECTORS)
         taken = min(threads, -(-whole // SERIAL))  # as many as torch takes for so many numbers
         if taken == threads:
-            return [x[:whole], x[whole:]] if whole < x.numel() else [x]
+            return [part for part in (x[:whole], x[whole:]) if part.numel() > 0]
         threads = taken
 
 

@@ -1,5 +1,7 @@
 """What a tensor is: whether a kernel may have its memory, and in which type its sums run."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -53,3 +55,13 @@ def accumulator(x: Tensor) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """x in that type."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def map_given(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> list[Tensor | None]:
+    """function of each tensor; None for each that is not there."""
+    return [None if x is None else function(x) for x in tensors]
+
+
+def needed(needs: Sequence[bool], *tensors: Tensor | None) -> list[Tensor | None]:
+    """Each tensor that is needed; None for the others."""
+    return [x if need else None for need, x in zip(needs, tensors, strict=True)]

@@ -1,6 +1,8 @@
 """Small problems in compiled code: the formula itself, which the compiler fuses with its surroundings."""
 
+import functools
 import math
+import operator
 import zlib
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from ..common.rows import dots, unit
 from ..common.sums import mean, pair_loss, times, total
 from ..common.tensors import accumulator, wide
 from .logsumexp import logsumexp
+
+_SIDES = {"views": (1,), "one_way": (1,), "two_way": (1, 0)}  # the dimensions of the scores that are summed over
 
 
 def is_small(problem: Problem) -> bool:
@@ -31,29 +35,27 @@ def few(x: Tensor, rows: int, columns: int) -> bool:
 def dense(problem: Problem, columns: bool, best: bool) -> Tensor | tuple[Tensor, ...]:
     """What `similarity_lse` returns."""
     q, k, _, _, q_ids, k_ids, same, k_bias, q_limit = problem
-    keys, k_ids = (q, q_ids) if k is None else (k, k_ids)
+    keys = q if k is None else k
     s = wide(q @ keys.mT) * full_scale_of(problem)
     if k_bias is not None:
         s = s + k_bias.unsqueeze(-2)
-    left_out = None
+    left_out = []
     if k is None:
-        left_out = torch.eye(s.shape[-1], dtype=torch.bool, device=s.device)
+        left_out.append(torch.eye(s.shape[-1], dtype=torch.bool, device=s.device))
+        k_ids = q_ids
     if q_ids is not None:
         equal = q_ids.unsqueeze(-1) == k_ids.unsqueeze(-2)
-        equal = ~equal if same else equal
-        left_out = equal if left_out is None else left_out | equal
+        left_out.append(~equal if same else equal)
     if k_bias is not None:
-        out = (k_bias == -math.inf).unsqueeze(-2)
-        left_out = out if left_out is None else left_out | out
+        left_out.append((k_bias == -math.inf).unsqueeze(-2))
     if q_limit is not None:
-        out = s > q_limit.unsqueeze(-1)
-        left_out = out if left_out is None else left_out | out
-    if left_out is not None:
-        s = s.masked_fill(left_out, -math.inf)
-    sides = (-1, -2) if columns else (-1,)
-    out = [logsumexp(s, dim) for dim in sides]
+        left_out.append(s > q_limit.unsqueeze(-1))
+    if left_out:
+        s = s.masked_fill(functools.reduce(operator.or_, left_out), -math.inf)
+    dims = (-1, -2) if columns else (-1,)
+    out = [logsumexp(s, dim) for dim in dims]
     if best:
-        out.append(cat([s.amax(dim) for dim in sides], -1).detach())
+        out.append(cat([s.amax(dim) for dim in dims], -1).detach())
     return out[0] if len(out) == 1 else tuple(out)
 
 
@@ -61,11 +63,14 @@ def _dense_contrast(x, y, scale, ids, mode, normalize, best, reduction="none"):
     """What `pair_contrast` returns, of a scale that is a tensor; best: empty unless asked for."""
     scale = scale.to(accumulator(x))
     if _suits(x, ids):
-        x, y = (unit(x), unit(y)) if normalize else (x, y)
-        losses, positive, top, *_ = _by_hand.way(True, x, y, scale)(x, y, scale, mode, best)
+        if normalize:
+            x, y = unit(x), unit(y)
+        losses, positive, best_scores, *_ = _by_hand.way(True, x, y, scale)(x, y, scale, mode, best)
     else:
-        losses, positive, top = _left_to_the_compiler(x, y, scale, ids, mode, normalize, best)
-    return reduced(losses, mode, reduction), positive, top if best else losses.new_empty(0)
+        losses, positive, best_scores = _left_to_the_compiler(x, y, scale, ids, mode, normalize, best)
+    if not best:
+        best_scores = losses.new_empty(0)
+    return reduced(losses, mode, reduction), positive, best_scores
 
 
 def reduced(losses: Tensor, mode: str, reduction: str) -> Tensor:
@@ -73,28 +78,35 @@ def reduced(losses: Tensor, mode: str, reduction: str) -> Tensor:
         return losses
     if reduction == "mean":
         return mean(losses)
-    return total(losses.mean(0) if mode == "two_way" else losses)
+    if mode == "two_way":
+        losses = losses.mean(0)
+    return total(losses)
 
 
 def _left_to_the_compiler(x, y, scale, ids, mode, normalize, best):
-    N, views = x.shape[0], mode == "views"
-    x, y = (unit(x), unit(y)) if normalize else (x, y)
-    q, k = (cat((x, y)),) * 2 if views else (x, y)
+    N = x.shape[0]
+    if normalize:
+        x, y = unit(x), unit(y)
     positive = times(dots(x, y), scale)
+    q, k = x, y
+    if mode == "views":
+        q = k = cat((x, y))
+        ids = ids if ids is None else ids.repeat(2)
     if ids is None:
         row = torch.arange(q.shape[0], device=q.device)
         apart = row.unsqueeze(1) - row
         left_out = (apart == 0) | (apart.abs() == N)
     else:
-        ids = ids.repeat(2) if views else ids
         left_out = ids.unsqueeze(1) == ids
     s = (wide(q @ k.mT) * scale).masked_fill(left_out, -math.inf)
     over = torch.logsumexp if ids is None and N > 1 else logsumexp  # then every row has a negative
-    sides = (1, 0) if mode == "two_way" else (1,)
+    sides = _SIDES[mode]
     negatives = [half for side in sides for half in over(s, side).view(-1, N)]
-    top = stack([s.amax(side) for side in sides]).view(-1, N).detach() if best else None
+    best_scores = None
+    if best:
+        best_scores = stack([s.amax(side) for side in sides]).view(-1, N).detach()
     # Stacked before the softplus, the inductor of torch 2.13 computes gradients that are wrong (with a scale tensor).
-    return stack([pair_loss(side, positive) for side in negatives]), positive.detach(), top
+    return stack([pair_loss(side, positive) for side in negatives]), positive.detach(), best_scores
 
 
 # ---- with a derivative by hand, of at least two rows that all differ -------------------------------------------------
@@ -118,20 +130,26 @@ def _suits(x: Tensor, ids: Tensor | None) -> bool:
 
 
 def _contrast(x, y, scale, mode, best):
-    N, views = x.shape[0], mode == "views"
-    q, k = (cat((x, y)),) * 2 if views else (x, y)
+    N = x.shape[0]
+    q, k = x, y
+    if mode == "views":
+        q = k = cat((x, y))
     s, positive = q @ k.mT, dots(x, y) * scale
     scale = _nonzero(scale)
-    for part in (s, s[:N, N:], s[N:, :N]) if views else (s,):
-        part.diagonal().copy_(-math.inf / scale)
+    s.diagonal().copy_(-math.inf / scale)
+    if mode == "views":
+        for part in (s[:N, N:], s[N:, :N]):
+            part.diagonal().copy_(-math.inf / scale)
     scores = wide(s) * scale
-    sides = (1, 0) if mode == "two_way" else (1,)
+    sides = _SIDES[mode]
     negatives = [half for side in sides for half in scores.logsumexp(side).view(-1, N)]
     # What is stacked the compiler keeps: the share of the negatives, in the backward, it would compute for each score.
     kept = stack(negatives + [torch.sigmoid(side - positive) for side in negatives])
     losses = pair_loss(kept[: len(negatives)], positive)
-    top = stack([scores.amax(side) for side in sides]).view(-1, N) if best else None
-    return losses, positive, top, s, kept
+    best_scores = None
+    if best:
+        best_scores = stack([scores.amax(side) for side in sides]).view(-1, N)
+    return losses, positive, best_scores, s, kept
 
 
 def _nonzero(scale):

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..backends.problem import Problem, sizes_of
 from ..common.arguments import FLOATS, check_choice, check_dense, check_devices, describe
 from ..common.numbers import check_finite, constant, number, shown
-from ..common.tensors import accumulator
+from ..common.tensors import accumulator, map_given, needed
 
 # The fields of Problem, flat, as the dispatcher takes no others.
 SCHEMA = (
@@ -97,7 +97,9 @@ def per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
     x = check_finite(name, x, " or a tensor [N]")
     if torch.compiler.is_compiling():
         return constant(x, q, accumulator(q)).expand(shape)
-    return None if x == 0 else torch.full(shape, x, dtype=accumulator(q), device=q.device)
+    if x == 0:
+        return None
+    return torch.full(shape, x, dtype=accumulator(q), device=q.device)
 
 
 def options(problem: Problem) -> dict:
@@ -109,15 +111,19 @@ def scale_parts(scale: float | Tensor, q: Tensor) -> tuple[Tensor | None, float]
     """A 0-d tensor in the type of the sums, or None, and a number, whose product is the scale."""
     if isinstance(scale, Tensor):
         return scale.to(accumulator(q)), 1.0
-    return (constant(scale, q, accumulator(q)), 1.0) if torch.compiler.is_compiling() else (None, float(scale))
+    if torch.compiler.is_compiling():
+        return constant(scale, q, accumulator(q)), 1.0
+    return None, float(scale)
 
 
 def gradients_of(problem: Problem, dq, dk, dscale, need_q: bool, need_k: bool, need_scale: bool):
     """What autograd takes of gradients in the type of the sums, dscale that of scale * scale_tensor; None where not
     needed."""
-    dq = dq.to(problem.q.dtype) if need_q else None
-    dk = dk.to(problem.q.dtype) if need_k else None
-    return dq, dk, dscale * problem.scale if need_scale else None
+    dq, dk, dscale = needed((need_q, need_k, need_scale), dq, dk, dscale)
+    dq, dk = map_given(lambda x: x.to(problem.q.dtype), dq, dk)
+    if need_scale:
+        dscale = dscale * problem.scale
+    return dq, dk, dscale
 
 
 def empty_gradients(like: Tensor, *wanted: tuple[bool, tuple[int, ...]]) -> tuple[Tensor, ...]:
@@ -129,9 +135,11 @@ def _problem(q, k, scale, q_ids, k_ids, same, k_bias, q_limit) -> Problem:
     scale_tensor, scale = scale_parts(scale, q)
     if q_ids is None and k_bias is None and q_limit is None:
         return Problem(q, k, scale_tensor, scale)
-    rows, columns, dtype = q.shape[:-1], (q if k is None else k).shape[:-1], accumulator(q)
-    q_ids = None if q_ids is None else q_ids.expand(rows)
-    k_ids = None if k_ids is None else k_ids.expand(columns)
-    k_bias = None if k_bias is None else k_bias.to(dtype).expand(columns)
-    q_limit = None if q_limit is None else q_limit.to(dtype).expand(rows)
+    rows, columns = q.shape[:-1], q.shape[:-1]
+    if k is not None:
+        columns = k.shape[:-1]
+    (q_ids,) = map_given(lambda x: x.expand(rows), q_ids)
+    (k_ids,) = map_given(lambda x: x.expand(columns), k_ids)
+    (k_bias,) = map_given(lambda x: x.to(accumulator(q)).expand(columns), k_bias)
+    (q_limit,) = map_given(lambda x: x.to(accumulator(q)).expand(rows), q_limit)
     return Problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)

@@ -12,7 +12,8 @@ from ..backends import load, resolve
 from ..backends.problem import Problem, sizes_of
 from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from ..common.node import Node, Operator, once, outside_autograd
-from ..common.tensors import accumulator
+from ..common.tensors import accumulator, map_given, needed
+from .problem import empty_gradients
 
 
 def sampled_similarity(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def sampled_similarity_bwd(
     q, bank, g = q.detach(), bank.detach(), g.detach().to(accumulator(q))
     inputs = q, bank, index, g
     dq, dbank = _gradients.way(*inputs)(*inputs, need_q, need_bank, _backend(q, bank, index))
-    return dq if need_q else None, dbank if need_bank else None
+    return tuple(needed((need_q, need_bank), dq, dbank))
 
 
 def _backend(q, bank, index) -> str:
@@ -122,7 +123,7 @@ def _backward(ctx, g):
     need_q, need_bank, *_ = ctx.needs_input_grad
     with outside_autograd():
         dq, dbank = _gradients.way_back(ctx, g)(q, bank, index, g, need_q, need_bank, ctx.backend)
-        dq, dbank = dq.to(q.dtype) if need_q else None, dbank.to(q.dtype) if need_bank else None
+        dq, dbank = map_given(lambda x: x.to(q.dtype), *needed((need_q, need_bank), dq, dbank))
     return *once((g, q, bank), dq, dbank), None, None
 
 
@@ -132,8 +133,7 @@ def _gradients_of(*inputs):
 
 
 def _gradients_fake(q, bank, index, g, need_q, need_bank, backend):
-    shapes = q.shape if need_q else (0,), bank.shape if need_bank else (0,)
-    return tuple(q.new_empty(shape, dtype=accumulator(q)) for shape in shapes)
+    return empty_gradients(q, (need_q, q.shape), (need_bank, bank.shape))
 
 
 _scores = Node(

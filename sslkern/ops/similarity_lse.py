@@ -1,12 +1,12 @@
 """`similarity_lse`: log-sum-exp over the rows (and columns) of a similarity matrix that is never stored.
 
-With s_ij = scale * <q_i, k_j> + bias_j over the pairs that are kept, and g = dL/drow, h = dL/dcol:
+With s_ij = scale * <q_i, k_j> + bias_j over the pairs that count, and g = dL/drow, h = dL/dcol:
 
     row_i = log sum_j exp(s_ij)                     col_j = log sum_i exp(s_ij)
     W_ij  = g_i exp(s_ij - row_i) + h_j exp(s_ij - col_j)
     dQ = scale W K      dK = scale W^T Q      dscale = <Q, W K>      dbias_j = sum_i W_ij
 
-Of q with itself: dZ = scale (W + W^T) Z, dscale = <Z, W Z>. Backends provide the two sides of this,
+Of the rows of Z with each other: dZ = scale (W + W^T) Z, dscale = <Z, W Z>. Backends provide the two sides of this,
 `similarity_lse_fwd` and `similarity_lse_bwd`. Where only the rows are asked for and the keys need no gradient,
 `similarity_lse_frozen_fwd` also accumulates mean_i = sum_j exp(s_ij - row_i) k_j, and the derivative is elementwise:
 
@@ -25,7 +25,7 @@ from ..backends.problem import Problem, keys_of, sizes_of, tensors_of
 from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from ..common.node import Node, Operator, once, outside_autograd
 from ..common.sums import total
-from ..common.tensors import accumulator, transformed
+from ..common.tensors import accumulator, map_given, needed, transformed
 from ._dense import dense, is_small
 from .problem import SCHEMA, checked_problem, empty_gradients, gradients_of, options
 
@@ -51,14 +51,14 @@ def similarity_lse(
 
     Args:
         q: [N, D] or [G, N, D], fp32, bf16, fp16 or fp64. G problems are independent.
-        k: [M, D] or [G, M, D], the type of q. None: q with itself without the self pairs, and one gradient.
+        k: [M, D] or [G, M, D], the type of q. None: the rows of q with each other, and one gradient.
         scale: a number, or a 0-d tensor that receives a gradient. Zero and negative are exact.
         q_ids, k_ids: int64 [N] and [M], or with a leading G. For k=None q_ids serves both sides.
-        pairs: "different" leaves out the pairs with equal ids, "same" keeps only those.
+        pairs: "different" leaves out the pairs with equal ids, "same" all others.
         k_bias: [M] or [G, M], added to the scores of a column (a log weight, with gradient); -inf takes the column out.
         q_limit: [N] or [G, N], pairs with s_ij > q_limit_i are left out.
         columns: also return the log-sum-exp of the columns, from the same pass.
-        best: also return the largest score kept per row (and per column), without gradient.
+        best: also return the best score of each row (and column), the largest that counts, without gradient.
 
     Returns:
         row [N] or [G, N] in fp32 (fp64); then with `columns` col [M] or [G, M]; then with `best` [.., N], with
@@ -78,7 +78,7 @@ def similarity_lse(
     problem = checked_problem(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit)
     check_flags(columns=columns, best=best)
     if columns and k is None:
-        raise ValueError("columns=True needs k: for q with itself the columns are the rows")
+        raise ValueError("columns=True needs k: without it the columns are the rows")
     scale_tensor = problem.scale_tensor
     keys_learn = (k is not None and k.requires_grad) or (k_bias is not None and k_bias.requires_grad) or transformed()
     learns = keys_learn or q.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
@@ -89,14 +89,17 @@ def similarity_lse(
     if torch.compiler.is_compiling() and not frozen and is_small(problem):
         return dense(problem, columns, best)
     if frozen:
-        row, _, top = _frozen.way(True, *tensors_of(problem))(*problem, best, backend)
-        return (row, top) if best else row
-    G, N, M, D = sizes_of(problem)
-    keep = kept_rows(backend, N, M, D, G, itself=k is None) if learns else 0
-    row, col, top, _ = _lse.way(learns, *tensors_of(problem))(*problem, columns, best, keep, backend)
+        row, _, best_scores = _frozen.way(True, *tensors_of(problem))(*problem, best, backend)
+    else:
+        G, N, M, D = sizes_of(problem)
+        keep = kept_rows(backend, N, M, D, G, itself=k is None) if learns else 0
+        row, col, best_scores, _ = _lse.way(learns, *tensors_of(problem))(*problem, columns, best, keep, backend)
+    out = [row]
     if columns:
-        return (row, col, top) if best else (row, col)
-    return (row, top) if best else row
+        out.append(col)
+    if best:
+        out.append(best_scores)
+    return row if len(out) == 1 else tuple(out)
 
 
 def similarity_lse_bwd(
@@ -143,8 +146,8 @@ def similarity_lse_bwd(
     if (row is None) != (g is None) or (col is None) != (h is None) or (row is None and col is None):
         raise ValueError("row and g (and likewise col and h) go together, and one of the two pairs must be given")
     if k is None and col is not None:
-        raise ValueError("col and h must be None for k=None: the rows of q with itself are its columns")
-    rows, cols = q.shape[:-1], (q if k is None else k).shape[:-1]
+        raise ValueError("col and h must be None for k=None: the columns are the rows")
+    rows, cols = q.shape[:-1], keys_of(problem).shape[:-1]
     for name, x, shape in (("row", row, rows), ("g", g, rows), ("col", col, cols), ("h", h, cols)):
         if x is None:
             continue
@@ -154,30 +157,30 @@ def similarity_lse_bwd(
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {x.dtype}; convert it with .float()")
     check_devices("q", q, row=row, g=g, col=col, h=h)
-    row, col, g, h = (None if x is None else x.to(accumulator(q)) for x in (row, col, g, h))
+    row, col, g, h = map_given(lambda x: x.to(accumulator(q)), row, col, g, h)
     needs = (need_q, need_k and k is not None, need_scale, need_bias and k_bias is not None)
     backend = resolve("similarity_lse", q, **options(problem))
     with torch.no_grad():
         grads = _gradients.way(*tensors_of(problem), row, col, g, h)(*problem, row, col, g, h, None, *needs, backend)
-    return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    return tuple(needed(needs, *grads))
 
 
 # ---- the log-sum-exps ------------------------------------------------------------------------------------------------
 
 
 def _forward(*inputs):
-    *problem, columns, best, keep, backend = inputs
-    return load(backend, "similarity_lse").similarity_lse_fwd(Problem(*problem), columns, best, keep)
+    *problem, columns, need_best, keep, backend = inputs
+    return load(backend, "similarity_lse").similarity_lse_fwd(Problem(*problem), columns, need_best, keep)
 
 
 def _fake(*inputs):
-    *problem, columns, best, keep, backend = inputs
+    *problem, columns, need_best, keep, _ = inputs
     problem = Problem(*problem)
-    q, rows, (_, N, M, _) = problem.q, problem.q.shape[:-1], sizes_of(problem)
-    row = q.new_empty(rows, dtype=accumulator(q))
-    col = row.new_empty((*rows[:-1], M) if columns else 0)
-    top = row.new_empty((*rows[:-1], N + M if columns else N) if best else 0)
-    return row, col, top, row.new_empty((*rows[:-1], keep, M) if keep else 0)
+    q, groups, (_, N, M, _) = problem.q, problem.q.shape[:-2], sizes_of(problem)
+    (row,) = empty_gradients(q, (True, (*groups, N)))
+    ends = N + M if columns else N
+    shapes = (columns, (*groups, M)), (need_best, (*groups, ends)), (keep, (*groups, keep, M))
+    return row, *empty_gradients(q, *shapes)
 
 
 def _save(ctx, inputs, outputs) -> None:
@@ -185,22 +188,24 @@ def _save(ctx, inputs, outputs) -> None:
     row, col, _, kept = outputs
     problem = Problem(*problem)
     ctx.scale, ctx.same = problem.scale, problem.same
-    ctx.save_for_backward(*tensors_of(problem), row, col if ctx.columns else None, kept if keep else None)
+    ctx.save_for_backward(*tensors_of(problem), row, *needed((ctx.columns, keep), col, kept))
 
 
 def _backward(ctx, g, h, *_):
-    h = h if ctx.columns else None
+    if not ctx.columns:
+        h = None
     if g is None and h is None:
         return (None,) * 13
     *tensors, row, col, kept = ctx.saved_tensors
     problem = Problem.of(tensors, ctx.scale, ctx.same)
     need_q, need_k, need_scale, _, _, _, _, need_bias, *_ = ctx.needs_input_grad
-    row, col = None if g is None else row, None if h is None else col
+    row, col = needed((g is not None, h is not None), row, col)
     with outside_autograd():
         inputs = *problem, row, col, g, h, kept, need_q, need_k, need_scale, need_bias, ctx.backend
         dq, dk, dscale, dbias = _gradients.way_back(ctx, g, h)(*inputs)
         dq, dk, dscale = gradients_of(problem, dq, dk, dscale, need_q, need_k, need_scale)
-    dq, dk, dscale, dbias = once((g, h, *tensors), dq, dk, dscale, dbias if need_bias else None)
+        (dbias,) = needed((need_bias,), dbias)
+    dq, dk, dscale, dbias = once((g, h, *tensors), dq, dk, dscale, dbias)
     return dq, dk, dscale, None, None, None, None, dbias, *(None,) * 5
 
 
@@ -218,7 +223,7 @@ def _gradients_fake(*inputs):
 
 _lse = Node(
     Operator(
-        f"similarity_lse({SCHEMA}, bool columns, bool best, int keep, str backend)"
+        f"similarity_lse({SCHEMA}, bool columns, bool need_best, int keep, str backend)"
         " -> (Tensor row, Tensor col, Tensor best, Tensor kept)",
         _forward,
         _fake,
@@ -245,15 +250,14 @@ def frozen_gradient(g: Tensor, mean: Tensor) -> Tensor:
 
 
 def _frozen_forward(*inputs):
-    *problem, best, backend = inputs
-    return load(backend, "similarity_lse").similarity_lse_frozen_fwd(Problem(*problem), best)
+    *problem, need_best, backend = inputs
+    return load(backend, "similarity_lse").similarity_lse_frozen_fwd(Problem(*problem), need_best)
 
 
 def _frozen_fake(*inputs):
-    *problem, best, backend = inputs
-    q = inputs[0]
-    row, mean = q.new_empty(q.shape[:-1], dtype=accumulator(q)), torch.empty_like(q, dtype=accumulator(q))
-    return row, mean.contiguous(), row.new_empty(q.shape[:-1] if best else 0)
+    q, *_, need_best, _ = inputs
+    rows = q.shape[:-1]
+    return empty_gradients(q, (True, rows), (True, q.shape), (need_best, rows))
 
 
 def frozen_save(ctx, inputs, outputs) -> None:
@@ -268,15 +272,17 @@ def frozen_backward(ctx, g, *_):
     q, scale_tensor, row, mean = ctx.saved_tensors
     with outside_autograd():
         weighted = frozen_gradient(g.masked_fill(row == -math.inf, 0), mean)
-        dq = (weighted * (ctx.scale if scale_tensor is None else ctx.scale * scale_tensor)).to(q.dtype)
-        dscale = total(weighted * q) * ctx.scale if ctx.needs_input_grad[2] else None
+        scale = ctx.scale if scale_tensor is None else ctx.scale * scale_tensor
+        dq, dscale = (weighted * scale).to(q.dtype), None
+        if ctx.needs_input_grad[2]:
+            dscale = total(weighted * q) * ctx.scale
     dq, dscale = once((g, q, scale_tensor), dq, dscale)
     return dq, None, dscale, *(None,) * 8
 
 
 _frozen = Node(
     Operator(
-        f"similarity_lse_frozen({SCHEMA}, bool best, str backend) -> (Tensor row, Tensor mean, Tensor best)",
+        f"similarity_lse_frozen({SCHEMA}, bool need_best, str backend) -> (Tensor row, Tensor mean, Tensor best)",
         _frozen_forward,
         _frozen_fake,
     ),

@@ -1,6 +1,6 @@
 """`similarity_softplus`: a weighted sum of softplus over the pairs of a similarity matrix that is never stored.
 
-With s_ij = scale * <q_i, k_j> + k_bias_j over the pairs that are kept, and t_ij = sign (s_ij + bias_i):
+With s_ij = scale * <q_i, k_j> + k_bias_j over the pairs that count, and t_ij = sign (s_ij + bias_i):
 
     row_i = sum_j softplus(t_ij)      total = sum_i w_i row_i      W_ij = w_i sign sigmoid(t_ij)
     dQ = scale W K      dK = scale W^T Q      dscale = <Q, W K>      dbias_i = sum_j W_ij      dk_bias_j = sum_i W_ij
@@ -19,8 +19,8 @@ from ..backends.problem import Problem, keys_of, tensors_of
 from ..common.arguments import check_flags, describe
 from ..common.node import Node, Operator, once, outside_autograd
 from ..common.sums import total as sum_of_all
-from ..common.tensors import accumulator, transformed
-from .problem import FIELDS, SCHEMA, checked_problem, checked_sign, gradients_of, options, per_row
+from ..common.tensors import accumulator, map_given, needed, transformed
+from .problem import FIELDS, SCHEMA, checked_problem, checked_sign, empty_gradients, gradients_of, options, per_row
 
 
 def similarity_softplus(
@@ -46,12 +46,12 @@ def similarity_softplus(
 
     Args:
         q: [N, D] or [G, N, D], fp32, bf16, fp16 or fp64. G problems are independent.
-        k: [M, D] or [G, M, D], the type of q. None: q with itself without the self pairs, and one gradient.
+        k: [M, D] or [G, M, D], the type of q. None: the rows of q with each other, and one gradient.
         scale: a number, or a 0-d tensor that receives a gradient. Zero and negative are exact.
         bias: a number, a 0-d tensor, or [N] or [G, N] of each row; tensors receive a gradient.
         weights: [N] or [G, N], with gradient. Default: 1.
         q_ids, k_ids: int64 [N] and [M], or with a leading G. For k=None q_ids serves both sides.
-        pairs: "different" leaves out the pairs with equal ids, "same" keeps only those.
+        pairs: "different" leaves out the pairs with equal ids, "same" all others.
         k_bias: [M] or [G, M], added to the scores of a column, with gradient; -inf takes the column out.
         q_limit: [N] or [G, N], pairs with s_ij > q_limit_i are left out (bias is no part of s).
         sign: 1, or -1 for `softplus(-(s_ij + bias_i))`.
@@ -107,15 +107,16 @@ def _fake(*inputs):
     q, keys = problem.q, keys_of(problem)
     groups, rows, columns = q.shape[:-2], q.shape[:-1], keys.shape[:-1]
     shapes = (need_q, q.shape), (need_k, keys.shape), (need_scale, groups), (need_bias, rows), (need_k_bias, columns)
-    new = [q.new_empty(shape, dtype=accumulator(q)) for shape in (groups, rows)]
-    return *new, *(q.new_empty(shape if need else 0, dtype=accumulator(q)) for need, shape in shapes)
+    return empty_gradients(q, (True, groups), (True, rows), *shapes)
 
 
 def _save(ctx, inputs, outputs) -> None:
     q, _, _, ctx.scale, *_ = inputs
     weights = inputs[FIELDS + 1]
     total, row, *grads = outputs
-    ctx.save_for_backward(total, None if weights is None else row, *grads)
+    if weights is None:  # whose gradient the rows are
+        row = None
+    ctx.save_for_backward(total, row, *grads)
     ctx.dtype = q.dtype
 
 
@@ -127,12 +128,11 @@ def _backward(ctx, g, *_):
     need_k_bias, _, need_bias, need_weights = ctx.needs_input_grad[7:11]
     with outside_autograd():
         of_rows, of_features = g.unsqueeze(-1), g.unsqueeze(-1).unsqueeze(-1)
-        dq = (of_features * dq).to(ctx.dtype) if need_q else None
-        dk = (of_features * dk).to(ctx.dtype) if need_k else None
-        dscale = sum_of_all(g * dscale) * ctx.scale if need_scale else None
-        dk_bias = of_rows * dk_bias if need_k_bias else None
-        dbias = of_rows * dbias if need_bias else None
-        dweights = of_rows * row if need_weights else None
+        needs = need_q, need_k, need_scale, need_bias, need_k_bias, need_weights
+        grads = needed(needs, dq, dk, dscale, dbias, dk_bias, row)
+        dq, dk = map_given(lambda grad: (of_features * grad).to(ctx.dtype), *grads[:2])
+        (dscale,) = map_given(lambda grad: sum_of_all(g * grad) * ctx.scale, grads[2])
+        dbias, dk_bias, dweights = map_given(lambda grad: of_rows * grad, *grads[3:])
     dq, dk, dscale, dk_bias, dbias, dweights = once((g, total), dq, dk, dscale, dk_bias, dbias, dweights)
     return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, dweights, *(None,) * 7
 
@@ -174,9 +174,10 @@ def _rows_backward(ctx, g):
     with outside_autograd():
         inputs = *problem, bias, g, ctx.sign, *needs, ctx.backend
         _, _, dq, dk, dscale, dbias, dk_bias = _sums.way_back(ctx, g)(*inputs)
-        dscale = sum_of_all(dscale) if need_scale else None
+        if need_scale:
+            dscale = sum_of_all(dscale)
         dq, dk, dscale = gradients_of(problem, dq, dk, dscale, need_q, need_k, need_scale)
-        dk_bias, dbias = dk_bias if need_k_bias else None, dbias if need_bias else None
+        dk_bias, dbias = needed((need_k_bias, need_bias), dk_bias, dbias)
     dq, dk, dscale, dk_bias, dbias = once((g, *tensors, bias), dq, dk, dscale, dk_bias, dbias)
     return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, None, None
 

@@ -1,6 +1,6 @@
 """`similarity_topk`: the n best of each row of a similarity matrix that is never stored.
 
-With s_ij = scale * <q_i, k_j> over the pairs that are kept, j = index_it the key in place t, and g = dL/dvalues:
+With s_ij = scale * <q_i, k_j> over the pairs that count, j = index_it the key in place t, and g = dL/dvalues:
 
     values_it = s_ij
     dq_i = scale sum_t g_it k_j      dk_j = scale sum_it g_it q_i      dscale = sum_it g_it <q_i, k_j>
@@ -35,15 +35,15 @@ def similarity_topk(
     """The n largest of each row of `s = scale * q @ k.T`, and where they stand.
 
     S is never stored: memory is O(N n). Features are used as they are, not normalised. Of equal scores the one with
-    the lower index comes first and is the one that is kept. A score that is NaN or -inf counts as left out.
+    the lower index comes first. A score that is NaN or -inf counts as left out.
 
     Args:
         q: [N, D] or [G, N, D], fp32, bf16, fp16 or fp64. G problems are independent.
-        k: [M, D] or [G, M, D], the type of q. None: q with itself without the self pairs, and one gradient.
+        k: [M, D] or [G, M, D], the type of q. None: the rows of q with each other, and one gradient.
         n: how many, 1 or more.
         scale: a number, or a 0-d tensor that receives a gradient.
         q_ids, k_ids: int64 [N] and [M], or with a leading G. For k=None q_ids serves both sides.
-        pairs: "different" leaves out the pairs with equal ids, "same" keeps only those.
+        pairs: "different" leaves out the pairs with equal ids, "same" all others.
         q_limit: [N] or [G, N], pairs with s_ij > q_limit_i are left out.
 
     Returns:
@@ -96,18 +96,26 @@ def _backward(ctx, g, _):
     keys = q if k is None else k
     # All groups as one problem: keys are numbered through.
     rows, columns = (x.flatten(0, -2).to(accumulator(q)) for x in (q, keys))
-    first = torch.arange(0, columns.shape[0], keys.shape[-2], device=q.device) if keys.shape[-2] else index.new_zeros(1)
     left_out = index < 0
-    index = (index + first.view(-1, 1, 1) if q.ndim == 3 else index).masked_fill(left_out, -1).view(-1, index.shape[-1])
+    if q.ndim == 3 and keys.shape[-2] > 0:
+        first = torch.arange(0, columns.shape[0], keys.shape[-2], device=q.device)
+        index = (index + first.view(-1, 1, 1)).masked_fill(left_out, -1)
+    index = index.view(-1, index.shape[-1])
     left_out, g = left_out.view(index.shape), g.masked_fill(left_out, 0).reshape(index.shape)
 
-    by_row = sum_by_row(g, index, left_out, columns) if need_q or need_scale else None
-    by_key = sum_by_key(g, index, left_out, rows, columns) if need_k or (k is None and need_q) else None
-    dscale = total(by_row * rows) * ctx.scale if need_scale else None
     scale = ctx.scale if scale_tensor is None else ctx.scale * scale_tensor
-    dq = by_row if k is not None or not need_q else by_row + by_key
-    dq = (dq * scale).view(q.shape).to(q.dtype) if need_q else None
-    dk = (by_key * scale).view(keys.shape).to(q.dtype) if need_k else None
+    dq = dk = dscale = None
+    if need_q or need_scale:
+        by_row = sum_by_row(g, index, left_out, columns)
+    if need_k or (need_q and k is None):
+        by_key = sum_by_key(g, index, left_out, rows, columns)
+    if need_scale:
+        dscale = total(by_row * rows) * ctx.scale
+    if need_q:
+        dq = by_row if k is not None else by_row + by_key
+        dq = (dq * scale).view(q.shape).to(q.dtype)
+    if need_k:
+        dk = (by_key * scale).view(keys.shape).to(q.dtype)
     return dq, dk, dscale, *(None,) * 8
 
 

@@ -7,7 +7,7 @@ from sslkern import _cpu
 
 from ..problem import Problem
 from ..reference import sampled_similarity as reference
-from ._native import native, new
+from ._native import native, new, new_needed
 
 
 def streams(N: int, M: int, K: int) -> bool:
@@ -29,7 +29,9 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     within = _cpu.sampled_similarity_fwd(
         native(problem, sizes), K, index.contiguous(), way, out, torch.get_num_threads()
     )
-    return out if within else reference.outside(index, bank)
+    if not within:
+        reference.outside(index, bank)
+    return out
 
 
 def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -38,7 +40,7 @@ def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> 
     if 0 in sizes or K == 0:
         return reference.sampled_similarity_bwd(q, bank, index, g, need_q, need_bank)
     way = streams(*sizes[1:3], K)
-    dq, dbank = new(q, *q.shape) if need_q else None, new(q, *bank.shape) if need_bank and way else None
+    dq, dbank = new_needed(q, (need_q, q.shape), (need_bank and way, bank.shape))
     if dq is not None or dbank is not None:
         args = K, index.contiguous(), way, g.contiguous(), dq, dbank, torch.get_num_threads()
         if not _cpu.sampled_similarity_bwd(native(problem, sizes), *args):

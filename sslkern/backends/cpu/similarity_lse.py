@@ -5,31 +5,33 @@ from torch import Tensor
 
 from sslkern import _cpu
 
+from ...common.tensors import map_given
 from ..problem import Problem
 from ..reference import similarity_lse as reference
-from ._native import native, new
+from ._native import native, new, new_needed
 
 
-def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: int) -> tuple[Tensor | None, ...]:
+def similarity_lse_fwd(problem: Problem, columns: bool, need_best: bool, kept_rows: int) -> tuple[Tensor | None, ...]:
     q, groups, sizes = problem.q, problem.q.shape[:-2], problem.sizes
     _, N, M, _ = sizes
-    kept = new(q, *groups, kept_rows, M) if kept_rows else None
+    col, best, kept = new_needed(
+        q, (columns, (*groups, M)), (need_best, (*groups, N + M * columns)), (kept_rows, (*groups, kept_rows, M))
+    )
     if 0 in sizes:
-        return *reference.similarity_lse_fwd(problem, columns, best, 0)[:3], kept
-    row, col = new(q, *groups, N), new(q, *groups, M) if columns else None
-    top = new(q, *groups, N + M * columns) if best else None
-    _cpu.similarity_lse_fwd(native(problem, sizes, kept), row, col, top, torch.get_num_threads())
-    return row, col, top, kept
+        return *reference.similarity_lse_fwd(problem, columns, need_best, 0)[:3], kept
+    row = new(q, *groups, N)
+    _cpu.similarity_lse_fwd(native(problem, sizes, kept), row, col, best, torch.get_num_threads())
+    return row, col, best, kept
 
 
-def similarity_lse_frozen_fwd(problem: Problem, best: bool) -> tuple[Tensor | None, ...]:
+def similarity_lse_frozen_fwd(problem: Problem, need_best: bool) -> tuple[Tensor | None, ...]:
     sizes = problem.sizes
     if 0 in sizes:
-        return reference.similarity_lse_frozen_fwd(problem, best)
+        return reference.similarity_lse_frozen_fwd(problem, need_best)
     q = problem.q
-    row, mean, top = new(q, *q.shape[:-1]), new(q, *q.shape), new(q, *q.shape[:-1]) if best else None
-    _cpu.similarity_lse_frozen_fwd(native(problem, sizes), row, mean, top, torch.get_num_threads())
-    return row, mean, top
+    row, mean, best = new_needed(q, (True, q.shape[:-1]), (True, q.shape), (need_best, q.shape[:-1]))
+    _cpu.similarity_lse_frozen_fwd(native(problem, sizes), row, mean, best, torch.get_num_threads())
+    return row, mean, best
 
 
 def similarity_lse_bwd(
@@ -39,9 +41,9 @@ def similarity_lse_bwd(
     if 0 in sizes:
         return reference.similarity_lse_bwd(problem, row, col, g, h, kept, need_q, need_k, need_scale, need_bias)
     q, keys = problem.q, problem.keys
-    row, col, g, h = (None if x is None else x.contiguous() for x in (row, col, g, h))
-    dq, dk = new(q, *q.shape) if need_q else None, new(q, *keys.shape) if need_k else None
-    dscale, dbias = new(q) if need_scale else None, new(q, *keys.shape[:-1]) if need_bias else None
+    row, col, g, h = map_given(Tensor.contiguous, row, col, g, h)
+    shapes = (need_q, q.shape), (need_k, keys.shape), (need_scale, ()), (need_bias, keys.shape[:-1])
+    dq, dk, dscale, dbias = new_needed(q, *shapes)
     threads = torch.get_num_threads()
     _cpu.similarity_lse_bwd(native(problem, sizes, kept), row, col, g, h, dq, dk, dscale, dbias, threads)
     return dq, dk, dscale, dbias

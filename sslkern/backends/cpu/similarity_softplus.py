@@ -5,9 +5,10 @@ from torch import Tensor
 
 from sslkern import _cpu
 
+from ...common.tensors import map_given
 from ..problem import Problem
 from ..reference.similarity_softplus import similarity_softplus_fwd as reference
-from ._native import native, new
+from ._native import native, new_needed
 
 
 def similarity_softplus_fwd(
@@ -20,8 +21,8 @@ def similarity_softplus_fwd(
     q, keys = problem.q, problem.keys
     groups, rows, columns = q.shape[:-2], q.shape[:-1], keys.shape[:-1]
     shapes = (need_q, q.shape), (need_k, keys.shape), (need_scale, groups), (need_bias, rows), (need_k_bias, columns)
-    total, row, *grads = new(q, *groups), new(q, *rows), *(new(q, *s) if need else None for need, s in shapes)
-    bias, weights = (None if x is None else x.contiguous() for x in (bias, weights))
+    total, row, *grads = new_needed(q, (True, groups), (True, rows), *shapes)
+    bias, weights = map_given(Tensor.contiguous, bias, weights)
     threads = torch.get_num_threads()
     _cpu.similarity_softplus(native(problem, sizes), bias, weights, sign, total, row, *grads, threads)
     return total, row, *grads

@@ -5,13 +5,16 @@ from torch import Tensor
 
 from sslkern import _cpu
 
+from ...common.tensors import map_given
 from ._native import CODES
 
 
 def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     N, D = x.shape
     z = x.new_empty(2 * N, D)
-    norm = x.new_empty(2 * N, dtype=torch.float32) if normalize else None
+    norm = None
+    if normalize:
+        norm = x.new_empty(2 * N, dtype=torch.float32)
     cosine = x.new_empty(N, dtype=torch.float32)
     _cpu.unit_pairs_fwd(CODES[x.dtype], N, D, x.contiguous(), y.contiguous(), z, norm, cosine, torch.get_num_threads())
     return z, norm, cosine
@@ -22,6 +25,6 @@ def unit_pairs_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     N, D = pull.shape[0], z.shape[1]
     dx, dy = (z.new_empty(N, D) if need else None for need in (need_x, need_y))
-    da, db = (None if du is None else du.contiguous() for du in (da, db))
+    da, db = map_given(Tensor.contiguous, da, db)
     _cpu.unit_pairs_bwd(CODES[z.dtype], N, D, z, norm, pull, da, db, dx, dy, torch.get_num_threads())
     return dx, dy

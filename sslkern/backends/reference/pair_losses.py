@@ -12,7 +12,9 @@ def pair_losses_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """losses [S, N] = softplus(gap), positive [N] = scale * cosine and gap [S, N] = negatives - positive. The negatives
     of S sides: row [S N], or two-way row [N] and col [N]. `bounded`: no score is +inf."""
-    positive = cosine * (scale if scale_tensor is None else scale_tensor)
+    if scale_tensor is not None:
+        scale = scale_tensor
+    positive = cosine * scale
     # Equal ids leave the positive out of its row: the difference has no cancellation when the loss is tiny.
     negatives = row.view(-1, len(cosine)) if col is None else stack((row, col))
     gap = negatives - positive
@@ -26,4 +28,6 @@ def pair_losses_bwd(gap: Tensor, g: Tensor, scale_tensor: Tensor | None, scale: 
     # A row without negatives (gap -inf) has none, whatever g is.
     weight = torch.where(gap == -torch.inf, 0, each(torch.sigmoid, gap) * g)
     toward = weight.sum(0)
-    return weight, toward, toward * (scale if scale_tensor is None else scale_tensor)
+    if scale_tensor is not None:
+        scale = scale_tensor
+    return weight, toward, toward * scale

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...common.tensors import wide
+
 _GATHERED = 2**22  # numbers of the bank gathered at a time
 
 
@@ -24,10 +26,15 @@ def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> 
     """Returns dq [G, N, D] and dbank [G, M, D] in fp32 (fp64), None where not needed."""
     check_index(index, bank)
     rows, keys, flat = _one_group(q, bank, index)
-    dq = torch.zeros_like(rows) if need_q else None
-    for part in _parts(flat, keys) if need_q else ():
-        torch.bmm(g.reshape(flat.shape)[part].unsqueeze(1), keys[flat[part]], out=dq[part].unsqueeze(1))
-    return dq.view(q.shape) if need_q else None, sum_by_key(q, bank, index, g) if need_bank else None
+    dq = dbank = None
+    if need_q:
+        dq = torch.zeros_like(rows)
+        for part in _parts(flat, keys):
+            torch.bmm(g.reshape(flat.shape)[part].unsqueeze(1), keys[flat[part]], out=dq[part].unsqueeze(1))
+        dq = dq.view(q.shape)
+    if need_bank:
+        dbank = sum_by_key(q, bank, index, g)
+    return dq, dbank
 
 
 def sum_by_key(q: Tensor, bank: Tensor, index: Tensor, g: Tensor) -> Tensor:
@@ -44,10 +51,9 @@ def sum_by_key(q: Tensor, bank: Tensor, index: Tensor, g: Tensor) -> Tensor:
 
 def _one_group(q, bank, index):
     """Rows [G N, D], keys [G M, D] and index [G N, K] into all of them, features in the type of the sums."""
-    wide = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
     if q.ndim == 3:
         index = index + bank.shape[1] * torch.arange(q.shape[0], device=q.device).view(-1, 1, 1)
-    return q.flatten(0, -2).to(wide), bank.flatten(0, -2).to(wide), index.flatten(0, -2)
+    return wide(q.flatten(0, -2)), wide(bank.flatten(0, -2)), index.flatten(0, -2)
 
 
 def _parts(index, keys):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...common.autocast import cat
-from ...common.tensors import wide
+from ...common.tensors import map_given, needed, wide
 from ..problem import Problem
 
 BLOCK = 2**20  # elements of S held at a time
@@ -29,10 +29,13 @@ def blocks(problem: Problem) -> Iterator[tuple[slice, slice, Tensor]]:
     G, N, M, _ = problem.sizes
     if 0 in (G, N, M):
         return
-    many, few = (max(1, BLOCK // (N * M)), N) if N * M <= BLOCK else (1, max(1, BLOCK // M))
+    many, few = max(1, BLOCK // (N * M)), min(N, max(1, BLOCK // M))  # groups and rows of a block
     buffer = q.new_empty(min(many, G) * few * M)
-    k_ids = q_ids if itself else k_ids
-    equal = _EqualPairs.find(q_ids, k_ids) if q_ids is not None and not same else None
+    if itself:
+        k_ids = q_ids
+    equal = None
+    if q_ids is not None and not same:
+        equal = _EqualPairs.find(q_ids, k_ids)
     for groups in (slice(i, min(i + many, G)) for i in range(0, G, many)):
         for rows in (slice(i, min(i + few, N)) for i in range(0, N, few)):
             a = q[groups, rows]
@@ -53,7 +56,8 @@ def blocks(problem: Problem) -> Iterator[tuple[slice, slice, Tensor]]:
                 s.view(-1).index_fill_(0, equal.within(groups.start * N + rows.start, s), -math.inf)
             elif q_ids is not None:
                 row_ids, col_ids = q_ids[groups, rows, None], k_ids[groups, None]
-                s.masked_fill_(row_ids != col_ids if same else row_ids == col_ids, -math.inf)
+                left_out = torch.ne if same else torch.eq
+                s.masked_fill_(left_out(row_ids, col_ids), -math.inf)
             yield groups, rows, s
 
 
@@ -84,62 +88,75 @@ class _EqualPairs:
     def within(self, start: int, s: Tensor) -> Tensor:
         """Positions in the block s [groups, rows, M] whose first row is `start` of all G N."""
         stop, M = start + s.shape[0] * s.shape[1], s.shape[2]
-        begin, end = self.ends[start - 1] if start else 0, self.ends[stop - 1]
-        return self.position[begin:end] - start * M
+        begin = self.ends[start - 1] if start > 0 else 0
+        return self.position[begin : self.ends[stop - 1]] - start * M
 
 
 def grouped(problem: Problem) -> Problem:
     """With a group dimension everywhere, and features in the type of the sums."""
     q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
-    q, k = wide(q), None if k is None else wide(k)
-    vectors = q, k, q_ids, k_ids, k_bias, q_limit
+    q, k = map_given(wide, q, k)
     if q.ndim == 2:
-        vectors = (None if x is None else x.unsqueeze(0) for x in vectors)
-    q, k, q_ids, k_ids, k_bias, q_limit = vectors
+        q, k, q_ids, k_ids, k_bias, q_limit = with_group(q, k, q_ids, k_ids, k_bias, q_limit)
     return Problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)
 
 
-def _shift(top: Tensor) -> Tensor:
-    """What to subtract before the exponential: the maximum, but 0 where it is infinite (inf - inf is NaN)."""
-    return top.masked_fill(top.isinf(), 0)
+def with_group(*tensors: Tensor | None) -> list[Tensor | None]:
+    """With a group dimension."""
+    return map_given(lambda x: x.unsqueeze(0), *tensors)
 
 
-def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: int) -> tuple[Tensor | None, ...]:
+def without_group(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Without the group dimension."""
+    return map_given(lambda x: x[0], *tensors)
+
+
+def _shift(best: Tensor) -> Tensor:
+    """What to subtract before the exponential: the best score, but 0 where it is infinite (inf - inf is NaN)."""
+    return best.masked_fill(best.isinf(), 0)
+
+
+def similarity_lse_fwd(problem: Problem, columns: bool, need_best: bool, kept_rows: int) -> tuple[Tensor | None, ...]:
     """Returns row [G, N], col [G, M] or None, best [G, N + M or N] or None, and no scores: it does not keep them."""
     groupless, problem = problem.q.ndim == 2, grouped(problem)
     q, (G, N, M, _) = problem.q, problem.sizes
-    row, row_top = q.new_full((G, N), -math.inf), q.new_full((G, N), -math.inf)
-    col_top, col_sum = q.new_full((G, M), -math.inf), q.new_zeros(G, M)
+    row, best = q.new_full((G, N), -math.inf), q.new_full((G, N), -math.inf)
+    col_best, col_sum = q.new_full((G, M), -math.inf), q.new_zeros(G, M)
     for groups, rows, s in blocks(problem):
-        top = s.amax(2)
-        row_top[groups, rows] = top
+        best[groups, rows] = s.amax(2)
         if columns:  # merged online: what is summed so far moves to the new maximum
-            old, new = col_top[groups], torch.maximum(col_top[groups], s.amax(1))
+            old, new = col_best[groups], torch.maximum(col_best[groups], s.amax(1))
             shift = _shift(new)
             part = torch.exp(s - shift[:, None]).sum(1)
             col_sum[groups] = col_sum[groups] * torch.exp(old - shift) + part
-            col_top[groups] = new
-        shift = _shift(top)
+            col_best[groups] = new
+        shift = _shift(best[groups, rows])
         row[groups, rows] = s.sub_(shift[..., None]).exp_().sum(2).log_().add_(shift)
-    col = col_sum.log_().add_(_shift(col_top)) if columns else None
-    best = cat((row_top, col_top), 1) if best and columns else row_top if best else None
-    return tuple(x[0] if groupless and x is not None else x for x in (row, col, best, None))
+    col = None
+    if columns:
+        col = col_sum.log_().add_(_shift(col_best))
+        best = cat((best, col_best), 1)
+    if groupless:
+        row, col, best = without_group(row, col, best)
+    return row, col, best if need_best else None, None
 
 
-def similarity_lse_frozen_fwd(problem: Problem, best: bool) -> tuple[Tensor | None, ...]:
+def similarity_lse_frozen_fwd(problem: Problem, need_best: bool) -> tuple[Tensor | None, ...]:
     """Returns row [G, N], mean [G, N, D] = sum_j softmax_ij k_j (0 for an empty row), best [G, N] or None."""
     groupless, problem = problem.q.ndim == 2, grouped(problem)
     q, k = problem.q, problem.k
-    row, top = q.new_full(q.shape[:2], -math.inf), q.new_full(q.shape[:2], -math.inf)
+    row, best = q.new_full(q.shape[:2], -math.inf), q.new_full(q.shape[:2], -math.inf)
     mean = torch.zeros_like(q)
     for groups, rows, s in blocks(problem):
-        top[groups, rows] = s.amax(2)
-        shift = _shift(top[groups, rows])
+        best[groups, rows] = s.amax(2)
+        shift = _shift(best[groups, rows])
         total = s.sub_(shift[..., None]).exp_().sum(2)
         mean[groups, rows].baddbmm_(s, k[groups])
         mean[groups, rows].div_(total.masked_fill(total == 0, 1)[..., None])
         row[groups, rows] = total.log_().add_(shift)
-    return tuple(x[0] if groupless and x is not None else x for x in (row, mean, top if best else None))
+    if groupless:
+        row, mean, best = without_group(row, mean, best)
+    return row, mean, best if need_best else None
 
 
 def similarity_lse_bwd(
@@ -147,28 +164,29 @@ def similarity_lse_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Returns dq [G, N, D], dk [G, M, D], dscale [], dbias [G, M], None where not needed; k=None: all of dZ in dq."""
     groupless, problem = problem.q.ndim == 2, grouped(problem)
-    q, k, keys, scale = problem.q, problem.k, problem.keys, problem.full_scale
+    k, scale = problem.k, problem.full_scale
     if groupless:
-        row, col, g, h = (None if x is None else x.unsqueeze(0) for x in (row, col, g, h))
+        row, col, g, h = with_group(row, col, g, h)
     row, g = _without_empty(row, g)
     col, h = _without_empty(col, h)
-    # Without bias and limits S of q with itself is symmetric: (W + W^T) needs the values of row i and of row j only.
+    # S of rows with each other is symmetric without bias and limits: W + W^T needs the values of rows i and j only.
     symmetric = k is None and problem.k_bias is None and problem.q_limit is None
     if symmetric:
         col, h = row, g
 
-    dq = torch.zeros_like(q) if need_q or need_scale and not need_k else None
-    dk = (dq if not symmetric else None) if k is None else torch.zeros_like(k) if need_k else None
-    dbias = keys.new_zeros(keys.shape[:2]) if need_bias else None
-    q_factor, k_factor = (finite(q), finite(keys)) if need_scale else (q, keys)
+    sums, q_factor, k_factor = sums_for(problem, need_q, need_k, need_scale, need_bias)
+    dq, dk, dbias = sums
+    if symmetric:
+        dk = None
     spare = None
     for groups, rows, s in blocks(problem):
         if h is not None:
-            spare = torch.empty_like(s) if spare is None or spare.shape != s.shape else spare
-            torch.sub(s, col[groups, None], out=spare).exp_().mul_(h[groups, None])
+            if spare is None or spare.shape != s.shape:
+                spare = torch.empty_like(s)
+            w = torch.sub(s, col[groups, None], out=spare).exp_().mul_(h[groups, None])
         if g is not None:
             s.sub_(row[groups, rows, None]).exp_().mul_(g[groups, rows, None])
-        w = spare if g is None else s if h is None else s.add_(spare)
+            w = s if h is None else s.add_(spare)
         if dq is not None:
             dq[groups, rows].baddbmm_(w, k_factor[groups])
         if dk is not None:
@@ -177,15 +195,43 @@ def similarity_lse_bwd(
             dbias[groups] += w.sum(1)
 
     dscale = None
-    if need_scale:  # <Q, W K>, of which <Z, (W + W^T) Z> is twice
-        dscale = torch.sum(dq * q_factor) if dq is not None else torch.sum(dk * k_factor)
-        dscale = dscale / 2 if k is None else dscale
-        spread_nonfinite(dq, keys)
-        spread_nonfinite(dk, q)
-    dq = dq.mul_(scale) if need_q else None
-    dk = dk.mul_(scale) if need_k and k is not None else None
-    dq, dk, dbias = (x[0] if groupless and x is not None else x for x in (dq, dk, dbias))
+    if need_scale:
+        dscale = torch.sum(products_for_scale(problem, dq, dk, q_factor, k_factor))
+        if k is None:  # <Z, (W + W^T) Z> is twice as much
+            dscale = dscale / 2
+    dq, dk = needed((need_q, need_k and k is not None), dq, dk)
+    dq, dk = map_given(lambda x: x.mul_(scale), dq, dk)
+    if groupless:
+        dq, dk, dbias = without_group(dq, dk, dbias)
     return dq, dk, dscale, dbias
+
+
+def sums_for(problem: Problem, need_q: bool, need_k: bool, need_scale: bool, need_bias: bool):
+    """Zeros for dq, dk and dbias to be summed into, None where they are not needed, and the factors of W in dq and dk.
+
+    The gradient of the scale is that of q or k times its factor, so one of them is made for it. For k=None dk is dq.
+    """
+    q, k, keys = problem.q, problem.k, problem.keys
+    dq = dk = dbias = None
+    if need_q or (need_scale and not need_k):
+        dq = torch.zeros_like(q)
+    if k is None:
+        dk = dq
+    elif need_k:
+        dk = torch.zeros_like(k)
+    if need_bias:
+        dbias = keys.new_zeros(keys.shape[:2])
+    if need_scale:
+        return (dq, dk, dbias), finite(q), finite(keys)
+    return (dq, dk, dbias), q, keys
+
+
+def products_for_scale(problem: Problem, dq: Tensor | None, dk: Tensor | None, q_factor: Tensor, k_factor: Tensor):
+    """What sums to <Q, W K>, from dq or dk, which then become NaN where infinite features of the other side have it."""
+    products = dk * k_factor if dq is None else dq * q_factor
+    spread_nonfinite(dq, problem.keys)
+    spread_nonfinite(dk, problem.q)
+    return products
 
 
 def finite(x: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...common.tensors import map_given, needed
 from ..problem import Problem
-from .similarity_lse import blocks, finite, grouped, spread_nonfinite
+from .similarity_lse import blocks, grouped, products_for_scale, sums_for, with_group, without_group
 
 
 def similarity_softplus_fwd(
@@ -17,16 +18,13 @@ def similarity_softplus_fwd(
     """Returns total [G], row [G, N], and the gradients of total, None where not needed: dq [G, N, D], dk [G, M, D],
     dscale [G], dbias [G, N], dk_bias [G, M]; k=None: all of the gradient in dq."""
     groupless, problem = problem.q.ndim == 2, grouped(problem)
-    q, k, keys, scale = problem.q, problem.k, problem.keys, problem.full_scale
+    q, k, scale = problem.q, problem.k, problem.full_scale
     if groupless:
-        bias, weights = (None if x is None else x.unsqueeze(0) for x in (bias, weights))
+        bias, weights = with_group(bias, weights)
 
     row = q.new_zeros(q.shape[:2])
-    dq = torch.zeros_like(q) if need_q or need_scale and not need_k else None
-    dk = dq if k is None else torch.zeros_like(k) if need_k else None
+    (dq, dk, dk_bias), q_factor, k_factor = sums_for(problem, need_q, need_k, need_scale, need_k_bias)
     dbias = torch.zeros_like(row) if need_bias else None
-    dk_bias = q.new_zeros(keys.shape[:2]) if need_k_bias else None
-    q_factor, k_factor = (finite(q), finite(keys)) if need_scale else (q, keys)
     for groups, rows, s in blocks(problem):
         if sign < 0:  # what is left out stays at -inf
             s.neg_().masked_fill_(s == math.inf, -math.inf)
@@ -54,15 +52,14 @@ def similarity_softplus_fwd(
 
     total = (row if weights is None else row * weights).sum(1)
     dscale = None
-    if need_scale:  # <Q, W K>, of which <Z, (W + W^T) Z> is twice
-        dscale = (dq * q_factor).sum((1, 2)) if dq is not None else (dk * k_factor).sum((1, 2))
-        dscale = dscale / 2 if k is None else dscale
-        spread_nonfinite(dq, keys)
-        spread_nonfinite(dk, q)
-    dq = dq.mul_(scale) if need_q else None
-    dk = dk.mul_(scale) if need_k and k is not None else None
+    if need_scale:
+        dscale = products_for_scale(problem, dq, dk, q_factor, k_factor).sum((1, 2))
+        if k is None:  # <Z, (W + W^T) Z> is twice as much
+            dscale = dscale / 2
+    dq, dk = needed((need_q, need_k and k is not None), dq, dk)
+    dq, dk = map_given(lambda x: x.mul_(scale), dq, dk)
     out = total, row, dq, dk, dscale, dbias, dk_bias
-    return tuple(x[0] if groupless and x is not None else x for x in out)
+    return tuple(without_group(*out)) if groupless else out
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:

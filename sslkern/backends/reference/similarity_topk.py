@@ -17,11 +17,13 @@ def similarity_topk_fwd(problem: Problem, n: int) -> tuple[Tensor, Tensor]:
     indices = torch.full_like(values, -1, dtype=torch.int64)
     for groups, rows, s in blocks(problem):
         s.masked_fill_(s.isnan(), -math.inf)
-        best = _topk(s, min(n, M))
-        value = s.gather(2, best)
+        index = _topk(s, min(n, M))
+        value = s.gather(2, index)
         values[groups, rows, :M] = value
-        indices[groups, rows, :M] = best.masked_fill_(value == -math.inf, -1)
-    return (values[0], indices[0]) if groupless else (values, indices)
+        indices[groups, rows, :M] = index.masked_fill_(value == -math.inf, -1)
+    if groupless:
+        return values[0], indices[0]
+    return values, indices
 
 
 def _topk(s: Tensor, n: int) -> Tensor:

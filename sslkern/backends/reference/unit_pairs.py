@@ -13,11 +13,11 @@ def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tenso
     or None; cosine [N] = <z_i, z_(N + i)>."""
     N, norm, z = x.shape[0], None, cat((x, y))
     if normalize:
-        long = wide(z)
-        norm = torch.linalg.vector_norm(long, dim=1)
+        rows = wide(z)
+        norm = torch.linalg.vector_norm(rows, dim=1)
         # A row of zeros gets a gradient divided by EPS, which in fp16 would be infinite and is 0.
         norm.masked_fill_(norm < EPS, torch.inf if z.dtype == torch.float16 else EPS)
-        z = (long / norm.unsqueeze(1)).to(z.dtype)
+        z = (rows / norm.unsqueeze(1)).to(z.dtype)
     return z, norm, dots(z[:N], z[N:])
 
 
@@ -29,9 +29,11 @@ def unit_pairs_bwd(
     a, b = z[:N], z[N:]
     grads = []
     for need, du, own, other, rows in ((need_x, da, a, b, slice(None, N)), (need_y, db, b, a, slice(N, None))):
-        if need:
-            du = du - pull.unsqueeze(1) * other
-            if norm is not None:  # through u = x / |x|: dx = (du - u <u, du>) / |x|
-                du = (du - own * dots(du, own).unsqueeze(1)) / norm[rows].unsqueeze(1)
-        grads.append(du.to(z.dtype) if need else None)
+        if not need:
+            grads.append(None)
+            continue
+        du = du - pull.unsqueeze(1) * other
+        if norm is not None:  # through u = x / |x|: dx = (du - u <u, du>) / |x|
+            du = (du - own * dots(du, own).unsqueeze(1)) / norm[rows].unsqueeze(1)
+        grads.append(du.to(z.dtype))
     return tuple(grads)
