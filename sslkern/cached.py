@@ -294,16 +294,16 @@ class _Cache:
         last: dict[str, Tensor | None] = {}
         if self.buffers:
             last = self.buffers[-1]
-        kept: dict[str, Tensor | None] = {name: None for name, x in self._held("_buffers") if x is None}
+        now: dict[str, Tensor | None] = {name: None for name, x in self._held("_buffers") if x is None}
         for name, x in self.encoder.named_buffers():
             old = last.get(name)
             if old is None or name in self.changing or not _equal(old, x):
-                kept[name] = x.detach().clone()
+                now[name] = x.detach().clone()
                 if old is not None:
                     self.changing.add(name)
             else:
-                kept[name] = old
-        self.buffers.append(kept)
+                now[name] = old
+        self.buffers.append(now)
 
     def _reshard(self) -> None:
         """Parameters of `fully_shard` as what they are between steps: those of its outermost module stay whole after a

@@ -107,3 +107,13 @@ def test_every_file_opens_with_what_it_is():
     silent = [path for path in python if not ast.get_docstring(ast.parse(path.read_text()))]
     silent += [path for path in others if not path.read_text().startswith("// ")]
     assert python and others and not silent
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("sslkern.backends.")])
+def test_no_function_is_longer_than_sixty_lines(module):
+    """Without its signature and its docstring. (Kernels of a backend may be.)"""
+    for function in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(function, ast.FunctionDef):
+            first = function.body[ast.get_docstring(function) is not None :]
+            lines = function.end_lineno - first[0].lineno + 1 if first else 0
+            assert lines <= 60, f"{module}.{function.name} has {lines} lines: split it by what its parts mean"

@@ -19,7 +19,7 @@ def describe(x) -> str:
 
 
 def check_dense(name: str, x: Any) -> None:
-    """x is no tensor, or a dense one: asked before its shape, which others may not have."""
+    """x, if it is a tensor, is a dense one: asked before its shape, which others may not have."""
     if not isinstance(x, Tensor):
         return
     if x.layout is not torch.strided:

@@ -31,8 +31,8 @@ def dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def row_numbers(n: int, copies: int, device: torch.device, keep: bool) -> Tensor:
-    """`copies` times 0 to n - 1. keep: for the next call, as making them would cost a small batch as much as a kernel;
-    only in eager code that nobody traces or transforms, who would hold on to them."""
+    """`copies` times 0 to n - 1. keep: for the next call, as making them costs a small batch as much as a kernel; only
+    for eager code that is neither traced nor transformed, as a trace would hold on to them."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         keep = False  # what a CUDA graph holds on to must be its own
     return (_row_numbers if keep else _row_numbers.__wrapped__)(n, copies, device)

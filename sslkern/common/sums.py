@@ -42,7 +42,7 @@ def mean(x: Tensor) -> Tensor:
 
 
 def log_total(x: Tensor) -> Tensor:
-    """The log-sum-exp of all of x, 0-d. Where nothing is left its gradient is NaN, as of torch's."""
+    """The log-sum-exp of all of x, 0-d. Where nothing is left its gradient is NaN, like that of torch."""
     if not shared(x):
         return x.reshape(-1).logsumexp(0)
     most = x.detach().amax()

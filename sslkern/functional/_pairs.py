@@ -33,11 +33,11 @@ def own_ids(ids: Tensor | None, x: Tensor, ranks: Ranks | None) -> Tensor:
 
 
 def row_and_best(
-    q: Tensor, k: Tensor | None, scale: float | Tensor, *, best: bool, **options
+    q: Tensor, k: Tensor | None, scale: float | Tensor, *, need_best: bool, **options
 ) -> tuple[Tensor, Tensor | None]:
-    """`similarity_lse` of the rows and, if asked for, their best score, else None."""
-    out = similarity_lse(q, k, scale, best=best, **options)
-    if best:
+    """`similarity_lse` of the rows and, where needed, the best score of each, else None."""
+    out = similarity_lse(q, k, scale, best=need_best, **options)
+    if need_best:
         return out
     return out, None
 

@@ -28,7 +28,7 @@ def check_pair(
 ) -> tuple[Tensor, Tensor]:
     """x and other, `promoted`: [N, D] with N > 0, on this rank or another, of one shape, type and device.
 
-    What fits is seen at one look: a small batch feels each function, and compiled code is guarded for each.
+    Arguments that fit pass one test: a small batch feels each function, and compiled code is guarded for each.
     """
     if (
         isinstance(x, Tensor)
@@ -52,7 +52,7 @@ def check_pair(
 
 def promoted(*features):
     """Inside autocast, features of several types in the widest of them, as torch does with what it does not round: an
-    encoder's output in bf16 meets a queue in fp32. Elsewhere, and what is no such tensor, as it is: the checks say so.
+    encoder's output in bf16 meets a queue in fp32. Elsewhere all stay as they are: the checks refuse what does not fit.
     """
     dtypes = {x.dtype for x in features if isinstance(x, Tensor)}
     if len(dtypes) < 2 or not dtypes.issubset(FLOATS):

@@ -112,7 +112,7 @@ def cpc(
     elif negatives == "sample":  # S groups
         query, key, spread = query.transpose(0, 1), target.transpose(0, 1), ranks
         q_ids = k_ids = row_ids(N, targets.device, ranks)
-    row, best = row_and_best(query, key, scale, q_ids=q_ids, k_ids=k_ids, best=stats, ranks=spread)
+    row, best = row_and_best(query, key, scale, q_ids=q_ids, k_ids=k_ids, need_best=stats, ranks=spread)
 
     loss = reduce(_by_step(pair_loss(_by_sample(row, positive, negatives), positive), counts, ranks), reduction)
     if not stats:

@@ -49,7 +49,7 @@ def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None, ranks:
 
 
 def rows_of(x) -> int:
-    """N of x [N, ..]; 0 where it is nothing of the kind, as will be said of it later."""
+    """N of x [N, ..]; 0 where x is no such tensor, which the checks refuse later."""
     return x.shape[0] if isinstance(x, Tensor) and not x.is_nested and x.ndim else 0
 
 
@@ -73,8 +73,8 @@ def log_total_of(x: Tensor, ranks: Ranks | None) -> Tensor:
     if ranks is None:
         return log_total(x)
     share = log_total(x)
-    top = gather(share.detach().view(1), one_each(ranks)).amax()
-    return over_ranks((share - top).exp(), ranks).log() + top
+    most = gather(share.detach().view(1), one_each(ranks)).amax()
+    return over_ranks((share - most).exp(), ranks).log() + most
 
 
 def at_once_of(reduction: str, weights: Tensor | None, label_smoothing: float, ranks: Ranks | None = None) -> str:

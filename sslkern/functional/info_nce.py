@@ -8,7 +8,7 @@ from ..common.autocast import product, stack
 from ..common.numbers import check_number
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
-from ..common.tensors import transformed, wide
+from ..common.tensors import map_given, transformed, wide
 from ..distributed import (
     Group,
     Shard,
@@ -231,7 +231,7 @@ def _over_given(
     positive = times(cosine, scale)
     negative, best = _lse_over_negatives(query, negatives, scale, ids, negative_ids, stats, ranks)
     if in_batch:
-        others, best_other = row_and_best(query, key, scale, q_ids=row_ids, k_ids=row_ids, best=stats, ranks=ranks)
+        others, best_other = row_and_best(query, key, scale, q_ids=row_ids, k_ids=row_ids, need_best=stats, ranks=ranks)
         negative = logaddexp(negative, others)
         if stats:
             best = torch.maximum(best, best_other)
@@ -257,20 +257,21 @@ def _check_negatives(negatives: Tensor, query: Tensor, two_way: bool) -> None:
         raise ValueError(f"negatives must be [M, {D}] or [{N}, M, {D}], not {describe(negatives)}")
 
 
-def _lse_over_negatives(query, negatives, scale, ids, negative_ids, best, ranks) -> tuple[Tensor, Tensor | None]:
-    """The log-sum-exp [N] over the given negatives and, if asked for, their best score [N]."""
+def _lse_over_negatives(query, negatives, scale, ids, negative_ids, need_best, ranks) -> tuple[Tensor, Tensor | None]:
+    """The log-sum-exp [N] over the given negatives and, where needed, their best score [N]."""
     if negative_ids is None:
         ids = None
     if isinstance(negatives, Shard):
-        out = lse_over_shards(query, negatives, scale, q_ids=ids, k_ids=negative_ids, best=best, ranks=ranks)
-        return out if best else (out, None)
+        out = lse_over_shards(query, negatives, scale, q_ids=ids, k_ids=negative_ids, best=need_best, ranks=ranks)
+        return out if need_best else (out, None)
     if negatives.ndim == 2:
-        return row_and_best(query, negatives, scale, q_ids=ids, k_ids=negative_ids, best=best)
+        return row_and_best(query, negatives, scale, q_ids=ids, k_ids=negative_ids, need_best=need_best)
     if ids is not None:
         ids = ids.unsqueeze(1)
     # N problems of one row each.
-    row, top = row_and_best(query.unsqueeze(1), negatives, scale, q_ids=ids, k_ids=negative_ids, best=best)
-    return row.reshape(-1), top.reshape(-1) if best else None
+    query = query.unsqueeze(1)
+    found = row_and_best(query, negatives, scale, q_ids=ids, k_ids=negative_ids, need_best=need_best)
+    return tuple(map_given(lambda x: x.reshape(-1), *found))
 
 
 def _sum_over_negatives(query, negatives, ids, negative_ids, ranks):

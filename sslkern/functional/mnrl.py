@@ -14,7 +14,7 @@ from ..common.autocast import cat, product, stack
 from ..common.numbers import check_finite, shown
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
-from ..common.tensors import transformed, wide
+from ..common.tensors import accumulator, transformed, wide
 from ..distributed import Group, Ranks, copies, gather, pair_contrast_over, ranks_of, similarity_lse
 from ..ops import logsumexp
 from ..ops.pair_contrast import pair_contrast
@@ -154,7 +154,7 @@ def mnrl(
             negative = torch.where(negative == -math.inf, negative, logaddexp(negative, toward.expand_as(negative)))
         losses = pair_loss(negative, toward)
         if stats:
-            best = stack([fold(torch.maximum, [top for _, top in of_one]) for of_one in terms.values()])
+            best = stack([fold(torch.maximum, [scores for _, scores in of_one]) for of_one in terms.values()])
     loss = reduce(losses.mean(0), reduction, ranks=ranks)
     if stats:
         return loss, beaten(best, toward, ranks)
@@ -228,7 +228,7 @@ def _over(batch: _Batch, a: int, b: int) -> tuple[Tensor, Tensor | None]:
     if a == b:  # rows among themselves
         k = k_ids = None
     options = dict(q_ids=q_ids, k_ids=k_ids, q_limit=limit, ranks=ranks)
-    return row_and_best(q, k, batch.scale, best=batch.stats, **options)
+    return row_and_best(q, k, batch.scale, need_best=batch.stats, **options)
 
 
 def _ids_of(batch: _Batch, a: int, b: int) -> tuple[Tensor | None, Tensor | None]:
@@ -339,5 +339,4 @@ def _checked_guide(guide, anchor: Tensor, negatives: Tensor | None) -> list[Tens
             raise ValueError(f"guide must have features {[*rows, 'Dg']} for the {name}, not {describe(x)}")
         if x.dtype not in FLOATS or x.device != anchor.device:
             raise ValueError(f"guide must be floating point and on {anchor.device}, not {x.dtype} on {x.device}")
-    wide = torch.float64 if anchor.dtype == torch.float64 else torch.float32
-    return [unit(x.detach().to(wide)).flatten(0, -2) for x in guide]
+    return [unit(x.detach().to(accumulator(anchor))).flatten(0, -2) for x in guide]

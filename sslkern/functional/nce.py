@@ -232,7 +232,7 @@ def _slopes(logits: Tensor, losses: Tensor, form: str) -> Tensor:
             part.sigmoid_()
     else:
         of_positive = torch.expm1(-losses)
-        # The share of the negatives, and how they share it: exact for scores of any size. Of no share nothing is left.
+        # The share of the negatives, and how they share it: exact for scores of any size. A share of 0 leaves nothing.
         share = -of_positive.unsqueeze(1)
         logits[:, 1:] = torch.softmax(logits[:, 1:], 1).mul_(share).masked_fill_(share == 0, 0)
     logits[:, 0] = of_positive

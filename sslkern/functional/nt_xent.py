@@ -161,7 +161,7 @@ def nt_xent_multi_view(
         z = unit(z)
     rows = z.reshape(V * N, D)
     negative = similarity_lse(rows, scale=scale, q_ids=ids.repeat(V), ranks=copies(ranks, V)).view(V, N, 1)
-    # The V x V scores within each sample, [V, N, V], then without that of a view with itself.
+    # The V x V scores within each sample, [V, N, V], and of them those of two different views.
     sample = wide(z).transpose(0, 1)
     within = times(product(sample, sample.mT).transpose(0, 1), scale)
     view = torch.arange(V, device=z.device)

@@ -18,8 +18,8 @@ class NNCLRLoss(ScaledLoss):
 
     Args:
         dim: features per embedding.
-        size: embeddings kept, the paper's best is 98304.
-        sharded: each process of the group keeps a part of them, as in `FeatureQueue`.
+        size: of the support set; 98304 was the best in the paper.
+        sharded: each process of the group keeps a part of it, as in `FeatureQueue`.
 
     Example:
         >>> criterion = sslkern.NNCLRLoss(dim=32, size=4096)

@@ -113,7 +113,7 @@ def _left_to_the_compiler(x, y, scale, ids, mode, normalize, best):
 
 
 def _suits(x: Tensor, ids: Tensor | None) -> bool:
-    """To a GPU this form is no better, and fp16 may not hold its W."""
+    """On a GPU this form is no faster, and fp16 may not hold its W."""
     return ids is None and x.shape[0] > 1 and x.device.type == "cpu" and x.dtype != torch.float16
 
 
@@ -143,13 +143,13 @@ def _contrast(x, y, scale, mode, best):
     scores = wide(s) * scale
     sides = _SIDES[mode]
     negatives = [half for side in sides for half in scores.logsumexp(side).view(-1, N)]
-    # What is stacked the compiler keeps: the share of the negatives, in the backward, it would compute for each score.
-    kept = stack(negatives + [torch.sigmoid(side - positive) for side in negatives])
-    losses = pair_loss(kept[: len(negatives)], positive)
+    # The compiler stores what is stacked: else the backward would compute the share of the negatives for each score.
+    saved = stack(negatives + [torch.sigmoid(side - positive) for side in negatives])
+    losses = pair_loss(saved[: len(negatives)], positive)
     best_scores = None
     if best:
         best_scores = stack([scores.amax(side) for side in sides]).view(-1, N)
-    return losses, positive, best_scores, s, kept
+    return losses, positive, best_scores, s, saved
 
 
 def _nonzero(scale):
@@ -163,12 +163,13 @@ def _save(ctx, inputs, outputs):
 
 
 def _backward(ctx, g, *_):
-    x, y, scale, s, kept = ctx.saved_tensors
+    x, y, scale, s, saved = ctx.saved_tensors
     N, dtype = x.shape[0], x.dtype
-    negatives, share = kept.chunk(2)
+    negatives, share = saved.chunk(2)
     weight = g * share
     diagonal = -weight.sum(0)
-    scores = torch.mul(_nonzero(scale), wide(s))  # in this order not that of the forward, which would be kept, beside s
+    # With its factors in this order it is not the product of the forward, which would be stored beside s.
+    scores = torch.mul(_nonzero(scale), wide(s))
     if ctx.mode == "views":
         z, weight, negatives = cat((x, y)), weight.view(-1), negatives.view(-1)
         # Rounded, s_ij may be above s_ji, whose negatives_j these are.
@@ -194,8 +195,9 @@ def _backward(ctx, g, *_):
 _by_hand = Node(_contrast, _save, _backward, name="different_rows", outputs=1)
 
 
-# An operator that the compiler takes as one and then takes apart: each function that it looked into would cost guards
-# in every call. What it compiles it keeps on disk under the names of operators, this one's for the formulas above.
+# One operator, which the compiler takes apart only after it has looked through the code around it: each function that
+# it looked into would be guarded in every call. Compiled code is stored on disk under the names of its operators, so
+# the name of this one changes with the formulas above.
 _NAME = f"dense_contrast_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 library.define(
     f"{_NAME}(Tensor x, Tensor y, Tensor scale, Tensor? ids, str mode, bool normalize, bool best,"

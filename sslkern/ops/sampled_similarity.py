@@ -20,7 +20,7 @@ def sampled_similarity(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     """<q_i, bank[index_it]> for the rows of a bank that each query names; `[N, K, D]` is never built.
 
     Features are used as they are, not normalised. A row may be named more than once. On the CPU the bank is either
-    read where it is named or streamed once as a product of which the named scores are kept, whichever is cheaper.
+    read where it is named or streamed once as a product of which the named scores are picked, whichever is cheaper.
 
     Args:
         q: [N, D] or [G, N, D], fp32, bf16, fp16 or fp64. G problems are independent.

@@ -245,7 +245,7 @@ _gradients = Operator(
 
 
 def frozen_gradient(g: Tensor, mean: Tensor) -> Tensor:
-    """g_i mean_i [.., N, D]: the gradient of scale * q from that of the rows, whose product with q is that of scale."""
+    """g_i mean_i [.., N, D], the gradient of scale * q; its dot product with q is the gradient of the scale."""
     return g.unsqueeze(-1) * mean
 
 

@@ -123,7 +123,7 @@ def sum_by_row(g, index, left_out, keys):
     """sum_t g_it keys[index_it] [N, D]."""
     if index.shape[0] == 0 or keys.numel() == 0:
         return keys.new_zeros(index.shape[0], keys.shape[1])
-    # What is left out, weight 0, points at the first key of its row, lest another row's NaN comes in.
+    # What is left out, weight 0, points at the first key of its row, so that no NaN of another row comes in.
     index = torch.where(left_out, index[:, :1].clamp(min=0), index)
     return F.embedding_bag(index, keys, per_sample_weights=g, mode="sum").masked_fill(left_out[:, :1], 0)
 

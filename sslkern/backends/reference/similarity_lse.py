@@ -235,8 +235,8 @@ def products_for_scale(problem: Problem, dq: Tensor | None, dk: Tensor | None, q
 
 
 def finite(x: Tensor) -> Tensor:
-    """x with 0 for what is not finite, a factor of weights that are then NaN, or 0 of what is left out: that has no
-    part in the gradient of the scale."""
+    """x with 0 for what is not finite: the weights it is multiplied by are NaN then, or 0 of pairs that are left out,
+    which have no part in the gradient of the scale."""
     return x.nan_to_num(0, 0, 0)
 
 
