@@ -6,7 +6,7 @@ from torch import Tensor
 from ..backends.problem import Problem, sizes_of
 from ..common.arguments import FLOATS, check_choice, check_dense, check_devices, describe
 from ..common.numbers import check_finite, constant, number, shown
-from ..common.tensors import accumulator, map_given, needed
+from ..common.tensors import accumulator
 
 # The fields of Problem, flat, as the dispatcher takes no others.
 SCHEMA = (
@@ -119,11 +119,15 @@ def scale_parts(scale: float | Tensor, q: Tensor) -> tuple[Tensor | None, float]
 def gradients_of(problem: Problem, dq, dk, dscale, need_q: bool, need_k: bool, need_scale: bool):
     """What autograd takes of gradients in the type of the sums, dscale that of scale * scale_tensor; None where not
     needed."""
-    dq, dk, dscale = needed((need_q, need_k, need_scale), dq, dk, dscale)
-    dq, dk = map_given(lambda x: x.to(problem.q.dtype), dq, dk)
+    dtype = problem.q.dtype
+    of_q = of_k = of_scale = None
+    if need_q:
+        of_q = dq.to(dtype)
+    if need_k:
+        of_k = dk.to(dtype)
     if need_scale:
-        dscale = dscale * problem.scale
-    return dq, dk, dscale
+        of_scale = dscale * problem.scale
+    return of_q, of_k, of_scale
 
 
 def empty_gradients(like: Tensor, *wanted: tuple[bool, tuple[int, ...]]) -> tuple[Tensor, ...]:
@@ -138,8 +142,12 @@ def _problem(q, k, scale, q_ids, k_ids, same, k_bias, q_limit) -> Problem:
     rows, columns = q.shape[:-1], q.shape[:-1]
     if k is not None:
         columns = k.shape[:-1]
-    (q_ids,) = map_given(lambda x: x.expand(rows), q_ids)
-    (k_ids,) = map_given(lambda x: x.expand(columns), k_ids)
-    (k_bias,) = map_given(lambda x: x.to(accumulator(q)).expand(columns), k_bias)
-    (q_limit,) = map_given(lambda x: x.to(accumulator(q)).expand(rows), q_limit)
+    if q_ids is not None:
+        q_ids = q_ids.expand(rows)
+    if k_ids is not None:
+        k_ids = k_ids.expand(columns)
+    if k_bias is not None:
+        k_bias = k_bias.to(accumulator(q)).expand(columns)
+    if q_limit is not None:
+        q_limit = q_limit.to(accumulator(q)).expand(rows)
     return Problem(q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit)

@@ -94,12 +94,13 @@ def similarity_lse(
         G, N, M, D = sizes_of(problem)
         keep = kept_rows(backend, N, M, D, G, itself=k is None) if learns else 0
         row, col, best_scores, _ = _lse.way(learns, *tensors_of(problem))(*problem, columns, best, keep, backend)
-    out = [row]
+    if columns and best:
+        return row, col, best_scores
     if columns:
-        out.append(col)
+        return row, col
     if best:
-        out.append(best_scores)
-    return row if len(out) == 1 else tuple(out)
+        return row, best_scores
+    return row
 
 
 def similarity_lse_bwd(
@@ -188,7 +189,11 @@ def _save(ctx, inputs, outputs) -> None:
     row, col, _, kept = outputs
     problem = Problem(*problem)
     ctx.scale, ctx.same = problem.scale, problem.same
-    ctx.save_for_backward(*tensors_of(problem), row, *needed((ctx.columns, keep), col, kept))
+    if not ctx.columns:
+        col = None
+    if keep == 0:
+        kept = None
+    ctx.save_for_backward(*tensors_of(problem), row, col, kept)
 
 
 def _backward(ctx, g, h, *_):
@@ -199,12 +204,16 @@ def _backward(ctx, g, h, *_):
     *tensors, row, col, kept = ctx.saved_tensors
     problem = Problem.of(tensors, ctx.scale, ctx.same)
     need_q, need_k, need_scale, _, _, _, _, need_bias, *_ = ctx.needs_input_grad
-    row, col = needed((g is not None, h is not None), row, col)
+    if g is None:
+        row = None
+    if h is None:
+        col = None
     with outside_autograd():
         inputs = *problem, row, col, g, h, kept, need_q, need_k, need_scale, need_bias, ctx.backend
         dq, dk, dscale, dbias = _gradients.way_back(ctx, g, h)(*inputs)
         dq, dk, dscale = gradients_of(problem, dq, dk, dscale, need_q, need_k, need_scale)
-        (dbias,) = needed((need_bias,), dbias)
+    if not need_bias:
+        dbias = None
     dq, dk, dscale, dbias = once((g, h, *tensors), dq, dk, dscale, dbias)
     return dq, dk, dscale, None, None, None, None, dbias, *(None,) * 5
 

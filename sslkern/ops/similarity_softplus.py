@@ -19,7 +19,7 @@ from ..backends.problem import Problem, keys_of, tensors_of
 from ..common.arguments import check_flags, describe
 from ..common.node import Node, Operator, once, outside_autograd
 from ..common.sums import total as sum_of_all
-from ..common.tensors import accumulator, map_given, needed, transformed
+from ..common.tensors import accumulator, needed, transformed
 from .problem import FIELDS, SCHEMA, checked_problem, checked_sign, empty_gradients, gradients_of, options, per_row
 
 
@@ -128,11 +128,21 @@ def _backward(ctx, g, *_):
     need_k_bias, _, need_bias, need_weights = ctx.needs_input_grad[7:11]
     with outside_autograd():
         of_rows, of_features = g.unsqueeze(-1), g.unsqueeze(-1).unsqueeze(-1)
-        needs = need_q, need_k, need_scale, need_bias, need_k_bias, need_weights
-        grads = needed(needs, dq, dk, dscale, dbias, dk_bias, row)
-        dq, dk = map_given(lambda grad: (of_features * grad).to(ctx.dtype), *grads[:2])
-        (dscale,) = map_given(lambda grad: sum_of_all(g * grad) * ctx.scale, grads[2])
-        dbias, dk_bias, dweights = map_given(lambda grad: of_rows * grad, *grads[3:])
+        dweights = None
+        if need_q:
+            dq = (of_features * dq).to(ctx.dtype)
+        if need_k:
+            dk = (of_features * dk).to(ctx.dtype)
+        if need_scale:
+            dscale = sum_of_all(g * dscale) * ctx.scale
+        if need_k_bias:
+            dk_bias = of_rows * dk_bias
+        if need_bias:
+            dbias = of_rows * dbias
+        if need_weights:
+            dweights = of_rows * row
+    needs = need_q, need_k, need_scale, need_k_bias, need_bias
+    dq, dk, dscale, dk_bias, dbias = needed(needs, dq, dk, dscale, dk_bias, dbias)
     dq, dk, dscale, dk_bias, dbias, dweights = once((g, total), dq, dk, dscale, dk_bias, dbias, dweights)
     return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, dweights, *(None,) * 7
 

@@ -14,7 +14,6 @@ def native(problem: Problem, sizes: tuple[int, ...], kept: Tensor | None = None)
     kept_rows = 0
     if kept is not None:
         kept_rows = kept.shape[-2]
-    # Not by `map_given`: a small batch feels each function.
     return (
         CODES[q.dtype],
         *sizes,

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from sslkern import _cpu
 
-from ...common.tensors import map_given
 from ._native import CODES
 
 
@@ -24,7 +23,7 @@ def unit_pairs_bwd(
     z: Tensor, norm: Tensor | None, pull: Tensor, da: Tensor | None, db: Tensor | None, need_x: bool, need_y: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     N, D = pull.shape[0], z.shape[1]
-    dx, dy = (z.new_empty(N, D) if need else None for need in (need_x, need_y))
-    da, db = map_given(Tensor.contiguous, da, db)
+    dx, dy = [z.new_empty(N, D) if need else None for need in (need_x, need_y)]
+    da, db = [du if du is None else du.contiguous() for du in (da, db)]
     _cpu.unit_pairs_bwd(CODES[z.dtype], N, D, z, norm, pull, da, db, dx, dy, torch.get_num_threads())
     return dx, dy
