@@ -1,4 +1,4 @@
-"""`similarity_lse` on the native kernels: this file allocates the results, by no helper that small batches would feel."""
+"""`similarity_lse` on the native kernels: this file allocates the results, in place: small batches feel each call."""
 
 import torch
 from torch import Tensor
