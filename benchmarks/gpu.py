@@ -232,7 +232,7 @@ def add_rates(kernels: list[dict], problem: Problem) -> list[dict]:
         if patterns:
             groups.setdefault(patterns[0], []).append(kernel)
     for pattern, group in groups.items():
-        by_library = LIBRARY in groups and "backward" in pattern  # it writes the weights that the library multiplies
+        by_library = LIBRARY in groups and "lse_bwd" in pattern  # it writes the weights that the library multiplies
         passes = executed["weights" if by_library else pattern]
         rate = passes * problem.pass_flops / sum(kernel["seconds"] for kernel in group)
         for kernel in group:

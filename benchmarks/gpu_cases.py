@@ -41,9 +41,9 @@ LATE = ("cut-cross-entropy",)
 # gradients takes for all sides (less where it writes weights for products of the library).
 LIBRARY = "gemm|nvjet|cutlass|xmma"
 PASSES = {
-    "both": {"forward": 1, "weights": 1, "gradient_(rows|columns)|backward": 4, LIBRARY: 2},
-    "itself": {"forward": 0.5, "weights": 0.5, "gradient_(rows|columns)|backward": 2, LIBRARY: 1},
-    "frozen": {"frozen": 2, "forward": 1},
+    "both": {"forward|lse_fwd": 1, "weights": 1, "gradient_(rows|columns)|lse_bwd": 4, LIBRARY: 2},
+    "itself": {"forward|lse_fwd": 0.5, "weights": 0.5, "gradient_(rows|columns)|lse_bwd": 2, LIBRARY: 1},
+    "frozen": {"frozen": 2, "forward|lse_fwd": 1},
     "softplus": {"softplus": 3},
     "unknown": {},
 }

@@ -309,10 +309,10 @@ def compile_job(job: Job, every: bool) -> list[dict]:
     import torch
     from triton.runtime import driver
 
-    from sslkern.backends.triton import configs, hardware, strategies
+    from sslkern.backends.triton import chips, configs, measured, schemes
 
-    chip = hardware.Hardware(job.arch, CHIPS[job.arch].processors)
-    hardware.of = lambda device: chip
+    chip = chips.Chip(job.arch, CHIPS[job.arch].processors)
+    chips.of = lambda device: chip
     driver.set_active(Driver(job.arch))
     torch.set_float32_matmul_precision("high" if job.dtype == "tf32" else "highest")
     _compiled.clear()
@@ -320,16 +320,16 @@ def compile_job(job: Job, every: bool) -> list[dict]:
     error = None
     try:
         module = importlib.import_module(f"sslkern.backends.triton.{job.primitive}")
-        for name in ("rule", *strategies.STRATEGIES) if every and job.dtype == "bf16" else ("rule",):
+        for name in ("rule", *schemes.SCHEMES) if every and job.dtype == "bf16" else ("rule",):
             with contextlib.ExitStack() as stack:
                 if name != "rule":
-                    stack.enter_context(strategies.use_strategy(name))
+                    stack.enter_context(schemes.use_scheme(name))
                 call(module, Inputs(DTYPES[job.dtype], job.D))
                 if every and job.case in SPECIALISED and job.arch >= 100 and job.dtype == "bf16":
                     for kind in ("forward", "backward", "weights"):
                         near = configs.candidates(kind, job.D, configs.choose(kind, torch.bfloat16, job.D, chip), chip)
                         config = next((config for config in near if config.specialised), near[0])
-                        tiles = f"{kind} {strategies.key(torch.bfloat16, job.D)}"
+                        tiles = f"{kind} {measured.key(torch.bfloat16, job.D)}"
                         stack.enter_context(configs.force(tiles, config))
                     call(module, Inputs(DTYPES[job.dtype], job.D))
     except Exception:

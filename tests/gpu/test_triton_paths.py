@@ -16,7 +16,7 @@ if "triton" not in EVERY:
     pytest.skip("needs Triton with its interpreter or a GPU", allow_module_level=True)
 
 from sslkern.backends import strips
-from sslkern.backends.triton import configs, hardware, launch, strategies, tuning
+from sslkern.backends.triton import chips, configs, launch, measured, schemes, tuning
 from sslkern.backends.triton import similarity_lse as kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,8 +33,8 @@ def large(monkeypatch):
 def descriptors(monkeypatch):
     monkeypatch.setattr(launch, "TMA_FROM", 0)
     if triton_backend.INTERPRETED:
-        monkeypatch.setattr(hardware, "of", lambda device: hardware.Hardware(90, 3))
-    elif hardware.of(torch.device("cuda")).architecture < 90:
+        monkeypatch.setattr(chips, "of", lambda device: chips.Chip(90, 3))
+    elif chips.of(torch.device("cuda")).architecture < 90:
         pytest.skip("the chip has no tensor descriptors")
 
 
@@ -104,15 +104,15 @@ def test_scores_so_small_that_no_maximum_is_taken_off(backend, large, dtype):
 
 @pytest.fixture
 def by_products(monkeypatch):
-    """The other strategy than fused kernels, in several strips; in fp32 scores are products of the library as well."""
+    """The other scheme than fused kernels, in several strips; in fp32 scores are products by BLAS as well."""
     monkeypatch.setattr(strips, "LEAST", 1)
     monkeypatch.setattr(strips, "TILE", 64)
-    with strategies.use_strategy("shared"):
+    with schemes.use_scheme("shared"):
         yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products_of_the_library(backend, by_products, dtype):
+def test_products_by_blas(backend, by_products, dtype):
     tensors = problem(dtype)
     bias = torch.randn(200).masked_fill(torch.arange(200) % 7 == 0, -torch.inf)
     ids = {"q_ids": torch.arange(330), "k_ids": torch.arange(200) * 2}
@@ -127,7 +127,7 @@ def test_products_of_the_library(backend, by_products, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_products_of_the_library_in_a_narrow_cone(backend, by_products, dtype):
+def test_products_by_blas_in_a_narrow_cone(backend, by_products, dtype):
     # Weights are nearly equal, and so are the errors of their rounding: the gradient of the scale must not feel them.
     centre = torch.randn(24)
     q, k = (torch.nn.functional.normalize(centre + 0.1 * torch.randn(300, 24), dim=1).to(dtype) for _ in range(2))
@@ -145,8 +145,8 @@ def test_products_of_the_library_in_a_narrow_cone(backend, by_products, dtype):
 
 
 def test_what_a_tile_leaves_out_keeps_its_earlier_sum(backend, large, monkeypatch):
-    chip = hardware.of(features(1, 1).device)
-    monkeypatch.setattr(hardware, "of", lambda device: chip._replace(processors=1))  # several rounds
+    chip = chips.of(features(1, 1).device)
+    monkeypatch.setattr(chips, "of", lambda device: chip._replace(processors=1))  # several rounds
     q = features(256, 16, dtype=torch.bfloat16)
     k = features(64, 16, dtype=torch.bfloat16)
     q[:64] = -40 * k[:1]  # all far below, and no bound that spares the maximum
@@ -160,7 +160,7 @@ def test_what_a_tile_leaves_out_keeps_its_earlier_sum(backend, large, monkeypatc
             compare(tensors, arbitrary=True, scale=5.0, columns=True)
 
 
-def test_products_of_the_library_for_one_side(backend, by_products):
+def test_products_by_blas_for_one_side(backend, by_products):
     tensors = problem(torch.float32)
     learned = tensors["k"]
     compare(tensors | {"q": tensors["q"].detach()}, columns=True)
@@ -174,7 +174,7 @@ def test_products_of_the_library_for_one_side(backend, by_products):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products_of_the_library_for_softplus(backend, by_products, dtype):
+def test_products_by_blas_for_softplus(backend, by_products, dtype):
     tensors = problem(dtype) | {"bias": torch.randn(330).requires_grad_()}
     tensors["weights"] = torch.rand(330)
     softplus.compare(tensors)
@@ -187,55 +187,55 @@ def test_products_of_the_library_for_softplus(backend, by_products, dtype):
 
 
 def test_what_was_measured_goes_first(monkeypatch, tmp_path):
-    chip = hardware.Hardware(90, 132, "Some GPU 80GB")
+    chip = chips.Chip(90, 132, "Some GPU 80GB")
     monkeypatch.setenv("SSLKERN_CACHE", str(tmp_path))
     q = torch.empty(8192, 128, dtype=torch.bfloat16)
-    tuning.tuned.cache_clear()
-    assert strategies.strategy(q, 8192, 8192, chip) == "fused"
-    tuning.path(chip).write_text('{"strategy": {"bfloat16 128": "shared"}, "config": {}}')
-    tuning.tuned.cache_clear()
-    assert strategies.strategy(q, 8192, 8192, chip) == "shared"
-    for other in ('{"strategy": {"bfloat16 128": "library"}}', "{"):  # of an earlier version; damaged
-        tuning.path(chip).write_text(other)
-        tuning.tuned.cache_clear()
-        assert strategies.strategy(q, 8192, 8192, chip) == "fused"
-    tuning.tuned.cache_clear()
+    measured.on.cache_clear()
+    assert not schemes.is_shared(q, 8192, 8192, chip)
+    measured.path(chip).write_text('{"scheme": {"bfloat16 128": "shared"}, "config": {}}')
+    measured.on.cache_clear()
+    assert schemes.is_shared(q, 8192, 8192, chip)
+    for other in ('{"scheme": {"bfloat16 128": "library"}}', '{"scheme": 1}', "{"):  # of another version; damaged
+        measured.path(chip).write_text(other)
+        measured.on.cache_clear()
+        assert not schemes.is_shared(q, 8192, 8192, chip)
+    measured.on.cache_clear()
 
 
-def test_scores_are_products_of_the_library_in_true_fp32_alone(monkeypatch):
-    chip, q = hardware.Hardware(90, 132), torch.empty(8192, 128)
+def test_scores_are_products_by_blas_in_true_fp32_alone(monkeypatch):
+    chip, q = chips.Chip(90, 132), torch.empty(8192, 128)
     limit = q[:, 0]
     for matrix_units, x in ((True, q.bfloat16()), (False, q)):
-        assert strategies.strategy(x, 8192, 8192, chip) == ("fused" if matrix_units else "shared")
-        assert strategies.scores_by_library(x, None, False) is not matrix_units
-        assert not strategies.scores_by_library(x, limit, False) and not strategies.scores_by_library(x, None, True)
-    monkeypatch.setattr(strategies, "tf32", lambda dtype: dtype == torch.float32)
-    assert strategies.strategy(q, 8192, 8192, chip) == "fused" and not strategies.scores_by_library(q, None, False)
+        assert schemes.is_shared(x, 8192, 8192, chip) is not matrix_units
+        assert schemes.scores_by_blas(x, None, False) is not matrix_units
+        assert not schemes.scores_by_blas(x, limit, False) and not schemes.scores_by_blas(x, None, True)
+    monkeypatch.setattr(chips, "tf32", lambda dtype: dtype == torch.float32)
+    assert not schemes.is_shared(q, 8192, 8192, chip) and not schemes.scores_by_blas(q, None, False)
 
 
 def test_tuning_keeps_what_it_found(backend, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SSLKERN_CACHE", str(tmp_path))
-    chip = hardware.of(features(1, 1).device)._replace(name="Some GPU 80GB")
-    monkeypatch.setattr(hardware, "of", lambda device: chip)
+    chip = chips.of(features(1, 1).device)._replace(name="Some GPU 80GB")
+    monkeypatch.setattr(chips, "of", lambda device: chip)
     monkeypatch.setattr(configs, "candidates", lambda kind, D, default, chip: [default, default._replace(BN=16)])
-    tuning.tuned.cache_clear()
-    tuning.write(chip, {"strategy": {"bfloat16 2048": "shared"}, "config": {}})
+    measured.on.cache_clear()
+    measured.write(chip, {"scheme": {"bfloat16 2048": "shared"}, "config": {}})
     tuning.main(["--rows", "40", "--features", "16"])
-    found = tuning.tuned(chip)["strategy"]
-    assert found["bfloat16 2048"] == "shared" and found["bfloat16 16"] in strategies.STRATEGIES
+    found = measured.on(chip)["scheme"]
+    assert found["bfloat16 2048"] == "shared" and found["bfloat16 16"] in schemes.SCHEMES
     said = capsys.readouterr().out
-    assert said.count(" ms") >= 3 and str(tuning.path(chip)) in said and "Error" not in said
-    tuning.tuned.cache_clear()
+    assert said.count(" ms") >= 3 and str(measured.path(chip)) in said and "Error" not in said
+    measured.on.cache_clear()
 
 
 def test_candidates_are_other_tiles():
     default = configs.Config(128, 64, 128, 128, 4, 3)
     for architecture in (80, 90, 100):
-        near = configs.candidates("forward", 128, default, hardware.Hardware(architecture, 100))
+        near = configs.candidates("forward", 128, default, chips.Chip(architecture, 100))
         assert near[0] == default and len(set(near)) == len(near) > 10
         assert any(config.specialised for config in near) == (architecture == 100)
-    with pytest.raises(ValueError, match="strategy must be one of fused, shared, not"):
-        strategies.use_strategy("fast")
+    with pytest.raises(ValueError, match="scheme must be one of fused, shared, not"):
+        schemes.use_scheme("fast")
 
 
 @pytest.mark.skipif(not triton_backend.INTERPRETED, reason="counts the interpreter's launches")
@@ -295,13 +295,13 @@ def test_sampled_rows_reach_the_kernels_from_multiples_of_16_bytes(backend, monk
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            def launch(*args, **options):
-                seen.extend(x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point())
-                return self.kernel[grid](*args, **options)
+            def launch(**options):
+                seen.extend(x for x in options.values() if isinstance(x, torch.Tensor) and x.is_floating_point())
+                return self.kernel[grid](**options)
 
             return launch
 
-    for name in ("_forward", "_backward"):
+    for name in ("sampled_similarity_fwd_kernel", "sampled_similarity_bwd_kernel"):
         monkeypatch.setattr(sampled, name, Watched(getattr(sampled, name)))
     q, bank = (torch.randn(rows * 6 + 1)[1:].view(rows, 6).requires_grad_() for rows in (3, 20))
     index, g = torch.randint(20, (3, 5)), torch.randn(3, 5)

@@ -237,7 +237,7 @@ WAYS = {
         ["apply", "_backward", "similarity_lse_bwd"],
     ),
     "triton": (
-        ["nt_xent", "pair_contrast", "_forward", "similarity_lse_fwd", "sums"],
+        ["nt_xent", "pair_contrast", "_forward", "similarity_lse_fwd", "_sums"],
         ["apply", "_backward", "similarity_lse_bwd", "_gradient"],
     ),
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference.bank_update import bank_update_ as reference
 from ..reference.sampled_similarity import check_index
-from . import DTYPES, INTERPRETED, hardware
+from . import DTYPES, INTERPRETED, chips
 from .rows import aligned, length, load, row_of, store, tile
 
 FEW = 32 if INTERPRETED else 4096  # names, which to compare with each other costs less than two kernels
@@ -22,23 +22,36 @@ BLOCK = 128  # names at a time
 
 
 @triton.jit(do_not_specialize=["M", "B"], debug=True)
-def _forget(index, last, M, B, BLOCK: tl.constexpr):
+def bank_update_forget_kernel(
+    index,  # int64 [B]
+    last,  # int64 [M]
+    M, B, BLOCK: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     j, inside = row_of(index, i, i < B, M)
     tl.store(last + j, -1, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "B"], debug=True)
-def _claim(index, last, M, B, BLOCK: tl.constexpr):
+def bank_update_claim_kernel(
+    index,  # int64 [B]
+    last,  # int64 [M]
+    M, B, BLOCK: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     j, inside = row_of(index, i, i < B, M)
     tl.atomic_max(last + j, i, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "B", "momentum"], debug=True)
-def _update(
-    bank, index, x, momentum, last, M, B, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr
-):
+def bank_update_kernel(
+    bank,  # [M, D]
+    index,  # int64 [B]
+    x,  # [B, D]
+    momentum,
+    last,  # int64 [M], or None
+    M, B, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0) * R + tl.arange(0, R)
     j, inside = row_of(index, i, i < B, M)
     if last is not None:
@@ -69,13 +82,14 @@ def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float) -> Non
     check_index(index, bank)
     (M, D), B = bank.shape, x.shape[0]
     index, last, sizes = index.contiguous(), None, tile(D)
-    with hardware.on(bank.device):
+    with chips.on(bank.device):
         if B > FEW:
             last = torch.empty(M, dtype=torch.int64, device=bank.device)
-            for kernel in (_forget, _claim):
-                kernel[(triton.cdiv(B, BLOCK),)](index, last, M, B, BLOCK=BLOCK, sanitize_overflow=False)
-        _update[(triton.cdiv(B, sizes["R"]),)](
-            bank, index, aligned(x), momentum, last, M, B, BLOCK=BLOCK, sanitize_overflow=False, **sizes
-        )
+            for kernel in (bank_update_forget_kernel, bank_update_claim_kernel):
+                kernel[(triton.cdiv(B, BLOCK),)](index=index, last=last, M=M, B=B, BLOCK=BLOCK, sanitize_overflow=False)
+        bank_update_kernel[(triton.cdiv(B, sizes["R"]),)](
+            bank=bank, index=index, x=aligned(x), momentum=momentum, last=last, M=M, B=B, BLOCK=BLOCK,
+            sanitize_overflow=False, **sizes,
+        )  # fmt: skip
     if not bank.is_inference():  # autograd does not see what kernels write
         torch.autograd.graph.increment_version(bank)

@@ -9,10 +9,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-from . import INTERPRETED
-from .hardware import Hardware, tf32
-from .strategies import key
-from .tuning import tuned
+from . import INTERPRETED, measured
+from .chips import Chip, matrix_units
 
 
 class Config(NamedTuple):
@@ -45,10 +43,10 @@ class force:
         del _forced[self.name]
 
 
-def candidates(kind: str, D: int, default: Config, hardware: Hardware) -> list[Config]:
+def candidates(kind: str, D: int, default: Config, chip: Chip) -> list[Config]:
     """The default and what may be faster, the likeliest first."""
     near = [default]
-    if hardware.large and hardware.architecture != 90 and not (kind == "backward" and default.DV > 128):
+    if chip.blackwell and not (kind == "backward" and default.DV > 128):
         near += [default._replace(specialised=True), default._replace(specialised=True, BN=2 * default.BN)]
     if kind in ("forward", "weights") and D > 128:
         near.append(default._replace(BN=256))
@@ -61,51 +59,87 @@ def candidates(kind: str, D: int, default: Config, hardware: Hardware) -> list[C
     return list(dict.fromkeys(near))
 
 
-def choose(kind: str, dtype: torch.dtype, D: int, hardware: Hardware, crowded: bool = False) -> Config:
+def choose(kind: str, dtype: torch.dtype, D: int, chip: Chip, crowded: bool = False) -> Config:
     """kind: "forward", "topk"; with a second product "frozen", "softplus", "backward"; "weights" that go to memory, or
-    what is made of products "given" there. crowded: what else a tile needs takes registers, too."""
+    what reads "products" from there. crowded: what else a tile needs takes registers, too."""
     width = max(16, triton.next_power_of_2(D))
     if INTERPRETED:  # a step costs the same whatever its size
-        return Config(64, 64, min(width, 128), min(width, 256 if width > 128 else 128), 4, 1)
-    name = f"{kind} {key(dtype, D)}"
+        return Config(64, 64, min(width, 128), min(width, 256), 4, 1)
+    name = f"{kind} {measured.key(dtype, D)}"
     if name in _forced:
         return _forced[name]
-    if not crowded and name in tuned(hardware).get("config", {}):
-        config = Config(*tuned(hardware)["config"][name])
+    found = measured.on(chip)["config"].get(name)
+    if found and not crowded:
+        config = Config(*found)
         if config.BM in SIDES and config.BN in SIDES:
             return config
-    large, hopper = hardware.large, hardware.architecture == 90
-    blackwell = large and not hopper
-    if kind == "given":
+    if kind == "products":
         return Config(32, 32, 16, 16, 4, 1)
-    full = dtype == torch.float32 and not tf32(dtype)  # no matrix units
     if kind == "topk":
-        return Config(64, 64, min(width, 16 if dtype == torch.float32 else 64), 64, 8 if full else 4, 2)
-    if full:  # the same for all: features at a time decide bits (`dot_products`), in which forward and backward agree
+        return _topk(dtype, width)
+    if not matrix_units(dtype):
+        # The same for all: features at a time decide bits (`dot_products`), in which forward and backward agree.
         return Config(32, 32, min(width, 64), min(width, 64), 8, 1)
     if dtype == torch.float32:
-        few = crowded or kind == "softplus"
-        return Config(64, 32, min(width, 16 if few and large else 32), min(width, 64), 8 if few else 4, 2)
-    stages = 3 if large else 2
-    if kind == "weights" or kind == "forward" and width > 128 and not crowded:
-        # Tiles of both sides come from the second-level cache: 64 flop a byte, where 128 x 64 would have 43.
-        few = blackwell or kind == "weights" and (crowded or not hopper)
-        return Config(128, 64 if few else 128, 64, 64, 8, stages)
+        return _tf32(kind, width, chip, crowded)
+    if kind == "weights" or (kind == "forward" and width > 128 and not crowded):
+        return _two_streams(kind, chip, crowded)
     if kind == "forward":
-        BD = width if width <= 128 else 64
-        if not large:
-            return Config(128, 64, BD, BD, 8, stages)
-        if crowded and blackwell:
-            return Config(64, 64, min(BD, 32), BD, 8, 2)
-        return Config(128, 32 if crowded else 64, BD, BD, 4 if hopper and not crowded else 8, 3 if hopper else 2)
-    if width <= 128:
-        if not large:
-            return Config(64, 32, width, width, 8, stages)
-        if crowded and blackwell:
-            return Config(64, 32, width, width, 8, 2)
-        few = crowded or blackwell or kind != "backward"
-        return Config(128, 32 if few else 64, width, width, 8, 2 if blackwell and kind == "backward" else stages)
-    if width == 256 and kind != "softplus":
-        return Config(128 if large else 64, 32, 256, 256, 8, stages)
-    # Of 512 at a time the accumulators would leave too few registers: ptxas then waits for each product.
-    return Config(64, 64, 64, 256, 8, stages)
+        return _forward(width, chip, crowded)
+    return _two_products(kind, width, chip, crowded)
+
+
+def _topk(dtype: torch.dtype, width: int) -> Config:
+    if not matrix_units(dtype):
+        return Config(64, 64, 16, 64, 8, 2)
+    if dtype == torch.float32:
+        return Config(64, 64, 16, 64, 4, 2)
+    return Config(64, 64, min(width, 64), 64, 4, 2)
+
+
+def _tf32(kind: str, width: int, chip: Chip, crowded: bool) -> Config:
+    if not crowded and kind != "softplus":
+        return Config(64, 32, min(width, 32), min(width, 64), 4, 2)
+    if chip.large:
+        return Config(64, 32, 16, min(width, 64), 8, 2)
+    return Config(64, 32, min(width, 32), min(width, 64), 8, 2)
+
+
+# What follows is for features of 16 bits.
+
+
+def _two_streams(kind: str, chip: Chip, crowded: bool) -> Config:
+    """Tiles of both sides come from the second-level cache: 64 flop a byte with 128 x 128, 43 with 128 x 64."""
+    if kind == "weights":
+        square = chip.hopper and not crowded
+    else:
+        square = not chip.blackwell
+    return Config(128, 128 if square else 64, 64, 64, 8, chip.stages)
+
+
+def _forward(width: int, chip: Chip, crowded: bool) -> Config:
+    BD = width if width <= 128 else 64
+    if chip.hopper and not crowded:
+        return Config(128, 64, BD, BD, 4, 3)
+    if chip.hopper:
+        return Config(128, 32, BD, BD, 8, 3)
+    if chip.blackwell and crowded:
+        return Config(64, 64, min(BD, 32), BD, 8, 2)
+    return Config(128, 64, BD, BD, 8, 2)
+
+
+def _two_products(kind: str, width: int, chip: Chip, crowded: bool) -> Config:
+    if width > 256 or (width == 256 and kind == "softplus"):
+        # Of 512 at a time the accumulators would leave too few registers: ptxas then waits for each product.
+        return Config(64, 64, 64, 256, 8, chip.stages)
+    if not chip.large:
+        return Config(64, 32, width, width, 8, 2)
+    if width == 256:
+        return Config(128, 32, 256, 256, 8, 3)
+    if chip.blackwell and crowded:
+        return Config(64, 32, width, width, 8, 2)
+    if chip.blackwell and kind == "backward":
+        return Config(128, 32, width, width, 8, 2)
+    if crowded or kind != "backward" or chip.blackwell:
+        return Config(128, 32, width, width, 8, 3)
+    return Config(128, 64, width, width, 8, 3)

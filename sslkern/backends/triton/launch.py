@@ -1,5 +1,6 @@
 """What the launchers of the similarity family share: a problem on its chip, and how it is cut into programs."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..problem import Problem
-from . import hardware
+from . import chips
 from .configs import Config
 from .tiles import Side, extent
 
@@ -23,12 +24,12 @@ class Launch(NamedTuple):
     sizes: tuple[int, int, int, int]  # G, N, M, D
     itself: bool  # q with itself
     large: bool
-    chip: hardware.Hardware
+    chip: chips.Chip
 
     @classmethod
     def of(cls, problem: Problem) -> "Launch":
         sizes = _, N, M, _ = problem.sizes
-        chip = hardware.of(problem.q.device)
+        chip = chips.of(problem.q.device)
         return cls(problem.contiguous(), sizes, problem.k is None, N * M >= LARGE, chip)
 
     @property
@@ -45,22 +46,23 @@ class Launch(NamedTuple):
             return False
         return all(side.data_ptr() % 16 == 0 and side.shape[-1] * side.element_size() % 16 == 0 for side in (x, y))
 
-    def features(self, x: Tensor, y: Tensor, config: Config) -> tuple:
-        """x and y as a kernel loads tiles of them, and whether that is through tensor descriptors (TMA)."""
+    def features(self, x: Tensor, y: Tensor, config: Config) -> tuple[Tensor | TensorDescriptor, ...]:
+        """x and y as a kernel loads tiles of them."""
         if not self.has_tma(x, y):
-            return x, y, False
-        sides = (side.view(-1, side.shape[-1]) for side in (x, y))
-        blocks = [config.BM, config.BD], [config.BN, config.BD]
-        return *(TensorDescriptor.from_tensor(side, block) for side, block in zip(sides, blocks, strict=True)), True
+            return x, y
+        return _descriptor(x, config.BM, config.BD), _descriptor(y, config.BN, config.BD)
 
     def with_extents(self, x_side: Side, y_side: Side, config: Config, lse: bool = False) -> tuple[Side, Side]:
         """The sides with what tells a tile at a glance that it holds no equal ids, and with `lse` that its log-sum-exps
         are close."""
-        ids, sides = self.large and not self.problem.same, []
-        for side, block in ((x_side, config.BM), (y_side, config.BN)):
-            ids_extent, lse_extent = extent(side.ids, block) if ids else None, extent(side.lse, block) if lse else None
-            sides.append(side._replace(ids_extent=ids_extent, lse_extent=lse_extent))
-        return tuple(sides)
+        return self._with_extents(x_side, config.BM, lse), self._with_extents(y_side, config.BN, lse)
+
+    def _with_extents(self, side: Side, block: int, lse: bool) -> Side:
+        if self.large and not self.problem.same:
+            side = side._replace(ids_extent=extent(side.ids, block))
+        if lse:
+            side = side._replace(lse_extent=extent(side.lse, block))
+        return side
 
     def split(self, blocks: int, programs: int, waves: int = 2) -> tuple[int, int]:
         """Blocks for each of how many splits, so that programs fill the chip about so often."""
@@ -69,11 +71,38 @@ class Launch(NamedTuple):
         return each, triton.cdiv(blocks, each)
 
 
+def _descriptor(x: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), list(block))
+
+
 def precision(dtype: torch.dtype) -> str:
     """How fp32 features are multiplied: as torch.set_float32_matmul_precision says."""
-    return "tf32" if hardware.tf32(dtype) else "ieee"
+    return "tf32" if chips.tf32(dtype) else "ieee"
 
 
-def allocator(like: Tensor):
-    """Makes fp32 tensors of a shape on the device of `like`."""
-    return lambda *shape: torch.empty(shape, dtype=torch.float32, device=like.device)
+def allocator(like: Tensor) -> Callable[..., Tensor | None]:
+    """Makes fp32 tensors of a shape on the device of `like`, None where they are not needed."""
+
+    def new(*shape: int, needed: bool = True) -> Tensor | None:
+        if needed:
+            return torch.empty(shape, dtype=torch.float32, device=like.device)
+        return None
+
+    return new
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def viewed(x: Tensor | None, *shape: int) -> Tensor | None:
+    return None if x is None else x.view(shape)
+
+
+def sum_of_splits(parts: Tensor | None) -> Tensor | None:
+    """The sum of the parts that splits have written, [splits, ..]."""
+    if parts is None:
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    return parts.sum(0)

@@ -9,19 +9,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.queue_push import queue_push_ as reference
-from . import DTYPES, hardware
+from . import DTYPES, chips
 from .rows import aligned, length, load, store, tile
-
-TICKET = tl.constexpr(2**40)
 
 
 @triton.jit(do_not_specialize=["size", "B"])
-def _push(
-    queue, ptr, keys, size, B,
-    D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
+def queue_push_kernel(
+    queue,  # [size, D]
+    ptr,  # int64 []
+    keys,  # [B, D]
+    size, B, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """The pointer is read by all programs before the last of them moves it. Which one is the last they find out by
     taking tickets, counted above bit 40 of the pointer itself: nothing else is to be kept or cleared."""
+    TICKET: tl.constexpr = 2**40
     word = tl.load(ptr)
     start = word - ((word + TICKET // 2) >> 40) * TICKET
     start = (start % size + size) % size  # a wild pointer stays inside the ring
@@ -50,7 +51,9 @@ def queue_push_(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool) -> No
     (size, D), B = queue.shape, keys.shape[0]
     sizes = tile(D)
     programs = triton.cdiv(min(B, size), sizes["R"])
-    with hardware.on(queue.device):
-        _push[(programs,)](queue, ptr, aligned(keys), size, B, NORMALIZE=normalize, **sizes)
+    with chips.on(queue.device):
+        queue_push_kernel[(programs,)](
+            queue=queue, ptr=ptr, keys=aligned(keys), size=size, B=B, NORMALIZE=normalize, **sizes
+        )
     if not queue.is_inference():  # autograd does not see what kernels write
         torch.autograd.graph.increment_version((queue, ptr))

@@ -9,12 +9,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import sampled_similarity as reference
-from . import hardware
+from . import chips
 from .rows import aligned, load, row_of, tile
 
 
 @triton.jit(do_not_specialize=["N", "M", "K", "blocks"], debug=True)
-def _forward(q, bank, index, out, N, M, K, blocks, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
+def sampled_similarity_fwd_kernel(
+    q,  # [G, N, D]
+    bank,  # [G, M, D]
+    index,  # int64 [G, N, K]
+    out,  # fp32 [G, N, K]
+    N, M, K, blocks, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """out[n, t] = <q_n, bank[index_nt]>; n runs through the groups of N rows, each of which has M rows of the bank."""
     n, t = tl.program_id(0) // blocks, tl.program_id(0) % blocks * R + tl.arange(0, R)
     row, inside = row_of(index + n.to(tl.int64) * K, t, t < K, M)
@@ -27,7 +33,13 @@ def _forward(q, bank, index, out, N, M, K, blocks, D: tl.constexpr, R: tl.conste
 
 
 @triton.jit(do_not_specialize=["N", "M", "K", "names", "rows"], debug=True)
-def _backward(bank, index, g, dq, N, M, K, names, rows, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
+def sampled_similarity_bwd_kernel(
+    bank,  # [G, M, D]
+    index,  # int64 [G, N, K]
+    g,  # fp32 [G, N, K]
+    dq,  # fp32 [splits, G, N, D]
+    N, M, K, names, rows, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """dq[s, n] = sum of g_nt bank[index_nt] over split s, `names` of them, of the K; for a part of the features."""
     n, split, d0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BD
     total = tl.zeros((R, BD), tl.float32)
@@ -49,9 +61,9 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     M, K, sizes = bank.shape[-2], index.shape[-1], tile(D)
     out = torch.empty(index.shape, dtype=torch.float32, device=q.device)
     blocks = triton.cdiv(K, sizes["R"])
-    with hardware.on(q.device):
-        _forward[(q.shape[:-1].numel() * blocks,)](
-            aligned(q), aligned(bank), index.contiguous(), out, N, M, K, blocks,
+    with chips.on(q.device):
+        sampled_similarity_fwd_kernel[(q.shape[:-1].numel() * blocks,)](
+            q=aligned(q), bank=aligned(bank), index=index.contiguous(), out=out, N=N, M=M, K=K, blocks=blocks,
             sanitize_overflow=False, **sizes,
             num_warps=4 if D % sizes["BD"] == 0 else 8,  # masks take registers
         )  # fmt: skip
@@ -68,13 +80,14 @@ def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> 
         M, K, sizes, rows = bank.shape[-2], index.shape[-1], tile(D), q.shape[:-1].numel()
         chunks = triton.cdiv(D, sizes["BD"])
         blocks = triton.cdiv(K, sizes["R"])
-        splits = min(blocks, triton.cdiv(8 * hardware.of(q.device).processors, rows * chunks))  # they fill the chip
+        splits = min(blocks, triton.cdiv(8 * chips.of(q.device).processors, rows * chunks))  # they fill the chip
         names = triton.cdiv(blocks, splits) * sizes["R"]
         splits = triton.cdiv(K, names)
         part = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
-        with hardware.on(q.device):
-            _backward[(rows, splits, chunks)](
-                aligned(bank), index.contiguous(), g.contiguous(), part, N, M, K, names, rows,
+        with chips.on(q.device):
+            sampled_similarity_bwd_kernel[(rows, splits, chunks)](
+                bank=aligned(bank), index=index.contiguous(), g=g.contiguous(), dq=part,
+                N=N, M=M, K=K, names=names, rows=rows,
                 sanitize_overflow=False, **sizes,
             )  # fmt: skip
         dq = part[0] if splits == 1 else part.sum(0)

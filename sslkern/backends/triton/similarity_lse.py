@@ -6,6 +6,9 @@ program owns rows of one gradient, computes S again and needs no atomics. One ex
 and in the backward one for both directions where that is exact.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,14 +17,15 @@ from torch import Tensor
 from .. import strips
 from ..problem import Problem
 from ..reference import similarity_lse as reference
-from . import hardware, library
+from . import blas, chips
+from .blas import Sums
 from .configs import Config, choose
-from .launch import Launch, allocator, precision
-from .strategies import scores_by_library, strategy
+from .launch import Launch, allocator, contiguous, precision, sum_of_splits, viewed
+from .schemes import is_shared, scores_by_blas
 from .tiles import (
-    INF,
     SIZES,
     Side,
+    columns_of,
     counts,
     dot_products,
     exp,
@@ -31,40 +35,49 @@ from .tiles import (
     load_vector,
     log_sum,
     longest,
-    of_tile,
+    of_columns,
+    of_pairs,
+    of_rows,
     online_softmax,
     or_nan,
     scores,
     some_left_out,
+    this_program,
 )
 
 TRIANGLE_FROM = 32  # blocks of rows; merging the columns of fewer costs more than half of the tiles
-NEAR = tl.constexpr(32.0)  # exponentials of scores up to that need no maximum taken off, nor do sums of many
-TOGETHER = tl.constexpr(64)  # partial results that are merged at a time
 
 # ---- forward: rows, and from the same tiles the columns --------------------------------------------------------------
 
 
 @triton.jit
-def _of_columns(s):
+def _sums_of_columns(s):
     """The largest score of each column of a tile, and the sum of exponentials relative to it."""
-    top = tl.max(s, 0)
-    return top, tl.sum(exp(s - finite_shift(top)[None, :]), 0)
+    maximum = tl.max(s, 0)
+    return maximum, tl.sum(exp(s - finite_shift(maximum)[None, :]), 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _forward(
-    q, k, given, width, q_side, k_side, scale_tensor, scale, row, row_best, col, col_best,
+def similarity_lse_fwd_kernel(
+    q, k,  # [G, N, D] and [G, M, D], or their descriptors; None where products are there
+    products,  # fp32 [N, M], <q_i, k_j>, rows `width` apart, or None
+    width,
+    q_side, k_side,
+    scale_tensor,  # []
+    scale,
+    row, row_best,  # [splits, G, N]
+    col, col_best,  # [programs, G, M], or None
     G, N, M, programs, rounds, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr,
-    COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
+    TRIANGLE: tl.constexpr, PRECISION: tl.constexpr, WS: tl.constexpr,
 ):  # fmt: skip
     """Program (g, p) takes a block of rows in each round, and of the columns a split.
 
-    row [splits, G, N] gets the log-sum-exp of each row over a split, col [programs, G, M] that of each column over the
-    rows of a program. TRIANGLE: only pairs above the diagonal are visited, and each counts for its row and its column.
-    given: the products <q_i, k_j>, if they are there already.
+    row gets the log-sum-exp of each row over a split, col that of each column over the rows of a program. TRIANGLE:
+    only pairs above the diagonal are visited, and each counts for its row and its column.
     """
+    STAYS: tl.constexpr = q is not None and D <= BD  # a block of q, in shared memory
+    # Not `this_program`: it may have many blocks.
     g, p, split = tl.program_id(0) // programs, tl.program_id(0) % programs, tl.program_id(1)
     q_start, k_start = g.to(tl.int64) * N, g.to(tl.int64) * M
     scale = full_scale(scale, scale_tensor)
@@ -73,184 +86,217 @@ def _forward(
         block = r * programs + tl.where(r % 2 == 0, p, programs - 1 - p)
         i0 = block * BM
         i = i0 + tl.arange(0, BM)
-        first, last = split * split_size, tl.minimum((split + 1) * split_size, M)
+        first, end = columns_of(split, split_size, M)
         if TRIANGLE:
             first = tl.maximum(first, i0 // BN * BN)
         if i0 >= N:
-            last = first
-        if given is None and D <= BD:
-            x = load_rows(q, q_start, i0, 0, N, D, BM, BD, TMA)
-        limit = None
-        if q_side.limit is not None:
-            limit = load_vector(q_side.limit, q_start, i, N, INF)[:, None]
+            end = first
+        if STAYS:
+            x = load_rows(q, q_start, i0, 0, N, D, BM, BD)
+        limit = of_rows(q_side.limit, q_start, i, N, float("inf"))
         if q_side.norm is not None:
             x_norm = tl.abs(scale) * tl.load(q_side.norm + g * tl.cdiv(N, BM) + block, mask=i0 < N, other=0.0)
-        top = tl.full((BM,), -INF, tl.float32)
+        maximum = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
-        for j0 in tl.range(first, last, BN, warp_specialize=WS and given is None and D <= BD):
+        for j0 in tl.range(first, end, BN, warp_specialize=WS and STAYS):
             j = j0 + tl.arange(0, BN)
-            if given is None and D <= BD:
-                y = load_rows(k, k_start, j0, 0, M, D, BN, BD, TMA)
+            if STAYS:
+                y = load_rows(k, k_start, j0, 0, M, D, BN, BD)
                 dots = tl.dot(x, tl.trans(y), input_precision=PRECISION)
             else:
-                dots = dot_products(
-                    q, k, given, width, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA, WS
-                )
-            bias = None
-            if k_side.bias is not None:
-                bias = load_vector(k_side.bias, k_start, j, M, 0.0)[None, :]
-            s = scores(dots, scale, bias, limit)
-            x_block, y_block = g * tl.cdiv(N, BM) + block, g * tl.cdiv(M, BN) + j0 // BN
-            if some_left_out(q_side, k_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
-                s = tl.where(counts(q_side, k_side, q_start, k_start, i, j, N, M, ITSELF, TRIANGLE, SAME), s, -INF)
+                dots = dot_products(q, k, products, width, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, WS)
+            s = scores(dots, scale, of_columns(k_side.k_bias, k_start, j, M, 0.0), limit)
+            q_block, k_block = g * tl.cdiv(N, BM) + block, g * tl.cdiv(M, BN) + j0 // BN
+            if some_left_out(q_side, k_side, q_block, k_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
+                mask = counts(q_side, k_side, q_start, k_start, i, j, N, M, ITSELF, TRIANGLE, SAME)
+                s = tl.where(mask, s, float("-inf"))
             if q_side.norm is None:
-                top, total, _, _ = online_softmax(top, total, s)
-                if COLUMNS:
-                    here, of_columns = _of_columns(s)
-            elif x_norm * tl.load(k_side.norm + y_block) < NEAR:
-                # No maximum is needed, and one exponential for both directions.
+                maximum, total, _, _ = online_softmax(maximum, total, s)
+                if col is not None:
+                    here, here_total = _sums_of_columns(s)
+            elif x_norm * tl.load(k_side.norm + k_block) < 32.0:
+                # Neither exponentials of scores up to that nor sums of many need a maximum taken off: one exponential
+                # for both directions. A row or column with nothing in this tile keeps what earlier ones gave it.
                 terms = exp(s)
-                of_rows, of_columns = tl.sum(terms, 1), tl.sum(terms, 0)
-                # A row or column with nothing in this tile keeps what earlier ones gave it.
-                there, here = tl.where(of_rows > 0, 0.0, -INF), tl.where(of_columns > 0, 0.0, -INF)
-                new = tl.maximum(top, there)
+                row_total, here_total = tl.sum(terms, 1), tl.sum(terms, 0)
+                there = tl.where(row_total > 0, 0.0, float("-inf"))
+                here = tl.where(here_total > 0, 0.0, float("-inf"))
+                new = tl.maximum(maximum, there)
                 shift = finite_shift(new)
-                total = total * exp(top - shift) + of_rows * exp(there - shift)
-                top = new
+                total = total * exp(maximum - shift) + row_total * exp(there - shift)
+                maximum = new
             else:
-                top, total, _, _ = online_softmax(top, total, s)
-                here, of_columns = _of_columns(s)
-            if COLUMNS:  # the first round comes to every tile that later ones come to
+                maximum, total, _, _ = online_softmax(maximum, total, s)
+                here, here_total = _sums_of_columns(s)
+            if col is not None:  # the first round comes to every tile that later ones come to
                 place = (p.to(tl.int64) * G + g) * M + j
-                old = tl.load(col + place, mask=(j < M) & (r > 0), other=-INF)
+                old = tl.load(col + place, mask=(j < M) & (r > 0), other=float("-inf"))
                 shift = finite_shift(tl.maximum(old, here))
-                of_columns = exp(old - shift) + of_columns * exp(here - shift)
-                tl.store(col + place, shift + tl.log(of_columns), mask=j < M)
+                here_total = exp(old - shift) + here_total * exp(here - shift)
+                tl.store(col + place, shift + tl.log(here_total), mask=j < M)
                 if col_best is not None:
-                    old = tl.load(col_best + place, mask=(j < M) & (r > 0), other=-INF)
-                    tl.store(col_best + place, or_nan(tl.maximum(old, here), of_columns), mask=j < M)
+                    old = tl.load(col_best + place, mask=(j < M) & (r > 0), other=float("-inf"))
+                    tl.store(col_best + place, or_nan(tl.maximum(old, here), here_total), mask=j < M)
 
         place = (split.to(tl.int64) * G + g) * N + i
-        tl.store(row + place, log_sum(top, total), mask=i < N)
+        tl.store(row + place, log_sum(maximum, total), mask=i < N)
         if row_best is not None:
-            tl.store(row_best + place, or_nan(top, total), mask=i < N)
-        if COLUMNS:
+            tl.store(row_best + place, or_nan(maximum, total), mask=i < N)
+        if col is not None:
             tl.debug_barrier()  # threads that wrote columns need not be those that read them in the next round
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _merge_parts(top, total, largest, part, best, x, size, N, slots, STEP: tl.constexpr, BN: tl.constexpr):
-    """Takes part [slots, size] into the running sums of exp(part - top). STEP: slot n came to the columns from those of
-    its first block on, which starts at n * STEP."""
-    for n0 in range(0, slots, TOGETHER):  # their loads are under way together
+def _merge_parts(
+    maximum, total, best,  # [BLOCK] each, the running sums of exp(part - maximum) and the largest score
+    part, part_best,  # [slots, size]
+    x,  # [BLOCK], which of size
+    size, N, slots, STEP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Takes part into the running sums. STEP: slot n came to the columns from those of its first block on, which starts
+    at n * STEP."""
+    TOGETHER: tl.constexpr = 64  # slots whose loads are under way together
+    for n0 in range(0, slots, TOGETHER):
         n = n0 + tl.arange(0, TOGETHER)
         there = (n < slots)[:, None] & (x < size)[None, :]
         if STEP > 0:
             there &= (n * STEP // BN * BN)[:, None] <= (x % N)[None, :]
         place = n.to(tl.int64)[:, None] * size + x[None, :]
-        value = tl.load(part + place, mask=there, other=-INF)
-        new = tl.maximum(top, tl.max(value, 0))
+        value = tl.load(part + place, mask=there, other=float("-inf"))
+        new = tl.maximum(maximum, tl.max(value, 0))
         shift = finite_shift(new)
-        total = total * exp(top - shift) + tl.sum(exp(value - shift[None, :]), 0)
-        top = new
-        if best is not None:
-            largest = tl.maximum(largest, tl.max(tl.load(best + place, mask=there, other=-INF), 0))
-    return top, total, largest
+        total = total * exp(maximum - shift) + tl.sum(exp(value - shift[None, :]), 0)
+        maximum = new
+        if part_best is not None:
+            best = tl.maximum(best, tl.max(tl.load(part_best + place, mask=there, other=float("-inf")), 0))
+    return maximum, total, best
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _merge(
-    part, best, col_part, col_best, out, out_best, size, N, splits, programs,
-    BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
+def similarity_lse_merge_kernel(
+    row, row_best,  # [splits, size], or None
+    col, col_best,  # [programs, size] of a triangle, or None
+    out, out_best,  # [size]
+    size, N, splits, programs, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [size] = log-sum-exp over part [splits, size] and over col_part [programs, size] of a triangle."""
+    """out = log-sum-exp over the first dimension of row and of col."""
     x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    top, total = tl.full((BLOCK,), -INF, tl.float32), tl.zeros((BLOCK,), tl.float32)
-    largest = top
-    if part is not None:
-        top, total, largest = _merge_parts(top, total, largest, part, best, x, size, N, splits, 0, BN)
-    if col_part is not None:
-        top, total, largest = _merge_parts(top, total, largest, col_part, col_best, x, size, N, programs, BM, BN)
-    tl.store(out + x, log_sum(top, total), mask=x < size)
+    maximum, total = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    best = maximum
+    if row is not None:
+        maximum, total, best = _merge_parts(maximum, total, best, row, row_best, x, size, N, splits, 0, BN)
+    if col is not None:
+        maximum, total, best = _merge_parts(maximum, total, best, col, col_best, x, size, N, programs, BM, BN)
+    tl.store(out + x, log_sum(maximum, total), mask=x < size)
     if out_best is not None:
-        tl.store(out_best + x, or_nan(largest, total), mask=x < size)
+        tl.store(out_best + x, or_nan(best, total), mask=x < size)
 
 
 def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: int) -> tuple[Tensor | None, ...]:
     """Returns row [G, N], col [G, M] or None, best [G, N + M or N] or None, and no scores: it does not keep them."""
     launch = Launch.of(problem)
-    problem, (G, N, M, D), itself, large, chip = launch
+    problem, (G, N, M, D), itself, _, chip = launch
     if 0 in launch.sizes:
         return reference.similarity_lse_fwd(problem, columns, best, 0)
-    q, _, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
-    by_library = scores_by_library(q, q_limit, itself and k_bias is not None) and strategy(q, N, M, chip) == "shared"
-    config = choose("given", q.dtype, D, chip) if by_library else choose("forward", q.dtype, D, chip, launch.crowded)
-    triangle = itself and k_bias is None and q_limit is None and (by_library or N >= TRIANGLE_FROM * config.BM)
-    both, new = columns or triangle, allocator(q)
-
-    def sums(
-        x: Tensor, y: Tensor, x_side: Side, y_side: Side, given: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
-        """Log-sum-exps of the rows and the columns and the largest scores of each, in parts."""
-        N, M = x.shape[-2], y.shape[-2]
-        row_blocks, col_blocks = triton.cdiv(N, config.BM), triton.cdiv(M, config.BN)
-        # Columns cost a vector for each program, so these are no more than run side by side, in rounds.
-        rounds = min(row_blocks, triton.cdiv(row_blocks * G, 2 * chip.processors)) if both else 1
-        programs = triton.cdiv(row_blocks, rounds)
-        # Of a triangle in one round programs find little or much to do, so these are many.
-        split_blocks, splits = launch.split(col_blocks, G * programs, 8 if triangle and rounds == 1 else 2)
-        row, col = new(splits, G, N), new(programs, G, M) if both else None
-        row_best, col_best = (None if x is None or not best else torch.empty_like(x) for x in (row, col))
-        x_side, y_side = launch.with_extents(x_side, y_side, config)
-        # In fp32 it is products that take the time, and another rounding of exponentials would show.
-        if large and both and not best and k_bias is None and q_limit is None and q.dtype != torch.float32:
-            x_side, y_side = x_side._replace(norm=longest(x, config.BM)), y_side._replace(norm=longest(y, config.BN))
-        a, b, tma = launch.features(x, y, config) if given is None else (x, y, False)
-        _forward[(G * programs, splits)](
-            a, b, given, 0 if given is None else given.stride(0), x_side, y_side, scale_tensor, scale,
-            row, row_best, col, col_best, G, N, M, programs, rounds, split_blocks * config.BN,
-            D=D, BM=config.BM, BN=config.BN, BD=config.BD, ITSELF=itself, SAME=same, COLUMNS=both, TRIANGLE=triangle,
-            PRECISION=precision(q.dtype), TMA=tma, **config.launch(),
-        )  # fmt: skip
-        return row, row_best, col, col_best
-
-    def sums_of_strip(*strip) -> tuple[Tensor | None, ...]:
-        row, top, col, col_top = sums(*strip)
-        row, top = _merged(row, top, config)
-        if both:
-            col, col_top = _merged(None, None, config, col, col_top) if triangle else _merged(col, col_top, config)
-        return row, top, col, col_top
-
-    sides = Side(q_ids, limit=q_limit), Side(q_ids if itself else k_ids, bias=k_bias)
-    with hardware.on(q.device):
-        if by_library:
-            strips = q, problem.keys, *sides, itself, both, best
-            row, top, col, col_top = library.sums_of_products(sums_of_strip, *strips)
-        else:  # not merged by `sums`, as a small batch feels each call
-            row, top, col, col_top = sums(q, problem.keys, *sides)
-            # Of a triangle each row is a column as well.
-            row, top = _merged(row, top, config, col, col_top) if triangle else _merged(row, top, config)
-            if columns:
-                col, col_top = _merged(col, col_top, config)
-    if best and columns:
-        top = torch.cat((top.view(G, N), col_top.view(G, M)), 1)
+    q, k_bias, q_limit = problem.q, problem.k_bias, problem.q_limit
+    by_blas = is_shared(q, N, M, chip) and scores_by_blas(q, q_limit, itself and k_bias is not None)
+    config = choose("products" if by_blas else "forward", q.dtype, D, chip, launch.crowded)
+    triangle = itself and k_bias is None and q_limit is None and (by_blas or N >= TRIANGLE_FROM * config.BM)
+    options = _Options(config, columns or triangle, triangle, best)
+    sides = _sides(problem)
+    with chips.on(q.device):
+        if by_blas:
+            strip = partial(_sums_of_strip, launch, options)
+            sums = blas.sums_of_strips(strip, q, problem.keys, *sides, itself, options.columns, best)
+        else:
+            sums = _sums(launch, options, q, problem.keys, *sides)
+            row, row_best, col, col_best = sums
+            if triangle:  # each row is a column as well
+                sums = Sums(*_merged(config, row, row_best, col, col_best), None, None)
+            else:
+                sums = Sums(*_merged(config, row, row_best), *_merged(config, col, col_best))
+    row, row_best, col, col_best = sums
     groups = q.shape[:-2]
-    row, col = row.view(*groups, N), col.view(*groups, M) if columns else None
-    return row, col, top.view(*groups, -1) if best else None, None
+    if best and columns:
+        row_best = torch.cat((row_best.view(G, N), col_best.view(G, M)), 1)
+    return row.view(*groups, N), viewed(col, *groups, M), viewed(row_best, *groups, -1), None
 
 
-def _merged(part, best, config, col_part=None, col_best=None) -> tuple[Tensor, Tensor | None]:
-    """The log-sum-exps over the first dimension of part, if not None, and col_part of a triangle, and the largest of
-    best and col_best."""
-    if col_part is None and len(part) == 1:
-        return part[0], None if best is None else best[0]
-    parts = [0 if x is None else len(x) for x in (part, col_part)]
-    out = torch.empty_like((col_part if part is None else part)[0])
-    out_best = None if best is None and col_best is None else torch.empty_like(out)
-    BLOCK = 32
-    _merge[(triton.cdiv(out.numel(), BLOCK),)](
-        part, best, col_part, col_best, out, out_best, out.numel(), out.shape[-1], *parts,
-        BM=config.BM, BN=config.BN, BLOCK=BLOCK, num_warps=4,
+def _sides(problem: Problem) -> tuple[Side, Side]:
+    """What there is for the rows of S and for its columns."""
+    k_ids = problem.q_ids if problem.k is None else problem.k_ids
+    return Side(problem.q_ids, limit=problem.q_limit), Side(k_ids, k_bias=problem.k_bias)
+
+
+class _Options(NamedTuple):
+    config: Config
+    columns: bool  # of S, or of a triangle of it
+    triangle: bool  # only what is above the diagonal is visited
+    best: bool
+
+
+def _sums(
+    launch: Launch, options: _Options, x: Tensor, y: Tensor, x_side: Side, y_side: Side, products: Tensor | None = None
+) -> Sums:
+    """Of rows x and columns y, in parts: not merged here, as a small batch feels each call."""
+    config, columns, triangle, best = options
+    problem, (G, *_), itself, large, chip = launch
+    (N, D), M, new = x.shape[-2:], y.shape[-2], allocator(x)
+    row_blocks, col_blocks = triton.cdiv(N, config.BM), triton.cdiv(M, config.BN)
+    # Columns cost a vector for each program, so these are no more than run side by side, in rounds.
+    rounds = min(row_blocks, triton.cdiv(row_blocks * G, 2 * chip.processors)) if columns else 1
+    programs = triton.cdiv(row_blocks, rounds)
+    # Of a triangle in one round programs find little or much to do, so these are many.
+    split_blocks, splits = launch.split(col_blocks, G * programs, 8 if triangle and rounds == 1 else 2)
+    row, row_best = new(splits, G, N), new(splits, G, N, needed=best)
+    col, col_best = new(programs, G, M, needed=columns), new(programs, G, M, needed=columns and best)
+    x_side, y_side = launch.with_extents(x_side, y_side, config)
+    # In fp32 it is products that take the time, and another rounding of exponentials would show.
+    plain = problem.k_bias is None and problem.q_limit is None and x.dtype != torch.float32
+    if large and columns and not best and plain:
+        x_side, y_side = x_side._replace(norm=longest(x, config.BM)), y_side._replace(norm=longest(y, config.BN))
+    if products is None:
+        width = 0
+        x, y = launch.features(x, y, config)
+    else:
+        width = products.stride(0)
+        x = y = None
+    similarity_lse_fwd_kernel[(G * programs, splits)](
+        q=x, k=y, products=products, width=width, q_side=x_side, k_side=y_side,
+        scale_tensor=problem.scale_tensor, scale=problem.scale,
+        row=row, row_best=row_best, col=col, col_best=col_best,
+        G=G, N=N, M=M, programs=programs, rounds=rounds, split_size=split_blocks * config.BN,
+        D=D, BM=config.BM, BN=config.BN, BD=config.BD, ITSELF=itself, SAME=problem.same, TRIANGLE=triangle,
+        PRECISION=precision(problem.q.dtype), **config.launch(),
+    )  # fmt: skip
+    return Sums(row, row_best, col, col_best)
+
+
+def _sums_of_strip(launch: Launch, options: _Options, *strip) -> Sums:
+    config = options.config
+    row, row_best, col, col_best = _sums(launch, options, *strip)
+    row, row_best = _merged(config, row, row_best)
+    if options.triangle:
+        col, col_best = _merged(config, None, None, col, col_best)
+    else:
+        col, col_best = _merged(config, col, col_best)
+    return Sums(row, row_best, col, col_best)
+
+
+def _merged(config: Config, row, row_best, col=None, col_best=None) -> tuple[Tensor | None, Tensor | None]:
+    """The log-sum-exps over the first dimension of row and col, which is of a triangle, and the largest of row_best and
+    col_best; each may be None."""
+    if row is None and col is None:
+        return None, None
+    if col is None and len(row) == 1:
+        return row[0], None if row_best is None else row_best[0]
+    splits, programs = (0 if x is None else len(x) for x in (row, col))
+    out = torch.empty_like((col if row is None else row)[0])
+    out_best = None if row_best is None and col_best is None else torch.empty_like(out)
+    size, N, BLOCK = out.numel(), out.shape[-1], 32
+    similarity_lse_merge_kernel[(triton.cdiv(size, BLOCK),)](
+        row=row, row_best=row_best, col=col, col_best=col_best, out=out, out_best=out_best,
+        size=size, N=N, splits=splits, programs=programs, BM=config.BM, BN=config.BN, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return out, out_best
 
@@ -259,42 +305,44 @@ def _merged(part, best, config, col_part=None, col_best=None) -> tuple[Tensor, T
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _frozen(
-    q, k, v, q_side, k_side, scale_tensor, scale, row, mean, best, G, N, M, blocks, split_size,
+def similarity_lse_frozen_fwd_kernel(
+    q, k,  # [G, N, D] and [G, M, D], or their descriptors
+    k_rows,  # [G, M, D], k itself
+    q_side, k_side,
+    scale_tensor,  # []
+    scale,
+    row, mean, best,  # [splits, G, N], [splits, G, N, D], [splits, G, N] or None
+    G, N, M, blocks, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, SAME: tl.constexpr,
-    LIFT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
+    LIFT: tl.constexpr, PRECISION: tl.constexpr, WS: tl.constexpr,
 ):  # fmt: skip
-    """row [splits, G, N] and mean [splits, G, N, D] = sum_j softmax_ij k_j over a split of the keys, DV features."""
-    g, block, split, chunk = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1), tl.program_id(2)
-    q_start, k_start = g.to(tl.int64) * N, g.to(tl.int64) * M
+    """row, and mean = sum_j softmax_ij k_j, over a split of the keys; a chunk is DV features of the mean."""
+    STAYS: tl.constexpr = D <= BD  # a block of q, in shared memory
+    g, block, split, chunk, q_start, k_start = this_program(N, M, blocks)
     scale = full_scale(scale, scale_tensor)
     i0, d0 = block * BM, chunk * DV
     i = i0 + tl.arange(0, BM)
-    if D <= BD:
-        x = load_rows(q, q_start, i0, 0, N, D, BM, BD, TMA)
-    limit = None
-    if q_side.limit is not None:
-        limit = load_vector(q_side.limit, q_start, i, N, INF)[:, None]
-    top, total = tl.full((BM,), -INF, tl.float32), tl.zeros((BM,), tl.float32)
+    if STAYS:
+        x = load_rows(q, q_start, i0, 0, N, D, BM, BD)
+    limit = of_rows(q_side.limit, q_start, i, N, float("inf"))
+    maximum, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
     sums = tl.zeros((BM, DV), tl.float32)
-    first, last = split * split_size, tl.minimum((split + 1) * split_size, M)
-    for j0 in tl.range(first, last, BN, warp_specialize=WS and D <= BD):
+    first, end = columns_of(split, split_size, M)
+    for j0 in tl.range(first, end, BN, warp_specialize=WS and STAYS):
         j = j0 + tl.arange(0, BN)
-        if D <= BD:
-            y = load_rows(k, k_start, j0, 0, M, D, BN, BD, TMA)
+        if STAYS:
+            y = load_rows(k, k_start, j0, 0, M, D, BN, BD)
             dots = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         else:
-            dots = dot_products(q, k, None, 0, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA, WS)
-        bias = None
-        if k_side.bias is not None:
-            bias = load_vector(k_side.bias, k_start, j, M, 0.0)[None, :]
-        s = scores(dots, scale, bias, limit)
-        x_block, y_block = g * tl.cdiv(N, BM) + block, g * tl.cdiv(M, BN) + j0 // BN
-        if some_left_out(q_side, k_side, x_block, y_block, i0, j0, N, M, BM, BN, False, SAME):
-            s = tl.where(counts(q_side, k_side, q_start, k_start, i, j, N, M, False, False, SAME), s, -INF)
-        top, total, shrink, terms = online_softmax(top, total, s)
-        if D > BD:
-            y = load_rows(v, k_start, j0, d0, M, D, BN, DV, False)
+            dots = dot_products(q, k, None, 0, q_start, k_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, WS)
+        s = scores(dots, scale, of_columns(k_side.k_bias, k_start, j, M, 0.0), limit)
+        q_block, k_block = g * tl.cdiv(N, BM) + block, g * tl.cdiv(M, BN) + j0 // BN
+        if some_left_out(q_side, k_side, q_block, k_block, i0, j0, N, M, BM, BN, False, SAME):
+            mask = counts(q_side, k_side, q_start, k_start, i, j, N, M, False, False, SAME)
+            s = tl.where(mask, s, float("-inf"))
+        maximum, total, shrink, terms = online_softmax(maximum, total, s)
+        if not STAYS:
+            y = load_rows(k_rows, k_start, j0, d0, M, D, BN, DV)
         sums = tl.dot((terms * LIFT).to(y.dtype), y, sums * shrink[:, None], input_precision=PRECISION)
 
     place = (split.to(tl.int64) * G + g) * N + i
@@ -302,22 +350,24 @@ def _frozen(
     d = d0 + tl.arange(0, DV)
     tl.store(mean + place[:, None] * D + d[None, :], sums, mask=(i < N)[:, None] & (d < D)[None, :])
     if chunk == 0:
-        tl.store(row + place, log_sum(top, total), mask=i < N)
+        tl.store(row + place, log_sum(maximum, total), mask=i < N)
         if best is not None:
-            tl.store(best + place, or_nan(top, total), mask=i < N)
+            tl.store(best + place, or_nan(maximum, total), mask=i < N)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _merge_means(
-    part, part_best, means, row, best, mean, size, splits, D: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr
-):
-    """row [size] = log-sum-exp over part [splits, size]; mean [size, D] over means [splits, size, D], weighted by the
-    exp(part - row) of their splits."""
+def similarity_lse_merge_means_kernel(
+    part, part_best,  # [splits, size], the latter or None
+    means,  # [splits, size, D]
+    row, best, mean,  # [size], [size] or None, [size, D]
+    size, splits, D: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """row = log-sum-exp over part, and mean that over means, weighted by the exp(part - row) of their splits."""
     x, d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * DV + tl.arange(0, DV)
     inside, place = (x < size)[:, None] & (d < D)[None, :], x[:, None] * D + d[None, :]
-    top, total = tl.full((BLOCK,), -INF, tl.float32), tl.zeros((BLOCK,), tl.float32)
-    top, total, largest = _merge_parts(top, total, top, part, part_best, x, size, 1, splits, 0, 1)
-    merged = log_sum(top, total)
+    maximum, total = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    maximum, total, largest = _merge_parts(maximum, total, maximum, part, part_best, x, size, 1, splits, 0, 1)
+    merged = log_sum(maximum, total)
     if tl.program_id(1) == 0:
         tl.store(row + x, merged, mask=x < size)
         if best is not None:
@@ -327,7 +377,7 @@ def _merge_means(
     for n0 in range(0, splits, 16):
         for n in tl.static_range(16):  # their loads are under way together
             there = x < tl.where(n0 + n < splits, size, 0)
-            weight = exp(tl.load(part + x, mask=there, other=-INF) - shift)
+            weight = exp(tl.load(part + x, mask=there, other=float("-inf")) - shift)
             sums += weight[:, None] * tl.load(means + place, mask=inside & there[:, None], other=0.0)
             part += size
             means += size.to(tl.int64) * D
@@ -337,144 +387,173 @@ def _merge_means(
 def similarity_lse_frozen_fwd(problem: Problem, best: bool) -> tuple[Tensor | None, ...]:
     """Returns row [G, N], mean [G, N, D] = sum_j softmax_ij k_j (0 for an empty row), best [G, N] or None."""
     launch = Launch.of(problem)
-    problem, (G, N, M, D), _, _, chip = launch
+    problem, (_, N, M, _), _, _, chip = launch
     if 0 in launch.sizes:
         return reference.similarity_lse_frozen_fwd(problem, best)
-    q, k, scale_tensor, scale, q_ids, k_ids, same, k_bias, q_limit = problem
-    sides = Side(q_ids, limit=q_limit), Side(k_ids, bias=k_bias)
-    if strategy(q, N, M, chip) == "shared":  # as a forward and a backward, for which S is there once more
-        row, _, top, _ = similarity_lse_fwd(problem, False, best, 0)
-        ones = torch.ones_like(row)
-        fold, q_side = strips.fold_of(q, [ones]), sides[0]._replace(lse=row, grad=ones)
-        with hardware.on(q.device):
-            mean, *_ = _by_products(launch, q_side, sides[1], fold, True, False, False)
-        return row, mean if fold is None else mean.div_(fold), top
+    q = problem.q
+    if is_shared(q, N, M, chip):
+        row, mean, row_best = _frozen_by_blas(launch, best)
+    else:
+        row, mean, row_best = _frozen(launch, best)
+    rows = q.shape[:-1]
+    return row.view(rows), mean.view(q.shape), viewed(row_best, *rows)
+
+
+def _frozen_by_blas(launch: Launch, best: bool) -> tuple[Tensor | None, ...]:
+    """As a forward and a backward, for which S is there once more."""
+    problem = launch.problem
+    row, _, row_best, _ = similarity_lse_fwd(problem, False, best, 0)
+    ones = torch.ones_like(row)
+    fold = strips.fold_of(problem.q, [ones])
+    q_side, k_side = _sides(problem)
+    with chips.on(problem.q.device):
+        mean, *_ = _by_blas(launch, q_side._replace(lse=row, grad=ones), k_side, fold, True, False, False)
+    return row, mean if fold is None else mean.div_(fold), row_best
+
+
+def _frozen(launch: Launch, best: bool) -> tuple[Tensor | None, ...]:
+    problem, (G, N, M, D), _, _, chip = launch
+    q, k = problem.q, problem.k
     config = choose("frozen", q.dtype, D, chip, launch.crowded)
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
     split_blocks, splits = launch.split(triton.cdiv(M, config.BN), G * blocks * chunks)
     new = allocator(q)
-    part, means, part_best = new(splits, G, N), new(splits, G, N, D), new(splits, G, N) if best else None
-    row, top, mean = (None if x is None else x[0] for x in (part, part_best, means))
-    with hardware.on(q.device):
-        q_side, k_side = launch.with_extents(*sides, config)
-        x, y, tma = launch.features(q, k, config)
-        _frozen[(G * blocks, splits, chunks)](
-            x, y, k, q_side, k_side, scale_tensor, scale, part, means, part_best, G, N, M, blocks,
-            split_blocks * config.BN,
-            D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, SAME=same,
+    part, means, part_best = new(splits, G, N), new(splits, G, N, D), new(splits, G, N, needed=best)
+    with chips.on(q.device):
+        q_side, k_side = launch.with_extents(*_sides(problem), config)
+        x, y = launch.features(q, k, config)
+        similarity_lse_frozen_fwd_kernel[(G * blocks, splits, chunks)](
+            q=x, k=y, k_rows=k, q_side=q_side, k_side=k_side, scale_tensor=problem.scale_tensor, scale=problem.scale,
+            row=part, mean=means, best=part_best, G=G, N=N, M=M, blocks=blocks, split_size=split_blocks * config.BN,
+            D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, SAME=problem.same,
             LIFT=2.0**14 if q.dtype == torch.float16 else 1.0,  # where weights of long queues would vanish
-            PRECISION=precision(q.dtype), TMA=tma, **config.launch(),
+            PRECISION=precision(q.dtype), **config.launch(),
         )  # fmt: skip
-        if splits > 1:
-            row, top, mean = (None if x is None else torch.empty_like(x) for x in (row, top, mean))
-            BLOCK, DV = 4, min(32, triton.next_power_of_2(D))
-            _merge_means[(triton.cdiv(G * N, BLOCK), triton.cdiv(D, DV))](
-                part, part_best, means, row, top, mean, G * N, splits, D=D, BLOCK=BLOCK, DV=DV, num_warps=4
-            )
-    rows = q.shape[:-1]
-    return row.view(rows), mean.view(q.shape), top.view(rows) if best else None
+        if splits == 1:
+            return part, means, part_best
+        row, mean, row_best = new(G, N), new(G, N, D), new(G, N, needed=best)
+        BLOCK, DV = 4, min(32, triton.next_power_of_2(D))
+        similarity_lse_merge_means_kernel[(triton.cdiv(G * N, BLOCK), triton.cdiv(D, DV))](
+            part=part, part_best=part_best, means=means, row=row, best=row_best, mean=mean, size=G * N, splits=splits,
+            D=D, BLOCK=BLOCK, DV=DV, num_warps=4,
+        )  # fmt: skip
+    return row, mean, row_best
 
 
 # ---- backward: S is computed again, once for each side that learns ---------------------------------------------------
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _backward(
-    x, y, v, given, weights, width, x_side, y_side, scale_tensor, scale, fold, dx, dscale, dbias,
+def similarity_lse_bwd_kernel(
+    x, y,  # [G, N, D] and [G, M, D], or their descriptors; None where `weights` has their products
+    y_rows,  # [G, M, D], y itself
+    weights,  # [N, M], rows `width` apart, or None
+    width,
+    x_side, y_side,
+    scale_tensor,  # []
+    scale,
+    fold,  # [], or None: 1
+    dx,  # [splits, G, N, D], or None
+    dscale, dk_bias,  # [splits, G, N] each, or None
     G, N, M, blocks, split_size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr, CLOSE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ITSELF: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr, WS: tl.constexpr,
 ):  # fmt: skip
-    """dx [splits, G, N, D] = scale sum_j w_ij y_j with w_ij = g_i exp(s_ij - lse_i) + h_j exp(s_ij - lse_j).
+    """dx = scale sum_j w_ij y_j with w_ij = g_i exp(s_ij - lse_i) + h_j exp(s_ij - lse_j), over a split of y; a chunk
+    is DV features of it.
 
-    x is q, or TRANSPOSED k (then bias belongs to rows and limits to columns of the tile), or both (ITSELF: the second
-    term is that of s_ji, with bias and limit of the other side). Also the sum over j of w_ij <x_i, y_j>, dscale
-    [splits, G, N], and of what of w_ij the bias of i is in, dbias [splits, G, N]. Or, for products of the library,
-    weights [N, width] = w_ij fold.
-    CLOSE: log-sum-exps may be so close that one exponential does.
+    x is q, or TRANSPOSED k (then a bias belongs to rows and limits to columns of the tile), or both (ITSELF: the second
+    term is that of s_ji, with bias and limit of the other side). dscale gets the sum over j of w_ij <x_i, y_j>, dk_bias
+    that of what of w_ij the bias of i is in. Or, for products by BLAS, weights = w_ij fold.
     """
-    g, block, split, chunk = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1), tl.program_id(2)
-    x_start, y_start = g.to(tl.int64) * N, g.to(tl.int64) * M
+    STAYS: tl.constexpr = x is not None and D <= BD  # a block of x, in shared memory
+    ONE_SIDED: tl.constexpr = ITSELF and (y_side.k_bias is not None or y_side.limit is not None)
+    g, block, split, chunk, x_start, y_start = this_program(N, M, blocks)
     scale = full_scale(scale, scale_tensor)
     i0, d0 = block * BM, chunk * DV
     i = i0 + tl.arange(0, BM)
     fold_by = 1.0 if fold is None else tl.load(fold)
-    if given is None and D <= BD:
-        a = load_rows(x, x_start, i0, 0, N, D, BM, BD, TMA)
-    x_bias, x_limit = None, None
-    if x_side.bias is not None:
-        x_bias = load_vector(x_side.bias, x_start, i, N, 0.0)[:, None]
-    if x_side.limit is not None:
-        x_limit = load_vector(x_side.limit, x_start, i, N, INF)[:, None]
+    if STAYS:
+        a = load_rows(x, x_start, i0, 0, N, D, BM, BD)
+    x_bias = of_rows(x_side.k_bias, x_start, i, N, 0.0)
+    x_limit = of_rows(x_side.limit, x_start, i, N, float("inf"))
     if x_side.grad is not None:
-        x_lse = load_vector(x_side.lse, x_start, i, N, -INF)
+        x_lse = load_vector(x_side.lse, x_start, i, N, float("-inf"))
         # A row with nothing left gets weight 0, whatever gradient arrived.
-        x_grad = tl.where(x_lse == -INF, 0.0, load_vector(x_side.grad, x_start, i, N, 0.0)) * fold_by
+        x_grad = tl.where(x_lse == float("-inf"), 0.0, load_vector(x_side.grad, x_start, i, N, 0.0)) * fold_by
         x_lse = finite_shift(x_lse)
-    if CLOSE:
+    if x_side.lse_extent is not None:
         x_extent = x_side.lse_extent + 2 * (g * blocks + block)
         x_low, x_high = tl.load(x_extent), tl.load(x_extent + 1)
 
     sums = tl.zeros((BM, DV), tl.float32)
     scale_sum, bias_sum = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-    first, last = split * split_size, tl.minimum((split + 1) * split_size, M)
-    for j0 in tl.range(first, last, BN, warp_specialize=WS and given is None and D <= BD):
+    first, end = columns_of(split, split_size, M)
+    for j0 in tl.range(first, end, BN, warp_specialize=WS and STAYS):
         j = j0 + tl.arange(0, BN)
-        if given is None and D <= BD:
-            b = load_rows(y, y_start, j0, 0, M, D, BN, BD, TMA)
+        if STAYS:
+            b = load_rows(y, y_start, j0, 0, M, D, BN, BD)
             dots = tl.dot(a, tl.trans(b), input_precision=PRECISION)
         else:
-            dots = dot_products(x, y, given, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, TMA, WS)
-        y_bias, y_limit = None, None
-        if y_side.bias is not None:
-            y_bias = load_vector(y_side.bias, y_start, j, M, 0.0)[None, :]
-        if y_side.limit is not None:
-            y_limit = load_vector(y_side.limit, y_start, j, M, INF)[None, :]
-        s = scores(dots, scale, x_bias if TRANSPOSED else y_bias, y_limit if TRANSPOSED else x_limit)
-        ONE_SIDED: tl.constexpr = ITSELF and (y_side.bias is not None or y_side.limit is not None)
-        back = scores(dots, scale, x_bias, y_limit) if ONE_SIDED else s
+            dots = dot_products(x, y, weights, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, WS)
+        y_bias = of_columns(y_side.k_bias, y_start, j, M, 0.0)
+        y_limit = of_columns(y_side.limit, y_start, j, M, float("inf"))
+        if TRANSPOSED:
+            s = scores(dots, scale, x_bias, y_limit)
+        else:
+            s = scores(dots, scale, y_bias, x_limit)
+        back = s
+        if ONE_SIDED:
+            back = scores(dots, scale, x_bias, y_limit)
         x_block, y_block = g * tl.cdiv(N, BM) + block, g * tl.cdiv(M, BN) + j0 // BN
         if some_left_out(x_side, y_side, x_block, y_block, i0, j0, N, M, BM, BN, ITSELF, SAME):
-            keep = counts(x_side, y_side, x_start, y_start, i, j, N, M, ITSELF, False, SAME)
-            s = tl.where(keep, s, -INF)
-            back = tl.where(keep, back, -INF) if ONE_SIDED else s
+            mask = counts(x_side, y_side, x_start, y_start, i, j, N, M, ITSELF, False, SAME)
+            s = tl.where(mask, s, float("-inf"))
+            if ONE_SIDED:
+                back = tl.where(mask, back, float("-inf"))
+            else:
+                back = s
             if dscale is not None:  # a product that is left out may be infinite
-                dots = tl.where(keep, dots, 0.0)
+                dots = tl.where(mask, dots, 0.0)
 
         if y_side.grad is not None:
-            y_lse = load_vector(y_side.lse, y_start, j, M, -INF)
-            y_grad = tl.where(y_lse == -INF, 0.0, load_vector(y_side.grad, y_start, j, M, 0.0)) * fold_by
+            y_lse = load_vector(y_side.lse, y_start, j, M, float("-inf"))
+            y_grad = tl.where(y_lse == float("-inf"), 0.0, load_vector(y_side.grad, y_start, j, M, 0.0)) * fold_by
             y_lse = finite_shift(y_lse)
-        if CLOSE:
+        if x_side.lse_extent is not None:
             # One exponential: from the lowest log-sum-exp on, terms neither overflow nor vanish within e^64.
             y_extent = y_side.lse_extent + 2 * y_block
             low, high = tl.minimum(x_low, tl.load(y_extent)), tl.maximum(x_high, tl.load(y_extent + 1))
             if high - low < 64:
-                of_rows = x_grad * exp(tl.minimum(low - x_lse, 0.0))
-                of_columns = y_grad * exp(tl.minimum(low - y_lse, 0.0))
-                w = exp(s - low) * (of_rows[:, None] + of_columns[None, :])
+                row_weight = x_grad * exp(tl.minimum(low - x_lse, 0.0))
+                col_weight = y_grad * exp(tl.minimum(low - y_lse, 0.0))
+                w = exp(s - low) * (row_weight[:, None] + col_weight[None, :])
             else:
                 w = x_grad[:, None] * exp(s - x_lse[:, None]) + y_grad[None, :] * exp(s - y_lse[None, :])
         elif x_side.grad is not None:
             w = x_grad[:, None] * exp(s - x_lse[:, None])
             if y_side.grad is not None:
-                other = y_grad[None, :] * exp(back - y_lse[None, :])
-                w += other
+                back_w = y_grad[None, :] * exp(back - y_lse[None, :])
+                w += back_w
         else:
             w = y_grad[None, :] * exp(back - y_lse[None, :])
         if dscale is not None:
-            # Of x with itself the columns of a strip from N on stand for rows that it does not visit, too.
             if x_side.limit is not None or y_side.limit is not None:
                 dots = tl.where(w == 0, 0.0, dots)
-            scale_sum += tl.sum(w * dots, 1) * (tl.where(j0 >= N, 2.0, 1.0) if ITSELF else 1.0)
-        if dbias is not None:
-            bias_sum += tl.sum(other if ITSELF else w, 1)
+            along = tl.sum(w * dots, 1)
+            if ITSELF:  # the columns of a strip from N on stand for rows that it does not visit, too
+                along *= tl.where(j0 >= N, 2.0, 1.0)
+            scale_sum += along
+        if dk_bias is not None:
+            if ITSELF:
+                bias_sum += tl.sum(back_w, 1)
+            else:
+                bias_sum += tl.sum(w, 1)
         if weights is not None:
-            tl.store(of_tile(weights, width, i0, j0, BM, BN), w.to(weights.dtype.element_ty))  # whole tiles fit
+            tl.store(of_pairs(weights, width, i0, j0, BM, BN), w.to(weights.dtype.element_ty))  # whole tiles fit
         if dx is not None:
             if D > BD:
-                b = load_rows(v, y_start, j0, d0, M, D, BN, DV, False)
+                b = load_rows(y_rows, y_start, j0, d0, M, D, BN, DV)
             sums = tl.dot(w.to(b.dtype), b, sums, input_precision=PRECISION)
 
     place = (split.to(tl.int64) * G + g) * N + i
@@ -485,91 +564,92 @@ def _backward(
     if chunk == 0:
         if dscale is not None:
             tl.store(dscale + place, scale_sum / fold_by, mask=i < N)
-        if dbias is not None:
-            tl.store(dbias + place, bias_sum / fold_by, mask=i < N)
+        if dk_bias is not None:
+            tl.store(dk_bias + place, bias_sum / fold_by, mask=i < N)
 
 
 def similarity_lse_bwd(
     problem: Problem, row, col, g, h, kept, need_q: bool, need_k: bool, need_scale: bool, need_bias: bool
 ) -> tuple[Tensor | None, ...]:
-    """Returns dq [G, N, D], dk [G, M, D], dscale [], dbias [G, M], None where not needed; k=None: all of dZ in dq."""
+    """Returns dq [G, N, D], dk [G, M, D], dscale [], dk_bias [G, M], None where not needed; k=None: all of dZ in dq."""
     launch = Launch.of(problem)
     problem, (_, N, M, D), itself, _, chip = launch
     if 0 in launch.sizes:
         return reference.similarity_lse_bwd(problem, row, col, g, h, kept, need_q, need_k, need_scale, need_bias)
-    q, k, _, _, q_ids, k_ids, _, k_bias, q_limit = problem
-    row, col, g, h = (None if x is None else x.contiguous() for x in (row, col, g, h))
+    q, k = problem.q, problem.k
+    row, col, g, h = contiguous(row, col, g, h)
+    q_side, k_side = _sides(problem)
     if itself:  # a row is a column, too
-        q_side = k_side = Side(q_ids, bias=k_bias, limit=q_limit, lse=row, grad=g)
+        q_side = k_side = q_side._replace(k_bias=problem.k_bias, lse=row, grad=g)
     else:
-        q_side, k_side = Side(q_ids, limit=q_limit, lse=row, grad=g), Side(k_ids, bias=k_bias, lse=col, grad=h)
+        q_side, k_side = q_side._replace(lse=row, grad=g), k_side._replace(lse=col, grad=h)
     # Of a row with nothing left the gradient is 0, whatever arrived.
     fold = strips.fold_of(q, (g.masked_fill(lse == -torch.inf, 0) for lse, g in ((row, g), (col, h)) if g is not None))
-    dq = dk = dscale = dbias = None
-    with hardware.on(q.device):
-        if not need_bias and (need_q or need_k) and strategy(q, N, M, chip) == "shared":
-            dq, dk, dscale = _by_products(launch, q_side, k_side, fold, need_q, need_k, need_scale)
+    dk = dk_bias = None
+    with chips.on(q.device):
+        if not need_bias and (need_q or need_k) and is_shared(q, N, M, chip):
+            dq, dk, dscale = _by_blas(launch, q_side, k_side, fold, need_q, need_k, need_scale)
             dq, dk = strips.scaled(dq, dk, problem.full_scale, fold)
         else:
-            config = choose("backward", q.dtype, D, chip, launch.crowded)
+            gradient = partial(_gradient, launch, choose("backward", q.dtype, D, chip, launch.crowded), fold)
             if itself:
-                needs = need_q, need_scale, need_bias
-                dq, dscale, dbias = _gradient(launch, q, q, q_side, k_side, fold, config, False, *needs)
+                dq, dscale, dk_bias = gradient(q, q, q_side, k_side, need_q, need_scale, need_bias)
             else:
-                if need_q or need_scale:
-                    needs = need_q, need_scale, False
-                    dq, dscale, _ = _gradient(launch, q, k, q_side, k_side, fold, config, False, *needs)
-                if need_k or need_bias:
-                    needs = need_k, False, need_bias
-                    dk, _, dbias = _gradient(launch, k, q, k_side, q_side, fold, config, True, *needs)
-    dscale = dscale / 2 if need_scale and itself else dscale  # there w_ij came as such and as w_ji
-    dq, dk = None if dq is None else dq.view(q.shape), None if dk is None else dk.view(k.shape)
-    return dq, dk, dscale, dbias.view(problem.keys.shape[:-1]) if need_bias else None
+                dq, dscale, _ = gradient(q, k, q_side, k_side, need_q, need_scale, False)
+                dk, _, dk_bias = gradient(k, q, k_side, q_side, need_k, False, need_bias, transposed=True)
+    if need_scale and itself:
+        dscale = dscale / 2  # w_ij came as such and as w_ji
+    keys = problem.keys.shape
+    return viewed(dq, *q.shape), viewed(dk, *keys), dscale, viewed(dk_bias, *keys[:-1])
 
 
-def _by_products(
-    launch: Launch, q_side: Side, k_side: Side, fold, need_q: bool, need_k: bool, need_scale: bool
+def _by_blas(
+    launch: Launch, q_side: Side, k_side: Side, fold: Tensor | None, need_q: bool, need_k: bool, need_scale: bool
 ) -> tuple[Tensor | None, ...]:
     """Returns dq [N, D] and dk [M, D] without the scale and times fold, and dscale [], None where not needed."""
-    problem, itself, D = launch.problem, launch.itself, launch.sizes[-1]
+    problem, (*_, D), itself, _, chip = launch
     q, keys = problem.q, problem.keys
-    by_library = scores_by_library(q, problem.q_limit, itself and problem.k_bias is not None)
-    config = choose("given" if by_library else "weights", q.dtype, D, launch.chip, launch.crowded)
+    scores_too = scores_by_blas(q, problem.q_limit, itself and problem.k_bias is not None)
+    config = choose("products" if scores_too else "weights", q.dtype, D, chip, launch.crowded)
     if need_scale:  # its sums take registers
         config = config._replace(BN=min(64, config.BN))
     dscales = []
 
-    def weigh(x, y, x_side, y_side, given, weights) -> None:
+    def weigh(x: Tensor, y: Tensor, x_side: Side, y_side: Side, weights: Tensor) -> None:
         needs = False, need_scale, False
-        _, dscale, _ = _gradient(launch, x, y, x_side, y_side, fold, config, False, *needs, given, weights)
+        _, dscale, _ = _gradient(launch, config, fold, x, y, x_side, y_side, *needs, False, weights, scores_too)
         dscales.append(dscale)
 
-    dq, dk = library.gradients_of_products(weigh, q, keys, q_side, k_side, itself, need_q, need_k, by_library)
+    dq, dk = blas.gradients_of_strips(weigh, q, keys, q_side, k_side, itself, need_q, need_k, scores_too)
     return dq, dk, sum(dscales) if need_scale else None
 
 
 def _gradient(
-    launch: Launch, x, y, x_side: Side, y_side: Side, fold, config: Config, transposed: bool,
-    need_x: bool, need_scale: bool, need_bias: bool, given=None, weights=None,
+    launch: Launch, config: Config, fold: Tensor | None, x: Tensor, y: Tensor, x_side: Side, y_side: Side,
+    need_x: bool, need_scale: bool, need_bias: bool, transposed: bool = False,
+    weights: Tensor | None = None, products_there: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Returns dx [G, N, D], dscale [], and dbias [G, N] of the bias of x, None where not needed; fills `weights`."""
+    """Returns dx [G, N, D], dscale [], and dk_bias [G, N] where x are keys, None where not needed; fills `weights`, in
+    which the products <x_i, y_j> may be there."""
+    if weights is None and not (need_x or need_scale or need_bias):
+        return None, None, None
     problem, itself = launch.problem, launch.itself
     (N, D), M, G = x.shape[-2:], y.shape[-2], launch.sizes[0]
-    one_sided = itself and (y_side.bias is not None or y_side.limit is not None)
+    one_sided = itself and (y_side.k_bias is not None or y_side.limit is not None)
     close = launch.large and x_side.grad is not None and y_side.grad is not None and not one_sided
     x_side, y_side = launch.with_extents(x_side, y_side, config, close)
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV) if need_x else 1
     split_blocks, splits = launch.split(triton.cdiv(M, config.BN), G * blocks * chunks)
     new = allocator(x)
-    dx = new(splits, G, N, D) if need_x else None
-    dscale, dbias = (new(splits, G, N) if need else None for need in (need_scale, need_bias))
-    strip = given if weights is None else weights
-    a, b, tma = launch.features(x, y, config) if given is None else (x, y, False)
-    _backward[(G * blocks, splits, chunks)](
-        a, b, y, given, weights, 0 if strip is None else strip.stride(0), x_side, y_side,
-        problem.scale_tensor, problem.scale, fold, dx, dscale, dbias, G, N, M, blocks, split_blocks * config.BN,
+    dx = new(splits, G, N, D, needed=need_x)
+    dscale, dk_bias = new(splits, G, N, needed=need_scale), new(splits, G, N, needed=need_bias)
+    a, b = (None, None) if products_there else launch.features(x, y, config)
+    similarity_lse_bwd_kernel[(G * blocks, splits, chunks)](
+        x=a, y=b, y_rows=y, weights=weights, width=0 if weights is None else weights.stride(0),
+        x_side=x_side, y_side=y_side, scale_tensor=problem.scale_tensor, scale=problem.scale, fold=fold,
+        dx=dx, dscale=dscale, dk_bias=dk_bias,
+        G=G, N=N, M=M, blocks=blocks, split_size=split_blocks * config.BN,
         D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, TRANSPOSED=transposed, ITSELF=itself,
-        SAME=problem.same, CLOSE=close, PRECISION=precision(x.dtype), TMA=tma, **config.launch(),
+        SAME=problem.same, PRECISION=precision(x.dtype), **config.launch(),
     )  # fmt: skip
-    dx, dbias = (None if part is None else part[0] if splits == 1 else part.sum(0) for part in (dx, dbias))
-    return dx, None if dscale is None else dscale.sum(), dbias
+    return sum_of_splits(dx), None if dscale is None else dscale.sum(), sum_of_splits(dk_bias)

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 
 SIZES = ["G", "N", "M", "size", "programs", "rounds", "blocks", "splits", "split_size"]  # no new kernel for new sizes
-INF = tl.constexpr(float("inf"))
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Side(NamedTuple):
@@ -20,18 +18,32 @@ class Side(NamedTuple):
 
     ids: torch.Tensor | None = None  # int64
     ids_extent: torch.Tensor | None = None  # int64 [G, blocks, 2]: lowest and highest id of each block
-    bias: torch.Tensor | None = None  # fp32, is added to the scores
-    limit: torch.Tensor | None = None  # fp32, scores above it do not count
+    k_bias: torch.Tensor | None = None  # fp32, of keys, is added to the scores
+    limit: torch.Tensor | None = None  # fp32, of queries: scores above it do not count
     lse: torch.Tensor | None = None  # fp32, the log-sum-exp over the other side
     lse_extent: torch.Tensor | None = None  # fp32 [G, blocks, 2], without those that are -inf
     norm: torch.Tensor | None = None  # fp32 [G, blocks], of the longest row of each block
     grad: torch.Tensor | None = None  # fp32, the gradient of lse
-    shift: torch.Tensor | None = None  # fp32, is added to the scores under the softplus, after the limit
-    weight: torch.Tensor | None = None  # fp32, of the row in a sum
+    q_bias: torch.Tensor | None = None  # fp32, of queries, is added to the scores under the softplus, after the limit
+    weight: torch.Tensor | None = None  # fp32, of queries in a sum
 
     def cut(self, first: int, stop: int) -> "Side":
         """What there is for the rows from first to stop, of one group."""
         return Side(*(None if x is None else x[first:stop] for x in self))
+
+
+@triton.jit
+def this_program(N, M, blocks):
+    """What a program of a grid (groups and their blocks of rows, splits of the columns, chunks of features) does: its
+    group and block, its split and its chunk; and where the rows of its group begin in x and y."""
+    g, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    return g, block, tl.program_id(1), tl.program_id(2), g.to(tl.int64) * N, g.to(tl.int64) * M
+
+
+@triton.jit
+def columns_of(split, split_size, M):
+    """The first column of a split and the end. Just before the loop: earlier they take registers."""
+    return split * split_size, tl.minimum((split + 1) * split_size, M)
 
 
 @triton.jit
@@ -41,9 +53,23 @@ def load_vector(x, start, i, size, other):
 
 
 @triton.jit
-def load_rows(x, start, i0, d0, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
+def of_rows(x, start, i, N, other):
+    """What x [G, N] has for the rows of a tile, [BM, 1]; None where there is no x."""
+    if x is not None:
+        return load_vector(x, start, i, N, other)[:, None]
+
+
+@triton.jit
+def of_columns(x, start, j, M, other):
+    """What x [G, M] has for the columns of a tile, [1, BN]; None where there is no x."""
+    if x is not None:
+        return load_vector(x, start, j, M, other)[None, :]
+
+
+@triton.jit
+def load_rows(x, start, i0, d0, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """x[start + i0 ..., d0 ...] [BLOCK, BLOCK_D], 0 beyond the size of the side and beyond D."""
-    if TMA:  # there is one group, so what is outside of the tensor is outside of the side
+    if isinstance(x, tl.tensor_descriptor):  # of one group: what is outside of the tensor is outside of the side
         return x.load([i0, d0])
     else:
         i, d = tl.arange(0, BLOCK), d0 + tl.arange(0, BLOCK_D)
@@ -56,19 +82,18 @@ def load_rows(x, start, i0, d0, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOC
 
 @triton.jit
 def dot_products(
-    x, y, given, width, x_start, y_start, i0, j0, N, M,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    WS: tl.constexpr,
+    x, y, products, width, x_start, y_start, i0, j0, N, M,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, WS: tl.constexpr,
 ):  # fmt: skip
-    """<x_i, y_j> [BM, BN] in fp32: those given [N, width], or BD features at a time."""
-    if given is not None:
+    """<x_i, y_j> [BM, BN] in fp32, BD features at a time; without x and y those that are there, products [N, width]."""
+    if x is None:
         inside = (i0 + tl.arange(0, BM) < N)[:, None] & (j0 + tl.arange(0, BN) < M)[None, :]
-        dots = tl.load(of_tile(given, width, i0, j0, BM, BN), mask=inside, other=0.0)
+        dots = tl.load(of_pairs(products, width, i0, j0, BM, BN), mask=inside, other=0.0)
     else:
         dots = tl.zeros((BM, BN), tl.float32)
         for d0 in tl.range(0, D, BD, warp_specialize=WS):
-            a = load_rows(x, x_start, i0, d0, N, D, BM, BD, TMA)
-            b = load_rows(y, y_start, j0, d0, M, D, BN, BD, TMA)
+            a = load_rows(x, x_start, i0, d0, N, D, BM, BD)
+            b = load_rows(y, y_start, j0, d0, M, D, BN, BD)
             if PRECISION == "ieee" and a.dtype == tl.float32:
                 # Without matrix units a product is one chain of roundings, so it begins anew every BD features. A plain
                 # sum would not do: the compiler makes its other side the beginning of the chain.
@@ -80,7 +105,7 @@ def dot_products(
 
 
 @triton.jit
-def of_tile(matrix, width, i0, j0, BM: tl.constexpr, BN: tl.constexpr):
+def of_pairs(matrix, width, i0, j0, BM: tl.constexpr, BN: tl.constexpr):
     """Where the numbers of a tile stand in a matrix with one for each pair, the rows `width` apart."""
     return matrix + (i0.to(tl.int64) * width + j0) + (tl.arange(0, BM)[:, None] * width + tl.arange(0, BN)[None, :])
 
@@ -94,9 +119,10 @@ def scores(dots, scale, bias, limit):
     if bias is None:
         s = dots * scale
     else:
-        s = tl.where(bias == -INF, -INF, tl.fma(dots, tl.zeros_like(dots) + scale, tl.zeros_like(dots) + bias))
+        out = float("-inf")
+        s = tl.where(bias == out, out, tl.fma(dots, tl.zeros_like(dots) + scale, tl.zeros_like(dots) + bias))
     if limit is not None:
-        s = tl.where(s > limit, -INF, s)
+        s = tl.where(s > limit, float("-inf"), s)
     return s
 
 
@@ -124,22 +150,22 @@ def counts(
     ITSELF: tl.constexpr, ABOVE: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """Which pairs count, as far as places and ids say; ABOVE: only those above the diagonal."""
-    keep = (i < N)[:, None] & (j < M)[None, :]
+    mask = (i < N)[:, None] & (j < M)[None, :]
     if ABOVE:
-        keep &= i[:, None] < j[None, :]
+        mask &= i[:, None] < j[None, :]
     elif ITSELF:
-        keep &= i[:, None] != j[None, :]
+        mask &= i[:, None] != j[None, :]
     if x_side.ids is not None:
-        of_rows = load_vector(x_side.ids, x_start, i, N, 0)
-        of_columns = load_vector(y_side.ids, y_start, j, M, 0)
-        equal = of_rows[:, None] == of_columns[None, :]
-        keep &= equal if SAME else equal == 0
-    return keep
+        row_ids = load_vector(x_side.ids, x_start, i, N, 0)
+        col_ids = load_vector(y_side.ids, y_start, j, M, 0)
+        equal = row_ids[:, None] == col_ids[None, :]
+        mask &= equal if SAME else equal == 0
+    return mask
 
 
 @triton.jit
 def exp(x):
-    return tl.exp2(x * LOG2E)
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -171,32 +197,32 @@ def softplus_and_sigmoid(t):
 
 
 @triton.jit
-def finite_shift(top):
+def finite_shift(maximum):
     """What to subtract before the exponential: the maximum, but 0 of nothing (-inf - -inf is NaN)."""
-    return tl.where(top == -INF, 0.0, top)
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
-def online_softmax(top, total, s):
-    """Takes scores s [BM, BN] into the running maximum of each row and the sum of exp(s - top).
+def online_softmax(maximum, total, s):
+    """Takes scores s [BM, BN] into the running maximum of each row and the sum of exp(s - maximum).
 
-    Also what earlier sums of such terms shrink by, and the terms.
+    Returns both, the factor by which sums of earlier exponentials shrink, and the exponentials of s.
     """
-    new = tl.maximum(top, tl.max(s, 1))
+    new = tl.maximum(maximum, tl.max(s, 1))
     shift = finite_shift(new)
-    shrink, terms = exp(top - shift), exp(s - shift[:, None])
+    shrink, terms = exp(maximum - shift), exp(s - shift[:, None])
     return new, total * shrink + tl.sum(terms, 1), shrink, terms
 
 
 @triton.jit
-def log_sum(top, total):
-    return finite_shift(top) + tl.log(total)
+def log_sum(maximum, total):
+    return finite_shift(maximum) + tl.log(total)
 
 
 @triton.jit
-def or_nan(top, total):
+def or_nan(maximum, total):
     """The maximum, which drops NaN on a GPU, with the NaN of the sum beside it."""
-    return tl.where(total == total, top, total)
+    return tl.where(total == total, maximum, total)
 
 
 @triton.jit
@@ -205,16 +231,20 @@ def full_scale(scale, scale_tensor):
 
 
 @triton.jit(do_not_specialize=["N", "blocks"])
-def _extent(x, out, N, blocks, BLOCK: tl.constexpr, LSE: tl.constexpr):
+def similarity_extent_kernel(
+    x,  # [G, N]
+    out,  # [G, blocks, 2]
+    N, blocks, BLOCK: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
     g, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     i = block * BLOCK + tl.arange(0, BLOCK)
     inside = i < N
     value = tl.load(x + g.to(tl.int64) * N + i, mask=inside, other=0)
     if LSE:
-        inside &= value != -INF
-        low, high = tl.where(inside, value, INF), tl.where(inside, value, -INF)
+        inside &= value != float("-inf")
+        low, high = tl.where(inside, value, float("inf")), tl.where(inside, value, float("-inf"))
         strange = inside & (value != value)  # NaN, which minimum and maximum would drop: never close to the others
-        low, high = tl.where(strange, -INF, low), tl.where(strange, INF, high)
+        low, high = tl.where(strange, float("-inf"), low), tl.where(strange, float("inf"), high)
     else:
         low, high = tl.where(inside, value, 2**63 - 1), tl.where(inside, value, -(2**63))
     tl.store(out + 2 * tl.program_id(0), tl.min(low, 0))
@@ -226,17 +256,24 @@ def extent(x: torch.Tensor | None, block: int) -> torch.Tensor | None:
     if x is None:
         return None
     N, G = x.shape[-1], x.shape[:-1].numel()
-    out = torch.empty((G, triton.cdiv(N, block), 2), dtype=x.dtype, device=x.device)
-    _extent[(G * out.shape[1],)](x, out, N, out.shape[1], BLOCK=block, LSE=x.is_floating_point(), num_warps=1)
+    blocks = triton.cdiv(N, block)
+    out = torch.empty((G, blocks, 2), dtype=x.dtype, device=x.device)
+    similarity_extent_kernel[(G * blocks,)](
+        x=x, out=out, N=N, blocks=blocks, BLOCK=block, LSE=x.is_floating_point(), num_warps=1
+    )
     return out
 
 
 @triton.jit(do_not_specialize=["N", "blocks"])
-def _longest(x, out, N, blocks, D: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr):
+def similarity_longest_kernel(
+    x,  # [G, N, D]
+    out,  # [G, blocks]
+    N, blocks, D: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     g, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     squares = tl.zeros((BLOCK,), tl.float32)
     for d0 in range(0, D, BD):
-        rows = load_rows(x, g.to(tl.int64) * N, block * BLOCK, d0, N, D, BLOCK, BD, False).to(tl.float32)
+        rows = load_rows(x, g.to(tl.int64) * N, block * BLOCK, d0, N, D, BLOCK, BD).to(tl.float32)
         squares += tl.sum(rows * rows, 1)
     tl.store(out + tl.program_id(0), tl.sqrt(tl.max(squares, 0)))
 
@@ -244,7 +281,8 @@ def _longest(x, out, N, blocks, D: tl.constexpr, BLOCK: tl.constexpr, BD: tl.con
 def longest(x: torch.Tensor, block: int) -> torch.Tensor:
     """The norm of the longest row of each block of x [.., N, D], [G, blocks]."""
     (N, D), G = x.shape[-2:], x.shape[:-2].numel()
-    out = torch.empty((G, triton.cdiv(N, block)), dtype=torch.float32, device=x.device)
+    blocks = triton.cdiv(N, block)
+    out = torch.empty((G, blocks), dtype=torch.float32, device=x.device)
     BD = min(32, max(16, triton.next_power_of_2(D)))
-    _longest[(out.numel(),)](x, out, N, out.shape[1], D=D, BLOCK=block, BD=BD, num_warps=4)
+    similarity_longest_kernel[(G * blocks,)](x=x, out=out, N=N, blocks=blocks, D=D, BLOCK=block, BD=BD, num_warps=4)
     return out

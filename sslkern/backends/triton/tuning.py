@@ -1,38 +1,22 @@
-"""`python -m sslkern.backends.triton.tuning [--seconds 40]`: measures which strategy and tiles are fastest on this GPU.
+"""`python -m sslkern.backends.triton.tuning [--seconds 40]`: measures which scheme and tiles are fastest on this GPU.
 
-What it finds is kept in a file for each kind of GPU, below $SSLKERN_CACHE (default: ~/.cache/sslkern), and is used
-from then on. Without it kernels run with the tables of `configs.py` and the rule of `strategies.py`; nothing is ever
-measured during a call of a loss.
+What it finds is kept by `measured.py` and used from then on. Without it kernels run with the tables of `configs.py` and
+the rule of `schemes.py`; nothing is ever measured during a call of a loss.
 """
 
 import argparse
-import functools
-import json
-import os
-import re
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
-from .hardware import Hardware
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
+import sslkern
 
-def path(chip: Hardware) -> Path:
-    folder = Path(os.environ.get("SSLKERN_CACHE") or Path.home() / ".cache/sslkern")
-    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', chip.name) or 'unknown'}.json"
-
-
-@functools.cache
-def tuned(chip: Hardware) -> dict:
-    """What was measured on this kind of GPU: {"strategy": {"bfloat16 128": "fused"}, "config": {"forward bfloat16 128":
-    [..]}}, empty where nothing was or the file cannot be read."""
-    if not chip.name:
-        return {}
-    try:
-        found = json.loads(path(chip).read_text())
-        return {name: dict(found.get(name, {})) for name in ("strategy", "config")}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
+from . import INTERPRETED, MISSING, chips, configs, measured, schemes
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,56 +25,46 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=16384, help="of each side of the two-way loss that is timed")
     parser.add_argument("--features", type=int, nargs="+", default=[512, 128, 256, 768], help="in this order")
     arguments = parser.parse_args(arguments)
-
-    import torch
-
-    import sslkern
-
-    from . import INTERPRETED, MISSING, hardware
-
     if MISSING or not (INTERPRETED or torch.cuda.is_available()):
         raise SystemExit(f"tuning needs a GPU: {MISSING or 'torch finds none'}")
     device, deadline = torch.device("cpu" if INTERPRETED else "cuda"), time.monotonic() + arguments.seconds
     with sslkern.use_backend("triton"):
         for D in arguments.features:
             tune(arguments.rows, D, device, deadline)
-    print(f"what was found is in {path(hardware.of(device))}")
+    print(f"what was found is in {measured.path(chips.of(device))}")
 
 
-def tune(rows: int, D: int, device, deadline: float) -> None:
-    """Measures the strategies, and the tiles of the best one, and writes what it found."""
-    from torch import bfloat16
+def tune(rows: int, D: int, device: torch.device, deadline: float) -> None:
+    """Measures the schemes, and the tiles of the fastest one, and writes what it found."""
+    chip, step, name = chips.of(device), _two_way(rows, D, device), measured.key(torch.bfloat16, D)
+    found = measured.on(chip)  # what is not measured again stays
 
-    from . import configs, hardware
-    from .strategies import STRATEGIES, key, use_strategy
-
-    chip, step, name = hardware.of(device), _two_way(rows, D, device), key(bfloat16, D)
-    found = {"strategy": {}, "config": {}} | tuned(chip)  # what is not measured again stays
-
-    best = _fastest(f"D = {D}", step, {x: use_strategy(x) for x in STRATEGIES}, device, deadline)
-    if best is None:
+    contenders = {scheme: schemes.use_scheme(scheme) for scheme in schemes.SCHEMES}
+    scheme = _fastest(f"D = {D}", step, contenders, device, deadline)
+    if scheme is None:
         return
-    found["strategy"][name] = best
-    write(chip, found)
-    for kind in ("backward" if best == "fused" else "weights", "forward"):
+    found["scheme"][name] = scheme
+    measured.write(chip, found)
+    for kind in ("backward" if scheme == "fused" else "weights", "forward"):
         before = found["config"].pop(f"{kind} {name}", None)
-        write(chip, found)
-        default = configs.choose(kind, bfloat16, D, chip)
+        measured.write(chip, found)
+        default = configs.choose(kind, torch.bfloat16, D, chip)
         near = configs.candidates(kind, D, default, chip)
         contenders = {config: configs.force(f"{kind} {name}", config) for config in near}
-        with use_strategy(best):
+        with schemes.use_scheme(scheme):
             config = _fastest(f"D = {D}, {kind}", step, contenders, device, deadline)
-        best_tiles = before if config is None else None if config == default else list(config)
-        if best_tiles:
-            found["config"][f"{kind} {name}"] = best_tiles
-            write(chip, found)
+        if config is None:  # there was no time
+            config = before
+        if config and config != default:
+            found["config"][f"{kind} {name}"] = list(config)
+            measured.write(chip, found)
 
 
-def _fastest(title: str, step, contenders: dict, device, deadline: float):
+def _fastest(
+    title: str, step: Callable, contenders: dict[object, AbstractContextManager], device: torch.device, deadline: float
+):
     """Which of the contenders, {name: what to run within}, is the fastest that agrees with the first; None where fewer
     than two had time."""
-    import torch
-
     times, expected = {}, None
     for name, around in contenders.items():
         if time.monotonic() > deadline:
@@ -109,22 +83,16 @@ def _fastest(title: str, step, contenders: dict, device, deadline: float):
     return min(times, key=times.get) if len(times) > 1 else None
 
 
-def _short(name) -> str:
+def _short(name: str | configs.Config) -> str:
     return name if isinstance(name, str) else str(tuple(map(int, name)))
 
 
-def _two_way(rows: int, D: int, device):
+def _two_way(rows: int, D: int, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward of a two-way loss, as a function that returns log-sum-exps and gradients.
 
     Beside it, of fewer rows, what the same tiles serve as well: a triangle, ids, one direction with its best scores.
     """
-    import torch
-
-    import sslkern
-
-    q, k = (
-        torch.nn.functional.normalize(torch.randn(rows, D, dtype=torch.float32, device=device), dim=1) for _ in range(2)
-    )
+    q, k = (normalize(torch.randn(rows, D, dtype=torch.float32, device=device), dim=1) for _ in range(2))
     q, k = (x.bfloat16().requires_grad_() for x in (q, k))
 
     few, ids = 4096, torch.arange(rows, device=device) // 2
@@ -141,32 +109,21 @@ def _two_way(rows: int, D: int, device):
     return step
 
 
-def _seconds(step, device, calls: int = 5) -> float:
-    import torch
-
+def _seconds(step: Callable, device: torch.device, calls: int = 5) -> float:
     times = []
     for _ in range(calls):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _wait_for(device)
         begun = time.perf_counter()
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _wait_for(device)
         times.append(time.perf_counter() - begun)
     return statistics.median(times)
 
 
-def write(chip: Hardware, found: dict) -> None:
-    """Whole or not at all, for whoever reads it meanwhile, and each time that something was found."""
-    file = path(chip)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1))
-    part.replace(file)
-    tuned.cache_clear()
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":
-    from sslkern.backends.triton import tuning  # the module that the launchers ask, not this copy of it
-
-    tuning.main()
+    main()

@@ -9,13 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import hardware
+from . import chips
 from .rows import aligned, length, load, store, tile
-from .tiles import INF
 
 
 @triton.jit(do_not_specialize=["N"])
-def _forward(x, y, z, norm, cosine, N, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
+def unit_pairs_fwd_kernel(
+    x, y,  # [N, D]
+    z,  # [2 N, D]
+    norm,  # fp32 [2 N], None: rows stay as long as they are
+    cosine,  # fp32 [N]
+    N, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0) * R + tl.arange(0, R)
     inside = i < N
     if norm is not None:
@@ -26,7 +31,8 @@ def _forward(x, y, z, norm, cosine, N, D: tl.constexpr, R: tl.constexpr, BD: tl.
             b_squares += tl.sum(b * b, 1)
         a_norm, b_norm = length(a_squares), length(b_squares)
         if z.dtype.element_ty == tl.float16:  # rows of zeros: divided by EPS, their gradients would be infinite
-            a_norm, b_norm = tl.where(a_squares == 0, INF, a_norm), tl.where(b_squares == 0, INF, b_norm)
+            a_norm = tl.where(a_squares == 0, float("inf"), a_norm)
+            b_norm = tl.where(b_squares == 0, float("inf"), b_norm)
     dots = tl.zeros((R,), tl.float32)
     for d0 in range(0, D, BD):
         a, b = load(x, i, d0, inside, D, BD), load(y, i, d0, inside, D, BD)
@@ -48,13 +54,22 @@ def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tenso
     norm = x.new_empty(2 * N, dtype=torch.float32) if normalize else None
     cosine = x.new_empty(N, dtype=torch.float32)
     sizes = tile(D)
-    with hardware.on(x.device):
-        _forward[(triton.cdiv(N, sizes["R"]),)](aligned(x), aligned(y), z, norm, cosine, N, **sizes)
+    with chips.on(x.device):
+        unit_pairs_fwd_kernel[(triton.cdiv(N, sizes["R"]),)](
+            x=aligned(x), y=aligned(y), z=z, norm=norm, cosine=cosine, N=N, **sizes
+        )
     return z, norm, cosine
 
 
 @triton.jit(do_not_specialize=["N"])
-def _backward(z, norm, pull, da, db, dx, dy, N, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
+def unit_pairs_bwd_kernel(
+    z,  # [2 N, D]
+    norm,  # fp32 [2 N] or None
+    pull,  # fp32 [N]
+    da, db,  # [N, D] each, or None
+    dx, dy,  # [N, D] each, or None
+    N, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """du = da - pull b, and through the normalisation dx = (du - u <u, du>) / |x| with u = a; the same for y."""
     i = tl.program_id(0) * R + tl.arange(0, R)
     inside = i < N
@@ -92,6 +107,8 @@ def unit_pairs_bwd(
     dx, dy = (z.new_empty((N, D)) if need else None for need in (need_x, need_y))
     da, db = (aligned(du) if need else None for du, need in ((da, need_x), (db, need_y)))
     sizes = tile(D)
-    with hardware.on(z.device):
-        _backward[(triton.cdiv(N, sizes["R"]),)](z, norm, pull, da, db, dx, dy, N, **sizes)
+    with chips.on(z.device):
+        unit_pairs_bwd_kernel[(triton.cdiv(N, sizes["R"]),)](
+            z=z, norm=norm, pull=pull, da=da, db=db, dx=dx, dy=dy, N=N, **sizes
+        )
     return dx, dy
