@@ -1,6 +1,7 @@
 """Who may import whom: packages in layers, and private names within their package. What every file begins with."""
 
 import ast
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,10 @@ def layer_of(module: str) -> int:
     return LAYERS.index(max(within, key=len))
 
 
-def imports(module: str) -> list[tuple[str, str]]:
+def imports(module: str, nodes: Callable[[ast.Module], Iterable[ast.AST]] = ast.walk) -> list[tuple[str, str]]:
     """(module, name) of what of sslkern the module imports, wherever it does; name "" for the module itself."""
     found = []
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in nodes(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.ImportFrom):
             above = package_of(module).split(".")
             source = ".".join([*above[: len(above) - node.level + 1], *([node.module] if node.module else [])])
@@ -117,3 +118,40 @@ def test_no_function_is_longer_than_sixty_lines(module):
             first = function.body[ast.get_docstring(function) is not None :]
             lines = function.end_lineno - first[0].lineno + 1 if first else 0
             assert lines <= 60, f"{module}.{function.name} has {lines} lines: split it by what its parts mean"
+
+
+def at_import(tree: ast.Module) -> Iterator[ast.AST]:
+    """What runs when the module is imported: not what is within functions."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            waiting += ast.iter_child_nodes(node)
+
+
+def circle(imported: dict[str, set[str]]) -> list[str]:
+    """Modules each of which imports the next, and the last the first; empty if there are none."""
+    done, path = set(), []
+
+    def visit(module: str) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        path.append(module)
+        found = next(filter(None, map(visit, sorted(imported[module]))), [])
+        path.pop()
+        done.add(module)
+        return found
+
+    return next(filter(None, map(visit, imported)), [])
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Neither when it is imported nor, but for its package, later."""
+    first = {module: {source for source, _ in imports(module, at_import) if source in MODULES} for module in MODULES}
+    ever = {module: {source for source, _ in imports(module) if source in MODULES} for module in MODULES}
+    assert not circle(first)
+    assert not circle({module: {x for x in ever[module] if not module.startswith(x + ".")} for module in MODULES})
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d"]
