@@ -71,8 +71,9 @@ def gradients_of_strips(
     def write(strip: Strip, weights: Tensor) -> None:
         first, stop, begin = strip
         x, y = q[first:stop], keys[begin:]
-        if scores_too:  # the weights take the place of the products
-            strips.multiply(x, y.t(), weights)
-        weigh(x, y, q_side.cut(first, stop), k_side.cut(begin, M), weights)
+        products = None
+        if scores_too:
+            products = strips.multiply(x, y.t(), weights)  # the weights take their place
+        weigh(x, y, q_side.cut(first, stop), k_side.cut(begin, M), products, weights)
 
     return strips.gradients(write, q, keys, parts, itself, need_q, need_k)

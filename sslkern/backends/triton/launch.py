@@ -46,8 +46,12 @@ class Launch(NamedTuple):
             return False
         return all(side.data_ptr() % 16 == 0 and side.shape[-1] * side.element_size() % 16 == 0 for side in (x, y))
 
-    def features(self, x: Tensor, y: Tensor, config: Config) -> tuple[Tensor | TensorDescriptor, ...]:
-        """x and y as a kernel loads tiles of them."""
+    def features(
+        self, x: Tensor, y: Tensor, config: Config, products: Tensor | None = None
+    ) -> tuple[Tensor | TensorDescriptor | None, ...]:
+        """x and y as a kernel loads tiles of them; None where it reads their products."""
+        if products is not None:
+            return None, None
         if not self.has_tma(x, y):
             return x, y
         return _descriptor(x, config.BM, config.BD), _descriptor(y, config.BN, config.BD)
@@ -89,6 +93,11 @@ def allocator(like: Tensor) -> Callable[..., Tensor | None]:
         return None
 
     return new
+
+
+def width_of(matrix: Tensor | None) -> int:
+    """How far apart the rows are in a matrix with a number for each pair; 0 without one."""
+    return 0 if matrix is None else matrix.stride(0)
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

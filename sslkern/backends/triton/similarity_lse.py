@@ -20,7 +20,7 @@ from ..reference import similarity_lse as reference
 from . import blas, chips
 from .blas import Sums
 from .configs import Config, choose
-from .launch import Launch, allocator, contiguous, precision, sum_of_splits, viewed
+from .launch import Launch, allocator, contiguous, precision, sum_of_splits, viewed, width_of
 from .schemes import is_shared, scores_by_blas
 from .tiles import (
     SIZES,
@@ -255,14 +255,9 @@ def _sums(
     plain = problem.k_bias is None and problem.q_limit is None and x.dtype != torch.float32
     if large and columns and not best and plain:
         x_side, y_side = x_side._replace(norm=longest(x, config.BM)), y_side._replace(norm=longest(y, config.BN))
-    if products is None:
-        width = 0
-        x, y = launch.features(x, y, config)
-    else:
-        width = products.stride(0)
-        x = y = None
+    a, b = launch.features(x, y, config, products)
     similarity_lse_fwd_kernel[(G * programs, splits)](
-        q=x, k=y, products=products, width=width, q_side=x_side, k_side=y_side,
+        q=a, k=b, products=products, width=width_of(products), q_side=x_side, k_side=y_side,
         scale_tensor=problem.scale_tensor, scale=problem.scale,
         row=row, row_best=row_best, col=col, col_best=col_best,
         G=G, N=N, M=M, programs=programs, rounds=rounds, split_size=split_blocks * config.BN,
@@ -445,9 +440,9 @@ def _frozen(launch: Launch, best: bool) -> tuple[Tensor | None, ...]:
 
 @triton.jit(do_not_specialize=SIZES)
 def similarity_lse_bwd_kernel(
-    x, y,  # [G, N, D] and [G, M, D], or their descriptors; None where `weights` has their products
+    x, y,  # [G, N, D] and [G, M, D], or their descriptors; None where products are there
     y_rows,  # [G, M, D], y itself
-    weights,  # [N, M], rows `width` apart, or None
+    products, weights,  # [N, M], rows `width` apart, or None; the same memory, but one address for both takes registers
     width,
     x_side, y_side,
     scale_tensor,  # []
@@ -495,7 +490,7 @@ def similarity_lse_bwd_kernel(
             b = load_rows(y, y_start, j0, 0, M, D, BN, BD)
             dots = tl.dot(a, tl.trans(b), input_precision=PRECISION)
         else:
-            dots = dot_products(x, y, weights, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, WS)
+            dots = dot_products(x, y, products, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, WS)
         y_bias = of_columns(y_side.k_bias, y_start, j, M, 0.0)
         y_limit = of_columns(y_side.limit, y_start, j, M, float("inf"))
         if TRANSPOSED:
@@ -615,9 +610,9 @@ def _by_blas(
         config = config._replace(BN=min(64, config.BN))
     dscales = []
 
-    def weigh(x: Tensor, y: Tensor, x_side: Side, y_side: Side, weights: Tensor) -> None:
+    def weigh(x: Tensor, y: Tensor, x_side: Side, y_side: Side, products: Tensor | None, weights: Tensor) -> None:
         needs = False, need_scale, False
-        _, dscale, _ = _gradient(launch, config, fold, x, y, x_side, y_side, *needs, False, weights, scores_too)
+        _, dscale, _ = _gradient(launch, config, fold, x, y, x_side, y_side, *needs, False, products, weights)
         dscales.append(dscale)
 
     dq, dk = blas.gradients_of_strips(weigh, q, keys, q_side, k_side, itself, need_q, need_k, scores_too)
@@ -627,10 +622,10 @@ def _by_blas(
 def _gradient(
     launch: Launch, config: Config, fold: Tensor | None, x: Tensor, y: Tensor, x_side: Side, y_side: Side,
     need_x: bool, need_scale: bool, need_bias: bool, transposed: bool = False,
-    weights: Tensor | None = None, products_there: bool = False,
+    products: Tensor | None = None, weights: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Returns dx [G, N, D], dscale [], and dk_bias [G, N] where x are keys, None where not needed; fills `weights`, in
-    which the products <x_i, y_j> may be there."""
+    """Returns dx [G, N, D], dscale [], and dk_bias [G, N] where x are keys, None where not needed; fills `weights`,
+    from the products <x_i, y_j> if they are there."""
     if weights is None and not (need_x or need_scale or need_bias):
         return None, None, None
     problem, itself = launch.problem, launch.itself
@@ -643,9 +638,9 @@ def _gradient(
     new = allocator(x)
     dx = new(splits, G, N, D, needed=need_x)
     dscale, dk_bias = new(splits, G, N, needed=need_scale), new(splits, G, N, needed=need_bias)
-    a, b = (None, None) if products_there else launch.features(x, y, config)
+    a, b = launch.features(x, y, config, products)
     similarity_lse_bwd_kernel[(G * blocks, splits, chunks)](
-        x=a, y=b, y_rows=y, weights=weights, width=0 if weights is None else weights.stride(0),
+        x=a, y=b, y_rows=y, products=products, weights=weights, width=width_of(weights),
         x_side=x_side, y_side=y_side, scale_tensor=problem.scale_tensor, scale=problem.scale, fold=fold,
         dx=dx, dscale=dscale, dk_bias=dk_bias,
         G=G, N=N, M=M, blocks=blocks, split_size=split_blocks * config.BN,

@@ -18,7 +18,7 @@ from ..problem import Problem
 from ..reference.similarity_softplus import similarity_softplus_fwd as reference
 from . import blas, chips
 from .configs import Config, choose
-from .launch import Launch, allocator, contiguous, precision, sum_of_splits, viewed
+from .launch import Launch, allocator, contiguous, precision, sum_of_splits, viewed, width_of
 from .schemes import is_shared, scores_by_blas
 from .tiles import (
     SIZES,
@@ -50,9 +50,9 @@ def _terms(s, bias, weight, sign):
 
 @triton.jit(do_not_specialize=[*SIZES, "sign"])
 def similarity_softplus_fwd_kernel(
-    x, y,  # [G, N, D] and [G, M, D], or their descriptors; None where `weights` has their products
+    x, y,  # [G, N, D] and [G, M, D], or their descriptors; None where products are there
     y_rows,  # [G, M, D], y itself
-    weights,  # [N, M], rows `width` apart, or None
+    products, weights,  # [N, M], rows `width` apart, or None; the same memory, but one address for both takes registers
     width,
     x_side, y_side,
     scale_tensor,  # []
@@ -100,7 +100,7 @@ def similarity_softplus_fwd_kernel(
             b = load_rows(y, y_start, j0, 0, M, D, BN, BD)
             dots = tl.dot(a, tl.trans(b), input_precision=PRECISION)
         else:
-            dots = dot_products(x, y, weights, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, WS)
+            dots = dot_products(x, y, products, width, x_start, y_start, i0, j0, N, M, D, BM, BN, BD, PRECISION, WS)
         y_k_bias = of_columns(y_side.k_bias, y_start, j, M, 0.0)
         y_limit = of_columns(y_side.limit, y_start, j, M, float("inf"))
         y_q_bias = of_columns(y_side.q_bias, y_start, j, M, 0.0)
@@ -224,10 +224,9 @@ def _by_blas(
     config = config._replace(BN=min(64 if chip.large else 32, config.BN), specialised=False)
     of_strips = []
 
-    def weigh(x: Tensor, y: Tensor, x_side: Side, y_side: Side, weights: Tensor) -> None:
-        sums = _sums(
-            launch, config, sign, fold, x, y, x_side, y_side, needs._replace(dx=False), False, weights, scores_too
-        )
+    def weigh(x: Tensor, y: Tensor, x_side: Side, y_side: Side, products: Tensor | None, weights: Tensor) -> None:
+        asked = needs._replace(dx=False)
+        sums = _sums(launch, config, sign, fold, x, y, x_side, y_side, asked, False, products, weights)
         row, _, dscale, dbias, _ = sums
         of_strips.append((row, dscale, dbias))
 
@@ -239,10 +238,10 @@ def _by_blas(
 
 def _sums(
     launch: Launch, config: Config, sign: float, fold: Tensor | None, x: Tensor, y: Tensor, x_side: Side, y_side: Side,
-    needs: Needs, transposed: bool = False, weights: Tensor | None = None, products_there: bool = False,
+    needs: Needs, transposed: bool = False, products: Tensor | None = None, weights: Tensor | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Returns row [G, N], dx [G, N, D], dscale, dq_bias and dk_bias for each row, None if not needed; fills `weights`,
-    in which the products <x_i, y_j> may be there."""
+    from the products <x_i, y_j> if they are there."""
     problem = launch.problem
     (N, D), M, G = x.shape[-2:], y.shape[-2], launch.sizes[0]
     x_side, y_side = launch.with_extents(x_side, y_side, config)
@@ -252,9 +251,9 @@ def _sums(
     vector = partial(new, splits, G, N)
     row, dx, dscale = vector(needed=needs.row), new(splits, G, N, D, needed=needs.dx), vector(needed=needs.dscale)
     dq_bias, dk_bias = vector(needed=needs.dq_bias), vector(needed=needs.dk_bias)
-    a, b = (None, None) if products_there else launch.features(x, y, config)
+    a, b = launch.features(x, y, config, products)
     similarity_softplus_fwd_kernel[(G * blocks, splits, chunks)](
-        x=a, y=b, y_rows=y, weights=weights, width=0 if weights is None else weights.stride(0),
+        x=a, y=b, y_rows=y, products=products, weights=weights, width=width_of(weights),
         x_side=x_side, y_side=y_side, scale_tensor=problem.scale_tensor, scale=problem.scale, sign=sign, fold=fold,
         row=row, dx=dx, dscale=dscale, dq_bias=dq_bias, dk_bias=dk_bias,
         G=G, N=N, M=M, blocks=blocks, split_size=split_blocks * config.BN,
