@@ -179,7 +179,7 @@ def sampled_similarity_bwd(q: Tensor, bank: "Tensor | Shard", index: Tensor, g: 
 
 class _Lists:
     """The names [N, T] as a list for each query and rank, of one length L for all of them: entry t of query i stands
-    at `cell[i, t]` of [W, L]. What is left of a list names its owner's first row, and is not read."""
+    at `cell[i, t]` of [W, L]."""
 
     def __init__(self, index: Tensor, size: int, place: Place):
         W, (N, T) = place.size, index.shape
@@ -196,10 +196,11 @@ class _Lists:
         within = torch.arange(T, device=index.device) - (number.cumsum(1) - number).gather(1, owner)
         self.cell = torch.empty_like(index).scatter_(1, order, owner * self.length + within)
 
-    def sent(self, x: Tensor) -> Tensor:
-        """What belongs to the names [N, T], to the ranks that have them: [M, L] of the queries of all."""
+    def sent(self, x: Tensor, rest: int) -> Tensor:
+        """What belongs to the names [N, T], to the ranks that have them: [M, L] of the queries of all. rest stands where
+        a list has ended."""
         W, N, L, counts = self.place.size, x.shape[0], self.length, self.place.counts
-        lists = x.new_zeros(N, W * L).scatter_(1, self.cell, x).view(N, W, L).transpose(0, 1).flatten(0, 1)
+        lists = x.new_full((N, W * L), rest).scatter_(1, self.cell, x).view(N, W, L).transpose(0, 1).flatten(0, 1)
         return send_rows(lists, [N] * W, counts, self.place.group) if L else x.new_empty(sum(counts), 0)
 
     def home(self, x: Tensor) -> Tensor:
@@ -208,24 +209,28 @@ class _Lists:
         return lists.transpose(0, 1).flatten(1).gather(1, self.cell)
 
 
-def _named(index: Tensor, size: int, q: Tensor, group: str, counts) -> tuple[_Lists, Tensor]:
+def _named(index: Tensor, size: int, q: Tensor, group: str, counts) -> tuple[_Lists, Tensor, Tensor]:
+    """The lists, the rows here that queries name [M, L], and which of them name none [M, 1]. Where a list has ended
+    stands what is named first: of other rows a query takes nothing, NaN neither."""
     place = Place.of(q, group, counts, "all_gather")
     lists = _Lists(index, size, place)
-    return lists, lists.sent((index // place.size).int()).long()
+    names = lists.sent((index // place.size).int(), -1).long()
+    first = names[:, :1]
+    return lists, torch.where(names < 0, first, names).clamp_(min=0), first < 0
 
 
 def _scores_of(q, rows, index, size, group, counts, backend):
-    lists, names = _named(index, size, q, group, counts)
+    lists, names, _ = _named(index, size, q, group, counts)
     with use_backend(backend):
         return lists.home(ops.sampled_similarity(gather_rows(q, lists.place.counts, group), rows, names))
 
 
 def _gradient_of(q, rows, index, g, size, group, counts, backend):
-    lists, names = _named(index, size, q, group, counts)
+    lists, names, none = _named(index, size, q, group, counts)
     like = q.new_empty(names.shape[0], q.shape[1])  # of which only the shape is asked
     with use_backend(backend):
-        dq, _ = ops.sampled_similarity_bwd(like, rows, names, lists.sent(g), need_bank=False)
-    return summed_rows(dq, lists.place.counts, group)
+        dq, _ = ops.sampled_similarity_bwd(like, rows, names, lists.sent(g, 0), need_bank=False)
+    return summed_rows(dq.masked_fill_(none, 0), lists.place.counts, group)
 
 
 _scores = Operator(
