@@ -197,8 +197,8 @@ class _Lists:
         self.cell = torch.empty_like(index).scatter_(1, order, owner * self.length + within)
 
     def sent(self, x: Tensor, rest: int) -> Tensor:
-        """What belongs to the names [N, T], to the ranks that have them: [M, L] of the queries of all. rest stands where
-        a list has ended."""
+        """What belongs to the names [N, T], to the ranks that have them: [M, L] of the queries of all. rest stands
+        where a list has ended."""
         W, N, L, counts = self.place.size, x.shape[0], self.length, self.place.counts
         lists = x.new_full((N, W * L), rest).scatter_(1, self.cell, x).view(N, W, L).transpose(0, 1).flatten(0, 1)
         return send_rows(lists, [N] * W, counts, self.place.group) if L else x.new_empty(sum(counts), 0)
