@@ -49,6 +49,8 @@ def one_rank(rank, size, path, results):
             call()
             if i >= 20:
                 times[name].append(time.perf_counter() - start)
+    dist.barrier()
+    dist.destroy_process_group()
     if rank == 0:
         results.put({name: [sorted(of)[len(of) // part] * 1e6 for part in (2, 10)] for name, of in times.items()})
 
