@@ -1,4 +1,4 @@
-"""Gradients as products of the vendor's library: dq = w keys and dk = w^T q, of the weights w [N, M] that kernels write
+"""Gradients as products by the vendor's BLAS: dq = w keys and dk = w^T q, of the weights w [N, M] that kernels write
 for a strip of rows at a time.
 
 S is computed once for both, 3 passes of 2 N M D flop; of rows with each other, where w is symmetric and a strip begins

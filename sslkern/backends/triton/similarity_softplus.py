@@ -2,7 +2,7 @@
 
 Floor, in passes of 2 N M D flop: 1, and 1 for each side that learns. Where a program owns rows of one gradient, which
 needs no atomics, S is computed once more for the second side: 1, 2 or 4. Of many features the weights are written, and
-both gradients are products of the library: 3.
+both gradients are products by BLAS: 3.
 """
 
 from functools import partial
