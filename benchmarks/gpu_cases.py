@@ -16,6 +16,7 @@ from harness import DTYPES, OURS
 from problems import KERNELS, Factory, Problem
 
 import sslkern
+from sslkern import backends
 from sslkern.backends import BACKENDS, load
 
 COPY, COPY_BYTES = "copy of 2 GiB", 2**32  # read and written
@@ -112,9 +113,15 @@ def ways_of_cuda(N: int, M: int, D: int) -> dict[str, Callable]:
     if 64 < D <= 256:  # gradients from owners of rows, or as products of the library
         ways |= {"owners of rows": partial(widest_owners, 256), "weights": partial(widest_owners, 0)}
     if N <= 1024:  # the loss of few pairs as a whole, or from its parts
-        left_out = {"pair_contrast": lambda x, **_: "it is left out"}
-        ways["in parts"] = lambda: mock.patch.dict(BACKENDS["cuda"].LACKS, left_out)
+        ways["in parts"] = in_parts
     return ways
+
+
+@contextlib.contextmanager
+def in_parts():
+    left_out = {"pair_contrast": lambda x, **_: "it is left out"}
+    with mock.patch.dict(BACKENDS["cuda"].LACKS, left_out), mock.patch.object(backends, "_found", {}):
+        yield
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sslkern
+from sslkern import backends
 from sslkern.backends import BACKENDS
 from sslkern.backends.cuda import compile, driver, launch
 
@@ -96,6 +97,12 @@ def nan_poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
+def nothing_found(monkeypatch):
+    """No test sees which backend was found while another one had changed what they lack."""
+    monkeypatch.setattr(backends, "_found", {})
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 
@@ -136,6 +143,7 @@ def emulate_cuda(monkeypatch) -> ctypes.CDLL:
     library = emulated_cuda()
     library.emulated_seed(zlib.crc32(os.environ.get("PYTEST_CURRENT_TEST", "").encode()))
     for where, name, value in (
+        (backends, "_found", {}),
         (driver, "library", lambda: library),
         (compile, "target", lambda capability: "emulated"),
         (compile, "image", lambda unit, target: compile.Image(b"emulated", unit.expressions())),

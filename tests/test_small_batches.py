@@ -94,6 +94,15 @@ def test_rows_that_do_not_begin_on_16_bytes(whole, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_ids_with_gaps(whole, mode):
+    for N in (3, 17, 60):
+        x, y = torch.randn(2, N, 16)
+        ids = torch.arange(2 * N)[::2] // 4
+        want = loss_of(mode)(x, y, 0.1, ids=ids.contiguous())
+        assert torch.equal(loss_of(mode)(x, y, 0.1, ids=ids), want)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_the_same_bits(whole, mode):
     x, y = torch.randn(2, 50, 48).half()
 

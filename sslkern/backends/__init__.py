@@ -79,17 +79,22 @@ def _known(name: str) -> str:
 
 def current() -> str:
     """The name chosen here and now, "auto" included."""
-    return _context_choice.get() or (_process_choices[-1].name if _process_choices else _from_environment)
+    return _context_choice.get() or _of_process
 
 
 def _publish() -> None:
-    global _latest
+    global _of_process, _latest
+    _of_process = _process_choices[-1].name if _process_choices else _from_environment
     _latest = current()
 
 
 _from_environment = _known(os.environ.get("SSLKERN_BACKEND") or "auto")
+_of_process = _from_environment
 _latest = _from_environment  # for torch.compile, which guards on a global but cannot read a ContextVar
 
+
+# What `find` found, as a small batch feels each question: to be cleared by whoever changes what a backend has or lacks.
+_found: dict[tuple, str | None] = {}
 
 # The backends that have a primitive, the fastest first.
 _OFFERED: dict[str, list[str]] = {}
@@ -98,20 +103,27 @@ for _name, _backend in BACKENDS.items():
         _OFFERED.setdefault(_primitive, []).append(_name)
 
 
-def offered(primitive: str) -> bool:
-    """Whether any backend has it."""
-    return primitive in _OFFERED
-
-
 def chosen() -> str:
     """The name that counts here and now; in compiled code the last one chosen anywhere."""
-    return _latest if torch.compiler.is_compiling() else current()
+    return _latest if torch.compiler.is_compiling() else _context_choice.get() or _of_process
 
 
 def find(primitive: str, x: Tensor, **options) -> str | None:
     """The backend that runs `primitive` on features x: under "auto" the fastest that can, else the one asked for by
     name; None if it cannot. options: what else a backend may decide by, see `resolve`."""
-    return _find(primitive, chosen(), x.device.type, x.dtype, x, options)
+    if torch.compiler.is_compiling():
+        return _find(primitive, _latest, x.device.type, x.dtype, x, options)
+    choice = _context_choice.get() or _of_process
+    key = primitive, choice, x.device, x.dtype, *options.values()
+    try:
+        return _found[key]
+    except TypeError:  # traced sizes have no hash
+        return _find(primitive, choice, x.device.type, x.dtype, x, options)
+    except KeyError:
+        if len(_found) >= 1024:
+            _found.clear()
+        found = _found[key] = _find(primitive, choice, x.device.type, x.dtype, x, options)
+        return found
 
 
 def resolve(primitive: str, x: Tensor, **options) -> str:

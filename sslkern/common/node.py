@@ -96,10 +96,6 @@ class Node:
                 ctx.set_materialize_grads(False)
             save(ctx, inputs, output)
 
-        def setup_eager(ctx, inputs, output):
-            ctx.eager = True
-            setup(ctx, inputs, output)
-
         if isinstance(function, Operator):
             name, kernel, seen = function.name, function.function, function.registered
             torch.library.register_autograd(f"sslkern::{name}", backward, setup_context=setup, lib=library)
@@ -109,9 +105,7 @@ class Node:
             self.registered = _autograd_function(name, seen, setup, backward).apply
         self.function = kernel
         self.transformed = _autograd_function(name, seen, setup, backward, jvp or no_forward_mode).apply
-        # The apply of C++: that of torch.autograd.Function first looks for torch.func, as `way` does, and for the names
-        # of arguments.
-        self.eager = super(torch.autograd.Function, _autograd_function(name, kernel, setup_eager, backward)).apply
+        self.eager = _eager_apply(_autograd_function(name, kernel, setup, backward))
 
     def way(self, learns: bool, *tensors: Tensor | None) -> Callable:
         """What to call with inputs of which these are the tensors. learns: whether one of them gets a gradient."""
@@ -128,6 +122,14 @@ def _autograd_function(name, function, setup, backward, jvp=None) -> type[torch.
     parts = dict(forward=function, setup_context=setup, backward=backward, jvp=jvp)
     parts = {part: staticmethod(of) for part, of in parts.items() if of is not None}  # the compiler takes no jvp
     return type(f"sslkern::{name}", (torch.autograd.Function,), parts | {"generate_vmap_rule": True})
+
+
+def _eager_apply(function: type[torch.autograd.Function]) -> Callable:
+    """Its apply of C++: that of torch.autograd.Function first looks for torch.func, as `way` does, and for the names of
+    arguments. What the engine calls in the backward is the one of the function, past another `apply` of Python."""
+    context = function._backward_cls
+    context.apply, context.eager = function.backward, True
+    return super(torch.autograd.Function, function).apply
 
 
 def _without_none(function: Callable) -> Callable:

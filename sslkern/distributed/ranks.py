@@ -106,12 +106,13 @@ _place._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, 
 
 
 _warned = False
+_available = dist.is_available()
 
 
 def alone() -> None:
     """A loss without a group in a process among others: to torch, None means all of them. Said once."""
     global _warned
-    if _warned or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if _warned or not (_available and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     _warned = True
     frame, level = sys._getframe(), 1

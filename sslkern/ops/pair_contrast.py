@@ -11,8 +11,8 @@ nodes, here one, composed of the primitives `unit_pairs`, `similarity_lse` and `
 
 Where the losses are only summed up, their gradient but for one factor is known in the forward. A backend may have all
 of that, for few rows that would wait for launches: `pair_contrast_fwd`, `pair_contrast_fake` and `pair_contrast_bwd`
-with the arguments of `_whole_forward`, `_whole_fake` and `_scale` but the last, the first with a `_share` for the
-reduction; what it keeps for the backward is its own affair.
+with the arguments of the operators `small_pair_contrast` and `small_pair_contrast_bwd` but the last; what it keeps is
+its own affair.
 """
 
 from typing import NamedTuple
@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import find, kept_rows, load, offered, resolve_each
+from ..backends import find, kept_rows, load, resolve_each
 from ..backends.problem import Problem
 from ..common.node import Node, Operator, from_eager, once, outside_autograd, past_dispatcher_in
 from ..common.rows import dots, row_numbers, unit
 from ..common.sums import dot
-from ..common.tensors import accumulator, apart, transformed
+from ..common.tensors import accumulator, transformed
 from ._dense import dense_contrast, few, reduced
 from .problem import scale_parts
 from .queue_push import queue_push_
@@ -74,7 +74,7 @@ def pair_contrast(
     # Keys that do not learn are not kept: a queue may be overwritten before the backward.
     frozen = mode == "one_way" and (bank is not None or not (y.requires_grad or transformed()))
     by_formula = torch.compiler.is_compiling() and not frozen and few_pairs(x, rows, ids)
-    if reduction != "none" and not (by_formula and x.device.type == "cpu") and offered("pair_contrast"):
+    if reduction != "none" and not (by_formula and x.device.type == "cpu"):
         sizes = (1, rows, rows if bank is None else bank.shape[0], x.shape[1])
         backend = find("pair_contrast", x, sizes=sizes, bank=bank is not None, sigmoid=False)
         if backend is not None:
@@ -287,7 +287,7 @@ def pair_sigmoid(
     reduction: str,
 ) -> Tensor | None:
     """SigLIP's loss 0-d of x, y [N, D], by a backend that has all of it; else None."""
-    if reduction == "none" or not offered("pair_contrast"):
+    if reduction == "none":
         return None
     backend = find("pair_contrast", x, sizes=(1, x.shape[0], *x.shape), bank=False, sigmoid=True)
     if backend is None:
@@ -300,32 +300,27 @@ def _whole(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     scale_tensor, scale = scale_parts(scale, x)
     bias_tensor, bias = scale_parts(bias, x) if mode == "sigmoid" else (None, 0.0)
-    learning, learn = torch.is_grad_enabled(), (x, y, scale_tensor, bias_tensor)
-    needs = [learning and side is not None and (side.requires_grad or transformed()) for side in learn]
-    way = _node_of_whole.way(any(needs), x, y, bank, scale_tensor, bias_tensor, ids, ptr)
+    need_x = need_y = need_scale = need_bias = False
+    if torch.is_grad_enabled():
+        need_x, need_y = x.requires_grad or transformed(), y.requires_grad or transformed()
+        need_scale = scale_tensor is not None and (scale_tensor.requires_grad or transformed())
+        need_bias = bias_tensor is not None and (bias_tensor.requires_grad or transformed())
+    learns = need_x or need_y or need_scale or need_bias
+    way, later = _node_of_whole.way(learns, x, y, bank, scale_tensor, bias_tensor, ids, ptr), None
     # An operator that has a derivative may write nothing, so compiled code pushes by another one.
-    within = ptr is not None and way in (_node_of_whole.eager, _node_of_whole.function) and bank.is_contiguous()
-    problem, options = (x, y, bank, scale_tensor, scale, bias_tensor, bias, ids), (mode, normalize, unit_bank)
-    loss, positive, top, *_ = way(*problem, ptr if within else None, *options, best, reduction, *needs, backend)
-    if ptr is not None and not within:
-        queue_push_(bank, ptr, y, normalize)
+    if ptr is not None and not (way in (_node_of_whole.eager, _node_of_whole.function) and bank.is_contiguous()):
+        ptr, later = None, ptr
+    loss, positive, top, *_ = way(
+        x, y, bank, scale_tensor, scale, bias_tensor, bias, ids, ptr, mode, normalize, unit_bank, best, reduction,
+        need_x, need_y, need_scale, need_bias, backend,
+    )  # fmt: skip
+    if later is not None:
+        queue_push_(bank, later, y, normalize)
     return (loss, positive, top) if best else (loss, None, None)
 
 
-def _whole_forward(x, y, bank, scale_tensor, scale, bias_tensor, bias, ids, ptr, mode, *rest):
-    normalize, unit_bank, best, reduction, need_x, need_y, need_scale, need_bias, backend = rest
-    share = _share(mode, reduction, x.shape[0])  # not before: compiled code would be for one batch size
-    if ptr is not None:
-        x, y = apart(x, bank), apart(y, bank)
-    problem, needs = (x, y, bank, scale_tensor, scale, bias_tensor, bias, ids), (need_x, need_y, need_scale, need_bias)
-    forward = load(backend, "pair_contrast").pair_contrast_fwd
-    return forward(*problem, ptr, mode, normalize, unit_bank, best, share, *needs)
-
-
-def _share(mode: str, reduction: str, N: int) -> float:
-    """What the loss of a row is multiplied by."""
-    share = 1 / (N if reduction == "mean" else 1)
-    return share / 2 if mode == "two_way" or (mode == "views" and reduction == "mean") else share
+def _whole_forward(*inputs):
+    return load(inputs[-1], "pair_contrast").pair_contrast_fwd(*inputs[:-1])
 
 
 def _whole_fake(*inputs):
@@ -334,20 +329,23 @@ def _whole_fake(*inputs):
 
 
 def _whole_save(ctx, inputs, outputs) -> None:
-    x, y, _, scale_tensor, _, bias_tensor, *_, need_x, need_y, need_scale, need_bias, ctx.backend = inputs
+    x, y, _, scale, _, bias = inputs[:6]
+    need_x, need_y, need_scale, need_bias, ctx.backend = inputs[14:]
     ctx.dtype = x.dtype
-    scalars = scale_tensor if need_scale else None, bias_tensor if need_bias else None
-    ctx.save_for_backward(x if need_x else None, y if need_y else None, *scalars, outputs[3])
+    learn = x if need_x else None, y if need_y else None, scale if need_scale else None, bias if need_bias else None
+    ctx.save_for_backward(*learn, outputs[3])
 
 
 def _whole_backward(ctx, g, *_):
     if g is None:
         return (None,) * 19
-    *learn, kept = ctx.saved_tensors
+    x, y, scale, bias, kept = ctx.saved_tensors
     with outside_autograd():
-        grads = _scaled.way_back(ctx, g)(g, *learn, kept, ctx.dtype, ctx.backend)
-    grads = (None if of is None else grad for of, grad in zip(learn, grads, strict=True))
-    dx, dy, dscale, dbias = once((g, *learn), *grads)
+        dx, dy, dscale, dbias = _scaled.way_back(ctx, g)(g, x, y, scale, bias, kept, ctx.dtype, ctx.backend)
+    # An operator returns an empty tensor for None.
+    dx, dy = None if x is None else dx, None if y is None else dy
+    dscale, dbias = None if scale is None else dscale, None if bias is None else dbias
+    dx, dy, dscale, dbias = once((g, x, y, scale, bias), dx, dy, dscale, dbias)
     return dx, dy, None, dscale, None, dbias, *(None,) * 13
 
 

@@ -196,7 +196,9 @@ class Kernel:
         self._launch = Launcher(library(), context, function, starts)
         self._shared = _WITHOUT_ASKING
 
-    def __call__(self, blocks: int, threads: int, stream: int, arguments: tuple, shared: int, cluster: int) -> None:
+    def __call__(
+        self, blocks: int, threads: int, stream: int, arguments: tuple, shared: int = 0, cluster: int = 1
+    ) -> None:
         """Puts it on a stream, the address that torch.cuda.Stream.cuda_stream gives.
 
         Args:

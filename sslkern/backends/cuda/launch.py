@@ -36,7 +36,7 @@ def missing(program: str, arguments: tuple, index: int) -> str | None:
 
     arguments: types of torch, numbers and truth values, as compile.PROGRAMS lists them.
     """
-    found = _kernels(program, arguments, index)
+    found = _loaded.get((program, arguments, index)) or _kernels(program, arguments, index)
     return found if isinstance(found, str) else None
 
 
@@ -143,14 +143,16 @@ def aligned(x: Tensor) -> Tensor:
 
 class Call:
     """The launches of one call of a primitive, by a program with these arguments (see `missing`), on a device and
-    torch's stream there."""
+    torch's `stream` there. kernels: by their names in compile.PROGRAMS."""
+
+    __slots__ = "_device", "_index", "stream", "kernels"
 
     def __init__(self, program: str, device: torch.device, *arguments):
-        self._index, self._stream = place(device)
         self._device = device
-        self._kernels = _kernels(program, arguments, self._index)
-        if isinstance(self._kernels, str):
-            raise RuntimeError(f"backend 'cuda' cannot run {program}: {self._kernels}")
+        self._index, self.stream = place(device)
+        self.kernels = _loaded.get((program, arguments, self._index)) or _kernels(program, arguments, self._index)
+        if isinstance(self.kernels, str):
+            raise RuntimeError(f"backend 'cuda' cannot run {program}: {self.kernels}")
 
     @property
     def processors(self) -> int:
@@ -158,14 +160,14 @@ class Call:
 
     @property
     def _context(self) -> driver.Context:
-        return next(iter(self._kernels.values())).context
+        return next(iter(self.kernels.values())).context
 
     def launch(
         self, kernel: str, blocks: int, *arguments, threads: int = THREADS, shared: int = 0, cluster: int = 1
     ) -> None:
         """kernel: its name in compile.PROGRAMS. Arguments are numbers; a tensor is what `address`, `matrix` or `vector`
         says of it. shared: bytes of dynamic shared memory; cluster: blocks that run together."""
-        self._kernels[kernel](blocks, threads, self._stream, arguments, shared, cluster)
+        self.kernels[kernel](blocks, threads, self.stream, arguments, shared, cluster)
 
     def matrix(self, name: str, x: Tensor, box_rows: int) -> bytes:
         """A tensor map of x [N, D], bf16 or fp16, in boxes [box_rows, 64] with the swizzle of 128 bytes. Boxes may

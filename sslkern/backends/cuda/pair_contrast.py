@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...common.tensors import apart
 from . import driver
 from .launch import PIECE, Call, at_most, missing, teams, width
 
-FP32 = torch.float32
+FP32, CONTIGUOUS = torch.float32, torch.contiguous_format
 ROWS, WARPS, THREADS = 16, 8, 256  # as in kernels/pair_contrast.h
 MODES = "views", "one_way", "two_way", "sigmoid"
 MOST_ROWS = 1024  # that have negatives; more keep a GPU busy in kernels of their own
@@ -92,6 +93,24 @@ def _plan(dtype: torch.dtype, D: int, bank: bool, sigmoid: bool) -> Plan:
     return Plan(*kernels, shape, shape.shared(D, dtype), _factors(ROWS * _pitch(D), dtype))
 
 
+class Sizes(NamedTuple):
+    """Of a call: blocks of rows of a side, sides that have negatives, parts of the gradient of a scalar, and what the
+    loss of a row is multiplied by."""
+
+    blocks: int
+    sides: int
+    parts: int
+    share: float
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes(N: int, mode: str, reduction: str, over_bank: bool) -> Sizes:
+    share = 1 / (N if reduction == "mean" else 1)
+    if mode == "two_way" or (mode == "views" and reduction == "mean"):
+        share /= 2
+    return Sizes(_blocks(N), _sides(mode), _scale_parts(N, over_bank), share)
+
+
 def pair_contrast_fwd(
     x: Tensor,
     y: Tensor,
@@ -106,45 +125,62 @@ def pair_contrast_fwd(
     normalize: bool,
     unit_bank: bool,
     best: bool,
-    share: float,
+    reduction: str,
     need_x: bool,
     need_y: bool,
     need_scale: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, ...]:
-    """loss [] = share * the sum of the losses; positive [N] and best [sides, N] if asked for; and kept, for an upstream
-    gradient of 1 that of x, y or both, [N, D] each, and then those of scale_tensor and bias_tensor in parts. With a ptr
-    y is pushed onto the bank, which is contiguous then and shares no memory with x and y."""
-    (N, D), dtype, learn, over_bank = x.shape, x.dtype, need_x + need_y, bank is not None
-    x, y, plan = x.contiguous(), y.contiguous(), _plan(dtype, D, over_bank, mode == "sigmoid")
-    loss, parts, numbers = x.new_empty((), dtype=FP32), _scale_parts(N, over_bank), need_scale + need_bias
-    kept = x.new_empty(learn * N * D + parts * numbers, dtype=FP32) if learn or numbers else None
-    positive, top = (x.new_empty(N, dtype=FP32), x.new_empty(_sides(mode), N, dtype=FP32)) if best else (None, None)
-    call = Call(plan.program, x.device, *plan.arguments)
-    from_x, from_y = call.address("x", x, dtype, N * D), call.address("y", y, dtype, N * D)
-    from_ids = 0 if ids is None else call.address("ids", ids.contiguous(), torch.int64, N)
-    by = 0 if scale_tensor is None else call.address("scale", scale_tensor, FP32, 1)
-    above = 0 if bias_tensor is None else call.address("bias", bias_tensor, FP32, 1)
-    from_bank, keys = 0, 0
+    """loss []; positive [N] and best [sides, N] if asked for; and kept, for an upstream gradient of 1 that of x, y or
+    both, [N, D] each, and then those of scale_tensor and bias_tensor in parts. With a ptr y is pushed onto the bank,
+    which is contiguous then."""
+    if ptr is not None:
+        x, y = apart(x, bank), apart(y, bank)
+    (N, D), dtype, over_bank = x.shape, x.dtype, bank is not None
+    program, arguments, shape, shared, own = _plan(dtype, D, over_bank, mode == "sigmoid")
+    blocks, sides, parts, share = _sizes(N, mode, reduction, over_bank)
+    call = Call(program, x.device, *arguments)
+    x, y = x.contiguous(), y.contiguous()
+    from_x, from_y = x.data_ptr(), call.address("y", y, dtype, N * D)
+    from_bank = keys = from_ids = by = above = grad = dscale = dbias = to_positive = to_top = 0
+    kept = positive = top = None
     if over_bank:
         bank, keys = bank.contiguous(), bank.shape[0]
         from_bank = call.address("bank", bank, dtype, keys * D)
+    if ids is not None:
+        ids = ids.contiguous()
+        from_ids = call.address("ids", ids, torch.int64, N)
+    if scale_tensor is not None:
+        by = call.address("scale", scale_tensor, FP32, 1)
+    if bias_tensor is not None:
+        above = call.address("bias", bias_tensor, FP32, 1)
+    loss = x.new_empty((), dtype=FP32)
+    features = N * D * (need_x + need_y)
+    numbers = features + parts * (need_scale + need_bias)
+    if numbers > 0:
+        kept = x.new_empty(numbers, dtype=FP32)
+        grad = kept.data_ptr()
+        if need_scale:
+            dscale = grad + 4 * features
+        if need_bias:
+            dbias = grad + 4 * (numbers - parts)
+    if best:
+        positive, top = x.new_empty(N, dtype=FP32), x.new_empty(sides, N, dtype=FP32)
+        to_positive, to_top = positive.data_ptr(), top.data_ptr()
     whole = D % PIECE == 0 and (from_x | from_y | from_bank) % 16 == 0
-    given = from_x, from_y, from_bank, from_ids, by, above, scale, bias, N, keys, D, MODES.index(mode)
-    given += normalize, unit_bank, whole
-    grad, shared = _start(kept), plan.shared
-    statistics, dscale = (_start(top), _start(positive)), grad + 4 * learn * N * D
-    gradients = share, need_x + 2 * need_y, loss.data_ptr(), grad, dscale if need_scale else 0
+    mode = MODES.index(mode)
+    given = from_x, from_y, from_bank, from_ids, by, above, scale, bias, N, keys, D, mode, normalize, unit_bank, whole
+    to_gradients = share, need_x + 2 * need_y, loss.data_ptr(), grad, dscale
     if not over_bank:
-        blocks, scratch = _blocks(N), x.new_empty(5 * N, dtype=FP32)
+        scratch = x.new_empty(5 * N, dtype=FP32)
         lse = scratch.data_ptr()
-        given += lse, lse + 4 * 2 * N, lse + 4 * 3 * N  # and cosines and lengths
-        call.launch("pair_scores<{0}, {3}>", _sides(mode) * blocks, *given, *statistics, shared=plan.own)
-        blocks, dbias = 1 if kept is None else 2 * blocks, dscale + 4 * parts * need_scale if need_bias else 0
-        call.launch("pair_gradients<{0}, {1}, {2}, {3}>", blocks, *given, *gradients, dbias, shared=shared)
+        given += lse, lse + 8 * N, lse + 12 * N  # and cosines and lengths
+        scores, gradients = call.kernels["pair_scores<{0}, {3}>"], call.kernels["pair_gradients<{0}, {1}, {2}, {3}>"]
+        scores(sides * blocks, THREADS, call.stream, (*given, to_top, to_positive), own)
+        gradients(1 if kept is None else 2 * blocks, THREADS, call.stream, (*given, *to_gradients, dbias), shared)
         return loss, positive, top, kept
 
-    groups, passes = -(-N // plan.shape.rows), max(1, -(-keys // plan.shape.of_pass))
+    groups, passes = -(-N // shape.rows), max(1, -(-keys // shape.of_pass))
     each = -(-passes // max(1, call.processors // groups))
     parts = -(-passes // each)
     scratch = x.new_empty(2 + N * (3 + parts * (3 + D)), dtype=FP32)  # where the queue begins, and what is found
@@ -158,7 +194,7 @@ def pair_contrast_fwd(
     writers = 0 if ptr is None else by.blocks(min(N, keys))
     ring = *by, from_bank, pointer, start, writers
     blocks = 1 + (0 if kept is None else N) + writers
-    call.launch("bank_gradients<{0}>", blocks, *given, *found, parts, *gradients, *statistics, *ring)
+    call.launch("bank_gradients<{0}>", blocks, *given, *found, parts, *to_gradients, to_top, to_positive, *ring)
     if ptr is not None and not bank.is_inference():  # the kernel's write is invisible to autograd otherwise
         torch.autograd.graph.increment_version((bank, ptr))
     return loss, positive, top, kept
@@ -200,27 +236,29 @@ def pair_contrast_bwd(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of those of x, y (of this type) and the scalars that are given, from g [] and what was kept."""
-    dx, dy, dscale, dbias = _like(x), _like(y), _like(scale_tensor), _like(bias_tensor)
-    one = dy if dx is None else dx
-    numbers = 0 if one is None else one.numel()
-    before = numbers * ((dx is not None) + (dy is not None))
+    dx = dy = dscale = dbias = None
+    to_x = to_y = to_scale = to_bias = numbers = sides = scalars = 0
+    if x is not None:
+        dx = torch.empty_like(x, memory_format=CONTIGUOUS)
+        to_x, numbers, sides = dx.data_ptr(), dx.numel(), 1
+    if y is not None:
+        dy = torch.empty_like(y, memory_format=CONTIGUOUS)
+        to_y, numbers, sides = dy.data_ptr(), dy.numel(), sides + 1
+    if scale_tensor is not None:
+        dscale = torch.empty_like(scale_tensor)
+        to_scale, scalars = dscale.data_ptr(), 1
+    if bias_tensor is not None:
+        dbias = torch.empty_like(bias_tensor)
+        to_bias, scalars = dbias.data_ptr(), scalars + 1
+    before = numbers * sides
+    parts = (kept.numel() - before) // scalars if scalars else 0
     grad = kept.data_ptr()
     call = Call("scaled_gradients", g.device, dtype)
     from_g = call.address("g", g.contiguous(), FP32, 1)
-    blocks = max(1, at_most(-(-numbers // (4 * THREADS))))
-    parts = (kept.numel() - before) // max(1, (dscale is not None) + (dbias is not None))
-    given = numbers, parts, from_g, grad, grad + 4 * before
-    call.launch("scaled_gradients<{0}>", blocks, *given, _start(dx), _start(dy), _start(dscale), _start(dbias))
+    blocks = at_most(-(-numbers // (4 * THREADS)) or 1)
+    given = numbers, parts, from_g, grad, grad + 4 * before, to_x, to_y, to_scale, to_bias
+    call.kernels["scaled_gradients<{0}>"](blocks, THREADS, call.stream, given)
     return dx, dy, dscale, dbias
-
-
-def _like(x: Tensor | None) -> Tensor | None:
-    return None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _start(x: Tensor | None) -> int:
-    """Where a tensor that was made here lies."""
-    return 0 if x is None else x.data_ptr()
 
 
 def _blocks(rows: int) -> int:
