@@ -62,6 +62,11 @@ def map_given(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> 
     return [None if x is None else function(x) for x in tensors]
 
 
+def zeros_needed(dtype: torch.dtype, *results: tuple[bool, Tensor | None]) -> list[Tensor | None]:
+    """Of each (needed, like) zeros of its shape in that type; None where they are not needed."""
+    return [torch.zeros_like(like, dtype=dtype) if needed else None for needed, like in results]
+
+
 def needed(needs: Sequence[bool], *tensors: Tensor | None) -> list[Tensor | None]:
     """Each tensor that is needed; None for the others."""
     return [x if need else None for need, x in zip(needs, tensors, strict=True)]

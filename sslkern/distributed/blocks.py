@@ -12,9 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.problem import Problem, keys_of
 from ..common.autocast import cat
+from ..common.tensors import map_given
+from . import cost
 from .collectives import Post, exchange_rows, gather_rows, group_of, happened
-from .cost import DEVICES, Problem, choose
+from .cost import DEVICES, choose
 from .preflight import equal_rows
 from .ranks import Ranks
 from .schedule import Schedule
@@ -33,9 +36,9 @@ def strategy_of(ranks: Ranks, keys: Tensor, itself: bool, shard: int = 0) -> str
         return ranks.strategy
     if torch.compiler.is_compiling():
         return "all_gather"
-    rows = max(ranks.counts) if ranks.counts else keys.shape[-2]
+    rows = max(ranks.counts, default=keys.shape[-2])
     device = DEVICES.get(keys.device.type, DEVICES["cuda"])
-    return choose(Problem(rows, keys.shape[-1], ranks.size, itself, keys.element_size(), shard), device)
+    return choose(cost.Problem(rows, keys.shape[-1], ranks.size, itself, keys.element_size(), shard), device)
 
 
 class Place(NamedTuple):
@@ -71,6 +74,21 @@ class Block:
 Tensors = Sequence[Tensor | None]
 
 
+def keys_for_all(problem: Problem) -> Tensors:
+    """What other ranks need of this one's keys."""
+    ids = problem.k_ids
+    if problem.k is None:
+        ids = problem.q_ids
+    return [keys_of(problem), ids, problem.k_bias]
+
+
+def shared(tensors: Tensors, place: Place) -> Tensors:
+    """What `blocks` takes, from this rank's rows."""
+    if place.strategy == "ring":
+        return tensors
+    return gathered(tensors, place)
+
+
 def gathered(tensors: Tensors, place: Place) -> Tensors:
     """The rows of all ranks: features in one exchange, and everything that has a number for each row in another."""
     dim = place.dim
@@ -84,7 +102,7 @@ def gathered(tensors: Tensors, place: Place) -> Tensors:
         parts = gather_rows(cat(byrow, 1), place.counts, place.group).split([x.shape[1] for x in byrow], 1)
         vectors = [_rows_of(part, x, dim) for part, x in zip(parts, vectors, strict=True)]
     vectors = iter(vectors)
-    return [None if x is None else next(vectors) if x.ndim == dim + 1 else everyones(x) for x in tensors]
+    return map_given(lambda x: next(vectors) if x.ndim == dim + 1 else everyones(x), *tensors)
 
 
 def _rows_of(part: Tensor, like: Tensor, dim: int) -> Tensor:
@@ -122,10 +140,13 @@ def blocks(
 def _at_once(place, schedule, tensors, apart, results, arrive):
     dim, M = place.dim, sum(place.counts)
     visited = [step.compute for step in schedule if step.compute is not None]
-    collected = [x.new_zeros(*x.shape[:dim], M, *x.shape[dim + 1 :]) for x in results] if apart else []
-    for first, last in _runs(visited, place.rank if apart else None):
+    collected, alone = [], None
+    if apart:
+        collected = [x.new_zeros(*x.shape[:dim], M, *x.shape[dim + 1 :]) for x in results]
+        alone = place.rank
+    for first, last in _runs(visited, alone):
         start, size = sum(place.counts[:first]), sum(place.counts[first:last])
-        block = Block(first, last, [None if x is None else x.narrow(dim, start, size) for x in tensors])
+        block = Block(first, last, [x if x is None else x.narrow(dim, start, size) for x in tensors])
         yield block
         if not apart:  # one block of everything
             collected = block.results
@@ -154,20 +175,21 @@ def _runs(ranks: list[int], apart: int | None) -> Iterator[tuple[int, int]]:
 
 
 def _one_by_one(place, schedule, tensors, apart, results, arrive):
-    keys, given = _Packed(tensors, place), _Packed(results, place)
-    here, made = keys.packed(tensors, place.rank), None
+    packed = {"keys": _Packed(tensors, place), "result": _Packed(results, place)}
+    keys, given = packed.values()
+    sent = {"keys": keys.packed(tensors, place.rank), "result": None}  # what this rank has for the next
     for number, step in enumerate(schedule):
-        coming = [((keys if m.what == "keys" else given).empty(m.block), m) for m in step.receives]
+        coming = [(packed[m.what].empty(m.block), m) for m in step.receives]
         happened("post", number)
-        sends = [(here if m.what == "keys" else made, m.peer, m.what) for m in step.sends]
+        sends = [(sent[m.what], m.peer, m.what) for m in step.sends]
         post = Post(sends, [(x, m.peer, m.what) for x, m in coming], place.group)
-        made = None
+        sent["result"] = None
         if step.compute is not None:
-            block = Block(step.compute, step.compute + 1, keys.unpacked(here, step.compute))
+            block = Block(step.compute, step.compute + 1, keys.unpacked(sent["keys"], step.compute))
             happened("compute", number)
             yield block
             if results and step.compute != place.rank:
-                made = given.packed(block.results, step.compute)
+                sent["result"] = given.packed(block.results, step.compute)
             elif results and not apart:
                 arrive(place.rank, block.results)
             block.results = ()
@@ -178,7 +200,7 @@ def _one_by_one(place, schedule, tensors, apart, results, arrive):
             if message.what == "result":
                 arrive(message.peer, given.unpacked(x, place.rank))
             else:
-                here = x
+                sent["keys"] = x
         x = post = None  # what has been sent or added up is let go before there is more
 
 
@@ -195,8 +217,11 @@ class _Packed:
         """Where the bytes of each tensor are, and the shape that it has for the rows of that rank."""
         parts, start, dim = [], 0, self.place.dim
         for x in self.like:
-            shape = [0] if x is None else [*x.shape[:dim], self.place.counts[rank], *x.shape[dim + 1 :]]
-            stop = start + (0 if x is None else math.prod(shape) * x.element_size())
+            if x is None:
+                parts.append((slice(start, start), [0]))
+                continue
+            shape = [*x.shape[:dim], self.place.counts[rank], *x.shape[dim + 1 :]]
+            stop = start + math.prod(shape) * x.element_size()
             parts.append((slice(start, stop), shape))
             start = -(-stop // ALIGNED) * ALIGNED
         return parts

@@ -95,8 +95,10 @@ def cost(strategy: str, problem: Problem, device: Device) -> Cost:
     n, D, W, itself, b, shard = problem
     a = max(b, 4)
     keys, sums, gradient = n * (D * b + 8), n * a, n * D * a
-    phase = _overlapped if strategy == "ring" else _one_after_the_other
-    again = keys if strategy == "ring" else 0
+    if strategy == "ring":
+        phase, again = _overlapped, keys  # keys travel once more in the backward
+    else:
+        phase, again = _one_after_the_other, 0
     if shard:
         result = gradient + sums
         forward = phase(ring(0, W, results=True), problem, device, 2, n * D * b, result)

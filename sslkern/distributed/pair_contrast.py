@@ -8,9 +8,10 @@ from torch import Tensor
 from ..common.autocast import cat, stack
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
+from ..common.tensors import map_given
 from ..ops.pair_contrast import pair_contrast
 from .ranks import Ranks, copies, row_ids
-from .similarity_lse import similarity_lse
+from .similarity_lse import parts, similarity_lse
 
 
 def pair_contrast_over(ranks: Ranks) -> Callable:
@@ -37,14 +38,18 @@ def _pair_contrast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if bank is not None:
         return pair_contrast(x, y, scale, ids, mode, normalize, best, bank, reduction)
-    ids = row_ids(x.shape[0], x.device, ranks) if ids is None else ids
-    x, y = (unit(x), unit(y)) if normalize else (x, y)
+    N = x.shape[0]
+    if ids is None:
+        ids = row_ids(N, x.device, ranks)
+    if normalize:
+        x, y = unit(x), unit(y)
     positive = times(dots(x, y), scale)
     if mode == "views":
         out = similarity_lse(cat((x, y)), None, scale, q_ids=ids.repeat(2), best=best, ranks=copies(ranks, 2))
     else:
         out = similarity_lse(x, y, scale, q_ids=ids, k_ids=ids, columns=mode == "two_way", best=best, ranks=ranks)
-    *sides, top = out if best else (*out, None) if mode == "two_way" else (out, None)
-    N, views = x.shape[0], 1 + (mode == "views")
+    sides, top = parts(out, best)
+    views = 1 + (mode == "views")
     negatives = stack([view for side in sides for view in side.view(views, N)])
-    return pair_loss(negatives, positive), positive.detach(), top.view(negatives.shape) if best else None
+    (top,) = map_given(lambda x: x.view(negatives.shape), *top or [None])
+    return pair_loss(negatives, positive), positive.detach(), top

@@ -25,10 +25,10 @@ from ..backends.problem import Problem, full_scale_of, keys_of, tensors_of
 from ..common.arguments import check_flags
 from ..common.autocast import cat, stack
 from ..common.node import Node, Operator, once
-from ..common.tensors import accumulator, transformed
+from ..common.tensors import accumulator, needed, transformed, zeros_needed
 from ..ops.problem import SCHEMA, checked_problem, empty_gradients, gradients_of, options
 from ..ops.similarity_lse import frozen_backward, frozen_save
-from .blocks import PLACE, Place, blocks, gathered, place_of, strategy_of
+from .blocks import PLACE, Place, blocks, gathered, keys_for_all, place_of, shared, strategy_of
 from .contract import gathered_rows
 from .ranks import Ranks
 from .schedule import ring, triangle
@@ -66,23 +66,19 @@ def similarity_lse(
     learns = keys_learn or any(x is not None and x.requires_grad for x in (q, problem.scale_tensor))
     learns = learns and (torch.is_grad_enabled() or transformed())
     place = *place_of(ranks, strategy_of(ranks, keys_of(problem), k is None)), chosen()
+    col = None
     if learns and not (columns or keys_learn or k is None):
         row, _, top = _frozen.way(True, *tensors_of(problem))(*problem, best, *place)
-        return (row, top) if best else row
-    row, col, top, *_ = _lse.way(learns, *tensors_of(problem))(*problem, columns, best, learns, *place)
-    if columns:
-        return (row, col, top) if best else (row, col)
-    return (row, top) if best else row
+    else:
+        row, col, top, *_ = _lse.way(learns, *tensors_of(problem))(*problem, columns, best, learns, *place)
+    found = (row, *(col,) * columns, *(top,) * best)
+    if len(found) == 1:
+        return row
+    return found
 
 
 def _is_symmetric(problem: Problem) -> bool:
     return problem.k is None and problem.k_bias is None and problem.q_limit is None
-
-
-def _keys(problem: Problem) -> list[Tensor | None]:
-    """What other ranks need of this one's keys."""
-    ids = problem.q_ids if problem.k is None else problem.k_ids
-    return [keys_of(problem), ids, problem.k_bias]
 
 
 def _given(problem: Problem) -> dict:
@@ -100,53 +96,74 @@ def _forward(*inputs):
     q, keys, symmetric, itself = problem.q, keys_of(problem), _is_symmetric(problem), problem.k is None
     place = Place.of(keys, group, counts, strategy)
     N, columns = q.shape[-2], columns or symmetric
-    order = triangle(place.rank, place.size) if symmetric else ring(place.rank, place.size, results=columns)
-    shared = _keys(problem) if strategy == "ring" else gathered(_keys(problem), place)
-    kept = shared if keep and strategy != "ring" else (None,) * 3
+    order = ring(place.rank, place.size, results=columns)
+    if symmetric:
+        order = triangle(place.rank, place.size)
+    everyones = shared(keys_for_all(problem), place)
+    kept = (None,) * 3
+    if keep and strategy != "ring":
+        kept = everyones
     of_key = keys.new_empty(keys.shape[:-1], dtype=accumulator(q))
-    results = ([of_key, of_key] if best else [of_key]) if columns else []
+    results = columns * (1 + best) * [of_key]
     own, theirs = {}, {}  # by rank: of the rows over its keys; of the keys over its rows
 
     with torch.no_grad(), use_backend(backend):
-        for block in blocks(place, order, shared, itself, results, theirs.__setitem__):
+        for block in blocks(place, order, everyones, itself, results, theirs.__setitem__):
             k, k_ids, k_bias = block.tensors
             if itself and block.first == place.rank:
                 k = k_ids = None
             both = columns and k is not None
             out = ops.similarity_lse(q, k, **_given(problem), k_ids=k_ids, k_bias=k_bias, columns=both, best=best)
-            out = out if isinstance(out, tuple) else (out,)
-            own[block.first] = (out[0], out[-1][..., :N]) if best else out[:1]
+            sums, top = parts(out, best)
+            own[block.first] = (sums[0], *(x[..., :N] for x in top))
             if both:
-                block.results = (out[1], out[-1][..., N:]) if best else out[1:]
+                block.results = (sums[1], *(x[..., N:] for x in top))
         if symmetric:  # what others computed for these keys belongs to the same rows
             own |= theirs
         row, top = merged(own, best)
         if not columns or symmetric:
             return row, None, top, *kept
         col, col_top = merged(theirs, best)
-        return row, col, cat((top, col_top), -1) if best else None, *kept
+        if best:
+            top = cat((top, col_top), -1)
+        return row, col, top, *kept
+
+
+def parts(out: Tensor | tuple[Tensor, ...], best: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The log-sum-exps, and the best scores, of what the primitive returned."""
+    if not isinstance(out, tuple):
+        return [out], []
+    if not best:
+        return out, []
+    return out[:-1], out[-1:]
 
 
 def merged(partials: dict[int, Sequence[Tensor]], best: bool) -> tuple[Tensor, Tensor | None]:
     """The log-sum-exps and best scores over all keys from those over the keys of some ranks, in the order of these."""
     lse, *tops = zip(*(partials[rank] for rank in sorted(partials)), strict=True)
-    lse = lse[0] if len(lse) == 1 else stack(lse).logsumexp(0)
-    return lse, stack(tops[0]).amax(0) if best else None
+    top = None
+    if best:
+        top = stack(tops[0]).amax(0)
+    if len(lse) == 1:
+        return lse[0], top
+    return stack(lse).logsumexp(0), top
 
 
 def _fake(*inputs):
     *problem, columns, best, keep, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
-    q, keys, ids, bias = problem.q, *_keys(problem)
+    q, keys = problem.q, keys_of(problem)
     row = q.new_empty(q.shape[:-1], dtype=accumulator(q))
-    col = row.new_empty(keys.shape[:-1] if columns else 0)
-    both = (*q.shape[:-2], q.shape[-2] + keys.shape[-2]) if columns else q.shape[:-1]
+    of_both = (*q.shape[:-2], q.shape[-2] + columns * keys.shape[-2])
+    col, top = empty_gradients(q, (columns, keys.shape[:-1]), (best, of_both))
     M = gathered_rows(keys.shape[-2], counts, group)
-    kept = [x if keep and strategy != "ring" else None for x in (keys, ids, bias)]
-    kept = [
-        row.new_empty(0) if x is None else x.new_empty(*keys.shape[:-2], M, *x.shape[keys.ndim - 1 :]) for x in kept
-    ]
-    return row, col, row.new_empty(both if best else 0), *kept
+    kept = []
+    for x in keys_for_all(problem):
+        if x is None or not keep or strategy == "ring":
+            kept.append(row.new_empty(0))
+        else:
+            kept.append(x.new_empty(*keys.shape[:-2], M, *x.shape[keys.ndim - 1 :]))
+    return row, col, top, *kept
 
 
 def _save(ctx, inputs, outputs) -> None:
@@ -154,25 +171,26 @@ def _save(ctx, inputs, outputs) -> None:
     row, col, _, *everyones = outputs
     problem = Problem(*problem)
     ctx.scale, ctx.same = problem.scale, problem.same
-    gathered = [own is not None and ctx.strategy != "ring" for own in _keys(problem)]
-    everyones = [x if there else None for x, there in zip(everyones, gathered, strict=True)]
-    ctx.save_for_backward(*tensors_of(problem), row, col if ctx.columns else None, *everyones)
+    there = [own is not None and ctx.strategy != "ring" for own in keys_for_all(problem)]
+    ctx.save_for_backward(*tensors_of(problem), row, *needed([ctx.columns, *there], col, *everyones))
 
 
 def _backward(ctx, g, h, *_):
-    h = h if ctx.columns else None
+    if not ctx.columns:
+        h = None
     if g is None and h is None:
         return (None,) * 16
     *tensors, row, col, keys, ids, bias = ctx.saved_tensors
     problem = Problem.of(tensors, ctx.scale, ctx.same)
     need_q, need_k, need_scale, _, _, _, _, need_bias, *_ = ctx.needs_input_grad
-    row, col = None if g is None else row, None if h is None else col
+    row, col = needed([g is not None, h is not None], row, col)
     with torch.no_grad():
         place = ctx.group, ctx.counts, ctx.strategy
         inputs = *problem, row, col, g, h, keys, ids, bias, need_q, need_k, need_scale, need_bias, *place, ctx.backend
         dq, dk, dscale, dbias = _gradients.way_back(ctx, g, h)(*inputs)
         dq, dk, dscale = gradients_of(problem, dq, dk, dscale, need_q, need_k, need_scale)
-    dq, dk, dscale, dbias = once((g, h, *tensors), dq, dk, dscale, dbias if need_bias else None)
+        (dbias,) = needed([need_bias], dbias)
+    dq, dk, dscale, dbias = once((g, h, *tensors), dq, dk, dscale, dbias)
     return dq, dk, dscale, None, None, None, None, dbias, *(None,) * 8
 
 
@@ -182,18 +200,18 @@ def _gradients_of(*inputs):
     problem = Problem(*problem)
     q, symmetric, itself = problem.q, _is_symmetric(problem), problem.k is None
     place = Place.of(keys_of(problem), group, counts, strategy, backward=True)
-    of_keys = [row, g] if symmetric else [col, h]
+    of_keys = [col, h]
+    if symmetric:
+        of_keys = [row, g]
     if strategy == "ring":
-        shared = [*_keys(problem), *of_keys]
-    else:
-        shared = [keys, ids, bias, *gathered(of_keys, place)]
-    # Of q with itself dk belongs to the same rows as dq; of the symmetric one it is in dq.
-    need_k = need_q and not symmetric if itself else need_k
+        everyones = [*keys_for_all(problem), *of_keys]
+    else:  # the keys of all are there since the forward
+        everyones = [keys, ids, bias, *gathered(of_keys, place)]
     dtype = accumulator(q)
-    dq = torch.zeros_like(q, dtype=dtype) if need_q else None
-    dk = dq if itself else torch.zeros_like(problem.k, dtype=dtype) if need_k else None
-    dscale = q.new_zeros((), dtype=dtype) if need_scale else None
-    dbias = torch.zeros_like(problem.k_bias, dtype=dtype) if need_bias else None
+    dscale = q.new_zeros((), dtype=dtype)
+    dq, dk, dbias = zeros_needed(dtype, (need_q, q), (need_k and not itself, problem.k), (need_bias, problem.k_bias))
+    if itself:  # dk belongs to the same rows; where S is symmetric dq has all of it
+        dk, need_k = dq, need_q and not symmetric
     results = [x for x, need in ((dk, need_k), (dbias, need_bias)) if need]
 
     def arrive(_, theirs):
@@ -202,7 +220,7 @@ def _gradients_of(*inputs):
 
     order = ring(place.rank, place.size, results=bool(results))
     with use_backend(backend):
-        for block in blocks(place, order, shared, itself, results, arrive):
+        for block in blocks(place, order, everyones, itself, results, arrive):
             k, k_ids, k_bias, col, h = block.tensors
             if itself and block.first == place.rank:
                 k = k_ids = col = h = None
@@ -212,12 +230,14 @@ def _gradients_of(*inputs):
             if need_q:
                 dq += of_q
             if need_scale:
-                dscale += of_scale / 2 if symmetric and k is not None else of_scale  # both of two ranks have all of it
+                twice = symmetric and k is not None  # both of two ranks have all of it
+                dscale.add_(of_scale, alpha=0.5 if twice else 1)
             block.results = [x for x, need in ((of_k, need_k), (of_bias, need_bias)) if need]
             if k is None and need_bias:
                 dbias += of_bias
             del of_q, of_k  # or two of each are held while the next block is computed
-    return dq, None if itself else dk, dscale, dbias
+    dk, dscale = needed([not itself, need_scale], dk, dscale)
+    return dq, dk, dscale, dbias
 
 
 def _gradients_fake(*inputs):
@@ -253,15 +273,15 @@ def _frozen_forward(*inputs):
     *problem, best, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
     q, place = problem.q, Place.of(problem.k, group, counts, strategy)
-    shared = _keys(problem) if strategy == "ring" else gathered(_keys(problem), place)
+    everyones = shared(keys_for_all(problem), place)
     rows, row, mean = {}, None, None
     with torch.no_grad(), use_backend(backend):
-        for block in blocks(place, ring(place.rank, place.size), shared, False):
+        for block in blocks(place, ring(place.rank, place.size), everyones, False):
             k, k_ids, k_bias = block.tensors
             part = problem._replace(k=k, k_ids=k_ids, k_bias=k_bias)
             of = load(resolve("similarity_lse", q, frozen=True, **options(part)), "similarity_lse")
             lse, of_block, *top = of.similarity_lse_frozen_fwd(part, best)
-            rows[block.first] = (lse, *top) if best else (lse,)
+            rows[block.first] = (lse, *top * best)
             row, mean = mean_of_both(row, mean, lse, of_block)
             del of_block
     return merged(rows, best)[0], mean, merged(rows, best)[1]
@@ -281,7 +301,7 @@ def _frozen_fake(*inputs):
     *_, best, _, _, _, _ = inputs
     q = inputs[0]
     row, mean = q.new_empty(q.shape[:-1], dtype=accumulator(q)), torch.empty_like(q, dtype=accumulator(q))
-    return row, mean.contiguous(), row.new_empty(q.shape[:-1] if best else 0)
+    return row, mean.contiguous(), *empty_gradients(q, (best, q.shape[:-1]))
 
 
 def _backward_of_frozen(ctx, g, *_):

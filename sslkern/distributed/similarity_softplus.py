@@ -16,9 +16,9 @@ from ..backends.problem import Problem, keys_of, tensors_of
 from ..common.arguments import check_flags
 from ..common.node import Node, Operator, once
 from ..common.sums import total
-from ..common.tensors import accumulator, transformed
+from ..common.tensors import accumulator, needed, transformed, zeros_needed
 from ..ops.problem import SCHEMA, checked_problem, checked_sign, empty_gradients, gradients_of, options, per_row
-from .blocks import PLACE, Place, blocks, gathered, place_of, strategy_of
+from .blocks import PLACE, Place, blocks, keys_for_all, place_of, shared, strategy_of
 from .ranks import Ranks
 from .schedule import ring
 
@@ -60,21 +60,17 @@ def similarity_softplus(
     sums = _rows.way(learns, *tensors_of(problem), bias)(*problem, bias, sign, *place, chosen())
     if rows:
         return sums
-    sums = sums if weights is None else sums * weights
-    return total(sums) if q.ndim == 2 else sums.sum(-1)
-
-
-def _keys(problem: Problem) -> list[Tensor | None]:
-    """What other ranks need of this one's keys."""
-    return [keys_of(problem), problem.q_ids if problem.k is None else problem.k_ids, problem.k_bias]
+    if weights is not None:
+        sums = sums * weights
+    if q.ndim == 2:
+        return total(sums)
+    return sums.sum(-1)
 
 
 def _of_blocks(problem, bias, weights, sign, needs, place, results: Sequence[Tensor] = (), arrive=None):
     """The block of keys, and what the primitive makes of it."""
-    itself, shared = problem.k is None, _keys(problem)
-    shared = shared if place.strategy == "ring" else gathered(shared, place)
-    order = ring(place.rank, place.size, results=bool(results))
-    for block in blocks(place, order, shared, itself, results, arrive):
+    itself, order = problem.k is None, ring(place.rank, place.size, results=bool(results))
+    for block in blocks(place, order, shared(keys_for_all(problem), place), itself, results, arrive):
         k, k_ids, k_bias = block.tensors
         if itself and block.first == place.rank:
             k = k_ids = None
@@ -113,7 +109,7 @@ def _backward(ctx, g):
         inputs = *problem, bias, g, ctx.sign, *needs, ctx.group, ctx.counts, ctx.strategy, ctx.backend
         dq, dk, dscale, dbias, dk_bias = _gradients.way_back(ctx, g)(*inputs)
         dq, dk, dscale = gradients_of(problem, dq, dk, dscale, need_q, need_k, need_scale)
-        dk_bias, dbias = dk_bias if need_k_bias else None, dbias if need_bias else None
+        dk_bias, dbias = needed([need_k_bias, need_bias], dk_bias, dbias)
     dq, dk, dscale, dk_bias, dbias = once((g, *tensors, bias), dq, dk, dscale, dk_bias, dbias)
     return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, *(None,) * 5
 
@@ -124,12 +120,11 @@ def _gradients_of(*inputs):
     problem = Problem(*problem)
     q, keys, itself, dtype = problem.q, keys_of(problem), problem.k is None, accumulator(problem.q)
     place = Place.of(keys, group, counts, strategy, backward=True)
-    need_k = need_q if itself else need_k  # which belongs to the same rows
-    dq = torch.zeros_like(q, dtype=dtype) if need_q else None
-    dk = dq if itself else torch.zeros_like(keys, dtype=dtype) if need_k else None
-    dscale = q.new_zeros((), dtype=dtype) if need_scale else None
-    dbias = torch.zeros_like(bias) if need_bias else None
-    dk_bias = torch.zeros_like(problem.k_bias) if need_k_bias else None
+    dscale = q.new_zeros((), dtype=dtype)
+    dq, dk = zeros_needed(dtype, (need_q, q), (need_k and not itself, keys))
+    dbias, dk_bias = zeros_needed(dtype, (need_bias, bias), (need_k_bias, problem.k_bias))
+    if itself:  # dk belongs to the same rows
+        dk, need_k = dq, need_q
     results = [x for x, need in ((dk, need_k), (dk_bias, need_k_bias)) if need]
 
     def arrive(_, theirs):
@@ -151,7 +146,8 @@ def _gradients_of(*inputs):
                 dk_bias += of_k_bias
             block.results = [x for x, need in ((of_k, need_k), (of_k_bias, need_k_bias)) if need]
             del of_q, of_k
-    return dq, None if itself else dk, dscale, dbias, dk_bias
+    dk, dscale = needed([not itself, need_scale], dk, dscale)
+    return dq, dk, dscale, dbias, dk_bias
 
 
 def _gradients_fake(*inputs):

@@ -13,10 +13,10 @@ from ..common.autocast import cat
 from ..common.node import Node, Operator, once
 from ..common.numbers import check_size
 from ..common.sums import total
-from ..common.tensors import accumulator, transformed
+from ..common.tensors import accumulator, map_given, needed, transformed
 from ..ops.problem import SCHEMA, checked_problem, empty_gradients
 from ..ops.similarity_topk import sum_by_key, sum_by_row
-from .blocks import PLACE, Place, blocks, gathered, place_of, strategy_of
+from .blocks import PLACE, Place, blocks, keys_for_all, place_of, shared, strategy_of
 from .ranks import Ranks
 from .schedule import ring
 
@@ -57,18 +57,17 @@ def _forward(*inputs):
     problem = Problem(*problem)
     q, itself = problem.q, problem.k is None
     place = Place.of(keys_of(problem), group, counts, strategy)
-    shared = [keys_of(problem), problem.q_ids if itself else problem.k_ids]
-    shared = shared if strategy == "ring" else gathered(shared, place)
+    everyones = shared(keys_for_all(problem)[:2], place)
     values = q.new_empty(len(q), 0, dtype=accumulator(q))
     index = torch.empty_like(values, dtype=torch.int64)
-    given = dict(scale=full_scale_of(problem), q_ids=problem.q_ids, q_limit=problem.q_limit)
+    pairs = "same" if problem.same else "different"
+    given = dict(scale=full_scale_of(problem), q_ids=problem.q_ids, pairs=pairs, q_limit=problem.q_limit)
     with torch.no_grad(), use_backend(backend):
-        for block in blocks(place, ring(place.rank, place.size), shared, itself):
+        for block in blocks(place, ring(place.rank, place.size), everyones, itself):
             k, k_ids = block.tensors
             if itself and block.first == place.rank:
                 k = k_ids = None
-            pairs = "same" if problem.same else "different"
-            value, at = ops.similarity_topk(q, k, n, **given, k_ids=k_ids, pairs=pairs)
+            value, at = ops.similarity_topk(q, k, n, **given, k_ids=k_ids)
             at = torch.where(at < 0, at, at + sum(place.counts[: block.first]))
             values, index = _best(cat((values, value), 1), torch.cat((index, at), 1), n)
     return values, index
@@ -101,28 +100,31 @@ def _backward(ctx, g, _):
     with torch.no_grad():
         inputs = q, k, index, g, need_q, need_k, need_scale, ctx.group, ctx.counts, ctx.strategy
         dq, dk, dscale = _gradients.way_back(ctx, g)(*inputs)
-        scale = ctx.scale if scale_tensor is None else ctx.scale * scale_tensor
-        dq = (dq * scale).to(q.dtype) if need_q else None
-        dk = (dk * scale).to(q.dtype) if need_k else None
-        dscale = dscale * ctx.scale if need_scale else None
+        scale = ctx.scale
+        if scale_tensor is not None:
+            scale = scale * scale_tensor
+        dq, dk, dscale = needed((need_q, need_k, need_scale), dq, dk, dscale)
+        dq, dk = map_given(lambda x: (x * scale).to(q.dtype), dq, dk)
+        (dscale,) = map_given(lambda x: x * ctx.scale, dscale)
     dq, dk, dscale = once((g, q, k, scale_tensor), dq, dk, dscale)
     return dq, dk, dscale, *(None,) * 11
 
 
 def _gradients_of(q, k, index, g, need_q, need_k, need_scale, group, counts, strategy):
-    keys, itself = q if k is None else k, k is None
+    itself = k is None
+    rows = q.to(accumulator(q))
+    dq, dscale = torch.zeros_like(rows), rows.new_zeros(())
+    if itself:  # dk belongs to the same rows
+        keys, dk, need_k = q, dq, need_q
+    else:
+        keys, dk = k, torch.zeros_like(k, dtype=rows.dtype)
     place = Place.of(keys, group, counts, strategy, backward=True)
-    rows, need_k = q.to(accumulator(q)), need_q if itself else need_k
-    dq = torch.zeros_like(rows)
-    dk = dq if itself else torch.zeros_like(keys, dtype=rows.dtype)
-    dscale = rows.new_zeros(())
 
     def arrive(_, theirs):
         dk.add_(theirs[0])
 
-    shared = [keys] if strategy == "ring" else gathered([keys], place)
     order = ring(place.rank, place.size, results=need_k)
-    for block in blocks(place, order, shared, False, [dk] if need_k else [], arrive):
+    for block in blocks(place, order, shared([keys], place), False, need_k * [dk], arrive):
         of_block = block.tensors[0].to(rows.dtype)
         at = index - sum(place.counts[: block.first])
         # What is left out of this block comes last in a row, as it does in all.
@@ -133,14 +135,15 @@ def _gradients_of(q, k, index, g, need_q, need_k, need_scale, group, counts, str
         if need_q or need_scale:
             by_row = sum_by_row(weight, at, elsewhere, of_block)
             dscale += total(by_row * rows)
-        block.results = [sum_by_key(weight, at, elsewhere, rows, of_block)] if need_k else []
+        if need_k:
+            block.results = [sum_by_key(weight, at, elsewhere, rows, of_block)]
         if need_q:
             dq += by_row
-    return dq if need_q else None, dk if need_k and not itself else None, dscale if need_scale else None
+    return tuple(needed((need_q, need_k and not itself, need_scale), dq, dk, dscale))
 
 
 def _gradients_fake(q, k, index, g, need_q, need_k, need_scale, *_):
-    keys = q if k is None else k
+    keys = keys_of(Problem(q, k))
     return empty_gradients(q, (need_q, q.shape), (need_k, keys.shape), (need_scale, ()))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..common import equal
 from ..common.node import Node, Operator
 from ..common.tensors import accumulator
-from .blocks import PLACE, Place, blocks, gathered, place_of, strategy_of
+from .blocks import PLACE, Place, blocks, place_of, shared, strategy_of
 from .ranks import Ranks
 from .schedule import ring
 
@@ -26,8 +26,7 @@ def sum_of_equal(k: Tensor, q_ids: Tensor, k_ids: Tensor, ranks: Ranks | None = 
 def _forward(k, q_ids, k_ids, group, counts, strategy):
     place = Place.of(k, group, counts, strategy)
     sums, count = k.new_zeros(len(q_ids), k.shape[1], dtype=accumulator(k)), torch.zeros_like(q_ids)
-    shared = [k, k_ids] if strategy == "ring" else gathered([k, k_ids], place)
-    for block in blocks(place, ring(place.rank, place.size), shared, False):
+    for block in blocks(place, ring(place.rank, place.size), shared([k, k_ids], place), False):
         of_keys, their_ids = block.tensors
         of_block, number = equal.sum_of_equal(of_keys, q_ids, their_ids)
         sums, count = sums + of_block, count + number
@@ -54,9 +53,8 @@ def _backward(ctx, g, _):
 def _gradient_of(g, q_ids, k_ids, group, counts, strategy):
     dk = g.new_zeros(len(k_ids), g.shape[1])
     place = Place.of(dk, group, counts, strategy, backward=True)
-    shared = [k_ids] if strategy == "ring" else gathered([k_ids], place)
     order = ring(place.rank, place.size, results=True)
-    for block in blocks(place, order, shared, False, [dk], lambda _, theirs: dk.add_(theirs[0])):
+    for block in blocks(place, order, shared([k_ids], place), False, [dk], lambda _, theirs: dk.add_(theirs[0])):
         block.results = [equal.sum_of_equal(g, block.tensors[0], q_ids)[0]]
     return dk
 
