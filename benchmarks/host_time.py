@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,22 +22,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import problems
-from harness import Cpu, Step, medians, run_in_turn, step_of
+from harness import OURS, Cpu, Step, medians, run_in_turn, step_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern.backends.cuda import driver
 from tests.conftest import emulate_cuda
 
-PROBLEMS = {"NT-Xent": problems.nt_xent, "InfoNCE": problems.one_way, "CLIP, learned scale": problems.two_way}
-CONTENDERS = "sslkern", "dense cross_entropy", "dense logsumexp"
+PROBLEMS = {
+    "NT-Xent": problems.nt_xent,
+    "InfoNCE": problems.one_way,
+    "CLIP, learned scale": problems.two_way,
+    "MoCo": problems.moco,
+    "SigLIP, learned scale and bias": problems.siglip,
+}
 LAUNCH = 0, 2, 4  # microseconds, assumed: what a driver takes has not been measured
 
 
 HOST = Cpu(time.process_time)
 
 
-def warm_step(problem: problems.Problem, contender: str) -> Step:
-    step = step_of(problem.contenders()[contender](), problem.inputs)
+def warm_step(problem: problems.Problem, contender: Callable) -> Step:
+    step = step_of(contender, problem.inputs)
     for _ in range(50):
         step()
     return step
@@ -68,15 +74,16 @@ def heading(each: int) -> str:
 
 
 def row(name: str, problem: problems.Problem, seconds: float, library) -> str:
-    steps = {contender: warm_step(problem, contender) for contender in CONTENDERS}
+    steps = {form: warm_step(problem, loss) for form, loss in {OURS: problem.ours, **problem.dense}.items()}
     times = medians(run_in_turn(steps, seconds, HOST, calls=1, most=10**6))
-    us = [1e6 * times[contender] for contender in CONTENDERS]
+    us = [1e6 * times[form] for form in steps]
     launches = [launches_of(step, library) for step in steps.values()]
     ratios = []
     for each in LAUNCH:
-        ours, *dense = (host + count * each for host, count in zip(us, launches, strict=True))
-        ratios.append(f"{ours / min(dense):.2f}")
-    cells = [name, *(f"{host:.0f}" for host in us), ", ".join(map(str, launches)), *ratios]
+        ours, *others = (host + count * each for host, count in zip(us, launches, strict=True))
+        ratios.append(f"{ours / min(others):.2f}")
+    dense = ", ".join(f"{form} {host:.0f}" for form, host in zip(problem.dense, us[1:], strict=True))
+    cells = [name, f"{us[0]:.0f}", dense, ", ".join(map(str, launches)), *ratios]
     return f"| {' | '.join(cells)} |"
 
 
@@ -89,8 +96,8 @@ def main() -> None:
         library = emulate_cuda(patch)
         library.emulated_idle(1)
         with driver.Context(0):  # as torch leaves it
-            print(f"| us a step | {' | '.join(CONTENDERS)} | launches | {' | '.join(map(heading, LAUNCH))} |")
-            print(f"| --- | {(len(CONTENDERS) + 1 + len(LAUNCH)) * '---: | '}")
+            print(f"| us a step | {OURS} | dense | launches | {' | '.join(map(heading, LAUNCH))} |")
+            print(f"| --- | {(3 + len(LAUNCH)) * '---: | '}".rstrip())
             for name, build in PROBLEMS.items():
                 print(row(name, build(2, 8, torch.bfloat16), seconds, library), flush=True)
         library.emulated_idle(0)
