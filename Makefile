@@ -103,9 +103,10 @@ cuda-offline: $(VENV)/triton-3.6.0 $(VENV)/nvrtc  ## compile all CUDA kernels, i
 	$(OFFLINE) -m tests.gpu.test_cuda_resources
 	$(OFFLINE) -m tests.gpu.test_hopper_resources
 
-lint: $(VENV)/.dev  ## ruff and clang-format, nothing is changed
+lint: $(VENV)/.dev  ## ruff, mypy and clang-format, nothing is changed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.dev  ## what lint asks for

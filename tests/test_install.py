@@ -29,7 +29,7 @@ def run(*command, cwd: Path, **environment) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools is not installed")
 def test_the_cuda_kernels_of_a_wheel(tmp_path):
-    """Their sources are in it, and compile where there is a compiler."""
+    """Their sources are in it, and compile where there is a compiler; beside them the annotations."""
     source = tmp_path / "source"
     for name in ("sslkern", "python", "csrc"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
@@ -47,6 +47,8 @@ def test_the_cuda_kernels_of_a_wheel(tmp_path):
         archive.extractall(tmp_path / "site")
     shipped = tmp_path / "site/sslkern/backends/cuda/kernels"
     assert sorted(path.name for path in shipped.iterdir()) == sorted(path.name for path in compile.SOURCES.iterdir())
+    for typed in ("sslkern/py.typed", "sslkern/_cpu.pyi", "ssltrain/py.typed"):
+        assert (tmp_path / "site" / typed).exists()
     path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
     command = sys.executable, "-m", "sslkern.backends.cuda.compile", "--out", str(tmp_path / "out"), "--arch", "90a"
     environment = {"PYTHONPATH": path, "PATH": "", "SSLKERN_CACHE": str(tmp_path / "cache")}

@@ -6,7 +6,7 @@ at its own first row, 1 1/2. The price is to write and to read the weights, and 
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def fold_of(q: Tensor, weights: Iterable[Tensor | None]) -> Tensor | None:
         return None
     one = q.new_ones((), dtype=torch.float32)
     # What is not finite may be of rows with nothing left.
-    largest = sum(one if w is None else w.abs().nan_to_num(0, 0, 0).amax() for w in weights)
+    largest: Any = sum(one if w is None else w.abs().nan_to_num(0, 0, 0).amax() for w in weights)
     return 2.0**14 / largest.clamp(2.0**-100, 2.0**100)
 
 

@@ -34,7 +34,7 @@ def check_device(name: str, x: Tensor, like: Tensor, those: str = "the features 
         raise ValueError(f"{name} is on {x.device} but {those} on {like.device}; move one of them")
 
 
-def check_devices(name: str, like: Tensor, **others: Tensor | None) -> None:
+def check_devices(name: str, like: Tensor, **others: Tensor | float | None) -> None:
     """All tensors among the others are on the device of `like`, which is called `name`."""
     device = like.device
     for other, x in others.items():

@@ -7,6 +7,7 @@ take the registered operator. `torch.func` takes the same formulas around that o
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,9 +128,10 @@ def _autograd_function(name, function, setup, backward, jvp=None) -> type[torch.
 def _eager_apply(function: type[torch.autograd.Function]) -> Callable:
     """Its apply of C++: that of torch.autograd.Function first looks for torch.func, as `way` does, and for the names of
     arguments. What the engine calls in the backward is the one of the function, past another `apply` of Python."""
-    context = function._backward_cls
+    context: Any = function._backward_cls
     context.apply, context.eager = function.backward, True
-    return super(torch.autograd.Function, function).apply
+    eager: Any = super(torch.autograd.Function, function)
+    return eager.apply
 
 
 def _without_none(function: Callable) -> Callable:

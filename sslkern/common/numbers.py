@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 FLOAT32_MAX = 2.0**128 * (1 - 2.0**-24)
 
 
-def number(x) -> float | None:
+def number(x: Any) -> float | None:
     """x as a float, infinite where it is too large for one; None where it is no real number. A bool is none."""
     if type(x) is float:
         return x
@@ -19,7 +20,7 @@ def number(x) -> float | None:
     try:
         return float(x)
     except OverflowError:
-        return math.copysign(math.inf, x > 0 or -1)
+        return math.inf if x > 0 else -math.inf  # type: ignore[operator]  # reals can be compared
 
 
 def check_number(name: str, x: float, low: float, high: float = math.inf, *, closed: bool = False) -> float:

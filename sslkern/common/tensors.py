@@ -1,10 +1,14 @@
 """What a tensor is: whether a kernel may have its memory, and in which type its sums run."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+# What comes back where an option adds to it: a tensor, or a tuple that begins with it. Type checkers accept both.
+TensorOrTuple = Tensor | Any
 
 _watchers = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state

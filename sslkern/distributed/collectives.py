@@ -6,6 +6,7 @@ Everything goes through this file. `recorded` counts the payload and keeps a log
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..common.autocast import cat
 
 
-def group_of(name: str):
+def group_of(name: Any) -> dist.ProcessGroup:
     """The process group of that name: operators take no objects."""
     return dist.distributed_c10d._resolve_process_group(name)
 

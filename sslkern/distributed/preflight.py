@@ -10,6 +10,7 @@ import numbers
 import os
 import zlib
 from collections.abc import Sequence, Set
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,7 +147,7 @@ def _say(host, what: str, mine: dict) -> None:
 
 def _listed(values: Sequence) -> str:
     """Who has which, "A on rank 0, B on ranks 1, 2"."""
-    ranks = {}
+    ranks: dict[Any, list[str]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(str(rank))
     return ", ".join(f"{value} on rank{'s' * (len(of) > 1)} {', '.join(of)}" for value, of in ranks.items())

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from typing import TYPE_CHECKING, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ class Ranks(NamedTuple):
 
 
 def ranks_of(
-    group, strategy: str, grad_reduce: str, what: str, *, rows: int | None = None, **arguments
+    group, strategy: str, grad_reduce: str, what: str, /, *, rows: Any = None, **arguments: Any
 ) -> Ranks | None:
     """The ranks that share the batch of a loss; None where this process is alone with it.
 
@@ -102,7 +102,7 @@ def members_of(group) -> tuple[tuple[int, ...], int]:
     return tuple(dist.get_process_group_ranks(group_object(group))) if size > 1 else (0,), rank
 
 
-_place._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which imports the compiler
+_place._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which imports the compiler
 
 
 _warned = False

@@ -18,7 +18,7 @@ from ..backends import chosen, load, resolve, use_backend
 from ..backends.problem import Problem, tensors_of
 from ..common.node import Node, Operator
 from ..common.rows import unit
-from ..common.tensors import accumulator, transformed
+from ..common.tensors import TensorOrTuple, accumulator, transformed
 from ..ops.problem import SCHEMA, checked_problem, options
 from ..ops.similarity_lse import frozen_backward, frozen_save
 from .blocks import PLACE, Place, blocks, gathered, place_of, strategy_of
@@ -40,7 +40,7 @@ def lse_over_shards(
     k_ids: Shard | None = None,
     best: bool = False,
     ranks: Ranks,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TensorOrTuple:
     """`ops.similarity_lse` of this rank's queries over all rows of a memory, which get no gradient.
 
     Args:

@@ -15,6 +15,7 @@ With a bias or a limit S of q with itself is not symmetric, and goes the first w
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ..backends.problem import Problem, full_scale_of, keys_of, tensors_of
 from ..common.arguments import check_flags
 from ..common.autocast import cat, stack
 from ..common.node import Node, Operator, once
-from ..common.tensors import accumulator, needed, transformed, zeros_needed
+from ..common.tensors import TensorOrTuple, accumulator, needed, transformed, zeros_needed
 from ..ops.problem import SCHEMA, checked_problem, empty_gradients, gradients_of, options
 from ..ops.similarity_lse import frozen_backward, frozen_save
 from .blocks import PLACE, Place, blocks, gathered, keys_for_all, place_of, shared, strategy_of
@@ -47,7 +48,7 @@ def similarity_lse(
     columns: bool = False,
     best: bool = False,
     ranks: Ranks | None = None,
-) -> Tensor | tuple[Tensor, ...]:
+) -> TensorOrTuple:
     """`ops.similarity_lse` over the keys of all ranks.
 
     Args:
@@ -56,7 +57,7 @@ def similarity_lse(
         ranks: how the keys (of k=None the rows) are spread. None: this process has all.
     """
     if ranks is None:
-        given = dict(q_ids=q_ids, k_ids=k_ids, pairs=pairs, k_bias=k_bias, q_limit=q_limit)
+        given: dict[str, Any] = dict(q_ids=q_ids, k_ids=k_ids, pairs=pairs, k_bias=k_bias, q_limit=q_limit)
         return ops.similarity_lse(q, k, scale, **given, columns=columns, best=best)
     problem = checked_problem(q, k, scale, q_ids, k_ids, pairs, k_bias, q_limit)
     check_flags(columns=columns, best=best)

@@ -6,6 +6,7 @@ what ranks make of their sums may differ.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def similarity_softplus(
             rows, as have the results: the sum is over this rank's q and everyone's k.
         ranks: how the keys (of k=None the rows) are spread. None: this process has all.
     """
-    given = dict(q_ids=q_ids, k_ids=k_ids, pairs=pairs, k_bias=k_bias, q_limit=q_limit)
+    given: dict[str, Any] = dict(q_ids=q_ids, k_ids=k_ids, pairs=pairs, k_bias=k_bias, q_limit=q_limit)
     if ranks is None:
         return ops.similarity_softplus(q, k, scale, bias, weights, **given, sign=sign, rows=rows)
     problem = checked_problem(q, k, scale, **given)

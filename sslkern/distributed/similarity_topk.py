@@ -3,6 +3,8 @@
 The n best of each block are merged into those so far. In the backward each block gives what is among its own keys.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def similarity_topk(
             are those of the key among all.
         ranks: how the keys (of k=None the rows) are spread. None: this process has all.
     """
-    given = dict(q_ids=q_ids, k_ids=k_ids, pairs=pairs, q_limit=q_limit)
+    given: dict[str, Any] = dict(q_ids=q_ids, k_ids=k_ids, pairs=pairs, q_limit=q_limit)
     if ranks is None:
         return ops.similarity_topk(q, k, n, scale=scale, **given)
     problem, n = checked_problem(q, k, scale, k_bias=None, **given), check_size("n", n)

@@ -37,9 +37,7 @@ def row_and_best(
 ) -> tuple[Tensor, Tensor | None]:
     """`similarity_lse` of the rows and, where needed, the best score of each, else None."""
     out = similarity_lse(q, k, scale, best=need_best, **options)
-    if need_best:
-        return out
-    return out, None
+    return (out[0], out[1]) if need_best else (out, None)
 
 
 def over_different(

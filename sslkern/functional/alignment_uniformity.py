@@ -1,6 +1,8 @@
 """Alignment and uniformity: Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and
 Uniformity on the Hypersphere", 2020."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def alignment_uniformity(
     check_options("mean", group, strategy, grad_reduce)
     uniformity_weight = check_number("uniformity_weight", uniformity_weight, 0)
     z0, z1 = promoted(z0, z1)
-    options = dict(normalize=normalize, group=ranks or group)
+    options: dict[str, Any] = dict(normalize=normalize, group=ranks or group)
     pull = alignment(z0, z1, alpha, **options)
     spread = uniformity(z0, t, **options) + uniformity(z1, t, **options)
     return pull + uniformity_weight / 2 * spread

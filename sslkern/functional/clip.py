@@ -1,12 +1,14 @@
 """CLIP: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.arguments import FLOATS, check_dense, check_own_memory
 from ..common.numbers import check_number, constant
+from ..common.tensors import TensorOrTuple
 from ..distributed import Group, ranks_of
 from .checks import check_alike, check_features, promoted, scalar
 from .info_nce import info_nce
@@ -26,7 +28,7 @@ def clip(
     grad_reduce: str = "mean",
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TensorOrTuple:
     """The CLIP loss (figure 3 of https://arxiv.org/abs/2103.00020): images find their texts and texts their images.
 
     The mean of two cross-entropies over the same N x N scores, logit_scale * <image_i, text_j>, one along the rows and
@@ -113,7 +115,7 @@ def clamp_logit_scale_(log_scale: Tensor, max: float | None = math.log(100), min
     return log_scale.clamp_(min=_bound(min, log_scale), max=_bound(max, log_scale))
 
 
-def _bound(value: float | None, like: Tensor) -> float | Tensor | None:
+def _bound(value: float | None, like: Tensor) -> Any:
     """value, which may be too large for the type of `like`, as an argument of its `clamp_`."""
     if value is None:
         return None

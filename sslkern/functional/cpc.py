@@ -1,5 +1,7 @@
 """CPC: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from ..common.arguments import FLOATS, check_choice, check_dense, check_devices,
 from ..common.autocast import cat, product, stack
 from ..common.rows import dots, unit
 from ..common.sums import mean, pair_loss, times, total
+from ..common.tensors import TensorOrTuple
 from ..distributed import (
     Group,
     Ranks,
@@ -38,7 +41,7 @@ def cpc(
     group: Group = None,
     strategy: str = "auto",
     grad_reduce: str = "mean",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TensorOrTuple:
     """CPC's InfoNCE (eq. 3 and 4 of https://arxiv.org/abs/1807.03748): the context predicts K steps ahead.
 
     The prediction W_k c_t of step k = 1 .. K is to be more similar to its target z_(t+k) than to other targets.
@@ -82,7 +85,7 @@ def cpc(
     """
     ranks = None
     if group is not None:
-        given = dict(context=context, targets=targets, predictors=predictors, temperature=temperature)
+        given: dict[str, Any] = dict(context=context, targets=targets, predictors=predictors, temperature=temperature)
         given |= dict(logit_scale=logit_scale, negatives=negatives)
         options = dict(normalize=normalize, reduction=reduction, stats=stats)
         ranks = ranks_of(group, strategy, grad_reduce, "cpc", **given, **options)

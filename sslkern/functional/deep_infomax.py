@@ -1,5 +1,7 @@
 """Hjelm et al., "Learning deep representations by mutual information estimation and maximization" (DIM), 2018."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,7 @@ def deep_infomax(
     ranks = None
     if group is not None:
         given = dict(features=features, local_features=local_features, estimator=estimator, temperature=temperature)
-        options = dict(logit_scale=logit_scale, ids=ids, normalize=normalize)
+        options: dict[str, Any] = dict(logit_scale=logit_scale, ids=ids, normalize=normalize)
         ranks = ranks_of(group, strategy, grad_reduce, "deep_infomax", **given, **options)
     features, local_features = promoted(features, local_features)
     check_features("features", features, ranks)

@@ -8,7 +8,7 @@ from ..common.autocast import product, stack
 from ..common.numbers import check_number
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
-from ..common.tensors import map_given, transformed, wide
+from ..common.tensors import TensorOrTuple, map_given, transformed, wide
 from ..distributed import (
     Group,
     Shard,
@@ -46,7 +46,7 @@ def info_nce(
     grad_reduce: str = "mean",
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TensorOrTuple:
     """InfoNCE (eq. 4 of https://arxiv.org/abs/1807.03748): each query has to find its key among negatives.
 
     The negatives are the other keys of the batch (CPC; with `two_way` CLIP, https://arxiv.org/abs/2103.00020), given
@@ -141,7 +141,7 @@ def info_nce(
 
 def _over_batch(
     query, key, scale, ids, two_way, *, normalize, reduction, stats, weights, label_smoothing, ranks
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TensorOrTuple:
     """The loss over the other keys of the batch, one way or both."""
     at_once = at_once_of(reduction, weights, label_smoothing, ranks)
     mode = "two_way" if two_way else "one_way"
@@ -166,7 +166,7 @@ def _over_batch(
 
 def over_bank(
     query, key, bank, scale, *, normalize, unit_bank, reduction, stats, weights, label_smoothing, ptr=None, ranks=None
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TensorOrTuple:
     """The loss of queries over rows of a bank that get no gradient, which are normalised first where `unit_bank` says
     so. With a ptr the keys are pushed onto the bank then, unless it is sharded."""
     if isinstance(bank, Shard):
@@ -218,7 +218,7 @@ def _over_given(
     weights,
     label_smoothing,
     ranks,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TensorOrTuple:
     """The loss over given negatives and, with `in_batch`, the other keys of the batch."""
     row_ids = own_ids(ids, query, ranks)
     if negatives.ndim == 2:
@@ -263,7 +263,7 @@ def _lse_over_negatives(query, negatives, scale, ids, negative_ids, need_best, r
         ids = None
     if isinstance(negatives, Shard):
         out = lse_over_shards(query, negatives, scale, q_ids=ids, k_ids=negative_ids, best=need_best, ranks=ranks)
-        return out if need_best else (out, None)
+        return (out[0], out[1]) if need_best else (out, None)
     if negatives.ndim == 2:
         return row_and_best(query, negatives, scale, q_ids=ids, k_ids=negative_ids, need_best=need_best)
     if ids is not None:
@@ -271,7 +271,8 @@ def _lse_over_negatives(query, negatives, scale, ids, negative_ids, need_best, r
     # N problems of one row each.
     query = query.unsqueeze(1)
     found = row_and_best(query, negatives, scale, q_ids=ids, k_ids=negative_ids, need_best=need_best)
-    return tuple(map_given(lambda x: x.reshape(-1), *found))
+    row, best = map_given(lambda x: x.reshape(-1), *found)
+    return row, best
 
 
 def _sum_over_negatives(query, negatives, ids, negative_ids, ranks):

@@ -1,6 +1,7 @@
 """MIL-NCE: Miech et al., "End-to-End Learning of Visual Representations from Uncurated Instructional Videos", 2020."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,9 @@ def mil_nce(
     """
     ranks = None
     if group is not None:
-        given = dict(anchor=anchor, positives=positives, temperature=temperature, two_way=two_way, valid=valid, ids=ids)
+        given: dict[str, Any] = dict(
+            anchor=anchor, positives=positives, temperature=temperature, two_way=two_way, valid=valid, ids=ids
+        )
         given |= dict(logit_scale=logit_scale, normalize=normalize, reduction=reduction, weights=weights)
         ranks = ranks_of(group, strategy, grad_reduce, "mil_nce", **given)
     anchor, positives = promoted(anchor, positives)
@@ -103,7 +106,9 @@ def mil_nce(
         bias = torch.zeros_like(own).masked_fill(~valid, -math.inf).detach().flatten()
     # Kept apart from the positives, the negatives leave a tiny loss its digits.
     of_anchor, of_candidate = ids, ids.repeat_interleave(P)
-    options = dict(q_ids=of_anchor, k_ids=of_candidate, k_bias=bias, columns=two_way, ranks=copies(ranks, P))
+    options: dict[str, Any] = dict(
+        q_ids=of_anchor, k_ids=of_candidate, k_bias=bias, columns=two_way, ranks=copies(ranks, P)
+    )
     negative = similarity_lse(anchor, positives.flatten(0, 1), scale, **options)
     if two_way:
         negative, column = negative

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 from functools import partial
 from functools import reduce as fold
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..common.autocast import cat, product, stack
 from ..common.numbers import check_finite, shown
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
-from ..common.tensors import accumulator, transformed, wide
+from ..common.tensors import TensorOrTuple, accumulator, transformed, wide
 from ..distributed import Group, Ranks, copies, gather, pair_contrast_over, ranks_of, similarity_lse
 from ..ops import logsumexp
 from ..ops.pair_contrast import pair_contrast
@@ -54,7 +54,7 @@ def mnrl(
     group: Group = None,
     strategy: str = "auto",
     grad_reduce: str = "mean",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TensorOrTuple:
     """Multiple negatives ranking (section 4.4 of https://arxiv.org/abs/1705.00652), the loss of text retrieval.
 
     Each anchor (a query) has to find its positive (a document) among the documents of the batch: the positives of
@@ -112,7 +112,7 @@ def mnrl(
     """
     ranks = None
     if group is not None:
-        given = dict(anchor=anchor, positive=positive, negatives=negatives, temperature=temperature)
+        given: dict[str, Any] = dict(anchor=anchor, positive=positive, negatives=negatives, temperature=temperature)
         given |= dict(logit_scale=logit_scale, directions=directions, partition=partition, ids=ids)
         given |= dict(negative_ids=negative_ids, margin=margin, margin_strategy=margin_strategy, guide=guide)
         options = dict(normalize=normalize, reduction=reduction, stats=stats)
@@ -188,7 +188,7 @@ class _Batch(NamedTuple):
 def _terms(batch: _Batch, directions: Sequence[str]) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
     """Of each direction the log-sum-exps [N] over its negatives, and the best of them [N] with `stats`."""
     sides = {name: [side for side in _DIRECTIONS[name] if side[1] < len(batch.features)] for name in directions}
-    terms = {name: [] for name in directions}
+    terms: dict[str, list[tuple[Tensor, Tensor | None]]] = {name: [] for name in directions}
     if _TWO_WAY <= set(directions) and batch.limit is None:  # one pass for both
         row, column = _over_both(batch)
         terms["query_to_doc"].append(row)
@@ -203,7 +203,7 @@ def _terms(batch: _Batch, directions: Sequence[str]) -> dict[str, list[tuple[Ten
 def _over_both(batch: _Batch) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     """Anchors over positives, and positives over anchors."""
     (q, k, *_), (q_ids, k_ids) = batch.features, _ids_of(batch, 0, 1)
-    options = dict(q_ids=q_ids, k_ids=k_ids, columns=True, best=batch.stats, ranks=batch.ranks)
+    options: dict[str, Any] = dict(q_ids=q_ids, k_ids=k_ids, columns=True, best=batch.stats, ranks=batch.ranks)
     row, column, *best = similarity_lse(q, k, batch.scale, **options)
     if not batch.stats:
         return (row, None), (column, None)

@@ -2,10 +2,13 @@
 "Improved Baselines with Momentum Contrastive Learning", 2020, the same loss; v3: Chen et al., "An Empirical Study of
 Training Self-Supervised Vision Transformers", 2021."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ..common.arguments import describe
 from ..common.numbers import check_number
+from ..common.tensors import TensorOrTuple
 from ..distributed import Group, gather, push_rows, ranks_of, rows_and_shard, with_rows, within
 from ..ops.queue_push import check_push, queue_push_
 from .checks import check_alike, check_features, check_options, check_weights, promoted, scale_of
@@ -29,7 +32,7 @@ def moco(
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
     ptr: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TensorOrTuple:
     """The loss of MoCo v1 (eq. 1 of https://arxiv.org/abs/1911.05722) and v2 (https://arxiv.org/abs/2003.04297).
 
     Each query has to find its key, which the momentum encoder made of the other view, among the keys of earlier
@@ -143,8 +146,12 @@ def moco_v3(
     """
     ranks = None
     if group is not None:
-        given = dict(query0=query0, query1=query1, key0=key0, key1=key1, temperature=temperature, times_2t=times_2t)
-        options = dict(logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction, weights=weights)
+        given: dict[str, Any] = dict(
+            query0=query0, query1=query1, key0=key0, key1=key1, temperature=temperature, times_2t=times_2t
+        )
+        options: dict[str, Any] = dict(
+            logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction, weights=weights
+        )
         given |= options | dict(label_smoothing=label_smoothing)
         ranks = ranks_of(group, strategy, grad_reduce, "moco_v3", **given)
     query0, query1, key0, key1 = promoted(query0, query1, key0, key1)

@@ -19,7 +19,7 @@ from ..common.node import Node, once
 from ..common.numbers import check_size, log
 from ..common.rows import unit
 from ..common.sums import pair_loss, pieces, softplus, times, total
-from ..common.tensors import transformed
+from ..common.tensors import TensorOrTuple, transformed
 from ..distributed import (
     Group,
     Ranks,
@@ -54,7 +54,7 @@ def nce(
     group: Group = None,
     strategy: str = "auto",
     grad_reduce: str = "mean",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TensorOrTuple:
     """Instance discrimination with a memory bank (https://arxiv.org/abs/1805.01978): which row of the bank is mine?
 
     With logits `l_k = <query_i, bank[index_ik]> / temperature`, the positive at k = 0, and K sampled negatives:

@@ -1,11 +1,14 @@
 """NNCLR: Dwibedi et al., "With a Little Help from My Friends", nearest-neighbour contrastive learning, 2021."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..common.arguments import check_flags
 from ..common.autocast import cat
 from ..common.rows import unit
+from ..common.tensors import TensorOrTuple
 from ..distributed import Group, Ranks, Shard, copies, nearest_over_shards, ranks_of, rows_and_shard, with_rows
 from ..ops import similarity_topk
 from .checks import check_alike, check_features, check_options, promoted
@@ -29,7 +32,7 @@ def nnclr(
     group: Group = None,
     strategy: str = "auto",
     grad_reduce: str = "mean",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TensorOrTuple:
     """The NNCLR loss (eq. 3 of https://arxiv.org/abs/2104.14548) of two views of the same N samples.
 
     Each embedding is replaced by its nearest neighbour among earlier embeddings, and the prediction from the other view
@@ -72,7 +75,9 @@ def nnclr(
     ranks = None
     if group is not None:
         given = dict(z0=z0, z1=z1, p0=p0, p1=p1, support=support, temperature=temperature, two_way=two_way)
-        options = dict(logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction, stats=stats)
+        options: dict[str, Any] = dict(
+            logit_scale=logit_scale, ids=ids, normalize=normalize, reduction=reduction, stats=stats
+        )
         ranks = ranks_of(group, strategy, grad_reduce, "nnclr", **given, **options)
     support, shard = rows_and_shard("support", support, ranks)
     z0, z1, p0, p1, support = promoted(z0, z1, p0, p1, support)

@@ -10,7 +10,7 @@ from ..common.autocast import product, stack
 from ..common.numbers import check_number
 from ..common.rows import unit
 from ..common.sums import pair_loss, times
-from ..common.tensors import wide
+from ..common.tensors import TensorOrTuple, wide
 from ..distributed import Group, Ranks, copies, pair_contrast_over, ranks_of, similarity_lse
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different, own_ids, two_views
@@ -35,7 +35,7 @@ def nt_xent(
     grad_reduce: str = "mean",
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> TensorOrTuple:
     """The SimCLR loss (eq. 1 of https://arxiv.org/abs/2002.05709) of two views of the same N samples.
 
     Each of the 2N rows has the other view of its sample as positive and the 2N - 2 views of the other samples as

@@ -1,5 +1,7 @@
 """SupCon: Khosla et al., "Supervised Contrastive Learning", 2020."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -90,7 +92,7 @@ def sup_con(
     ranks = None
     if group is not None:
         given = dict(z=z, labels=labels, temperature=temperature, logit_scale=logit_scale, weights=weights)
-        options = dict(form=form, normalize=normalize, reduction=reduction)
+        options: dict[str, Any] = dict(form=form, normalize=normalize, reduction=reduction)
         ranks = ranks_of(group, strategy, grad_reduce, "sup_con", **given, **options)
     if isinstance(z, Tensor) and z.ndim == 3:
         check_dense("z", z)

@@ -41,9 +41,10 @@ class Loss(nn.Module):
         comparison that the function would make: the options, and what the module keeps, belong to it."""
         if self.options["group"] is None:
             return None
-        sharing = [self.options[name] for name in _SHARING]
+        group, strategy, grad_reduce = (self.options[name] for name in _SHARING)
         options = {name: value for name, value in self.options.items() if name not in _SHARING}
-        return ranks_of(*sharing, type(self).__name__, **given, **options, training=self.training)
+        what = type(self).__name__
+        return ranks_of(group, strategy, grad_reduce, what, **given, **options, training=self.training)
 
     def extra_repr(self) -> str:
         return listed(self.options)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..common.numbers import check_number
+from ..common.tensors import TensorOrTuple
 from ..distributed import Group
 from .base import Loss
 
@@ -71,7 +72,7 @@ class CLIPLoss(Loss):
         ids: Tensor | None = None,
         weights: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> TensorOrTuple:
         if logit_scale is None:
             if self.training:
                 functional.clamp_logit_scale_(self.log_scale, self.max_log_scale, self.min_log_scale)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..common.arguments import check_choice
 from ..common.numbers import check_size
+from ..common.tensors import TensorOrTuple
 from ..distributed import Group
 from ..functional.cpc import NEGATIVES
 from .base import ScaledLoss
@@ -55,7 +56,5 @@ class CPCLoss(ScaledLoss):
         for predictor in self.predictors:
             nn.init.kaiming_uniform_(predictor, a=5**0.5)  # as nn.Linear
 
-    def forward(
-        self, context: Tensor, targets: Tensor, *, logit_scale: float | Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, context: Tensor, targets: Tensor, *, logit_scale: float | Tensor | None = None) -> TensorOrTuple:
         return self._loss(functional.cpc, context, targets, self.predictors, logit_scale=logit_scale)

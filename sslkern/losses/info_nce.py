@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .. import functional
 from ..common.arguments import check_flags
+from ..common.tensors import TensorOrTuple
 from ..distributed import Group
 from .base import ScaledLoss
 
@@ -58,6 +59,6 @@ class InfoNCELoss(ScaledLoss):
         negative_ids: Tensor | None = None,
         weights: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> TensorOrTuple:
         per_call = dict(negatives=negatives, ids=ids, negative_ids=negative_ids, weights=weights)
         return self._loss(functional.info_nce, query, key, logit_scale=logit_scale, **per_call)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import functional
+from ..common.tensors import TensorOrTuple
 from ..distributed import Group
 from ..functional.checks import scale_of
 from ..functional.mnrl import check_directions, checked_margin
@@ -62,6 +63,6 @@ class MultipleNegativesRankingLoss(ScaledLoss):
         negative_ids: Tensor | None = None,
         guide: Sequence[Tensor] | None = None,
         logit_scale: float | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> TensorOrTuple:
         per_call = dict(ids=ids, negative_ids=negative_ids, guide=guide)
         return self._loss(functional.mnrl, anchor, positive, negatives, logit_scale=logit_scale, **per_call)

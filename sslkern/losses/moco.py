@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .. import functional
+from ..common.tensors import TensorOrTuple
 from ..distributed import Group, rows_and_shard
 from ..functional.checks import check_features
 from ..memory import FeatureQueue
@@ -49,7 +50,7 @@ class MoCoLoss(ScaledLoss):
 
     def forward(
         self, query: Tensor, key: Tensor, *, weights: Tensor | None = None, logit_scale: float | Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> TensorOrTuple:
         per_call = dict(weights=weights, logit_scale=logit_scale)
         queue = self.memory.queue.t()
         ranks = self._ranks(query=query, key=key, queue=queue, **per_call)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..common.arguments import check_choice
 from ..common.numbers import check_size
+from ..common.tensors import TensorOrTuple
 from ..distributed import Group, Ranks
 from ..functional.checks import check_features, check_ids
 from ..functional.formulas import rows_of, rows_of_views
@@ -114,7 +115,7 @@ class NCELoss(_BankLoss):
         index: Tensor | None = None,
         weights: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> TensorOrTuple:
         """query [N, D] of the samples `sample` int64 [N]; index [N, 1 + K] replaces what would be sampled."""
         given = dict(query=query, sample=sample, index=index, weights=weights, logit_scale=logit_scale)
         ranks = self._ranks(rows=rows_of(query), **given, bank=self.memory.bank)

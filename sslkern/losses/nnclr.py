@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .. import functional
 from ..common.rows import unit
+from ..common.tensors import TensorOrTuple
 from ..distributed import Group
 from ..functional.checks import check_features
 from ..memory import FeatureQueue, push_of
@@ -55,7 +56,7 @@ class NNCLRLoss(ScaledLoss):
         *,
         ids: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> TensorOrTuple:
         features = dict(z0=z0, z1=z1, p0=p0, p1=p1)
         ranks = self._ranks(**features, support=self.support.queue, ids=ids, logit_scale=logit_scale)
         for name, x in features.items():

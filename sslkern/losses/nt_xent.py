@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import functional
 from ..common.arguments import check_choice
+from ..common.tensors import TensorOrTuple
 from ..distributed import Group
 from ..functional.nt_xent import POSITIVES
 from .base import ScaledLoss
@@ -54,7 +55,7 @@ class NTXentLoss(ScaledLoss):
         ids: Tensor | None = None,
         weights: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> TensorOrTuple:
         return self._loss(functional.nt_xent, z0, z1, ids=ids, weights=weights, logit_scale=logit_scale)
 
 

@@ -14,7 +14,7 @@ from ..common.autocast import autocast_active, cat, stack
 from ..common.node import Node, library, once
 from ..common.rows import dots, unit
 from ..common.sums import mean, pair_loss, times, total
-from ..common.tensors import accumulator, wide
+from ..common.tensors import TensorOrTuple, accumulator, wide
 from .logsumexp import logsumexp
 
 _SIDES = {"views": (1,), "one_way": (1,), "two_way": (1, 0)}  # the dimensions of the scores that are summed over
@@ -32,7 +32,7 @@ def few(x: Tensor, rows: int, columns: int) -> bool:
     return rows * columns <= 2**16
 
 
-def dense(problem: Problem, columns: bool, best: bool) -> Tensor | tuple[Tensor, ...]:
+def dense(problem: Problem, columns: bool, best: bool) -> TensorOrTuple:
     """What `similarity_lse` returns."""
     q, k, _, _, q_ids, k_ids, same, k_bias, q_limit = problem
     keys = q if k is None else k

@@ -74,7 +74,8 @@ def sampled_similarity_bwd(
     q, bank, g = q.detach(), bank.detach(), g.detach().to(accumulator(q))
     inputs = q, bank, index, g
     dq, dbank = _gradients.way(*inputs)(*inputs, need_q, need_bank, _backend(q, bank, index))
-    return tuple(needed((need_q, need_bank), dq, dbank))
+    dq, dbank = needed((need_q, need_bank), dq, dbank)
+    return dq, dbank
 
 
 def _backend(q, bank, index) -> str:

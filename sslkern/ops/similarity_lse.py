@@ -25,7 +25,7 @@ from ..backends.problem import Problem, keys_of, sizes_of, tensors_of
 from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from ..common.node import Node, Operator, once, outside_autograd
 from ..common.sums import total
-from ..common.tensors import accumulator, map_given, needed, transformed
+from ..common.tensors import TensorOrTuple, accumulator, map_given, needed, transformed
 from ._dense import dense, is_small
 from .problem import SCHEMA, checked_problem, empty_gradients, gradients_of, options
 
@@ -42,7 +42,7 @@ def similarity_lse(
     q_limit: Tensor | None = None,
     columns: bool = False,
     best: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> TensorOrTuple:
     """Log-sum-exp of the rows, and optionally of the columns, of `s = scale * q @ k.T + k_bias`.
 
     S is never stored: memory is O(N + M). (In the backward on a GPU, of more than 256 features, a strip of its rows is,
@@ -163,7 +163,8 @@ def similarity_lse_bwd(
     backend = resolve("similarity_lse", q, **options(problem))
     with torch.no_grad():
         grads = _gradients.way(*tensors_of(problem), row, col, g, h)(*problem, row, col, g, h, None, *needs, backend)
-    return tuple(needed(needs, *grads))
+    dq, dk, dscale, dbias = needed(needs, *grads)
+    return dq, dk, dscale, dbias
 
 
 # ---- the log-sum-exps ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class Program(NamedTuple):
 
     source: str
     kernels: dict[str, str]
-    arguments: list[tuple[str, ...]]
+    arguments: Sequence[tuple[str, ...]]
     hopper: bool = False  # they run on compute capability 9.0 alone
 
 

@@ -150,9 +150,10 @@ class Call:
     def __init__(self, program: str, device: torch.device, *arguments):
         self._device = device
         self._index, self.stream = place(device)
-        self.kernels = _loaded.get((program, arguments, self._index)) or _kernels(program, arguments, self._index)
-        if isinstance(self.kernels, str):
-            raise RuntimeError(f"backend 'cuda' cannot run {program}: {self.kernels}")
+        kernels = _loaded.get((program, arguments, self._index)) or _kernels(program, arguments, self._index)
+        if isinstance(kernels, str):
+            raise RuntimeError(f"backend 'cuda' cannot run {program}: {kernels}")
+        self.kernels = kernels
 
     @property
     def processors(self) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..problem import Problem, full_scale_of
+from ..problem import Problem
 from . import launch
 from .launch import THREADS, Call, aligned, padded
 
@@ -61,7 +61,9 @@ class Pairs(NamedTuple):
         scale = problem.scale_tensor, problem.scale
         return cls(q, k, itself, *scale, q_ids, k_ids, q_extents, k_extents, problem.same, bias)
 
-    full_scale = property(full_scale_of)
+    @property
+    def full_scale(self) -> float | Tensor:
+        return self.scale if self.scale_tensor is None else self.scale * self.scale_tensor
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -102,7 +104,7 @@ class Pairs(NamedTuple):
         )
 
 
-def _extents(q_ids: Tensor | None, k_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _extents(q_ids: Tensor | None, k_ids: Tensor | None) -> tuple[Tensor | None, ...]:
     if q_ids is None:
         return None, None
     sizes = [0 if ids is None else len(ids) for ids in (q_ids, k_ids)]

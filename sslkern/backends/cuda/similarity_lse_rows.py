@@ -1,7 +1,7 @@
 """Log-sum-exps of `similarity_lse` with a running maximum: kernels/similarity_lse_rows.cu."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ def redo(pairs: Pairs, row: Tensor, row_flags: Tensor, col: Tensor | None = None
 def _running(pairs: Pairs, rows: Rows, columns: Rows | None) -> None:
     call, new = Call("similarity_lse_running", pairs.q.device, pairs.q.dtype), _allocator(pairs)
     blocks = sum(-(-len(side.lse) // ROWS) for side in (rows, columns) if side is not None)
-    words, merged, units, kept = [], [], 0, []
+    words: list = []
+    merged, units, kept = [], 0, []
     for side, wanted, row_bias in ((pairs, rows, None), (_transposed(pairs), columns, pairs.bias)):
         n, m, _ = side.sizes
         tiles = -(-m // ROWS)
@@ -101,7 +102,7 @@ def _balanced(blocks: int, tiles: int, processors: int) -> int:
 def _transposed(pairs: Pairs) -> Pairs:
     """Without the bias, which then belongs to the rows."""
     q, k, q_ids, k_ids = pairs.q, pairs.k, pairs.q_ids, pairs.k_ids
-    extents = dict(q_extents=pairs.k_extents, k_extents=pairs.q_extents)
+    extents: dict[str, Any] = dict(q_extents=pairs.k_extents, k_extents=pairs.q_extents)
     return pairs._replace(q=k, k=q, q_ids=k_ids, k_ids=q_ids, bias=None, **extents)
 
 

@@ -13,5 +13,5 @@ PRIMITIVES = (
     "pair_losses",
 )
 KEEPS = 0, 0  # scores of similarity_lse kept for the backward: it recomputes all
-LACKS = {}
+LACKS: dict = {}
 MISSING = None

@@ -23,11 +23,11 @@ def unit_pairs_fwd(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tenso
 
 def unit_pairs_bwd(
     z: Tensor, norm: Tensor | None, pull: Tensor, da: Tensor | None, db: Tensor | None, need_x: bool, need_y: bool
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """dx, dy [N, D] from the gradients da, db of the halves of z, in fp32 (fp64), and -pull [N] of cosine."""
     N = pull.shape[0]
     a, b = z[:N], z[N:]
-    grads = []
+    grads: list[Tensor | None] = []
     for need, du, own, other, rows in ((need_x, da, a, b, slice(None, N)), (need_y, db, b, a, slice(N, None))):
         if not need:
             grads.append(None)

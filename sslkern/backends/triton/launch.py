@@ -56,7 +56,7 @@ class Launch(NamedTuple):
             return x, y
         return _descriptor(x, config.BM, config.BD), _descriptor(y, config.BN, config.BD)
 
-    def with_extents(self, x_side: Side, y_side: Side, config: Config, lse: bool = False) -> tuple[Side, Side]:
+    def with_extents(self, x_side: Side, y_side: Side, config: Config, lse: bool = False) -> tuple[Side, ...]:
         """The sides with what tells a tile at a glance that it holds no equal ids, and with `lse` that its log-sum-exps
         are close."""
         return self._with_extents(x_side, config.BM, lse), self._with_extents(y_side, config.BN, lse)
