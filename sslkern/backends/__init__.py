@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import cpu, cuda, reference, triton
 
@@ -111,7 +112,7 @@ def chosen() -> str:
 def find(primitive: str, x: Tensor, **options) -> str | None:
     """The backend that runs `primitive` on features x: under "auto" the fastest that can, else the one asked for by
     name; None if it cannot. options: what else a backend may decide by, see `resolve`."""
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         return _find(primitive, _latest, x.device.type, x.dtype, x, options)
     choice = _context_choice.get() or _of_process
     key = primitive, choice, x.device, x.dtype, *options.values()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .tensors import accumulator, eagerly_transformed, plain
 
@@ -19,7 +20,7 @@ library = torch.library.Library("sslkern", "DEF")
 
 def past_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called as it is."""
-    return not (torch.compiler.is_compiling() or eagerly_transformed()) and plain(*tensors)
+    return not (is_dynamo_compiling() or eagerly_transformed()) and plain(*tensors)
 
 
 def from_eager(ctx) -> bool:

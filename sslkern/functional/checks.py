@@ -4,6 +4,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..common.arguments import FLOATS, check_choice, check_dense, check_device, check_flags, describe
 from ..common.autocast import autocast_active
@@ -112,7 +113,7 @@ def check_options(reduction: str, group=None, strategy: str = "auto", grad_reduc
             check_flags(**flags)
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         check_choice("reduction", reduction, "mean", "sum", "none")
-    if group is None and torch.compiler.is_compiling():
+    if group is None and is_dynamo_compiling():
         return  # compiled code is guarded for each option that it looks at
     if not isinstance(strategy, str) or strategy != "auto":
         check_choice("strategy", strategy, *STRATEGIES)

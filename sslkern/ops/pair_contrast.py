@@ -340,6 +340,9 @@ def _whole_backward(ctx, g, *_):
     if g is None:
         return (None,) * 19
     x, y, scale, bias, kept = ctx.saved_tensors
+    if not torch.is_grad_enabled() and past_dispatcher_in(ctx, g):  # nothing of what follows is needed
+        dx, dy, dscale, dbias = _scale(g, x, y, scale, bias, kept, ctx.dtype, ctx.backend)
+        return dx, dy, None, dscale, None, dbias, *(None,) * 13
     with outside_autograd():
         dx, dy, dscale, dbias = _scaled.way_back(ctx, g)(g, x, y, scale, bias, kept, ctx.dtype, ctx.backend)
     # An operator returns an empty tensor for None.

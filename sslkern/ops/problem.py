@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..backends.problem import Problem, sizes_of
 from ..common.arguments import FLOATS, check_choice, check_dense, check_devices, describe
@@ -111,7 +112,7 @@ def scale_parts(scale: float | Tensor, q: Tensor) -> tuple[Tensor | None, float]
     """A 0-d tensor in the type of the sums, or None, and a number, whose product is the scale."""
     if isinstance(scale, Tensor):
         return scale.to(accumulator(q)), 1.0
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         return constant(scale, q, accumulator(q)), 1.0
     return None, float(scale)
 

@@ -170,9 +170,9 @@ class Torchrun:
         return [int(pid) for pid in found.stdout.split()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["moco", *(pytest.param(x, marks=pytest.mark.long) for x in KILLED if x != "moco")])
+@pytest.mark.parametrize("name", KILLED)
 def test_torchrun_starts_anew_what_was_killed_and_goes_on_with_another_number(tmp_path, monkeypatch, name):
     draw_images(tmp_path / "set", [str(i) for i in range(30)])
     options = f"{name.split()[0]} {OPTIONS} {KILLED[name]}".split()
