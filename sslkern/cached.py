@@ -70,7 +70,9 @@ class CachedLoss:
         >>> cached(torch.randn(256, 32), torch.randn(256, 24), logit_scale=log_scale.exp()).backward()
     """
 
-    def __init__(self, encoder: Encoder | Sequence[Encoder], loss: Callable[..., Any], chunk_size: int):
+    def __init__(
+        self, encoder: Encoder | tuple[Encoder, ...] | list[Encoder], loss: Callable[..., Any], chunk_size: int
+    ):
         self.encoder = tuple(encoder) if isinstance(encoder, (tuple, list)) else encoder
         for one in _listed(self.encoder):
             if not isinstance(one, nn.Module) and not isinstance(getattr(one, "__self__", None), nn.Module):
@@ -184,7 +186,7 @@ class _Cache:
         self.chunks = [slice(i, min(i + chunk_size, N)) for i in range(0, max(1, N), chunk_size)]
         tensors = (*self.inputs, *self.parameters.values())
         self.devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}  # with a random state
-        self.autocast = [
+        self.autocast: list[dict[str, Any]] = [
             dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
             for kind in ("cpu", *{device.type for device in self.devices})
             if torch.amp.is_autocast_available(kind)
@@ -284,7 +286,8 @@ class _Cache:
             features = _tensors(functional_call(self.encoder, state, (self._copied(leaves),)))
         ends = [(x, g) for x, g in zip(features, grads, strict=True) if g is not None and x.requires_grad]
         if ends:  # backward, not grad, which checkpoints with use_reentrant=True refuse
-            torch.autograd.backward(*zip(*ends, strict=True))
+            outputs, of_outputs = zip(*ends, strict=True)
+            torch.autograd.backward(outputs, of_outputs)
 
     def _copied(self, inputs: Iterable[Tensor]) -> Any:
         return _with_tensors(self.x, (t.clone() for t in inputs))  # the encoder may write into what it gets
@@ -311,8 +314,9 @@ class _Cache:
         fsdp = sys.modules.get("torch.distributed.fsdp")
         if fsdp is None:
             return
+        sharded: Any = getattr(fsdp, "FSDPModule", ())
         for module in self.encoder.modules():
-            if isinstance(module, getattr(fsdp, "FSDPModule", ())):
+            if isinstance(module, sharded):
                 module.reshard()
 
     def _versions(self) -> list[int]:

@@ -12,6 +12,7 @@ that of one process; `joined` makes one of those of all, which any number of pro
 
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from .distributed import (
     Group,
     Ranks,
     Shard,
+    TensorOrShard,
     all_rows,
     check_group,
     gather,
@@ -59,10 +61,6 @@ class _Memory(nn.Module):
         self._sharded = Shard(self, f"{self._NAME}_shard", size, members, rank)
         self.register_buffer(f"{self._NAME}_shard", _first_rows(here, dim, group, rank, len(members)))
         self.register_buffer("shard_place", torch.tensor([rank, len(members), size]))
-
-    def _whole(self) -> "Tensor | Shard":
-        """[size, dim]"""
-        return self.queue.t() if self._NAME == "queue" else self.bank
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
         place = state.get(prefix + "shard_place")
@@ -119,7 +117,8 @@ class FeatureQueue(_Memory):
     """
 
     _NAME = "queue"
-    queue: Tensor
+    queue: TensorOrShard
+    queue_shard: Tensor
     queue_ptr: Tensor
 
     def __init__(self, dim: int, size: int = 65536, normalize: bool = True, group: Group = None, sharded: bool = False):
@@ -139,7 +138,7 @@ class FeatureQueue(_Memory):
         push_of(_ranks(self.group, "FeatureQueue.push", **given), self, keys)
 
     def extra_repr(self) -> str:
-        size, dim = self._whole().shape
+        size, dim = self.queue.t().shape
         return f"dim={dim}, size={size}, normalize={self.normalize}"
 
 
@@ -158,6 +157,7 @@ class CrossBatchMemory(FeatureQueue):
     """
 
     labels: Tensor
+    labels_shard: Tensor
     count: Tensor
 
     def __init__(self, dim: int, size: int = 8192, normalize: bool = True, group: Group = None, sharded: bool = False):
@@ -167,18 +167,18 @@ class CrossBatchMemory(FeatureQueue):
         self.register_buffer("count", torch.zeros(1, dtype=torch.long))
 
     @torch.no_grad()
-    def push(self, keys: Tensor, labels: Tensor) -> None:
+    def push(self, keys: Tensor, labels: Tensor) -> None:  # type: ignore[override]  # each key has a label
         """Writes keys [B, dim] and their labels int64 [B] over the oldest."""
         given = dict(keys=keys, labels=labels, queue=self.queue, normalize=self.normalize)
         ranks = _ranks(self.group, "CrossBatchMemory.push", **given)
-        _check_rows("keys", keys, self._whole().shape[1])
+        _check_rows("keys", keys, self.queue.t().shape[1])
         check_dense("labels", labels)
         if not isinstance(labels, Tensor) or labels.shape != keys.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(f"labels must be an int64 tensor {list(keys.shape[:1])}, one for each key")
         check_devices("the queue", self.queue_ptr, labels=labels)
         B = all_rows(labels.shape[0], ranks)
         of_keys = self.labels if self._sharded is None else self.labels_shard
-        _, shard = rows_and_shard("the memory", self._whole(), ranks)
+        _, shard = rows_and_shard("the memory", self.queue.t(), ranks)
         if shard is not None:
             push_rows(shard, self.queue_ptr, keys, self.normalize, ranks, of_keys, labels)
         else:
@@ -190,9 +190,9 @@ class CrossBatchMemory(FeatureQueue):
             of_keys.index_copy_(0, place, labels[-size:].clone())  # which may be some of them
         self.count += B
 
-    def contents(self) -> tuple[Tensor, Tensor]:
+    def contents(self) -> tuple[TensorOrShard, TensorOrShard]:
         """The keys pushed so far and still there, [n, dim] and their labels [n]. The host waits for the count."""
-        n = min(int(self.count), self._whole().shape[0])
+        n = min(int(self.count), self.queue.t().shape[0])
         if self._sharded is None:
             return self.queue.t()[:n], self.labels[:n]
         here = rows_of_rank(n, self._sharded.rank, len(self._sharded.members))
@@ -222,7 +222,7 @@ class MemoryBank(_Memory):
     """
 
     _NAME = "bank"
-    bank: Tensor
+    bank: TensorOrShard
 
     def __init__(self, size: int, dim: int, momentum: float = 0.5, group: Group = None, sharded: bool = False):
         size, dim = check_size("size", size), check_size("dim", dim)
@@ -242,7 +242,7 @@ class MemoryBank(_Memory):
     def sample(self, index: Tensor, negatives: int, generator: torch.Generator | None = None) -> Tensor:
         """Rows of the bank for `functional.nce`, int64 [B, 1 + negatives]: index [B] and, uniformly and with
         repetition, rows other than it."""
-        size = self._whole().shape[0]
+        size = self.bank.shape[0]
         check_dense("index", index)
         if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
             raise ValueError("index must be an int64 tensor [B], the samples of the batch")
@@ -252,12 +252,13 @@ class MemoryBank(_Memory):
         if size < 2 and negatives:
             raise ValueError("negatives must be 0 for a bank of one sample: there is no other")
         own = index.unsqueeze(1)
-        options = {} if generator is None else dict(generator=generator)  # compiled code wants it named or left out
+        # Compiled code wants it named or left out.
+        options: dict[str, Any] = {} if generator is None else dict(generator=generator)
         others = torch.randint(max(1, size - 1), (index.shape[0], negatives), device=index.device, **options)
         return torch.cat((own, others.add_((others >= own).long())), 1)
 
     def extra_repr(self) -> str:
-        size, dim = self._whole().shape
+        size, dim = self.bank.shape
         return f"size={size}, dim={dim}, momentum={self.momentum}"
 
 
@@ -266,7 +267,7 @@ class MemoryBank(_Memory):
 
 @torch.no_grad()
 def push_of(ranks: Ranks | None, memory: FeatureQueue, keys: Tensor) -> None:
-    queue, shard = rows_and_shard("the memory", memory._whole(), ranks)
+    queue, shard = rows_and_shard("the memory", memory.queue.t(), ranks)
     if ranks is not None:
         check_push(queue, memory.queue_ptr, keys, memory.normalize)
     if shard is None:
@@ -277,7 +278,7 @@ def push_of(ranks: Ranks | None, memory: FeatureQueue, keys: Tensor) -> None:
 
 @torch.no_grad()
 def update_of(ranks: Ranks | None, memory: MemoryBank, index: Tensor, features: Tensor) -> None:
-    bank, shard = rows_and_shard("the memory", memory._whole(), ranks)
+    bank, shard = rows_and_shard("the memory", memory.bank, ranks)
     _check_rows("features", features, bank.shape[1])
     if shard is None:
         bank_update_(bank, gather(index, ranks), gather(unit(features), ranks), memory.momentum)

@@ -27,7 +27,7 @@ from .ranks import (
     within,
 )
 from .shard_scores import lse_over_shards, nearest_over_shards, sampled_similarity, sampled_similarity_bwd
-from .shards import Shard, push_rows, rows_and_shard, rows_of_rank, update_rows, with_rows
+from .shards import Shard, TensorOrShard, push_rows, rows_and_shard, rows_of_rank, update_rows, with_rows
 from .shuffled import shuffled
 from .similarity_lse import similarity_lse
 from .similarity_softplus import similarity_softplus
@@ -40,6 +40,7 @@ __all__ = [
     "Group",
     "Ranks",
     "Shard",
+    "TensorOrShard",
     "all_rows",
     "alone",
     "check_group",

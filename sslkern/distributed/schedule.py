@@ -47,7 +47,7 @@ class Schedule(Sequence[Step]):
     def __len__(self) -> int:
         return self.last + 1 + (self.results and self.last > 0)
 
-    def __getitem__(self, step: int) -> Step:
+    def __getitem__(self, step: int) -> Step:  # type: ignore[override]  # there are no slices
         if not 0 <= step < len(self):
             raise IndexError(f"step must be 0 to {len(self) - 1}, not {step}")
         sends, receives = (tuple(message for message, there in messages if there) for messages in self.messages(step))

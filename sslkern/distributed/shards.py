@@ -5,6 +5,7 @@ onto a queue, to rows that follow each other, goes to all ranks alike: each send
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from ..common.node import Operator
 from .collectives import group_of, send_rows, stacked
 from .contract import counts_of
 from .ranks import Ranks
+
+# The rows of a memory: a tensor, or with sharded=True a Shard. Type checkers accept both.
+TensorOrShard = Tensor | Any
 
 
 class Shard:
@@ -63,7 +67,7 @@ class Shard:
         """Its `repr` is; what `preflight` compares."""
 
     def __repr__(self) -> str:
-        own = int(self._memory.shard_place[0]) == self.rank
+        own = int(self._memory.get_buffer("shard_place")[0]) == self.rank
         whose = "its part" if own else "the part of another rank (DDP sends it: see sslkern.memory.ignored_by_ddp)"
         shape, dtype = list(self.shape), str(self.dtype)[6:]
         return f"{whose} of a memory {shape} {dtype} on {self.device.type} sharded over ranks {list(self.members)}"

@@ -9,7 +9,7 @@ from ..common.arguments import check_flags
 from ..common.autocast import cat
 from ..common.rows import unit
 from ..common.tensors import TensorOrTuple
-from ..distributed import Group, Ranks, Shard, copies, nearest_over_shards, ranks_of, rows_and_shard, with_rows
+from ..distributed import Group, Ranks, Shard, copies, nearest_over_shards, ranks_of, rows_and_shard
 from ..ops import similarity_topk
 from .checks import check_alike, check_features, check_options, promoted
 from .info_nce import info_nce
@@ -124,7 +124,7 @@ def _nearest(z, support, normalize: bool, ranks: Ranks | None = None, shard: Sha
     check_alike("support", support, "z", z, "[K, D]")
     check_flags(normalize=normalize)
     if shard is not None:
-        return nearest_over_shards(z, with_rows(shard, support), normalize, copies(ranks, 2))
+        return nearest_over_shards(z, shard.of(support), normalize, copies(ranks, 2))
     with torch.no_grad():
         # The length of z does not change which is nearest.
         _, index = similarity_topk(z, unit(support) if normalize else support, 1)

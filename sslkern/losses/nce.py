@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +156,8 @@ class CMCLoss(_BankLoss):
         >>> criterion((luminance, chroma), torch.randint(50_000, (64,))).backward()
     """
 
+    memories: Any  # an nn.ModuleList, of a MemoryBank for each view
+
     def __init__(
         self,
         views: int,
@@ -203,7 +206,7 @@ class CMCLoss(_BankLoss):
         logit_scale: float | Tensor | None = None,
     ) -> Tensor:
         """views: [N, D] each, of the samples `sample` int64 [N]; index [N, 1 + K] replaces what would be sampled."""
-        given = dict(views=views, sample=sample, index=index, weights=weights, logit_scale=logit_scale)
+        given: dict[str, Any] = dict(views=views, sample=sample, index=index, weights=weights, logit_scale=logit_scale)
         given |= dict(banks=[memory.bank for memory in self.memories], graph=self.graph)
         ranks = self._ranks(rows=rows_of_views(views), **given)
         views = checked_views(views, ranks)

@@ -82,9 +82,9 @@ PROGRAMS = {
         },
         [
             (name, *shape, sigmoids)
-            for name, *shapes in (
-                *((name, ("4", "2"), ("1", "8"), ("1", "16")) for name in HALF_TYPES),
-                ("float", ("2", "2"), ("1", "8")),
+            for name, shapes in (
+                *((name, [("4", "2"), ("1", "8"), ("1", "16")]) for name in HALF_TYPES),
+                ("float", [("2", "2"), ("1", "8")]),
             )
             for shape in shapes
             for sigmoids in ("false", "true")

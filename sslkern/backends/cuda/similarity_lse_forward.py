@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     slots: int
     triangle: bool
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # not the method of tuples
 
     @property
     def parts(self) -> int:

@@ -73,7 +73,7 @@ class _Weights(NamedTuple):
         row, g, col, h = (None if x is None else x.contiguous() for x in (row, g, col, h))
         fold = fold_of(pairs.q, row, g, col, h)
         columns = Columns.of(len(pairs.k), COLUMNS, col, h, pairs.bias, False, fold, pairs.q.device)
-        sums = [] if need_scale else None, [] if need_bias else None
+        sums: tuple[list[Tensor] | None, ...] = ([] if need_scale else None, [] if need_bias else None)
         return cls(pairs, row, g, columns, fold, col is not None, symmetric, *sums)
 
     def gradients(self, need_q: bool, need_k: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -26,7 +26,7 @@ def key(dtype: torch.dtype, D: int) -> str:
 def on(chip: Chip) -> dict[str, dict]:
     """{"scheme": {"bfloat16 128": "fused"}, "config": {"forward bfloat16 128": [..]}}, without entries where nothing
     was measured or the file cannot be read."""
-    nothing = {"scheme": {}, "config": {}}
+    nothing: dict[str, dict] = {"scheme": {}, "config": {}}
     if not chip.name:
         return nothing
     try:

@@ -608,7 +608,7 @@ def _by_blas(
     config = choose("products" if scores_too else "weights", q.dtype, D, chip, launch.crowded)
     if need_scale:  # its sums take registers
         config = config._replace(BN=min(64, config.BN))
-    dscales = []
+    dscales: list[Tensor] = []
 
     def weigh(x: Tensor, y: Tensor, x_side: Side, y_side: Side, products: Tensor | None, weights: Tensor) -> None:
         needs = False, need_scale, False
@@ -616,7 +616,7 @@ def _by_blas(
         dscales.append(dscale)
 
     dq, dk = blas.gradients_of_strips(weigh, q, keys, q_side, k_side, itself, need_q, need_k, scores_too)
-    return dq, dk, sum(dscales) if need_scale else None
+    return dq, dk, sum(dscales[1:], dscales[0]) if need_scale else None
 
 
 def _gradient(

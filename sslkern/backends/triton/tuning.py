@@ -7,8 +7,9 @@ the rule of `schemes.py`; nothing is ever measured during a call of a loss.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def tune(rows: int, D: int, device: torch.device, deadline: float) -> None:
 
 
 def _fastest(
-    title: str, step: Callable, contenders: dict[object, AbstractContextManager], device: torch.device, deadline: float
+    title: str, step: Callable, contenders: Mapping[Any, AbstractContextManager], device: torch.device, deadline: float
 ):
     """Which of the contenders, {name: what to run within}, is the fastest that agrees with the first; None where fewer
     than two had time."""
