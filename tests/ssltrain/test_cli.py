@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
-from ssltrain import cli
+from ssltrain import cli, methods
 
 KEYS = {"method", "data", "linear", "knn", "raw_linear", "raw_knn", "untrained_linear", "untrained_knn"} | {
     "images_per_s",
@@ -407,6 +408,17 @@ def test_help_names_every_flag(capsys, method):
     code, text, _ = ssltrain(capsys, method, "--help")
     flags = "data epochs minutes batch-size temperature seed threads resume out json lr device precision compile config"
     assert code == 0 and all(f"--{flag} " in text or f"--{flag}\n" in text for flag in [*flags.split(), "save-every"])
+
+
+def test_a_file_that_is_no_method_is_named(monkeypatch, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("class Options:\n    'Help.'\n")
+    monkeypatch.setitem(methods._FILES, "mine", path)
+    with pytest.raises(TypeError, match="mine.py must have a class named ..Config"):
+        methods.summary_of("mine")
+    monkeypatch.setitem(sys.modules, "ssltrain.methods.mine", types.ModuleType("mine"))
+    with pytest.raises(TypeError, match="mine.py must have a configuration whose method is 'mine'"):
+        methods.config_of("mine")
 
 
 def test_help_ends_every_sentence(capsys):

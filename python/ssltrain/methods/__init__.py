@@ -15,8 +15,9 @@ A method that has `parts`, and not as None, has each batch normalised in that ma
 State besides the weights (a queue, a momentum encoder) goes into parameters without gradient and buffers, so that
 checkpoints carry it.
 
-Its configuration, a dataclass whose `method` is the name of the file, has its options, `build(data)`, which gives the
-method, and as docstring the help of its command. A file that is here is a command: there is no list to add it to.
+Its configuration, a dataclass named ..Config whose `method` is the name of the file, has its options, `build(data)`,
+which gives the method, and as docstring the help of its command. A file that is here is a command:
+there is no list to add it to.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ NAMES = tuple(_FILES)
 
 def config_of(name: str) -> type[Config]:
     """The configuration of a method."""
-    return next(x for x in vars(importlib.import_module(f"{__name__}.{name}")).values() if _is_of(x, name))
+    for x in vars(importlib.import_module(f"{__name__}.{name}")).values():
+        if _is_of(x, name):
+            return x
+    raise TypeError(f"{_FILES[name]} must have a configuration whose method is {name!r}; see ssltrain.methods")
 
 
 def _is_of(x: object, name: str) -> bool:
@@ -46,5 +50,7 @@ def summary_of(name: str) -> str:
     """The first paragraph of the help of a method, without importing it: torch takes two seconds, and a list of
     methods should not."""
     classes = (node for node in ast.parse(_FILES[name].read_text("utf-8")).body if isinstance(node, ast.ClassDef))
-    config = next(node for node in classes if node.name.endswith("Config"))
-    return " ".join(ast.get_docstring(config).partition("\n\n")[0].split())
+    about = next((ast.get_docstring(node) for node in classes if node.name.endswith("Config")), None)
+    if about is None:
+        raise TypeError(f"{_FILES[name]} must have a class named ..Config with a docstring, the help of its command")
+    return " ".join(about.partition("\n\n")[0].split())
