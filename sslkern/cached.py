@@ -153,7 +153,7 @@ class _Replayed(torch.autograd.Function):
     """The features of a cache as a function of its inputs and parameters."""
 
     @staticmethod
-    def forward(ctx, cache: "_Cache", *_):
+    def forward(ctx: Any, cache: "_Cache", *_: Tensor) -> tuple[Tensor, ...]:
         ctx.cache = cache
         ctx.set_materialize_grads(False)
         features = cache.embed()
@@ -162,7 +162,7 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *ctx.cache.replay(grads, ctx.needs_input_grad[1:])
 
 

@@ -62,7 +62,9 @@ class _Memory(nn.Module):
         self.register_buffer(f"{self._NAME}_shard", _first_rows(here, dim, group, rank, len(members)))
         self.register_buffer("shard_place", torch.tensor([rank, len(members), size]))
 
-    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self, state: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
+    ) -> None:
         place = state.get(prefix + "shard_place")
         if self._sharded is not None:
             rank, ranks = self._sharded.rank, len(self._sharded.members)
@@ -354,7 +356,7 @@ def _first_rows(size: int, dim: int, group: Group, *part: int) -> Tensor:
     return unit(rows.to(torch.empty(0).device))  # the one that a module is being made on
 
 
-def _ranks(group: Group, what: str, **given) -> Ranks | None:
+def _ranks(group: Group, what: str, **given: Any) -> Ranks | None:
     return None if group is None else ranks_of(group, "auto", "mean", what, **given)
 
 

@@ -14,7 +14,7 @@ With a bias or a limit S of q with itself is not symmetric, and goes the first w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,7 +106,8 @@ def _forward(*inputs):
         kept = everyones
     of_key = keys.new_empty(keys.shape[:-1], dtype=accumulator(q))
     results = columns * (1 + best) * [of_key]
-    own, theirs = {}, {}  # by rank: of the rows over its keys; of the keys over its rows
+    own: dict[int, Sequence[Tensor]] = {}  # by rank: of the rows over its keys
+    theirs: dict[int, Sequence[Tensor]] = {}  # and of the keys over its rows
 
     with torch.no_grad(), use_backend(backend):
         for block in blocks(place, order, everyones, itself, results, theirs.__setitem__):
@@ -139,7 +140,7 @@ def parts(out: Tensor | tuple[Tensor, ...], best: bool) -> tuple[Sequence[Tensor
     return out[:-1], out[-1:]
 
 
-def merged(partials: dict[int, Sequence[Tensor]], best: bool) -> tuple[Tensor, Tensor | None]:
+def merged(partials: Mapping[int, Sequence[Tensor]], best: bool) -> tuple[Tensor, Tensor | None]:
     """The log-sum-exps and best scores over all keys from those over the keys of some ranks, in the order of these."""
     lse, *tops = zip(*(partials[rank] for rank in sorted(partials)), strict=True)
     top = None

@@ -63,13 +63,13 @@ def _forward(*inputs):
     values = q.new_empty(len(q), 0, dtype=accumulator(q))
     index = torch.empty_like(values, dtype=torch.int64)
     pairs = "same" if problem.same else "different"
-    given = dict(scale=full_scale_of(problem), q_ids=problem.q_ids, pairs=pairs, q_limit=problem.q_limit)
+    given: dict[str, Any] = dict(scale=full_scale_of(problem), q_ids=problem.q_ids, q_limit=problem.q_limit)
     with torch.no_grad(), use_backend(backend):
         for block in blocks(place, ring(place.rank, place.size), everyones, itself):
             k, k_ids = block.tensors
             if itself and block.first == place.rank:
                 k = k_ids = None
-            value, at = ops.similarity_topk(q, k, n, **given, k_ids=k_ids)
+            value, at = ops.similarity_topk(q, k, n, **given, k_ids=k_ids, pairs=pairs)
             at = torch.where(at < 0, at, at + sum(place.counts[: block.first]))
             values, index = _best(cat((values, value), 1), torch.cat((index, at), 1), n)
     return values, index

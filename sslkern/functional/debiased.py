@@ -139,7 +139,7 @@ def _debiased(name, z0, z1, temperature, beta, tau_plus, logit_scale, ids, norma
     gap = positive + (share + log_count) - negative
     more = (gap < 0) & (log_count != -torch.inf)  # what is taken out is less than all
     rest = negative + torch.log(-torch.expm1(gap.where(more, -1))) - log(1 - tau_plus, cosine)
-    floor = log_count - abs(scale)
+    floor = log_count - abs(scale)  # type: ignore[operator]  # the abs of either is one
     estimate = torch.maximum(rest.masked_fill(~more, -torch.inf), floor)
     loss = reduce(pair_loss(estimate, positive).view(2, N), reduction, weights, ranks)
     if reduction == "none":

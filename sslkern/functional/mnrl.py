@@ -1,7 +1,7 @@
 """Multiple negatives ranking: Henderson et al., "Efficient Natural Language Response Suggestion", 2017."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from functools import reduce as fold
 from typing import Any, NamedTuple
@@ -248,7 +248,7 @@ def _guided_lse(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
     """The log-sum-exp [N] over the keys that the guide finds no more similar than `limit`, and their best score [N]."""
     from torch.utils.checkpoint import checkpoint  # late: with it torch 2.6 imports sympy
 
-    block = partial(checkpoint, _guided_block, use_reentrant=False, preserve_rng_state=False)
+    block: Callable = partial(checkpoint, _guided_block, use_reentrant=False, preserve_rng_state=False)
     if transformed():  # torch.func has no checkpoints
         block = _guided_block
     N, size = q.shape[0], max(1, BLOCK // max(1, k.shape[0]))

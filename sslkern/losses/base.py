@@ -1,5 +1,8 @@
 """What the modules share: each holds its options, and its forward calls the function of the loss with them."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..common.arguments import check_flags
@@ -23,7 +26,7 @@ _NUMBERS = {  # options that are numbers, with the bounds that the functions ask
 class Loss(nn.Module):
     """A loss with its options: the keyword arguments of its function that stay the same from call to call."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any):
         super().__init__()
         check_options(options.get("reduction", "mean"), *(options[name] for name in _SHARING))
         check_flags(**{name: value for name, value in options.items() if name in _FLAGS})
@@ -32,11 +35,11 @@ class Loss(nn.Module):
                 check_number(name, options[name], *bounds)
         self.options = options
 
-    def _loss(self, loss_fn, *features, **per_call):
+    def _loss(self, loss_fn: Callable[..., Any], *features: Any, **per_call: Any) -> Any:
         """loss_fn with the options of the constructor, and of this call."""
         return loss_fn(*features, **self.options | per_call)
 
-    def _ranks(self, **given) -> Ranks | None:
+    def _ranks(self, **given: Any) -> Ranks | None:
         """The ranks that share what forward was given, for what comes before or after the loss. It stands for the
         comparison that the function would make: the options, and what the module keeps, belong to it."""
         if self.options["group"] is None:
@@ -53,17 +56,23 @@ class Loss(nn.Module):
 class ScaledLoss(Loss):
     """A loss whose similarities are divided by a temperature or multiplied by a logit_scale, which may be learned."""
 
-    def __init__(self, temperature: float | Tensor, logit_scale: float | Tensor | None, **options):
+    def __init__(self, temperature: float | Tensor, logit_scale: float | Tensor | None, **options: Any):
         super().__init__(**options)
         scale_of(temperature, logit_scale)
         self.temperature, self.logit_scale = temperature, logit_scale
 
-    def _loss(self, loss_fn, *features, logit_scale: float | Tensor | None = None, **per_call):
+    def _loss(
+        self,
+        loss_fn: Callable[..., Any],
+        *features: Any,
+        logit_scale: float | Tensor | None = None,
+        **per_call: Any,
+    ) -> Any:
         """The same; a logit_scale given to forward counts before that of the constructor."""
         logit_scale = self.logit_scale if logit_scale is None else logit_scale
         return loss_fn(*features, temperature=self.temperature, logit_scale=logit_scale, **self.options | per_call)
 
-    def _ranks(self, **given) -> Ranks | None:
+    def _ranks(self, **given: Any) -> Ranks | None:
         scale = given.pop("logit_scale")
         return super()._ranks(**given, **(self._scale() if scale is None else dict(logit_scale=scale)))
 
@@ -78,6 +87,8 @@ class ScaledLoss(Loss):
 
 class TwoViewLoss(ScaledLoss):
     """`loss_fn` of two views z0, z1 [N, D]."""
+
+    loss_fn: Callable[..., Any]
 
     def forward(
         self,
@@ -96,7 +107,7 @@ def listed(options: dict) -> str:
     return ", ".join(f"{name}={_on_one_line(value)}" for name, value in options.items())
 
 
-def _on_one_line(value) -> str:
+def _on_one_line(value: Any) -> str:
     if not isinstance(value, Tensor):
         return repr(value)
     if value.is_meta:

@@ -31,7 +31,7 @@ class MatryoshkaLoss(nn.Module):
         if isinstance(loss, nn.Module) and any(isinstance(m, (FeatureQueue, MemoryBank)) for m in loss.modules()):
             raise TypeError("loss must not keep features of its own, which are not cut; give them to it as an argument")
 
-    def forward(self, *features: Tensor | Sequence[Tensor], **options) -> TensorOrTuple:
+    def forward(self, *features: Tensor | Sequence[Tensor], **options: Any) -> TensorOrTuple:
         return loss_of_prefixes(self.loss, self.dims, self.weights, self.normalize, *features, **options)
 
     def extra_repr(self) -> str:

@@ -25,7 +25,14 @@ class _BankLoss(ScaledLoss):
 
     log_z: Tensor
 
-    def __init__(self, pairs: int, negatives: int, temperature, logit_scale, **options):
+    def __init__(
+        self,
+        pairs: int,
+        negatives: int,
+        temperature: float | Tensor,
+        logit_scale: float | Tensor | None,
+        **options: Any,
+    ):
         check_choice("form", options["form"], *FORMS)
         super().__init__(temperature, logit_scale, **options)
         self.negatives = check_size("negatives", negatives, 0)
@@ -40,11 +47,11 @@ class _BankLoss(ScaledLoss):
             state["options"] |= zip(("group", "strategy", "grad_reduce"), state.pop("sharing"), strict=True)
         super().__setstate__(state)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._estimated = self.options["form"] == "softmax" or not bool(self.log_z.isnan().any())
 
-    def _ranks(self, **given) -> Ranks | None:
+    def _ranks(self, **given: Any) -> Ranks | None:
         return super()._ranks(**given, negatives=self.negatives, log_z_is_known=self._estimated)
 
     def _known_log_z(self) -> Tensor | None:
