@@ -9,6 +9,7 @@ part is held out, or images without classes. The folders of a split have any of 
 from __future__ import annotations
 
 import gzip
+import importlib
 import io
 import pickle
 from collections.abc import Sequence
@@ -100,7 +101,8 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if (module.removeprefix("numpy.").replace("_core", "core"), name) == ("core.multiarray", "_reconstruct"):
-            return np.core.multiarray._reconstruct if np.__version__ < "2" else np._core.multiarray._reconstruct
+            core = "core" if np.__version__ < "2" else "_core"
+            return importlib.import_module(f"numpy.{core}.multiarray")._reconstruct
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in the protocol of Python 2
@@ -201,7 +203,8 @@ def to_embed(source: str, size: Sequence[int], about: dict) -> tuple[list[str], 
     """Names, pixels and notes of whatever a run could train on, whose images have that height and width; files are
     scaled to it. `about` is what a checkpoint says of the run's data."""
     if not is_array(source):
-        return read_files(Path(source), tuple(size), Levels.of(about.get("levels")))
+        height, width = size
+        return read_files(Path(source), (height, width), Levels.of(about.get("levels")))
     images = load(source)
     if images.size != tuple(size):
         raise UsageError(

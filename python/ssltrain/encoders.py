@@ -11,6 +11,9 @@ from ssltrain import UsageError
 class Standardize(nn.Module):
     """Subtract the mean and divide by the standard deviation of each channel of the training images."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, images: Tensor):  # uint8 [N, C, H, W]
         super().__init__()
         # Summed per channel over the 256 grey levels: exact, and a float copy of the whole set is not needed.
@@ -69,6 +72,11 @@ class ResNet18(nn.Module):
     use.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(self, channels: int, width: int = 64):
         super().__init__()
         self.features = 8 * width
@@ -111,6 +119,6 @@ def build(name: str, images: Tensor) -> nn.Sequential:
     kind, _, model = name.partition(":")
     builders = {"convnet": ConvNet, "resnet18": ResNet18, "timm": lambda channels: _timm(model, channels)}
     network = builders[kind](images.shape[1])
-    encoder = nn.Sequential(Standardize(images), network).to(memory_format=torch.channels_last)
+    encoder = nn.Sequential(Standardize(images), network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     encoder.features = network.features
     return encoder

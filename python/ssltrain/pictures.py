@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Levels:
     @staticmethod
     def of(known: dict[str, list[float]] | None) -> Levels:
         """As they were kept with a run, if any were."""
-        return Levels({kind: tuple(range_) for kind, range_ in (known or {}).items()})
+        return Levels({kind: (low, high) for kind, (low, high) in (known or {}).items()})
 
     def learn(self, kind: str, low: float, high: float) -> None:
         if kind in self.known:
@@ -110,7 +111,7 @@ class Pictures:
             self.fitted.add(name)
             image = ImageOps.fit(image, (self.size[1], self.size[0]), Image.Resampling.BILINEAR)
         if image.mode == "RGBA":
-            if image.getextrema()[3][0] < 255:
+            if _extrema(image)[3][0] < 255:
                 self.transparent.add(name)
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
             image = image.convert("L" if gray else "RGB")
@@ -140,7 +141,7 @@ class Pictures:
     def notes(self) -> list[str]:
         """What was done to them; after `stack`."""
         notes = []
-        if self.fitted:
+        if self.size and self.fitted:
             notes.append(f"{len(self.fitted)} images were scaled and cropped to {self.size[1]} x {self.size[0]} pixels")
         if self.transparent:
             notes.append(f"{len(self.transparent)} images are transparent in places and were laid on {BACKGROUND}")
@@ -179,15 +180,15 @@ def _has_more_frames(image: Image.Image) -> bool:
     return True
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(_ORIENTATION)
+        return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # metadata may be broken while the image is not
-        return None
+        return 1
 
 
-def _extrema(image: Image.Image) -> tuple[tuple[int, int], ...]:
-    found = image.getextrema()
+def _extrema(image: Image.Image) -> tuple[tuple[float, float], ...]:
+    found: Any = image.getextrema()
     return found if isinstance(found[0], tuple) else (found,)
 
 
