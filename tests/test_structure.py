@@ -1,6 +1,7 @@
 """Who may import whom: packages in layers, and private names within their package. What every file begins with."""
 
 import ast
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -95,6 +96,27 @@ def test_the_checks_above_find_what_they_look_for():
 def test_every_function_has_its_module_in_a_file_of_the_same_name():
     files = {package: {path.stem for path in (ROOT / package).glob("[!_]*.py")} for package in ("functional", "losses")}
     assert files["losses"] - {"base"} == files["functional"] - {"checks", "formulas"}
+
+
+def test_what_is_exported_is_annotated():
+    """Functions, and the constructors and public methods of classes, for type checkers."""
+    exported = [
+        getattr(package, name) for package in (sslkern, sslkern.functional, sslkern.ops) for name in package.__all__
+    ]
+    functions = []
+    for one in exported:
+        functions += vars(one).values() if inspect.isclass(one) else [one]
+    public = [f for f in functions if inspect.isfunction(f) and (f.__name__ == "__init__" or f.__name__[0] != "_")]
+    bare = [f.__qualname__ for f in public if unannotated(f)]
+    assert len(public) > 50 and not bare
+
+
+def unannotated(function: Callable) -> list[str]:
+    signature = inspect.signature(function)
+    names = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name != "self"]
+    if signature.return_annotation is signature.empty and function.__name__ != "__init__":
+        names.append("return")
+    return names
 
 
 def sources(*folders: str, suffixes: tuple[str, ...]) -> list[Path]:
