@@ -11,6 +11,7 @@ import sslkern
 from sslkern import functional as F
 
 from ..examples import LOSSES, OPS, value
+from ..fuzz import INITS
 
 A, B = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0))
 INDEX = torch.arange(12).unsqueeze(1) + torch.arange(4)
@@ -62,6 +63,16 @@ def test_a_number_is_a_number(call):
             assert "\n" not in str(error)
         else:  # None is the default of some, and a weight or an exponent may be large
             assert wrong is None or (isinstance(wrong, (int, float)) and not got.isnan()), wrong
+
+
+@pytest.mark.parametrize("name", sslkern.losses.__all__)
+def test_a_module_refuses_what_is_no_number(name):
+    """When it is made: the bounds of its options stand in losses/base.py."""
+    module = getattr(sslkern, name)
+    for option in inspect.signature(module.__init__).parameters.values():
+        if type(option.default) is float:
+            with pytest.raises((ValueError, TypeError), match=option.name):
+                module(**INITS[name](8) | {option.name: "0.25"})
 
 
 def test_alpha():
