@@ -1153,6 +1153,8 @@ def main() -> None:
             print("smallest:", smallest(args.seed, args.case))
             sys.exit(1)
         return
+    if missing():
+        sys.exit(f"add {missing()} to tests/examples.py, or to INITS or EXTRA here")
     report = run(args.count, args.seed, args.start, lambda line: print(line, flush=True))
     for failure in report.failures:
         print(told(args.seed, failure), flush=True)
