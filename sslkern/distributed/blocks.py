@@ -17,7 +17,6 @@ from ..common.autocast import cat
 from ..common.tensors import map_given
 from . import cost
 from .collectives import Post, exchange_rows, gather_rows, group_of, happened
-from .cost import DEVICES, choose
 from .preflight import equal_rows
 from .ranks import Ranks
 from .schedule import Schedule
@@ -37,8 +36,13 @@ def strategy_of(ranks: Ranks, keys: Tensor, itself: bool, shard: int = 0) -> str
     if torch.compiler.is_compiling():
         return "all_gather"
     rows = max(ranks.counts, default=keys.shape[-2])
-    device = DEVICES.get(keys.device.type, DEVICES["cuda"])
-    return choose(cost.Problem(rows, keys.shape[-1], ranks.size, itself, keys.element_size(), shard), device)
+    return cost.choose(*_modelled(rows, keys, ranks.size, itself, shard))
+
+
+def _modelled(rows: int, keys: Tensor, size: int, itself: bool, shard: int = 0) -> tuple[cost.Problem, cost.Device]:
+    """What the cost model is asked about: nothing that differs between ranks."""
+    device = cost.DEVICES.get(keys.device.type, cost.DEVICES["cuda"])
+    return cost.Problem(rows, keys.shape[-1], size, itself, keys.element_size(), shard), device
 
 
 class Place(NamedTuple):
@@ -60,6 +64,12 @@ class Place(NamedTuple):
                 equal_rows(ranks, keys.shape[dim])
             counts = [keys.shape[dim]] * ranks.size()
         return cls(group, ranks.size(), ranks.rank(), list(counts), strategy, dim)
+
+
+def by_triangle(q: Tensor, place: Place) -> bool:
+    """Whether a backward of q with itself visits each pair of ranks once; the same on all ranks. "all_gather" does not:
+    it would hold the gradients of all keys, twice."""
+    return place.strategy == "ring" and cost.by_triangle(*_modelled(max(place.counts), q, place.size, True))
 
 
 class Block:

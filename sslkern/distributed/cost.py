@@ -13,9 +13,13 @@ product for a block of n x n scores, 2 n^2 D flop. What a rank moves, and holds 
 and the gradients, d for each set of rows. The last k are the views as one tensor. Who has gathered the keys does not
 move them again in the backward.
 
-The backward of q with itself visits each pair of ranks from both sides, and no gradient travels. A triangle, which
-visits it once, would make both gradients of a block: 3 W/2 passes, if a block computes its scores once for them, and
-W/2 (k + 2 s + d). See `by_triangle`.
+This backward of q with itself visits each pair of ranks from both sides, and no gradient travels. A ring also has the
+other, a triangle, which visits each pair once and makes both gradients of a block, of which one goes home:
+
+    backward          3/2 W passes, W/2 (k + 2 s + d)             ring holds  2 k + 4 d + W s + k
+
+It is 2 W passes where the kernel computes the scores of a block anew for its second gradient, as those for GPUs do of
+few features. `by_triangle` says which of the two runs.
 
 Of a memory that is sharded over the ranks, K / W rows on each, the queries travel, k = n D b, and the mean of the rows
 of the memory for each, d, comes home with its log-sum-exp, s. It is all in the forward, and the backward exchanges
@@ -49,11 +53,13 @@ class Device(NamedTuple):
     latency: float  # seconds until a message arrives, whatever its size
     launch: float  # seconds that a block costs beside its flop
     memory: float  # bytes
+    anew: int  # features up to which a kernel computes scores once for each gradient of a block, and not for both
 
 
 DEVICES = {
-    "cpu": Device(flops=1e11, bandwidth=1e9, latency=1e-4, launch=1e-4, memory=1.6e10),
-    "cuda": Device(flops=4e14, bandwidth=5e10, latency=2e-5, launch=5e-5, memory=8e10),  # H100, 400 Gb/s to others
+    "cpu": Device(flops=1e11, bandwidth=1e9, latency=1e-4, launch=1e-4, memory=1.6e10, anew=0),
+    # H100, 400 Gb/s to others
+    "cuda": Device(flops=4e14, bandwidth=5e10, latency=2e-5, launch=5e-5, memory=8e10, anew=128),
 }
 SHARE = 1 / 8  # of the memory that the loss of a network may take
 
@@ -90,8 +96,9 @@ class Cost(NamedTuple):
 
 
 @functools.lru_cache
-def cost(strategy: str, problem: Problem, device: Device) -> Cost:
-    """A forward and a backward by "all_gather" or "ring"."""
+def cost(strategy: str, problem: Problem, device: Device, triangular: bool | None = None) -> Cost:
+    """A forward and a backward by "all_gather" or "ring". triangular: whether the ring's backward of q with itself is a
+    triangle; None: as it is."""
     n, D, W, itself, b, shard = problem
     a = max(b, 4)
     keys, sums, gradient = n * (D * b + 8), n * a, n * D * a
@@ -106,8 +113,15 @@ def cost(strategy: str, problem: Problem, device: Device) -> Cost:
         return Cost(forward, Phase(0, 0, 0, 0), gradient + held)
     if itself:
         forward = phase(triangle(0, W), problem, device, 1, keys, sums)
-        backward = phase(ring(0, W), problem, device, 2, again + 2 * sums, 0)
-        held = 2 * keys + gradient + W * sums if strategy == "ring" else W * keys
+        if strategy == "ring" and triangular is None:
+            triangular = by_triangle(problem, device)
+        if triangular:
+            passes = 4 if D <= device.anew else 3
+            backward = phase(triangle(0, W), problem, device, passes, again + 2 * sums, gradient)
+            held = 2 * keys + 4 * gradient + W * sums
+        else:
+            backward = phase(ring(0, W), problem, device, 2, again + 2 * sums, 0)
+            held = 2 * keys + gradient + W * sums if strategy == "ring" else W * keys
         memory = gradient + keys + held
     else:
         forward = phase(ring(0, W, results=True), problem, device, 1, keys, sums)
@@ -115,14 +129,6 @@ def cost(strategy: str, problem: Problem, device: Device) -> Cost:
         held = 2 * keys + 4 * gradient + W * sums if strategy == "ring" else W * (keys + 2 * gradient)
         memory = 2 * gradient + held
     return Cost(forward, backward, memory)
-
-
-def by_triangle(problem: Problem, device: Device, passes: int = 3) -> Phase:
-    """What the backward of q with itself would cost as a ring that visits each pair of ranks once. passes: of a block
-    whose kernel makes both gradients; 4 where it computes the scores anew for each."""
-    n, D, W, _, b, _ = problem
-    a = max(b, 4)
-    return _overlapped(triangle(0, W), problem, device, passes, n * (D * b + 8) + 2 * n * a, n * D * a)
 
 
 def _overlapped(schedule: Schedule, problem: Problem, device: Device, passes: int, keys: int, result: int) -> Phase:
@@ -175,3 +181,10 @@ def choose(problem: Problem, device: Device) -> str:
     if gather.memory > max(walk.memory, SHARE * device.memory):
         return "ring"
     return "ring" if walk.seconds < gather.seconds else "all_gather"
+
+
+def by_triangle(problem: Problem, device: Device) -> bool:
+    """Whether the ring's backward of q with itself visits each pair of ranks once: where that is quicker, and takes no
+    more than SHARE of the memory."""
+    owners, once = (cost("ring", problem, device, triangular) for triangular in (False, True))
+    return once.seconds < owners.seconds and once.memory <= SHARE * device.memory

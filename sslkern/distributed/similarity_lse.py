@@ -7,7 +7,9 @@ comes out is merged in the order of the ranks. Sums over a column end at the ran
     q with itself   S is symmetric: a block gives the rows of both of its ranks, and every pair of ranks is computed
                     once. In the backward the row sums of both and their gradients are known, and
                         dz_i = scale sum_j (g_i exp(s_ij - row_i) + g_j exp(s_ij - row_j)) z_j
-                    is a sum over the keys that belongs to the own row: no gradient travels.
+                    is a sum over the keys that belongs to the own row: either every rank computes all of its rows,
+                    and no gradient travels, or every pair of ranks is computed once, and dz_j goes back to its rank;
+                    which of them the cost model says.
     frozen keys     with the rows the mean of their keys is accumulated, of which the gradient is made
 
 With a bias or a limit S of q with itself is not symmetric, and goes the first way.
@@ -29,7 +31,7 @@ from ..common.node import Node, Operator, once
 from ..common.tensors import TensorOrTuple, accumulator, needed, transformed, zeros_needed
 from ..ops.problem import SCHEMA, checked_problem, empty_gradients, gradients_of, options
 from ..ops.similarity_lse import frozen_backward, frozen_save
-from .blocks import PLACE, Place, blocks, gathered, keys_for_all, place_of, shared, strategy_of
+from .blocks import PLACE, Place, blocks, by_triangle, gathered, keys_for_all, place_of, shared, strategy_of
 from .contract import gathered_rows
 from .ranks import Ranks
 from .schedule import ring, triangle
@@ -212,8 +214,9 @@ def _gradients_of(*inputs):
     dtype = accumulator(q)
     dscale = q.new_zeros((), dtype=dtype)
     dq, dk, dbias = zeros_needed(dtype, (need_q, q), (need_k and not itself, problem.k), (need_bias, problem.k_bias))
-    if itself:  # dk belongs to the same rows; where S is symmetric dq has all of it
-        dk, need_k = dq, need_q and not symmetric
+    met_once = symmetric and need_q and by_triangle(q, place)
+    if itself:  # dk belongs to the same rows; where both of two ranks compute all of theirs, dq has all of it
+        dk, need_k = dq, need_q and (met_once or not symmetric)
     results = [x for x, need in ((dk, need_k), (dbias, need_bias)) if need]
 
     def arrive(_, theirs):
@@ -221,6 +224,8 @@ def _gradients_of(*inputs):
             x += their
 
     order = ring(place.rank, place.size, results=bool(results))
+    if met_once:
+        order = triangle(place.rank, place.size)
     with use_backend(backend):
         for block in blocks(place, order, everyones, itself, results, arrive):
             k, k_ids, k_bias, col, h = block.tensors
@@ -232,7 +237,7 @@ def _gradients_of(*inputs):
             if need_q:
                 dq += of_q
             if need_scale:
-                twice = symmetric and k is not None  # both of two ranks have all of it
+                twice = symmetric and not met_once and k is not None  # both of two ranks have all of it
                 dscale.add_(of_scale, alpha=0.5 if twice else 1)
             block.results = [x for x, need in ((of_k, need_k), (of_bias, need_bias)) if need]
             if k is None and need_bias:

@@ -1,12 +1,15 @@
 """What every loss over ranks is asked: the value and the gradients of one process that has all rows."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 import sslkern
+from sslkern.distributed import cost
 
 # Rows of each rank.
 COUNTS = {
@@ -58,6 +61,14 @@ def weighed(problem: Problem, loss: Tensor, rows: slice) -> Tensor:
     return (loss * upstream.reshape(loss.shape)).sum()
 
 
+@contextlib.contextmanager
+def by_triangle(triangular: bool) -> Iterator[None]:
+    """Whether a ring's backward of q with itself visits each pair of ranks once, whatever it costs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "by_triangle", lambda problem, device: triangular)
+        yield
+
+
 def of_rank(group, make: Callable, args: tuple, counts: list[int], dtype: torch.dtype, backend: str, sharing: dict):
     """The same of this rank's rows."""
     rank = group.rank()
@@ -66,7 +77,14 @@ def of_rank(group, make: Callable, args: tuple, counts: list[int], dtype: torch.
         return result(make(sum(counts), *args), rows, dtype, group=group, **sharing)
 
 
-def agrees(pool, make: Callable, *args, counts: list[int], strategy: str, grad_reduce: str) -> None:
+def of_rank_by(triangular: bool, *args):
+    with by_triangle(triangular):
+        return of_rank(*args)
+
+
+def agrees(
+    pool, make: Callable, *args, counts: list[int], strategy: str, grad_reduce: str, of_rank: Callable = of_rank
+) -> None:
     """`make(N, *args)`, a function of a module, returns the Problem: over ranks with `counts` rows it has the value and
     the gradients, by the contract, of one process, to 1e-10 in float64, and the same bits on every rank."""
     sharing = dict(strategy=strategy, grad_reduce=grad_reduce)

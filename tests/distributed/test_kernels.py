@@ -21,7 +21,7 @@ from sslkern.functional import (
 
 from ..functional import test_clip, test_dcl, test_debiased, test_moco, test_nt_xent_multi_view, test_sup_con
 from ..functional.agreement import product, rounds_as, unit
-from .agreement import COUNTS, Problem, of_rank
+from .agreement import COUNTS, Problem, of_rank, of_rank_by
 from .combinations import combinations
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,6 +125,22 @@ def make(N, name, temperature):
     rows=["uneven", "empty"],
 )
 def test_dense(pool, name, temperature, dtype, strategy, ranks, rows):
+    check(pool, name, temperature, dtype, strategy, ranks, rows)
+
+
+@combinations(
+    triangular=[True, False],
+    name=["nt_xent", "dcl", "nt_xent_multi_view", "sup_con"],
+    temperature=[0.5, 0.01],
+    dtype=list(DTYPES),
+    ranks=[2, 3, 5],
+    rows=["uneven", "empty"],
+)
+def test_dense_by_either_backward(pool, triangular, name, temperature, dtype, ranks, rows):
+    check(pool, name, temperature, dtype, "ring", ranks, rows, partial(of_rank_by, triangular))
+
+
+def check(pool, name, temperature, dtype, strategy, ranks, rows, of_rank=of_rank):
     counts, dtype, of = [9 * count for count in COUNTS[rows][ranks]], DTYPES[dtype], LOSSES[name]
     temperature, mean = max(temperature, of.coldest), ranks == 2  # of 3 or 5 times a number the rounding is another
     sharing = dict(strategy=strategy, grad_reduce="mean" if mean else "sum")

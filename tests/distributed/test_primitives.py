@@ -1,12 +1,14 @@
 """Primitives over ranks: those of one process with all rows."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from sslkern import distributed
 from sslkern.functional.formulas import reduce
 
-from .agreement import COUNTS, Problem, agrees
+from .agreement import COUNTS, Problem, agrees, by_triangle, of_rank, of_rank_by
 from .combinations import combinations
 
 SHARING = dict(ranks=[2, 3, 5, 8], rows=list(COUNTS), strategy=["all_gather", "ring"], grad_reduce=["mean", "sum"])
@@ -81,9 +83,9 @@ def make(N, primitive, itself, extra):
     return Problem(over, sharded, replicated, options)
 
 
-def check(pool, primitive, itself, extra, ranks, rows, strategy, grad_reduce):
-    counts = COUNTS[rows][ranks]
-    agrees(pool, make, primitive, itself, extra, counts=counts, strategy=strategy, grad_reduce=grad_reduce)
+def check(pool, primitive, itself, extra, ranks, rows, strategy, grad_reduce, of_rank=of_rank):
+    sharing = dict(counts=COUNTS[rows][ranks], strategy=strategy, grad_reduce=grad_reduce)
+    agrees(pool, make, primitive, itself, extra, **sharing, of_rank=of_rank)
 
 
 EXTRAS = ["", "ids", "ids, same, learned", "limit", "learned"]
@@ -95,6 +97,33 @@ OF_LSE = ["k_bias", "k_bias, limit, ids", "best", "columns, best", "frozen", "fr
 @combinations(itself=[True, False], extra=[*EXTRAS, *OF_LSE], **SHARING)
 def test_similarity_lse(pool, itself, extra, ranks, rows, strategy, grad_reduce):
     check(pool, "similarity_lse", itself, extra, ranks, rows, strategy, grad_reduce)
+
+
+@combinations(
+    triangular=[True, False],
+    extra=[*EXTRAS, "best"],
+    **{name: choices for name, choices in SHARING.items() if name != "strategy"},
+)
+def test_similarity_lse_by_either_backward(pool, triangular, extra, ranks, rows, grad_reduce):
+    check(pool, "similarity_lse", True, extra, ranks, rows, "ring", grad_reduce, partial(of_rank_by, triangular))
+
+
+def both_ways(group, counts):
+    """The gradients of this rank's rows, and of the scale: twice by a triangle, then by owners of rows."""
+    mine = slice(sum(counts[: group.rank()]), sum(counts[: group.rank() + 1]))
+    found = []
+    for triangular in (True, True, False):
+        q, scale = draw(sum(counts), 5)[mine].float().requires_grad_(), torch.tensor(1.5, requires_grad=True)
+        with by_triangle(triangular):
+            over("similarity_lse", q, None, group, "ring", scale=scale).square().sum().backward()
+        found.append(torch.cat((q.grad.flatten(), scale.grad.view(1))))
+    return found
+
+
+def test_a_triangle_repeats_its_bits(pool):
+    for once, again, owners in pool.run(both_ways, [9, 3, 12, 7, 1], ranks=5):
+        assert torch.equal(once, again) and torch.allclose(once, owners, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(once, owners)  # whose sums are in another order
 
 
 @combinations(itself=[True, False], extra=[*EXTRAS, "k_bias"], **SHARING)
@@ -136,6 +165,11 @@ def test_gather_and_total_of(pool, ranks, rows, strategy, grad_reduce):
     agrees(pool, make_gathered, counts=COUNTS[rows][ranks], strategy=strategy, grad_reduce=grad_reduce)
 
 
+def compiled_by_triangle(*args):
+    with by_triangle(True):
+        return compiled(*args)
+
+
 def compiled(group, primitive, itself, strategy):
     """The results and gradients of this rank's rows, eager and compiled."""
     torch.compiler.reset()
@@ -156,6 +190,15 @@ def compiled(group, primitive, itself, strategy):
 def test_compiles(pool, primitive, itself, strategy):
     if primitive == "sum_of_equal" and itself:
         pytest.skip("it has keys")
-    for eager, traced in pool.run(compiled, primitive, itself, strategy, ranks=3):
+    same(pool.run(compiled, primitive, itself, strategy, ranks=3))
+
+
+@pytest.mark.slow
+def test_a_triangle_compiles(pool):
+    same(pool.run(compiled_by_triangle, "similarity_lse", True, "ring", ranks=3))
+
+
+def same(of_ranks):
+    for eager, traced in of_ranks:
         pairs = zip(eager, traced, strict=True)
         assert all(a is b is None or torch.allclose(a, b, atol=1e-9) for a, b in pairs)
