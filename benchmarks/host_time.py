@@ -34,6 +34,7 @@ PROBLEMS = {
     "CLIP, learned scale": problems.two_way,
     "MoCo": problems.moco,
     "SigLIP, learned scale and bias": problems.siglip,
+    "SupCon": problems.sup_con,
 }
 LAUNCH = 0, 2, 4  # microseconds, assumed: what a driver takes has not been measured
 

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sslkern
 from sslkern.backends import BACKENDS, find, load
 from sslkern.backends.cuda import driver, pair_contrast
-from sslkern.functional import clip, info_nce, moco, nt_xent, siglip
+from sslkern.functional import clip, info_nce, moco, nt_xent, siglip, sup_con
 
 from .conftest import GPU, emulate_cuda
 from .functional.agreement import agrees_on_kernels, product, unit
@@ -248,7 +248,7 @@ def test_which_it_takes(whole):
     def found(N, D, dtype=torch.bfloat16, views=False, keys=None):
         rows = 2 * N if views else N
         sizes = 1, rows, rows if keys is None else keys, D
-        return find("pair_contrast", torch.zeros(N, D, dtype=dtype), sizes=sizes, bank=keys is not None, sigmoid=False)
+        return find("pair_contrast", torch.zeros(N, D, dtype=dtype), sizes=sizes, bank=keys is not None, mode="one_way")
 
     assert found(1024, 1024) == found(512, 7, views=True) == found(8, 512, torch.float32) == "cuda"
     assert found(1025, 8) is found(513, 8, views=True) is found(8, 1025) is found(8, 513, torch.float32) is None
@@ -259,9 +259,9 @@ def test_which_it_takes(whole):
 def test_a_gpu_with_little_shared_memory_takes_fewer_features(whole, monkeypatch):
     monkeypatch.setattr(driver, "shared_memory", lambda index: 99 << 10)
     z = torch.zeros(8, 600, dtype=torch.bfloat16)
-    assert "shared memory" in pair_contrast.lacks(z, (1, 8, 8, 600), False, False)
-    assert pair_contrast.lacks(z[:, :512], (1, 8, 8, 512), False, False) is None
-    assert "shared memory" in pair_contrast.lacks(z[:, :128], (1, 8, 8, 128), True, False)
+    assert "shared memory" in pair_contrast.lacks(z, (1, 8, 8, 600), False, "views")
+    assert pair_contrast.lacks(z[:, :512], (1, 8, 8, 512), False, "views") is None
+    assert "shared memory" in pair_contrast.lacks(z[:, :128], (1, 8, 8, 128), True, "one_way")
 
 
 # ---- over a bank that does not learn ---------------------------------------------------------------------------------
@@ -442,17 +442,121 @@ def test_what_learns_of_siglip(whole, dtype):
     assert whole == ["forward", "backward"] * 6
 
 
+# ---- SupCon ---------------------------------------------------------------------------------------------------------
+
+
+def labels_of(labels):
+    def loss(z, temperature, **options):
+        return sup_con(z, labels, temperature, **options)
+
+    def dense(z, temperature, normalize=True, reduction="mean"):
+        z = unit(z) if normalize else z
+        s, own = product(z, z) / temperature, torch.eye(len(z), dtype=torch.bool)
+        same = (labels[:, None] == labels) & ~own
+        row = s.masked_fill(own, -math.inf).logsumexp(1)
+        losses = row - s.masked_fill(~same, 0).sum(1) / same.sum(1).clamp_min(1)
+        losses = losses.masked_fill(~same.any(1), 0)
+        return losses.mean() if reduction == "mean" else losses.sum()
+
+    return loss, dense
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "N, D", [(17, 9), (50, 64), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((140, 129), (40, 500)))]
+)
+def test_sup_con(whole, N, D, dtype):
+    z, some = torch.randn(N, D), torch.randint(N // 4, (N,))  # some of them alone
+    for temperature, labels, options in (
+        (0.5, some, {}),
+        (0.1, torch.arange(N) // 2, {"reduction": "sum"}),
+        (0.3, torch.full((N,), -7), {}),
+        (-0.7, some, {"normalize": False}),
+    ):
+        features = z if options.get("normalize", True) else z / D**0.5
+        agrees_on_kernels(*labels_of(labels), (features,), temperature, dtype, **options)
+    assert whole == ["forward", "backward"] * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_supervised_losses_near_zero(whole, dtype):
+    x, noise = torch.randn(2, 20, 64)
+    z = torch.cat((x, x + 0.1 * noise)).to(dtype).requires_grad_()
+    labels = torch.arange(20).repeat(2)
+
+    def step():
+        loss = sup_con(z, labels, 0.03)
+        return loss.detach(), torch.autograd.grad(loss / loss.detach(), z)[0]
+
+    ours = step()
+    with sslkern.use_backend("reference"):
+        theirs = step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.float() - other.float()).norm() <= 0.01 * other.float().norm()
+
+
+@pytest.mark.parametrize("arriving", [math.nan, math.inf])
+def test_rows_without_positives_get_zero_whatever_arrives(whole, arriving):
+    leaves = [leaf.requires_grad_() for leaf in (torch.randn(5, 8).bfloat16(), torch.tensor(2.0))]
+    loss = sup_con(leaves[0], torch.arange(5), logit_scale=leaves[1])
+    assert loss == 0 and all((grad == 0).all() for grad in torch.autograd.grad(loss, leaves, torch.tensor(arriving)))
+    assert whole == ["forward", "backward"]
+
+
+def test_labels_with_gaps_and_features_that_do_not_begin_on_16_bytes(whole):
+    z, labels = torch.randn(19, 41).bfloat16()[:, 1:], torch.arange(38)[::2] // 8
+    z[3] = 0
+    want = sup_con(z.contiguous(), labels.contiguous())
+    assert torch.equal(sup_con(z, labels), want) and whole == ["forward"] * 2
+    with sslkern.use_backend("reference"):
+        assert torch.allclose(sup_con(z, labels), want, rtol=1e-4)
+    z[4, 2] = math.nan
+    assert sup_con(z, labels).isnan()
+
+
+def test_what_it_takes_of_sup_con(whole):
+    views, labels = torch.randn(6, 2, 16, requires_grad=True), torch.arange(6) // 2
+    for given in (labels, None):  # several views are rows of their own
+        for reduction in ("mean", "sum"):
+            ours = torch.autograd.grad(sup_con(views, given, reduction=reduction), views)[0]
+            with sslkern.use_backend("reference"):
+                theirs = torch.autograd.grad(sup_con(views, given, reduction=reduction), views)[0]
+            assert torch.allclose(ours, theirs, atol=1e-5)
+    assert whole == ["forward", "backward"] * 4
+    z = views.flatten(0, 1).detach()
+    for options in (dict(form="in"), dict(reduction="none"), dict(weights=torch.ones(12))):
+        sup_con(z, labels.repeat(2), **options)
+    sup_con(z, torch.rand(12, 3) < 0.5)
+    sup_con(torch.randn(6, 513), labels)
+    assert whole == ["forward", "backward"] * 4
+
+
+def test_sup_con_compiled(whole):
+    z, labels, scale = torch.randn(20, 16).bfloat16(), torch.arange(20) // 3, torch.tensor(3.0)
+
+    def step(loss):
+        leaves = [x.clone().requires_grad_() for x in (z, scale)]
+        value = loss(leaves[0], labels, logit_scale=leaves[1])
+        return [value.detach(), *torch.autograd.grad(2 * value, leaves)]
+
+    torch.compiler.reset()
+    compiled = torch.compile(sup_con, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(step(compiled), step(sup_con), strict=True):
+        assert torch.equal(ours, eager)
+    assert whole == ["forward", "backward"] * 2
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(GPU, reason="counted by the emulated driver")
-@pytest.mark.parametrize("loss", ["nt_xent", "info_nce", "clip", "bank", "moco", "siglip"])
+@pytest.mark.parametrize("loss", ["nt_xent", "info_nce", "clip", "bank", "moco", "siglip", "sup_con"])
 def test_four_nodes_in_a_step(whole, monkeypatch, loss):
     library = driver.library()
     count = lambda: (numbers := (ctypes.c_int64 * 7)(), library.emulated_last(numbers))[0][4]  # noqa: E731
     x, y = (torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     scale, bank = torch.tensor(10.0, requires_grad=True), torch.randn(300, 32).bfloat16()
-    criterion = sslkern.MoCoLoss(32, 300).bfloat16()
+    criterion, labels = sslkern.MoCoLoss(32, 300).bfloat16(), torch.arange(64) // 3
     call = {
         "nt_xent": lambda: nt_xent(x, y, 0.1),
         "info_nce": lambda: info_nce(x, y, temperature=0.1),
@@ -460,6 +564,7 @@ def test_four_nodes_in_a_step(whole, monkeypatch, loss):
         "bank": lambda: info_nce(x, y, bank, temperature=0.1),
         "moco": lambda: criterion(x, y.detach()),
         "siglip": lambda: siglip(x, y, scale, -scale),
+        "sup_con": lambda: sup_con(x, labels, logit_scale=scale),
     }[loss]
     before = count()
     call()

@@ -135,9 +135,9 @@ def resolve(primitive: str, x: Tensor, **options) -> str:
         x: features, of which a backend may ask the type, the sizes, and the device, with its compute capability.
         options: for the similarity family `sizes` (G, N, M, D), whether there are a `bias` and a `limit`, `n` of
             similarity_topk, and of similarity_lse whether keys are `frozen`; for a whole `pair_contrast` the sizes of
-            its similarities, whether there is a `bank` and whether it is SigLIP (`sigmoid`); for sampled_similarity the
-            sizes, and `n` rows of the bank for each query; for queue_push and bank_update `other`, the type of what
-            they write there. The others are asked for the features alone.
+            its similarities, whether there is a `bank`, and its `mode`; for sampled_similarity the sizes, and `n` rows
+            of the bank for each query; for queue_push and bank_update `other`, the type of what they write there. The
+            others are asked for the features alone.
 
     Raises:
         RuntimeError: the backend was asked for by name, and lacks the primitive, the device, the type, or something

@@ -22,8 +22,9 @@ from ..distributed import (
     total_of,
     within,
 )
+from ..ops.pair_contrast import pair_labels
 from .checks import check_features, check_ids, check_options, check_weights, scale_of
-from .formulas import reduce
+from .formulas import at_once_of, reduce
 
 FORMS = ("out", "in")
 
@@ -104,9 +105,13 @@ def sup_con(
         check_weights(weights, N, z)
         check_options(reduction, group, strategy, grad_reduce, normalize=normalize)
         scale = scale_of(temperature, logit_scale, z, ranks)
-        options = dict(form=form, logit_scale=scale, normalize=normalize, reduction="none")
+        at_once = at_once_of(reduction, weights, 0.0, ranks)
+        options = dict(form=form, logit_scale=scale, normalize=normalize, reduction=at_once)
         options |= dict(group=copies(within(ranks), V) or group)
-        losses = sup_con(z.reshape(N * V, D), labels.repeat_interleave(V, 0), **options).view(N, V)
+        losses = sup_con(z.reshape(N * V, D), labels.repeat_interleave(V, 0), **options)
+        if at_once != "none":
+            return losses
+        losses = losses.view(N, V)
         return reduce(losses.t(), reduction, weights, ranks).t()
     if not isinstance(z, Tensor) or z.ndim != 2:
         raise ValueError(f"z must be a tensor [N, D] or [N, V, D], not {describe(z)}")
@@ -118,6 +123,10 @@ def sup_con(
     check_options(reduction, group, strategy, grad_reduce, normalize=normalize)
     check_weights(weights, N, z)
     scale = scale_of(temperature, logit_scale, z, ranks)
+    if labels.ndim == 1 and form == "out" and weights is None and ranks is None:
+        loss = pair_labels(z, scale, labels, normalize, reduction)
+        if loss is not None:
+            return loss
     if normalize:
         z = unit(z)
     if labels.ndim == 1:

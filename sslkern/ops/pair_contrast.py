@@ -76,7 +76,7 @@ def pair_contrast(
     by_formula = torch.compiler.is_compiling() and not frozen and few_pairs(x, rows, ids)
     if reduction != "none" and not (by_formula and x.device.type == "cpu"):
         sizes = (1, rows, rows if bank is None else bank.shape[0], x.shape[1])
-        backend = find("pair_contrast", x, sizes=sizes, bank=bank is not None, sigmoid=False)
+        backend = find("pair_contrast", x, sizes=sizes, bank=bank is not None, mode=mode)
         if backend is not None:
             return _whole(x, y, bank, scale, 0.0, ids, ptr, mode, normalize, unit_bank, best, reduction, backend)
     if by_formula:
@@ -289,10 +289,20 @@ def pair_sigmoid(
     """SigLIP's loss 0-d of x, y [N, D], by a backend that has all of it; else None."""
     if reduction == "none":
         return None
-    backend = find("pair_contrast", x, sizes=(1, x.shape[0], *x.shape), bank=False, sigmoid=True)
+    backend = find("pair_contrast", x, sizes=(1, x.shape[0], *x.shape), bank=False, mode="sigmoid")
     if backend is None:
         return None
     return _whole(x, y, None, scale, bias, ids, None, "sigmoid", normalize, False, False, reduction, backend)[0]
+
+
+def pair_labels(x: Tensor, scale: float | Tensor, labels: Tensor, normalize: bool, reduction: str) -> Tensor | None:
+    """SupCon's loss 0-d of x [N, D] with labels int64 [N], by a backend that has all of it; else None."""
+    if reduction == "none":
+        return None
+    backend = find("pair_contrast", x, sizes=(1, x.shape[0], *x.shape), bank=False, mode="labels")
+    if backend is None:
+        return None
+    return _whole(x, x, None, scale, 0.0, labels, None, "labels", normalize, False, False, reduction, backend)[0]
 
 
 def _whole(
@@ -302,7 +312,8 @@ def _whole(
     bias_tensor, bias = scale_parts(bias, x) if mode == "sigmoid" else (None, 0.0)
     need_x = need_y = need_scale = need_bias = False
     if torch.is_grad_enabled():
-        need_x, need_y = x.requires_grad or transformed(), y.requires_grad or transformed()
+        need_x = x.requires_grad or transformed()
+        need_y = mode != "labels" and (y.requires_grad or transformed())
         need_scale = scale_tensor is not None and (scale_tensor.requires_grad or transformed())
         need_bias = bias_tensor is not None and (bias_tensor.requires_grad or transformed())
     learns = need_x or need_y or need_scale or need_bias

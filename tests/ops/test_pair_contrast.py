@@ -298,7 +298,7 @@ class Whole(types.ModuleType):
 
     def __init__(self, largest: int):
         super().__init__("whole")
-        lacks = lambda x, sizes, bank, sigmoid: f"takes {largest} rows" if bank or sizes[1] > largest else None  # noqa: E731
+        lacks = lambda x, sizes, bank, mode: f"takes {largest} rows" if bank or sizes[1] > largest else None  # noqa: E731
         self.LACKS = {"pair_contrast": lacks}
         self.calls = []
 

@@ -81,14 +81,15 @@ PROGRAMS = {
             "pair_gradients<{0}, {1}, {2}, {3}>": "pairs pointer*3 float int pointer*4",
         },
         [
-            (name, *shape, sigmoids)
+            (name, *shape, of)
             for name, shapes in (
                 *((name, [("4", "2"), ("1", "8"), ("1", "16")]) for name in HALF_TYPES),
                 ("float", [("2", "2"), ("1", "8")]),
             )
             for shape in shapes
-            for sigmoids in ("false", "true")
-        ],
+            for of in ("0", "3")  # the Mode of kernels/pair_contrast.h; 0 is for 1 and 2, too
+        ]
+        + [(name, "1", "8", "4") for name in TYPES],
     ),
     "scaled_gradients": Program("pair_contrast.cu", {"scaled_gradients<{0}>": "int64 int pointer*7"}, ONE_TYPE),
     "pair_contrast_bank": Program(

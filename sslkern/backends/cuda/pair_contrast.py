@@ -13,7 +13,7 @@ from .launch import PIECE, Call, at_most, missing, teams, width
 
 FP32, CONTIGUOUS = torch.float32, torch.contiguous_format
 ROWS, WARPS, THREADS = 16, 8, 256  # as in kernels/pair_contrast.h
-MODES = "views", "one_way", "two_way", "sigmoid"
+MODES = "views", "one_way", "two_way", "sigmoid", "labels"
 MOST_ROWS = 1024  # that have negatives; more keep a GPU busy in kernels of their own
 MOST_PRODUCTS, MOST_KEYS = 2**31, 2**24  # of numbers of the rows and of a bank, 256 x 65,536 x 128, and its keys
 
@@ -54,23 +54,24 @@ PAIRS = {
     2: ((128, Shape(1, 4, 2)), (512, Shape(1, 1, 8)), (1024, Shape(1, 1, 16))),
     4: ((128, Shape(1, 2, 2)), (512, Shape(1, 1, 8))),
 }
+LABELS = {2: ((512, Shape(1, 1, 8)),), 4: ((512, Shape(1, 1, 8)),)}
 BANK = {2: ((128, Shape(4, 4, 2)), (512, Shape(4, 1, 8))), 4: ((128, Shape(2, 2, 2)), (512, Shape(1, 1, 8)))}
 
 
-def lacks(x: Tensor, sizes: tuple[int, ...], bank: bool, sigmoid: bool) -> str | None:
+def lacks(x: Tensor, sizes: tuple[int, ...], bank: bool, mode: str) -> str | None:
     """Why it is none of its own, or None."""
     _, rows, keys, D = sizes
-    most = (BANK if bank else PAIRS)[x.dtype.itemsize][-1][0]
+    most = _shapes(x.dtype, bank, _kernels_of(mode))[-1][0]
     if rows > MOST_ROWS or rows == 0 or D == 0 or D > most:
         return f"it takes {MOST_ROWS} rows of {most} features, and not none"
     if bank and (rows * keys * D > MOST_PRODUCTS or keys > MOST_KEYS):
         return "so many keys of a bank keep a GPU busy in kernels of their own"
-    return _missing(x.dtype, D, bank, sigmoid, x.device.index or 0)
+    return _missing(x.dtype, D, bank, _kernels_of(mode), x.device.index or 0)
 
 
 @torch.compiler.assume_constant_result
-def _missing(dtype: torch.dtype, D: int, bank: bool, sigmoid: bool, index: int) -> str | None:
-    plan = _plan(dtype, D, bank, sigmoid)
+def _missing(dtype: torch.dtype, D: int, bank: bool, of: int, index: int) -> str | None:
+    plan = _plan(dtype, D, bank, of)
     if plan.shared > driver.shared_memory(index):
         return "this GPU has too little shared memory for so many features"
     return missing(plan.program, plan.arguments, index) or missing("scaled_gradients", (dtype,), index)
@@ -87,10 +88,21 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(dtype: torch.dtype, D: int, bank: bool, sigmoid: bool) -> Plan:
-    shape = next(shape for most, shape in (BANK if bank else PAIRS)[dtype.itemsize] if D <= most)
-    kernels = ("pair_contrast_bank", (dtype, *shape)) if bank else ("pair_contrast", (dtype, *shape[1:], sigmoid))
+def _plan(dtype: torch.dtype, D: int, bank: bool, of: int) -> Plan:
+    shape = next(shape for most, shape in _shapes(dtype, bank, of) if D <= most)
+    kernels = ("pair_contrast_bank", (dtype, *shape)) if bank else ("pair_contrast", (dtype, *shape[1:], of))
     return Plan(*kernels, shape, shape.shared(D, dtype), _factors(ROWS * _pitch(D), dtype))
+
+
+def _kernels_of(mode: str) -> int:
+    """The mode that those for this one are compiled for: the three that have negatives share them."""
+    return MODES.index(mode) if mode in ("sigmoid", "labels") else 0
+
+
+def _shapes(dtype: torch.dtype, bank: bool, of: int) -> tuple[tuple[int, Shape], ...]:
+    if bank:
+        return BANK[dtype.itemsize]
+    return (LABELS if MODES[of] == "labels" else PAIRS)[dtype.itemsize]
 
 
 class Sizes(NamedTuple):
@@ -137,7 +149,7 @@ def pair_contrast_fwd(
     if ptr is not None:
         x, y = apart(x, bank), apart(y, bank)
     (N, D), dtype, over_bank = x.shape, x.dtype, bank is not None
-    program, arguments, shape, shared, own = _plan(dtype, D, over_bank, mode == "sigmoid")
+    program, arguments, shape, shared, own = _plan(dtype, D, over_bank, _kernels_of(mode))
     blocks, sides, parts, share = _sizes(N, mode, reduction, over_bank)
     call = Call(program, x.device, *arguments)
     x, y = x.contiguous(), y.contiguous()

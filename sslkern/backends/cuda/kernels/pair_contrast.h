@@ -15,7 +15,8 @@ enum Mode : int {
   VIEWS,    // the negatives of a row of x or y are rows of both
   ONE_WAY,  // rows of y for each of x
   TWO_WAY,  // also rows of x for each of y
-  SIGMOID   // each pair is a question of its own, the positive one too
+  SIGMOID,  // each pair is a question of its own, the positive one too
+  LABELS    // the positives of a row of x are the others with its id, its negatives those with another one
 };
 constexpr int BANK = 2;  // side 0 is x, 1 is y, and this one has negatives of x alone
 
