@@ -98,6 +98,18 @@ class Pool:
         """(result, exception, traceback) of each rank."""
         if not self._ranks:
             self._start()
+        try:
+            ended = self._ended(function, args, ranks, within, lost)
+        except BaseException:  # answers that nobody has read are no answers to the next call
+            self.close()
+            raise
+        _, error, _ = ended[0]
+        alike = len({(type(error), str(error)) for _, error, _ in ended}) == 1
+        if isinstance(error, (RuntimeError, ImportError)) or not alike:
+            self.close()  # some may still wait for others, in this collective or the next
+        return ended
+
+    def _ended(self, function: Callable, args: tuple, ranks: int, within: float, lost: int | None) -> list[tuple]:
         until = time.monotonic() + within
         called = self._ranks[-ranks:]
         answers: dict[int, tuple] = {}
@@ -110,11 +122,7 @@ class Pool:
             if not ready:
                 break
         missing = None, NoAnswer(f"it did not return within {within} s"), ""
-        ended = [answers.get(i, missing) for i in range(ranks)]
-        _, error, _ = ended[0]
-        if isinstance(error, RuntimeError) or len({(type(error), str(error)) for _, error, _ in ended}) > 1:
-            self.close()  # some may still wait for others, in this collective or the next
-        return ended
+        return [answers.get(i, missing) for i in range(ranks)]
 
     def _answer(self, rank: _Rank) -> tuple:
         try:

@@ -111,6 +111,19 @@ def test_a_rank_that_dies_or_stops_breaks_the_pool_for_one_call():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_what_an_interrupted_call_leaves_is_not_the_answer_to_the_next(monkeypatch):
+    def interrupted(*_):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with contextlib.closing(Pool(size=2, groups=(2,))) as pool:
+        monkeypatch.setattr("tests.distributed.pool.wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(fail, [], None, ranks=2)
+        assert pool.run(total, torch.zeros(1), ranks=2) == [torch.ones(1)] * 2
+
+
 def test_no_process_outlives_the_tests(tmp_path):
     """Killed, so that nothing is tidied up, while one rank sleeps and the other waits for it."""
     script = """
