@@ -80,11 +80,12 @@ INTERPRETED = tests/ops tests/gpu/test_triton_paths.py \
 triton-interpret-newest: INTERPRETED := tests/ops/test_similarity_lse.py tests/functional/test_nt_xent.py
 
 triton-interpret-%: $(VENV)/triton-%
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest $(INTERPRETED)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest -n 2 --dist worksteal $(INTERPRETED)
 
 triton-test:  ## the Triton kernels without a GPU: their values in the interpreter, their code for three architectures
-	$(MAKE) -j2 -O triton-interpret-3.6.0 triton-interpret-newest
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0 $(BIN)/python -m pytest -m '' tests/gpu/test_triton_offline.py
+	$(MAKE) triton-interpret-3.6.0
+	$(MAKE) triton-interpret-newest
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0 $(BIN)/python -m pytest -n 2 -m '' tests/gpu/test_triton_offline.py
 
 # CUDA's compiler as a library, 60 MB, as every CUDA build of torch has it.
 $(VENV)/nvrtc: | $(VENV)/.setup
