@@ -101,7 +101,7 @@ def test_results_go_to_whom_they_are_for():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [pytest.param("ring", marks=pytest.mark.long), *list(SCHEDULES)[1:]])
 def test_of_4096_ranks(schedule):
     """All of the above, for the steps of all ranks at a time."""
     size = 4096
