@@ -12,6 +12,7 @@ import json
 import math
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ if typing.TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ssltrain.images import Images
+    from ssltrain.methods._method import Method
     from ssltrain.speech import Speech
 
 DEFAULT_EPOCHS = 40
@@ -48,12 +50,8 @@ def one_of(*names) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Config:
-    """What all methods have.
-
-    A method's own configuration says how it is built: `build(data)` gives the method, a module as described in
-    `ssltrain.methods`, for data that `load` gave. Its docstring is the help of its command.
-    """
+class Config(ABC):
+    """What all methods have. The docstring of a method's own configuration is the help of its command."""
 
     method: ClassVar[str]
     unit: ClassVar[str]  # what a sample is called, in the plural
@@ -120,6 +118,34 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         return {"method": self.method, **dataclasses.asdict(self)}
+
+    @abstractmethod
+    def load(self, about: dict | None = None) -> Images | Speech:
+        """What `data` names. `about` is what a checkpoint says of a run's data."""
+
+    @abstractmethod
+    def build(self, data: Any) -> Method:
+        """The method, for data that `load` gave."""
+
+    @abstractmethod
+    def build_encoder(self, shape: Sequence[int]) -> nn.Module:
+        """The encoder of a run for samples of that shape, before its weights are loaded."""
+
+    @abstractmethod
+    def embed(
+        self, encoder: Any, source: str, shape: Sequence[int], about: dict, device: torch.device
+    ) -> tuple[list[str], Tensor, list[str]]:
+        """The name and the features of every sample of `source`, and notes."""
+
+    @abstractmethod
+    def fine_tune(
+        self, data: Any, encoders: dict[str, nn.Module], share: float, device: torch.device, seed: int
+    ) -> tuple[dict[str, float], int]:
+        """The test accuracy of each encoder after training on a share of the labels, and how many these are."""
+
+    @abstractmethod
+    def exported(self, encoder: Any) -> tuple[nn.Module, dict[str, str], str]:
+        """The network whose weights are of use elsewhere, what to write beside them, and how to load them."""
 
 
 @dataclass(frozen=True)

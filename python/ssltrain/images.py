@@ -19,6 +19,8 @@ from ssltrain.pictures import Levels
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from ssltrain.methods._method import Method
+
 
 @dataclass
 class Images:
@@ -91,7 +93,7 @@ class Images:
         return Evaluation(accuracies, rows, columns, seen[""], self.test_labels, self.classes)
 
     @torch.no_grad()
-    def draw(self, method: nn.Module, device: torch.device, axes: Axes) -> None:
+    def draw(self, method: Method, device: torch.device, axes: Axes) -> None:
         """Pairs of views."""
         chosen = self.train[:: max(1, len(self.train) // panels.PAIRS)][: panels.PAIRS]
         views = method.views(chosen.to(device))

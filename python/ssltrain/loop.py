@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssltrain import UsageError, checkpoints, ranks
 from ssltrain.config import Config
 from ssltrain.draws import Draws, key
+from ssltrain.methods._method import Method
 from ssltrain.rehearsal import compiled, faster_precision, rehearse
 from ssltrain.speech import Clips
 from ssltrain.stopwatch import Stopwatch
@@ -57,7 +58,7 @@ class Interrupted(Exception):
 
 
 def train(
-    method: nn.Module,
+    method: Method,
     data: Tensor | Clips,
     config: Config,
     out: Path,
@@ -85,7 +86,7 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
     data = data.to(device)
     method.to(device, torch.float64 if config.precision == "fp64" else None).train()
-    ranks.normalise(method, device, getattr(method, "parts", None))
+    ranks.normalise(method, device, method.parts)
     with compiled(method) if config.compile else nullcontext():
         training = Training(method, data, config, out, checkpoint, about or {})
         training.go(report)
@@ -96,7 +97,7 @@ class Training:
     """A run on its way: what it works with and how far it is."""
 
     def __init__(
-        self, method: nn.Module, data: Tensor | Clips, config: Config, out: Path, checkpoint: dict | None, about: dict
+        self, method: Method, data: Tensor | Clips, config: Config, out: Path, checkpoint: dict | None, about: dict
     ):
         self.method, self.data, self.config, self.out, self.about = method, data, config, out, about
         weight = next(method.parameters())
@@ -201,7 +202,7 @@ class Training:
         self.saved = self.clock = time.perf_counter()  # writing is no training
 
 
-def _optimizer(method: nn.Module, config: Config) -> torch.optim.Optimizer:
+def _optimizer(method: Method, config: Config) -> torch.optim.Optimizer:
     """Biases and normalisation parameters, the vectors, are not decayed."""
     parameters = [p for p in method.parameters() if p.requires_grad]
     groups = [

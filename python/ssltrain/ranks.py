@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssltrain import UsageError
+from ssltrain.methods._method import Method
 
 
 def launched() -> bool:
@@ -148,7 +149,7 @@ def share(start: int, stop: int) -> slice:
     return slice(start + rank() * rows // size(), start + (rank() + 1) * rows // size())
 
 
-def loss_of(method: nn.Module) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:
+def loss_of(method: Method) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:
     """`method.loss`, whose backward leaves the gradients of the whole batch in every rank."""
     if size() == 1:
         return method.loss
@@ -162,7 +163,7 @@ def loss_of(method: nn.Module) -> Callable[[Tensor], tuple[Tensor, dict[str, Ten
 class _Loss(nn.Module):
     """The loss of a method as a forward, which is where DDP is at work."""
 
-    def __init__(self, method: nn.Module):
+    def __init__(self, method: Method):
         super().__init__()
         self.method = method
 

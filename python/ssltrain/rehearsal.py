@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssltrain import UsageError
+from ssltrain.methods._method import Method
 from ssltrain.speech import Clips
 
 
-def faster_precision(method: nn.Module, batch: Tensor | Clips, trials: int = 5) -> str:
+def faster_precision(method: Method, batch: Tensor | Clips, trials: int = 5) -> str:
     """`bf16` if a training step under bf16 autocast is at least a tenth faster than in fp32 on this device, by trial.
 
     The best of the trials counts, since other programs only ever add time.
@@ -24,7 +25,7 @@ def faster_precision(method: nn.Module, batch: Tensor | Clips, trials: int = 5) 
 
 
 def rehearse(
-    method: nn.Module, batch: Tensor | Clips, precisions: Sequence[str], trials: int = 0
+    method: Method, batch: Tensor | Clips, precisions: Sequence[str], trials: int = 0
 ) -> dict[str, list[float]]:
     """Seconds of some forward and backward passes, by precision, after one of each that warms up, and may compile.
 
@@ -53,7 +54,7 @@ def rehearse(
 
 
 @contextmanager
-def compiled(method: nn.Module) -> Iterator[None]:
+def compiled(method: Method) -> Iterator[None]:
     """Meanwhile the `networks` of a method are compiled: as functions, so that no name in a checkpoint changes."""
     from torch._dynamo.exc import TorchDynamoException  # a second to import
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ssltrain import UsageError, checkpoints, config, evaluate, files, loop, ranks, report
 from ssltrain.images import Images
+from ssltrain.methods._method import Method
 from ssltrain.speech import Speech
 
 Data = Images | Speech
@@ -83,7 +84,7 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
     _write(result, state, found, partial(loaded.draw, method, torch.device(device)), out, json_path)
 
 
-def _train(method: nn.Module, loaded: Data, options: config.Config, out: Path, checkpoint: dict | None, about: dict):
+def _train(method: Method, loaded: Data, options: config.Config, out: Path, checkpoint: dict | None, about: dict):
     """The training, which the first rank shows."""
     first = ranks.rank() == 0
     if first:

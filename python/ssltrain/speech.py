@@ -27,6 +27,8 @@ from ssltrain.evaluate import Evaluation, linear_probe
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from ssltrain.methods._method import Method
+
 TEST_INDICES = 5
 
 
@@ -142,7 +144,7 @@ class Speech:
         return sum(known) / len(known) if known else math.nan
 
     @torch.no_grad()
-    def draw(self, method: nn.Module, device: torch.device, axes: Axes) -> None:
+    def draw(self, method: Method, device: torch.device, axes: Axes) -> None:
         """How often a frame to come is found, by how far ahead it is."""
         long_enough = self.test[self.test.length >= method.window]
         if len(long_enough) < 2:

@@ -1,23 +1,8 @@
 """One file per method: the mathematics in its docstring, a module, and a configuration.
 
-A method is an `nn.Module` with the five things that `ssltrain.loop` asks for:
-
-- `encoder`: what the evaluation looks at, images [B, C, H, W] in [0, 1] -> features [B, F], or sound [B, samples] ->
-  contexts [B, frames, F];
-- `criterion`: the contrastive loss of `sslkern`, a module of its own so that the loop can time it;
-- `networks`: the names of its functions that run the networks, which `--compile` compiles;
-- `views(batch)`: the augmented views of a batch, without gradient and always in fp32. What it draws for each sample by
-  `draws.rand` depends on seed, epoch, sample and view alone;
-- `loss(views) -> (loss, stats)`: a scalar to minimise and a dict of detached scalars to show.
-
-A method that has `parts`, and not as None, has each batch normalised in that many parts, not as a whole.
-
-State besides the weights (a queue, a momentum encoder) goes into parameters without gradient and buffers, so that
-checkpoints carry it.
-
-Its configuration, a dataclass named ..Config whose `method` is the name of the file, has its options, `build(data)`,
-which gives the method, and as docstring the help of its command. A file that is here is a command:
-there is no list to add it to.
+A method is a `Method`; `_method.py` says what that has. Its configuration, a dataclass named ..Config whose `method` is
+the name of the file, has its options, `build(data)`, which gives the method, and as docstring the help of its command.
+A file that is here is a command: there is no list to add it to.
 """
 
 from __future__ import annotations

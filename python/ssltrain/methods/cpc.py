@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import sslkern
 from ssltrain import UsageError
 from ssltrain.config import SpeechConfig, at_least, option, positive
+from ssltrain.methods._method import Method
 from ssltrain.speech import Clips, Speech
 
 STRIDES = (
@@ -56,7 +57,7 @@ class CPCConfig(SpeechConfig):
         return ContextEncoder(self.width, self.units)
 
 
-class CPC(nn.Module):
+class CPC(Method):
     """CPC on windows of `window` samples; `width` channels, a GRU of `context` units, `steps` predictions.
 
     >>> from ssltrain.speech import Clips
@@ -66,6 +67,8 @@ class CPC(nn.Module):
     >>> loss.backward()
     """
 
+    encoder: ContextEncoder
+    criterion: sslkern.CPCLoss
     networks = ("frames_and_contexts",)
 
     def __init__(

@@ -29,6 +29,7 @@ from ssltrain import UsageError, augment, encoders
 from ssltrain.config import ImageConfig, at_least, one_of, option
 from ssltrain.draws import of_batch
 from ssltrain.images import Images
+from ssltrain.methods._method import Method
 from ssltrain.methods.simclr import head, two_views
 
 
@@ -76,7 +77,7 @@ class MoCoConfig(ImageConfig):
         )
 
 
-class MoCo(nn.Module):
+class MoCo(Method):
     """MoCo around any encoder that has the attribute `features`; `encoder` is the query encoder.
 
     `augment` maps float [B, C, H, W] in [0, 1] to the same, each image by a draw of its own. `queue` is the number of

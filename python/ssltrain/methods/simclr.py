@@ -22,6 +22,7 @@ import sslkern
 from ssltrain import augment, encoders
 from ssltrain.config import ImageConfig, one_of, option
 from ssltrain.images import Images
+from ssltrain.methods._method import Method
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class SimCLRConfig(ImageConfig):
         return SimCLR(encoder, views, self.dim, self.temperature, self.version)
 
 
-class SimCLR(nn.Module):
+class SimCLR(Method):
     """SimCLR around any encoder that has the attribute `features`, its output width.
 
     `augment` maps float [B, C, H, W] in [0, 1] to the same, each image by a draw of its own. `dim` is the width of the
