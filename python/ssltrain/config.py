@@ -167,6 +167,7 @@ class ImageConfig(Config):
         lambda x: x in ("convnet", "resnet18") or x.startswith("timm:"),
         "choose one of convnet, resnet18, timm:<name>",
     )
+    width: int = option(1, "Times as many channels in the encoder: 1, 2 or 4.", **one_of(1, 2, 4))
     dim: int = option(128, "Width of the projections that the loss compares.", **at_least(1))
     flip: bool | None = option(None, "Mirror images at random. [default: colour images only]", flags="--flip/--no-flip")
     image_size: int | None = option(
@@ -175,13 +176,27 @@ class ImageConfig(Config):
         lambda x: 4 <= x <= 1024,
         "must be from 4 to 1024 pixels",
     )
+    held_out: int | None = option(
+        None,
+        "Hold out so many training images, always the same, as the test set; the real test set is not used. For "
+        "choosing options.",
+        **at_least(1),
+    )
+
+    def check(self) -> ImageConfig:
+        checked = super().check()
+        if self.encoder.startswith("timm:") and self.width != 1:
+            raise UsageError(
+                f"--width {self.width}: is for convnet and resnet18; leave it out, or name a wider model of timm."
+            )
+        return checked
 
     def load(self, about: dict | None = None) -> Images:
         """What `data` names. `about` is what a checkpoint says of a run's data."""
         from ssltrain import data
         from ssltrain.pictures import Levels
 
-        return data.load(self.data, self.image_size, self.limit, Levels.of((about or {}).get("levels")))
+        return data.load(self.data, self.image_size, self.limit, Levels.of((about or {}).get("levels")), self.held_out)
 
     def build_encoder(self, shape: Sequence[int]) -> nn.Module:
         """The encoder of a run for images of that shape, [C, H, W], before its weights are loaded."""
@@ -189,7 +204,7 @@ class ImageConfig(Config):
 
         from ssltrain import encoders
 
-        return encoders.build(self.encoder, torch.zeros(1, *shape, dtype=torch.uint8))
+        return encoders.build(self.encoder, torch.zeros(1, *shape, dtype=torch.uint8), self.width)
 
     def embed(
         self, encoder: nn.Module, source: str, shape: Sequence[int], about: dict, device: torch.device

@@ -31,12 +31,19 @@ TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first one 
 HELD_OUT = 0.2
 
 
-def load(source: str, image_size: int | None = None, limit: int | None = None, levels: Levels | None = None) -> Images:
+def load(
+    source: str,
+    image_size: int | None = None,
+    limit: int | None = None,
+    levels: Levels | None = None,
+    held_out: int | None = None,
+) -> Images:
     """Load `mnist5k`, `digits`, or the folder, zip or tar at the path `source`.
 
     `image_size` scales image files to a square of that many pixels; without it they keep the size of the first one
     read, or 64 x 64 if that is larger than 96 pixels. `limit` keeps a fixed random subset of the training images.
-    `levels` are the ranges of images of more than 8 bits where they are known, as of a run.
+    `levels` are the ranges of images of more than 8 bits where they are known, as of a run. `held_out` makes a fixed
+    random part of the training images the test set, and drops the real one.
 
     Raises `UsageError`, one sentence, for whatever cannot be loaded. A file that is left out is named among the
     `notes`, in a warning if it does not decode.
@@ -51,6 +58,8 @@ def load(source: str, image_size: int | None = None, limit: int | None = None, l
         images = {"mnist5k": _mnist5k, "digits": _digits}.get(source, lambda: _cifar10(Path(source)))()
     else:
         images = _image_files(Path(source), image_size, levels or Levels())
+    if held_out is not None:
+        _from_training(images, held_out)
     if limit is not None and limit < len(images.train):
         keep = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[:limit]
         images.train, images.train_labels = images.train[keep], images.train_labels[keep]
@@ -155,6 +164,19 @@ def _hold_out(name: str, pixels: Tensor, labels: Tensor, classes: list[str]) -> 
         f"no test folder: a fixed {HELD_OUT:.0%} of every class, {int(is_test.sum())} images, is held out as test set"
     )
     return Images(name, pixels[~is_test], labels[~is_test], pixels[is_test], labels[is_test], classes, [note])
+
+
+def _from_training(images: Images, count: int) -> None:
+    """Make a fixed random part of the training images the test set, whatever that was."""
+    order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))
+    test, train = order[:count].sort().values, order[count:].sort().values
+    left = images.train_labels[train].bincount(minlength=len(images.classes))
+    if len(train) == 0 or (left == 0).any():
+        of = f" of class {files.shown(images.classes[int(left.argmin())])!r}" if images.classes else ""
+        raise UsageError(f"--held-out {count}: would leave no training image{of}; hold out fewer.")
+    images.test, images.test_labels = images.train[test], images.train_labels[test]
+    images.train, images.train_labels = images.train[train], images.train_labels[train]
+    images.notes.append(f"{count:,} training images are held out as the test set; the real test set is not used")
 
 
 def _image_files(path: Path, image_size: int | None, levels: Levels) -> Images:

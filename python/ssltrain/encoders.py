@@ -107,17 +107,23 @@ def _timm(name: str, channels: int) -> nn.Module:
     return network
 
 
-def build(name: str, images: Tensor) -> nn.Sequential:
+def build(name: str, images: Tensor, width: int = 1) -> nn.Sequential:
     """The named encoder for images like these, uint8 [N, C, H, W]: float [B, C, H, W] in [0, 1] -> float [B, features].
 
-    `convnet`, `resnet18`, or `timm:<name>`.
+    `convnet` or `resnet18`, `width` times as wide as they are, or `timm:<name>`.
 
     >>> encoder = build("convnet", torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     >>> encoder(torch.rand(5, 3, 32, 32)).shape, encoder.features
     (torch.Size([5, 128]), 128)
+    >>> build("convnet", torch.zeros(2, 3, 32, 32, dtype=torch.uint8), width=2).features
+    256
     """
     kind, _, model = name.partition(":")
-    builders = {"convnet": ConvNet, "resnet18": ResNet18, "timm": lambda channels: _timm(model, channels)}
+    builders = {
+        "convnet": lambda channels: ConvNet(channels, 32 * width),
+        "resnet18": lambda channels: ResNet18(channels, 64 * width),
+        "timm": lambda channels: _timm(model, channels),
+    }
     network = builders[kind](images.shape[1])
     encoder = nn.Sequential(Standardize(images), network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     encoder.features = network.features

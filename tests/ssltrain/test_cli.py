@@ -378,6 +378,12 @@ def test_killed_at_random_moments_and_resumed_it_ends_at_the_same_bits(tmp_path)
         (["simclr", "--resume", "--out", "/no/such/run"], "holds no run"),
         (["simclr", "--data", "digits", "--out", "/dev/null/run"], "--out"),
         (["simclr", "--data", "digits", "--out", "{tmp}", "--json", "{tmp}"], "--json"),
+        (["simclr", "--width", "3"], "--width 3: choose one of 1, 2, 4"),
+        (["simclr", "--width", "2", "--encoder", "timm:resnet10t"], "--width 2: is for convnet and resnet18"),
+        (
+            ["simclr", "--data", "digits", "--held-out", "1438"],
+            "--held-out 1438: would leave no training image of class",
+        ),
         (["moco", "--resume", "--out", "/no/such/run"], "holds no run"),
         (["moco", "--queue", "0"], "--queue"),
         (["moco", "--shuffle-bn", "3"], "--shuffle-bn 3: does not cut a --batch-size of 256 into equal parts"),

@@ -69,6 +69,24 @@ def test_without_a_test_folder_a_fifth_of_every_class_is_held_out(tmp_path):
     assert "no test folder" in images.notes[0]
 
 
+def test_images_that_are_held_out_take_the_place_of_the_test_set(folder):
+    whole, images, again = (data.load(str(folder), held_out=count) for count in (None, 2, 2))
+    levels = [part[:, 0, 0, 0].tolist() for part in (images.train, images.test)]
+    assert len(levels[1]) == 2 and sorted(sum(levels, [])) == whole.train[:, 0, 0, 0].tolist()  # and no test image
+    assert [[level // 10 for level in part] for part in levels] == [
+        images.train_labels.tolist(),
+        images.test_labels.tolist(),
+    ]
+    assert torch.equal(images.test, again.test) and "the real test set is not used" in images.notes[-1]
+    assert len(data.load(str(folder), limit=3, held_out=2).train) == 3
+    for name in CLASSES:  # without classes
+        shutil.move(folder / "train" / name / "0.png", folder / f"{name}.png")
+    shutil.rmtree(folder / "train"), shutil.rmtree(folder / "test")
+    assert len(data.load(str(folder), held_out=1).train) == 1
+    with pytest.raises(UsageError, match="^--held-out 2: would leave no training image; hold out fewer.$"):
+        data.load(str(folder), held_out=2)
+
+
 def test_a_corrupt_file_is_left_out_and_named(folder):
     broken = folder / "train" / "ant" / "1.png"
     broken.write_bytes(broken.read_bytes()[:40])

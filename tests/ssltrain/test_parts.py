@@ -4,7 +4,8 @@ import importlib
 
 import pytest
 import torch
-from ssltrain import UsageError, augment, encoders, evaluate
+from ssltrain import UsageError, augment, data, encoders, evaluate, methods
+from ssltrain.config import ImageConfig
 from ssltrain.draws import Draws, drawing, rand
 from ssltrain.images import features
 
@@ -80,6 +81,18 @@ def test_encoders(name, millions, channels, size):
     encoder = encoders.build(name, images)
     assert encoder(images.float() / 255).shape == (16, encoder.features)
     assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
+
+
+ON_IMAGES = [name for name in methods.NAMES if issubclass(methods.config_of(name), ImageConfig)]
+
+
+@pytest.mark.parametrize("name", ON_IMAGES)
+def test_every_method_on_images_builds_the_encoder_as_wide_as_asked(name):
+    images = data.load("digits", limit=64)
+    for encoder, wide in (("convnet", 256), ("resnet18", 1024)):
+        options = methods.config_of(name)(encoder=encoder, width=2)
+        assert options.build(images).encoder.features == wide
+        assert options.build_encoder(images.shape).features == wide  # into which the weights of a run are read
 
 
 def test_standardize():

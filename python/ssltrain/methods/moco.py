@@ -70,7 +70,7 @@ class MoCoConfig(ImageConfig):
         return checked
 
     def build(self, data: Images) -> MoCo:
-        encoder = encoders.build(self.encoder, data.train)
+        encoder = encoders.build(self.encoder, data.train, self.width)
         views = augment.build(data.channels, data.size, self.flip)
         return MoCo(
             encoder, views, self.dim, self.temperature, self.version, self.momentum, self.queue, self.shuffle_bn

@@ -38,7 +38,7 @@ class SimCLRConfig(ImageConfig):
     version: int = option(1, "1: a head of two layers. 2: of three.", **one_of(1, 2))
 
     def build(self, data: Images) -> SimCLR:
-        encoder = encoders.build(self.encoder, data.train)
+        encoder = encoders.build(self.encoder, data.train, self.width)
         views = augment.build(data.channels, data.size, self.flip)
         return SimCLR(encoder, views, self.dim, self.temperature, self.version)
 
