@@ -19,6 +19,7 @@ import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
 
+from ssltrain import UsageError
 from ssltrain.draws import drawing, rand
 
 
@@ -71,32 +72,32 @@ class Hue(nn.Module):
         return (matrix @ images.flatten(2)).clamp_(0, 1).view_as(images)
 
 
-def build(channels: int, size: tuple[int, int], flip: bool | None = None) -> Callable[[Tensor], Tensor]:
+def build(
+    channels: int, size: tuple[int, int], flip: bool | None = None, names: str | None = None
+) -> Callable[[Tensor], Tensor]:
     """The augmentation for images of `channels` (1 or 3) and `size` (height, width): float [B, C, H, W] to the same.
 
     Colour images are cropped, flipped, colour-jittered and sometimes turned gray, as in SimCLR's appendix A. Grayscale
     images are rotated, moved, scaled and sheared, blurred, and partly erased. `flip=None` mirrors colour images only,
-    since a mirrored digit is another sign.
+    since a mirrored digit is another sign. `names`, such as "crop,gray", are the steps that are on, "none" if none is;
+    then `flip` says nothing.
 
     >>> build(3, (32, 32))(torch.rand(4, 3, 32, 32)).shape
     torch.Size([4, 3, 32, 32])
     """
-    steps: list[nn.Module] = []
-    if channels == 3:
-        steps += [
-            Drawn(K.RandomResizedCrop(size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), cropping_mode="resample")),
-            Sometimes(0.8, Drawn(K.ColorJitter(0.4, 0.4, 0.4, 0.0, p=1.0))),
-            Sometimes(0.8, Hue(0.1)),
-            Sometimes(0.2, Drawn(K.RandomGrayscale(p=1.0))),
-        ]
+    there = _steps(channels, size)
+    if names is None:
+        mirrored = flip or (flip is None and channels == 3)
+        chosen = [name for name in there if name != "flip" or mirrored]
     else:
-        steps += [
-            Drawn(K.RandomAffine(25.0, translate=(0.15, 0.15), scale=(0.7, 1.3), shear=20.0, p=1.0)),
-            Sometimes(0.5, Drawn(K.RandomGaussianBlur((3, 3), (0.1, 1.5), p=1.0))),
-            Sometimes(0.5, Drawn(K.RandomErasing(scale=(0.02, 0.2), p=1.0))),
-        ]
-    if flip or (flip is None and channels == 3):
-        steps.append(Sometimes(0.5, Drawn(K.RandomHorizontalFlip(p=1.0))))
+        chosen = [] if names == "none" else [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in there:
+            raise UsageError(
+                f"--augmentations {names}: {name!r} is nothing that can be done to "
+                f"{'colour' if channels == 3 else 'grayscale'} images; choose of {', '.join(there)}, or none."
+            )
+    steps = [step for name, step in there.items() if name in chosen]
 
     def augment(images: Tensor) -> Tensor:
         for step in steps:
@@ -104,3 +105,22 @@ def build(channels: int, size: tuple[int, int], flip: bool | None = None) -> Cal
         return images
 
     return augment
+
+
+def _steps(channels: int, size: tuple[int, int]) -> dict[str, nn.Module]:
+    """What can be done to images of that many channels, by name, in the order in which it is done."""
+    if channels == 3:
+        crop = K.RandomResizedCrop(size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), cropping_mode="resample")
+        steps: dict[str, nn.Module] = {
+            "crop": Drawn(crop),
+            "jitter": Sometimes(0.8, Drawn(K.ColorJitter(0.4, 0.4, 0.4, 0.0, p=1.0))),
+            "hue": Sometimes(0.8, Hue(0.1)),
+            "gray": Sometimes(0.2, Drawn(K.RandomGrayscale(p=1.0))),
+        }
+    else:
+        steps = {
+            "affine": Drawn(K.RandomAffine(25.0, translate=(0.15, 0.15), scale=(0.7, 1.3), shear=20.0, p=1.0)),
+            "blur": Sometimes(0.5, Drawn(K.RandomGaussianBlur((3, 3), (0.1, 1.5), p=1.0))),
+            "erase": Sometimes(0.5, Drawn(K.RandomErasing(scale=(0.02, 0.2), p=1.0))),
+        }
+    return steps | {"flip": Sometimes(0.5, Drawn(K.RandomHorizontalFlip(p=1.0)))}

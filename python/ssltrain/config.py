@@ -170,6 +170,11 @@ class ImageConfig(Config):
     width: int = option(1, "Times as many channels in the encoder: 1, 2 or 4.", **one_of(1, 2, 4))
     dim: int = option(128, "Width of the projections that the loss compares.", **at_least(1))
     flip: bool | None = option(None, "Mirror images at random. [default: colour images only]", flags="--flip/--no-flip")
+    augmentations: str | None = option(
+        None,
+        "What is done to views, with commas between: of crop, jitter, hue, gray, flip for colour images, of affine, "
+        "blur, erase, flip for grayscale ones; or none. [default: all, flip as --flip says]",
+    )
     image_size: int | None = option(
         None,
         "Scale image files to a square of that many pixels. [default: as they are, up to 96 pixels]",
@@ -197,6 +202,12 @@ class ImageConfig(Config):
         from ssltrain.pictures import Levels
 
         return data.load(self.data, self.image_size, self.limit, Levels.of((about or {}).get("levels")), self.held_out)
+
+    def augment(self, data: Images) -> Callable[[Tensor], Tensor]:
+        """What makes a view of an image."""
+        from ssltrain import augment
+
+        return augment.build(data.channels, data.size, self.flip, self.augmentations)
 
     def build_encoder(self, shape: Sequence[int]) -> nn.Module:
         """The encoder of a run for images of that shape, [C, H, W], before its weights are loaded."""

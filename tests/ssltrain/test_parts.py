@@ -74,6 +74,23 @@ def test_flips_are_for_colour_images_unless_asked_for():
     assert flipped_first(1, True) and not flipped_first(3, False)
 
 
+def test_steps_of_the_views_by_name():
+    images = torch.rand(8, 3, 8, 8)
+    draws = Draws(0, 0, 0, torch.arange(8))
+    assert torch.equal(augment.build(3, (8, 8), names="none")(images), images)
+    with draws:
+        mirrored = augment.build(3, (8, 8), names="flip")(images)
+    same, turned = ((mirrored == x).flatten(1).all(1) for x in (images, images.flip(3)))
+    assert (same ^ turned).all() and same.any() and turned.any()
+    with draws:
+        gray = augment.build(3, (8, 8), flip=True, names="gray")(images)
+    changed = (gray != images).flatten(1).any(1)
+    assert changed.any() and not changed.all() and (gray[changed].amax(1) == gray[changed].amin(1)).all()
+    for channels, name, there in ((3, "blur", "crop, jitter, hue, gray"), (1, "crop", "affine, blur, erase")):
+        with pytest.raises(UsageError, match=f"^--augmentations flip,{name}: {name!r} is .*; choose of {there}, flip"):
+            augment.build(channels, (8, 8), names=f"flip,{name}")
+
+
 @pytest.mark.parametrize("name, millions", [("convnet", 0.093), ("resnet18", 11.17)])
 @pytest.mark.parametrize("channels, size", [(1, 8), (3, 32)])
 def test_encoders(name, millions, channels, size):

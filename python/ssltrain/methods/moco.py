@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import sslkern
-from ssltrain import UsageError, augment, encoders
+from ssltrain import UsageError, encoders
 from ssltrain.config import ImageConfig, at_least, one_of, option
 from ssltrain.draws import of_batch
 from ssltrain.images import Images
@@ -71,7 +71,7 @@ class MoCoConfig(ImageConfig):
 
     def build(self, data: Images) -> MoCo:
         encoder = encoders.build(self.encoder, data.train, self.width)
-        views = augment.build(data.channels, data.size, self.flip)
+        views = self.augment(data)
         return MoCo(
             encoder, views, self.dim, self.temperature, self.version, self.momentum, self.queue, self.shuffle_bn
         )

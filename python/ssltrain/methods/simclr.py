@@ -6,7 +6,8 @@ asks of each projection to find its partner among all other projections of the b
 
     loss_i = -log( exp(sim(z_i, z_j) / T) / sum over k != i of exp(sim(z_i, z_k) / T) ),    z = g(f(view))
 
-Afterwards g is thrown away: the features of f serve better (section 4.2). Version 2 has a head of three layers.
+Afterwards g is thrown away: the features of f serve better (section 4.2, where a linear g and none are worse). Version
+2 has a head of three layers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import sslkern
-from ssltrain import augment, encoders
+from ssltrain import encoders
 from ssltrain.config import ImageConfig, one_of, option
 from ssltrain.images import Images
 from ssltrain.methods._method import Method
@@ -36,18 +37,23 @@ class SimCLRConfig(ImageConfig):
     method: ClassVar[str] = "simclr"
 
     version: int = option(1, "1: a head of two layers. 2: of three.", **one_of(1, 2))
+    head: str = option(
+        "mlp",
+        "mlp: of --version. linear: of one layer. none: the loss compares the features themselves.",
+        **one_of("mlp", "linear", "none"),
+    )
 
     def build(self, data: Images) -> SimCLR:
+        layers = {"mlp": self.version + 1, "linear": 1, "none": 0}[self.head]
         encoder = encoders.build(self.encoder, data.train, self.width)
-        views = augment.build(data.channels, data.size, self.flip)
-        return SimCLR(encoder, views, self.dim, self.temperature, self.version)
+        return SimCLR(encoder, self.augment(data), self.dim, self.temperature, layers)
 
 
 class SimCLR(Method):
     """SimCLR around any encoder that has the attribute `features`, its output width.
 
     `augment` maps float [B, C, H, W] in [0, 1] to the same, each image by a draw of its own. `dim` is the width of the
-    projections, `temperature` the T of equation 1.
+    projections, `temperature` the T of equation 1, and the head has so many `layers`, or is not there.
 
     >>> from ssltrain import augment, encoders
     >>> images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
@@ -64,11 +70,11 @@ class SimCLR(Method):
         augment: Callable[[Tensor], Tensor],
         dim: int = 128,
         temperature: float = 0.2,
-        version: int = 1,
+        layers: int = 2,
     ):
         super().__init__()
         self.encoder, self.augment = encoder, augment
-        self.head = head(encoder.features, dim, layers=version + 1)
+        self.head = head(encoder.features, dim, layers) if layers else nn.Identity()
         self.criterion = sslkern.NTXentLoss(temperature=temperature, stats=True, group="world")
 
     def views(self, images: Tensor) -> Tensor:
