@@ -231,6 +231,22 @@ def mnrl(n, d, dtype):
     return versus(ours, dense, (anchor, positive, negative))
 
 
+@loss(passes=4, n=1024, m=4096)
+def mil_nce(n, d, dtype, candidates=4):
+    """`candidates` sentences for each clip, negatives both ways."""
+    clips, *rest = views_of((1 + candidates) * n, d, dtype, 1 + candidates)
+    sentences = torch.stack([x.detach() for x in rest], 1).requires_grad_()
+
+    def dense(clips, sentences):
+        s = torch.einsum("id,jpd->ijp", unit(clips), unit(sentences)) / T
+        own = torch.eye(len(clips), dtype=torch.bool)
+        others = s.masked_fill(own.unsqueeze(2), -math.inf).transpose(0, 1)
+        return (torch.cat((s, others), 1).flatten(1).logsumexp(1) - s[own].logsumexp(1)).mean()
+
+    ours = lambda clips, sentences: functional.mil_nce(clips, sentences, T, two_way=True, normalize=True)  # noqa: E731
+    return versus(ours, dense, (clips, sentences))
+
+
 @loss(passes=3 * 4, n=2048)
 def cpc(n, d, dtype, steps=4):
     """Sequences of 16 windows; every window of the batch is a candidate for each of 4 steps."""

@@ -7,7 +7,8 @@
         changed = example.map(lambda x: x.double())       # the same call of other tensors
 
 A name is that of the function or module, after a colon a way of calling it. OPS are those of `sslkern.ops`, of which
-some return tuples, and PUSHES what writes into its first tensor. `missing()` names what is exported without an example.
+some return tuples, and PUSHES what writes into its first tensor. `test_tables.py` names what is exported without an
+example.
 """
 
 import dataclasses
@@ -348,12 +349,6 @@ OTHERS = {
     "ops",
     "use_backend",
 }
-
-
-def missing() -> set[str]:
-    """What is exported and has neither an example nor a place in OTHERS."""
-    known = {name.partition(":")[0] for name in (*LOSSES, *OPS, *PUSHES)} | OTHERS
-    return {*sslkern.__all__, *F.__all__, *sslkern.ops.__all__} - known
 
 
 def value(example: Example) -> list[Tensor]:

@@ -125,8 +125,8 @@ def of_loss(N, case, extra):
     elif name == "deep_infomax":
         sharded = dict(features=draw(N, 6), local_features=draw(N, 6) if form == "jsd" else draw(N, 3, 6))
         options = dict(estimator=form)
-    elif name in ("alignment_uniformity", "uniformity"):
-        sharded = _views(N, ("z0", "z1")) if name == "alignment_uniformity" else dict(z=draw(N, 6))
+    elif name in ("alignment_uniformity", "alignment", "uniformity"):
+        sharded = dict(z=draw(N, 6)) if name == "uniformity" else _views(N, ("z0", "z1"))
         options, temperature = dict(normalize=form != "raw"), None
         sharded = {x: z.index_fill(0, torch.tensor([0]), 0) for x, z in sharded.items()} if form == "zeros" else sharded
     elif name == "siglip":
@@ -200,5 +200,5 @@ CASES = [
     "mnrl guide", "mnrl guide, hard, all, stats", "mnrl guide, hard, two, margin",
     "mil_nce", "mil_nce two, valid", "nce", "nce softmax", "cmc", "nnclr", "nnclr two_way", "cpc all", "cpc sample",
     "cpc time", "deep_infomax jsd", "deep_infomax infonce", "deep_infomax dv", "alignment_uniformity",
-    "alignment_uniformity zeros", "uniformity raw", "siglip", "matryoshka",
+    "alignment_uniformity zeros", "alignment raw", "uniformity raw", "siglip", "matryoshka",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ LOSSES = [
         "dcl", "dclw", "debiased", "hard_negative", "nt_xent_multi_view joint", "sup_con", "sup_con tags", "moco stats",
         "moco_v3", "mnrl hard, all, stats", "mnrl guide, hard, two, margin", "mil_nce two, valid", "nce", "nce softmax",
         "cmc", "nnclr", "cpc all", "deep_infomax jsd", "deep_infomax infonce", "deep_infomax dv", "siglip",
-        "alignment_uniformity", "uniformity raw", "matryoshka",
+        "alignment_uniformity", "alignment", "uniformity raw", "matryoshka",
     ),
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import fractions
 import inspect
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,33 +23,38 @@ def test_the_named_case():
     assert F.nt_xent(A, B, np.float32(0.1)).item() == pytest.approx(6.898093, rel=1e-6)
 
 
-CALLS = {  # every number of every loss and primitive, as make(value)
-    "temperature": lambda T: F.nt_xent(A, B, T),
-    "logit_scale": lambda s: F.info_nce(A, B, logit_scale=s),
-    "label_smoothing": lambda e: F.nt_xent(A, B, label_smoothing=e),
-    "label_smoothing, negatives": lambda e: F.info_nce(A, B, B, label_smoothing=e),
-    "label_smoothing, moco": lambda e: F.moco(A, B, B, label_smoothing=e),
-    "times 2T": lambda T: F.moco_v3(A, B, A, B, T),
-    "nnclr": lambda T: F.nnclr(A, B, A, B, B, T),
-    "multi view": lambda T: F.nt_xent_multi_view([A, B, B], T),
-    "sup_con": lambda T: F.sup_con(A, torch.arange(12) // 2, T),
-    "bias": lambda b: F.siglip(A, B, 2.0, b),
-    "margin": lambda m: F.mnrl(A, B, margin=m),
+# Every number of every loss and primitive, as make(value): those with other options than an example has, then the
+# examples.
+CALLS = {
+    "label_smoothing": lambda e: F.info_nce(A, B, B, label_smoothing=e),
     "relative margin": lambda m: F.mnrl(A, B, margin=m, margin_strategy="relative"),
-    "cpc": lambda T: F.cpc(*GROUPS, T),
-    "deep_infomax": lambda T: F.deep_infomax(A, B, "jsd", T),
-    "log_z": lambda z: F.nce(A, B, torch.randint(12, (12, 4), generator=torch.Generator().manual_seed(0)), log_z=z),
-    "cmc": lambda T: F.cmc([A, B], [B, A], torch.arange(12).unsqueeze(1), T),
-    "sigma": lambda s: F.dclw(A, B, sigma=s),
-    "tau_plus": lambda t: F.debiased(A, B, tau_plus=t),
-    "beta": lambda b: F.hard_negative(A, B, beta=b),
-    "t": lambda t: F.uniformity(A, t),
-    "uniformity_weight": lambda w: F.alignment_uniformity(A, B, uniformity_weight=w),
-    "matryoshka": lambda w: F.matryoshka(F.nt_xent, [8], [w])(A, B),
-    "scale": lambda s: sslkern.ops.similarity_lse(A, B, s).sum(),
-    "bias of softplus": lambda b: sslkern.ops.similarity_softplus(A, B, 1.0, b),
-    "scale of topk": lambda s: sslkern.ops.similarity_topk(A, B, 2, scale=s)[0].sum(),
+    "weights": lambda w: F.matryoshka(F.nt_xent, [8], [w])(A, B),
 }
+
+
+def numbers_of(name: str) -> list[str]:
+    """The arguments of an example that are numbers."""
+    parameters = inspect.signature((LOSSES | OPS)[name]().target, eval_str=True).parameters.values()
+    return [x.name for x in parameters if float in (x.annotation, *get_args(x.annotation))]
+
+
+def with_number(name: str, argument: str):
+    """The example as make(value)."""
+
+    def call(number):
+        example = (LOSSES | OPS)[name]()
+        bound = inspect.signature(example.target).bind(*example.args, **example.options)
+        if argument == "logit_scale":
+            bound.arguments.pop("temperature", None)
+        bound.arguments[argument] = number
+        return sum(x.float().sum() for x in value(type(example)(example.target, list(bound.args), bound.kwargs)))
+
+    return call
+
+
+CALLS |= {f"{name}, {argument}": with_number(name, argument) for name in LOSSES | OPS for argument in numbers_of(name)}
+for name in ("alignment, alpha", "alignment_uniformity, alpha", "nce: softmax, log_z"):
+    del CALLS[name]  # test_alpha; and the form has none
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
