@@ -23,7 +23,7 @@ from ssltrain import UsageError, checkpoints, ranks
 from ssltrain.config import Config
 from ssltrain.draws import Draws, key
 from ssltrain.methods._method import Method
-from ssltrain.rehearsal import compiled, faster_precision, rehearse
+from ssltrain.rehearsal import compiled, encoder_passes, faster_precision, rehearse
 from ssltrain.speech import Clips
 from ssltrain.stopwatch import Stopwatch
 
@@ -43,6 +43,7 @@ class State:
     losses: list[float] = field(default_factory=list)  # one a step
     stats: dict[str, list[float]] = field(default_factory=dict)  # the method's own figures, one a step
     finished: bool = False
+    encoder_passes: float | None = None  # of a sample, forward; see `rehearsal`
 
     @property
     def samples_per_s(self) -> float:
@@ -87,8 +88,10 @@ def train(
     data = data.to(device)
     method.to(device, torch.float64 if config.precision == "fp64" else None).train()
     ranks.normalise(method, device, method.parts)
+    passes = encoder_passes(method, data[ranks.share(0, config.batch_size)]) if checkpoint is None else None
     with compiled(method) if config.compile else nullcontext():
         training = Training(method, data, config, out, checkpoint, about or {})
+        training.state.encoder_passes = passes or training.state.encoder_passes
         training.go(report)
     return training.state
 

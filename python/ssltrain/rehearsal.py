@@ -6,11 +6,13 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssltrain import UsageError
+from ssltrain.draws import Draws
 from ssltrain.methods._method import Method
 from ssltrain.speech import Clips
 
@@ -51,6 +53,35 @@ def rehearse(
     method.zero_grad(set_to_none=True)
     method.load_state_dict(before)
     return times
+
+
+@torch.no_grad()
+def encoder_passes(method: Method, batch: Tensor | Clips) -> float:
+    """How often a sample of training goes forward through the encoder, or another one, by what convolutions multiply.
+
+    Two views are two passes; those of a momentum encoder count, and a patch of an image for its part of it. The method
+    and the random state are left as they were.
+    """
+    before = copy.deepcopy(method.state_dict())
+    weight = next(method.parameters())
+    counted = [0]
+
+    def count(module: nn.Module, _: Any, output: Tensor) -> None:
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            counted[-1] += output.numel() * module.weight[0].numel()
+
+    hook = nn.modules.module.register_module_forward_hook(count)
+    draws = Draws(seed=0, epoch=0, batch=0, rows=torch.arange(len(batch)))
+    with torch.random.fork_rng([weight.device] if weight.is_cuda else []), draws:
+        try:
+            views = method.views(batch).to(weight.dtype)
+            method.loss(views)
+            counted.append(0)
+            method.encoder(batch.to(weight.dtype) / 255 if isinstance(batch, Tensor) else views)
+        finally:
+            hook.remove()
+    method.load_state_dict(before)
+    return counted[0] / max(counted[1], 1)
 
 
 @contextmanager

@@ -41,6 +41,8 @@ def test_a_run_leaves_accuracies_json_and_report_and_is_not_lost_unasked(capsys,
     result = json.loads(figures.read_text())
     assert KEYS <= result.keys() and result == json.loads((out / "result.json").read_text())
     assert result["method"] == "simclr" and result["data"] == "digits" and result["precision"] == "fp32"
+    assert (result["samples"], result["encoder_passes"]) == (2 * 5 * 256, 2)
+    assert (result["features"], result["parameters"]) == (128, 92_896)
     assert result["linear"] > 0.9 and result["raw_linear"] > 0.9 and 0 < result["loss_share"] < 1
     assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert "epochs: 2" in (out / "config.yaml").read_text() and any((out / "tensorboard").iterdir())

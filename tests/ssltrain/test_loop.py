@@ -170,6 +170,16 @@ def test_the_stopwatch_sees_forward_and_backward_of_its_module_only():
         assert stopwatch.read() == 0
 
 
+@pytest.mark.parametrize("name, passes", [("simclr", 2), ("moco", 2), ("moco v3", 4), ("moco shuffled", 2)])
+def test_passes_through_the_encoders_are_counted_and_leave_no_trace(images, name, passes):
+    method = build(images, METHODS[name])
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    random_state = torch.get_rng_state()
+    assert rehearsal.encoder_passes(method, images.train[:64]) == passes
+    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
 def test_precision_is_chosen_by_trial_and_leaves_no_trace(images):
     method = build(images, CONFIG)
     before = {k: v.clone() for k, v in method.state_dict().items()}
