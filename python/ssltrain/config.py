@@ -187,12 +187,22 @@ class ImageConfig(Config):
         "choosing options.",
         **at_least(1),
     )
+    shuffle_positives: bool = option(
+        False, "A control that must learn nothing: pair each image with another one of the batch, drawn anew each step."
+    )
 
     def check(self) -> ImageConfig:
+        from ssltrain import ranks
+
         checked = super().check()
         if self.encoder.startswith("timm:") and self.width != 1:
             raise UsageError(
                 f"--width {self.width}: is for convnet and resnet18; leave it out, or name a wider model of timm."
+            )
+        if self.shuffle_positives and ranks.size() > 1:
+            raise UsageError(
+                f"--shuffle-positives: is a control for one process, and there are {ranks.size()}; leave it out, or "
+                "start it without torchrun."
             )
         return checked
 

@@ -31,6 +31,7 @@ class Draws:
     current: ClassVar[Draws | None] = None
 
     def __init__(self, seed: int, epoch: int, batch: int, rows: Tensor):
+        self.rows = rows
         self.samples = key(seed, epoch, 0, rows.numpy())
         self.batch = _Streams(key(seed, epoch, 1, batch))
         self.views: dict[int, _Streams] = {}  # of that many views of each sample
@@ -67,6 +68,26 @@ class Draws:
 def rand(*size: int, device=None) -> Tensor:
     """As `torch.rand`, by the current draws if there are some."""
     return (Draws.current or torch).rand(*size, device=device)
+
+
+def rows(device=None) -> Tensor:
+    """int64 [B]: which rows of the training set the samples of the current batch are, of this process its own.
+
+    With it a memory finds the place of a sample, and a method with labels its label.
+    """
+    if Draws.current is None:
+        raise RuntimeError("no batch is current, so no rows are known; ask inside of `with Draws(...)`, as a step is.")
+    return _to(Draws.current.rows, device)
+
+
+def others(count: int, device=None) -> Tensor:
+    """int64 [count]: for each of so many images another one, drawn once for the batch; none is drawn twice.
+
+    >>> (others(7) == torch.arange(7)).any()
+    tensor(False)
+    """
+    around = (Draws.current or torch).randperm(count)
+    return _to(torch.empty_like(around).scatter_(0, around, around.roll(1)), device)
 
 
 def of_batch() -> int:

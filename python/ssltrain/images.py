@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssltrain import panels
+from ssltrain.draws import Draws
 from ssltrain.evaluate import Evaluation, knn, linear_probe
 from ssltrain.pictures import Levels
 
@@ -95,8 +96,9 @@ class Images:
     @torch.no_grad()
     def draw(self, method: Method, device: torch.device, axes: Axes) -> None:
         """Pairs of views."""
-        chosen = self.train[:: max(1, len(self.train) // panels.PAIRS)][: panels.PAIRS]
-        views = method.views(chosen.to(device))
+        rows = torch.arange(0, len(self.train), max(1, len(self.train) // panels.PAIRS))[: panels.PAIRS]
+        with Draws(seed=0, epoch=0, batch=0, rows=rows):
+            views = method.views(self.train[rows].to(device))
         panels.draw_pairs(axes, views)
 
     def fine_tune(

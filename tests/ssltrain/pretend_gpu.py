@@ -104,7 +104,7 @@ def main() -> None:
             for step in range(2):
                 with Draws(0, 0, step, torch.arange(8)):
                     views = method.views(batch)
-                loss, stats = method.loss(views)
+                    loss, stats = method.loss(views)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()

@@ -26,6 +26,15 @@ METHODS = {
     "moco shuffled": MoCoConfig(**COMMON, queue=256, shuffle_bn=8),
 }
 per_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+CHANCE = {  # the loss when all similarities are equal
+    "simclr": math.log(2 * 64 - 1),
+    "moco": math.log(1 + 256),
+    "moco v3": 2 * 2 * 0.2 * math.log(64),  # of both directions, each times 2 T
+}
+
+
+def chance(name: str) -> float:
+    return CHANCE.get(name, CHANCE[name.split()[0]])
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +115,26 @@ def test_an_interrupt_leaves_the_signal_handler_as_it_was(images, tmp_path):
 
 def test_training_gets_below_the_loss_of_a_collapsed_encoder(images, tmp_path):
     _, state = run(images, tmp_path, dataclasses.replace(CONFIG, epochs=30))
-    chance = math.log(2 * CONFIG.batch_size - 1)  # all similarities equal
-    assert sum(state.losses[-8:]) / 8 < chance - 0.3
+    assert sum(state.losses[-8:]) / 8 < chance("simclr") - 0.3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_with_shuffled_positives_there_is_nothing_to_learn(images, tmp_path, name):
+    _, state = run(images, tmp_path, dataclasses.replace(METHODS[name], epochs=12, shuffle_positives=True))
+    assert sum(state.losses[-8:]) / 8 > chance(name) - 0.02
+
+
+def test_the_control_is_for_one_process(monkeypatch):
+    monkeypatch.setattr("ssltrain.ranks.size", lambda: 2)
+    with pytest.raises(UsageError, match="^--shuffle-positives: is a control for one process, and there are 2; "):
+        dataclasses.replace(CONFIG, shuffle_positives=True).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_without_there_is_something(images, tmp_path, name):
+    _, state = run(images, tmp_path, dataclasses.replace(METHODS[name], epochs=30))
+    assert sum(state.losses[-8:]) / 8 < chance(name) - 0.1
 
 
 def test_minutes_end_by_the_clock(images, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ssltrain import UsageError, augment, data, encoders, evaluate, methods
 from ssltrain.config import ImageConfig
-from ssltrain.draws import Draws, drawing, rand
+from ssltrain.draws import Draws, drawing, others, rand, rows
 from ssltrain.images import features
 
 from ..functional.agreement import peer
@@ -59,6 +59,25 @@ def test_draws_are_uniform_and_do_not_belong_together():
 def test_a_draw_that_fits_to_no_sample():
     with Draws(0, 0, 0, torch.arange(3)), pytest.raises(RuntimeError, match="^4 rows are drawn for 3 samples"):
         rand(4)
+
+
+def test_the_rows_of_a_batch_are_known_while_it_is_current():
+    with Draws(0, 0, 0, torch.tensor([5, 3])):
+        with Draws(0, 0, 1, torch.tensor([9])):
+            assert rows().tolist() == [9]
+        assert rows().tolist() == [5, 3]
+    with pytest.raises(RuntimeError, match="^no batch is current"):
+        rows()
+
+
+def test_each_image_gets_another_one_anew_in_each_batch():
+    drawn = []
+    for batch in range(100):
+        with Draws(0, 0, batch, torch.arange(6)):
+            drawn.append(others(6))
+    assert all(other.sort().values.tolist() == list(range(6)) for other in drawn)
+    counts = torch.nn.functional.one_hot(torch.stack(drawn), 6).sum(0)
+    assert (counts.diag() == 0).all() and counts[~torch.eye(6, dtype=torch.bool)].min() > 5  # of 20 each
 
 
 def flipped_first(channels: int, flip: bool | None) -> bool:

@@ -70,11 +70,9 @@ class MoCoConfig(ImageConfig):
         return checked
 
     def build(self, data: Images) -> MoCo:
-        encoder = encoders.build(self.encoder, data.train, self.width)
-        views = self.augment(data)
-        return MoCo(
-            encoder, views, self.dim, self.temperature, self.version, self.momentum, self.queue, self.shuffle_bn
-        )
+        encoder, views = encoders.build(self.encoder, data.train, self.width), self.augment(data)
+        options = self.version, self.momentum, self.queue, self.shuffle_bn, self.shuffle_positives
+        return MoCo(encoder, views, self.dim, self.temperature, *options)
 
 
 class MoCo(Method):
@@ -82,7 +80,7 @@ class MoCo(Method):
 
     `augment` maps float [B, C, H, W] in [0, 1] to the same, each image by a draw of its own. `queue` is the number of
     keys that versions 1 and 2 keep. With `shuffle_bn` the order of the keys' images is drawn, for an encoder that, as
-    the loop makes it, normalises the batch in so many parts.
+    the loop makes it, normalises the batch in so many parts. With `shuffle_positives` it learns nothing, as a control.
 
     >>> from ssltrain import augment, encoders
     >>> images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
@@ -103,9 +101,11 @@ class MoCo(Method):
         momentum: float = 0.99,
         queue: int = 4096,
         shuffle_bn: int | None = None,
+        shuffle_positives: bool = False,
     ):
         super().__init__()
         self.encoder, self.augment, self.momentum, self.parts = encoder, augment, momentum, shuffle_bn
+        self.shuffled = shuffle_positives
         self.head = head(encoder.features, dim, layers=version)
         self.key = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
         self.predictor = head(dim, dim, layers=2) if version == 3 else None
@@ -117,7 +117,7 @@ class MoCo(Method):
 
     def views(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> float [2B, C, H, W]: the first views of all images, then the second ones."""
-        return two_views(self.augment, images)
+        return two_views(self.augment, images, self.shuffled)
 
     def loss(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the B queries (version 3: of the 2B), and `top1`: how many find their key first."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import sslkern
 from ssltrain import encoders
 from ssltrain.config import ImageConfig, one_of, option
+from ssltrain.draws import others
 from ssltrain.images import Images
 from ssltrain.methods._method import Method
 
@@ -46,14 +47,15 @@ class SimCLRConfig(ImageConfig):
     def build(self, data: Images) -> SimCLR:
         layers = {"mlp": self.version + 1, "linear": 1, "none": 0}[self.head]
         encoder = encoders.build(self.encoder, data.train, self.width)
-        return SimCLR(encoder, self.augment(data), self.dim, self.temperature, layers)
+        return SimCLR(encoder, self.augment(data), self.dim, self.temperature, layers, self.shuffle_positives)
 
 
 class SimCLR(Method):
     """SimCLR around any encoder that has the attribute `features`, its output width.
 
     `augment` maps float [B, C, H, W] in [0, 1] to the same, each image by a draw of its own. `dim` is the width of the
-    projections, `temperature` the T of equation 1, and the head has so many `layers`, or is not there.
+    projections, `temperature` the T of equation 1, and the head has so many `layers`, or is not there. With
+    `shuffle_positives` it learns nothing, as a control.
 
     >>> from ssltrain import augment, encoders
     >>> images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
@@ -71,15 +73,16 @@ class SimCLR(Method):
         dim: int = 128,
         temperature: float = 0.2,
         layers: int = 2,
+        shuffle_positives: bool = False,
     ):
         super().__init__()
-        self.encoder, self.augment = encoder, augment
+        self.encoder, self.augment, self.shuffled = encoder, augment, shuffle_positives
         self.head = head(encoder.features, dim, layers) if layers else nn.Identity()
         self.criterion = sslkern.NTXentLoss(temperature=temperature, stats=True, group="world")
 
     def views(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> float [2B, C, H, W]: the first views of all images, then the second ones."""
-        return two_views(self.augment, images)
+        return two_views(self.augment, images, self.shuffled)
 
     def loss(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of NT-Xent over the 2B views, and `top1`: how many of them find their partner first."""
@@ -101,10 +104,12 @@ def head(features: int, dim: int, layers: int) -> nn.Sequential:
 
 
 @torch.no_grad()
-def two_views(augment: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """uint8 [B, C, H, W] -> float [2B, C, H, W]: the first views of all images, then the second ones.
+def two_views(augment: Callable[[Tensor], Tensor], images: Tensor, shuffled: bool = False) -> Tensor:
+    """uint8 [B, C, H, W] -> float [2B, C, H, W]: the first views of all images, then the second ones; `shuffled`:
+    those of other images.
 
     Channels last, as the encoder's filters are: the convolutions would convert them, forward and backward.
     """
     pixels = images.float() / 255
-    return augment(torch.cat([pixels, pixels])).contiguous(memory_format=torch.channels_last)
+    second = pixels[others(len(pixels), pixels.device)] if shuffled else pixels
+    return augment(torch.cat([pixels, second])).contiguous(memory_format=torch.channels_last)
