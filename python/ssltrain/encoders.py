@@ -44,9 +44,16 @@ class ConvNet(nn.Sequential):
             nn.ReLU(),
             *_conv(2 * width, 4 * width, 2),
             nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
         )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def forward_head(self, maps: Tensor) -> Tensor:
+        return maps.mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
 
 
 class _Block(nn.Module):
@@ -87,9 +94,15 @@ class ResNet18(nn.Module):
             blocks = _Block(c_in, c_out, 1 if stage == 0 else 2), _Block(c_out, c_out, 1)
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(x)))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward_head(self, maps: Tensor) -> Tensor:
+        return maps.mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
 
 
 def _timm(name: str, channels: int) -> nn.Module:
@@ -107,10 +120,38 @@ def _timm(name: str, channels: int) -> nn.Module:
     return network
 
 
-def build(name: str, images: Tensor, width: int = 1) -> nn.Sequential:
-    """The named encoder for images like these, uint8 [N, C, H, W]: float [B, C, H, W] in [0, 1] -> float [B, features].
+class Encoder(nn.Sequential):
+    """Images, float [B, C, H, W] in [0, 1], are standardised, and a network makes `features` of them, [B, features].
 
-    `convnet` or `resnet18`, `width` times as wide as they are, or `timm:<name>`.
+    In between, a network has maps [B, C', H', W'], under the names of timm: `forward_features` gives the last ones, and
+    `forward_head` pools them.
+    """
+
+    def __init__(self, standardize: nn.Module, network: nn.Module):
+        super().__init__(standardize, network)
+        self.features = network.features
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def maps_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The last maps and the features, in one pass."""
+        standardize, network = self
+        maps = network.forward_features(standardize(images))
+        return maps, network.forward_head(maps)
+
+
+def network(name: str, channels: int, width: int = 1) -> nn.Module:
+    """`convnet` or `resnet18`, `width` times as wide as they are, or `timm:<name>`, for images of so many channels."""
+    kind, _, model = name.partition(":")
+    builders = {
+        "convnet": lambda: ConvNet(channels, 32 * width),
+        "resnet18": lambda: ResNet18(channels, 64 * width),
+        "timm": lambda: _timm(model, channels),
+    }
+    return builders[kind]()
+
+
+def build(name: str, images: Tensor, width: int = 1) -> Encoder:
+    """The named encoder for images like these, uint8 [N, C, H, W]: float [B, C, H, W] in [0, 1] -> float [B, features].
 
     >>> encoder = build("convnet", torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     >>> encoder(torch.rand(5, 3, 32, 32)).shape, encoder.features
@@ -118,13 +159,4 @@ def build(name: str, images: Tensor, width: int = 1) -> nn.Sequential:
     >>> build("convnet", torch.zeros(2, 3, 32, 32, dtype=torch.uint8), width=2).features
     256
     """
-    kind, _, model = name.partition(":")
-    builders = {
-        "convnet": lambda channels: ConvNet(channels, 32 * width),
-        "resnet18": lambda channels: ResNet18(channels, 64 * width),
-        "timm": lambda channels: _timm(model, channels),
-    }
-    network = builders[kind](images.shape[1])
-    encoder = nn.Sequential(Standardize(images), network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    encoder.features = network.features
-    return encoder
+    return Encoder(Standardize(images), network(name, images.shape[1], width))

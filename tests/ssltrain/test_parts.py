@@ -131,6 +131,18 @@ def test_every_method_on_images_builds_the_encoder_as_wide_as_asked(name):
         assert options.build_encoder(images.shape).features == wide  # into which the weights of a run are read
 
 
+@pytest.mark.parametrize("name, cells", [("convnet", 4), ("resnet18", 4), ("timm:resnet18", 1)])
+def test_encoders_give_their_last_maps_with_their_features(name, cells):
+    if name.startswith("timm:"):
+        peer("timm")
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    encoder = encoders.build(name, images).eval()
+    maps, features = encoder.maps_and_features(images.float() / 255)
+    assert maps.shape == (4, encoder.features, cells, cells)
+    assert torch.equal(features, encoder(images.float() / 255))
+    assert torch.allclose(features, maps.mean((2, 3)), atol=1e-5)
+
+
 def test_standardize():
     images = torch.randint(256, (50, 3, 9, 9), dtype=torch.uint8)
     out = encoders.Standardize(images)(images.float() / 255)
