@@ -51,6 +51,8 @@ RUN = {
 class MethodCommand(TyperCommand):
     """The command of a method, which is imported, and torch with it, once the command is called."""
 
+    name: str
+
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         return _command_of(self.name).make_context(*args, **kwargs)
 
@@ -63,7 +65,8 @@ def _command_of(method: str) -> Any:
     kind = methods.config_of(method)
 
     def command(context: typer.Context, **given: Any) -> None:
-        flags = {n for n in given if context.get_parameter_source(n).name == "COMMANDLINE" and n not in RUN}
+        sources = {n: context.get_parameter_source(n) for n in given if n not in RUN}
+        flags = {n for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
         explicit = config.read_yaml(given["config_file"], method) if given["config_file"] else {}
         explicit |= {name: given[name] for name in flags}
         start(kind(**explicit), set(explicit), *(given[name] for name in ("resume", "overwrite", "out", "json_path")))
@@ -73,15 +76,15 @@ def _command_of(method: str) -> Any:
     types = config.kinds(kind)
     for name, field in config.fields(kind).items():
         names = [field.metadata["flags"] or config.flag(name)]
-        option = Annotated[types[name], typer.Option(*names, help=field.metadata["help"])]
+        option: Any = Annotated[types[name], typer.Option(*names, help=field.metadata["help"])]
         parameters.append(inspect.Parameter(name, keyword, default=field.default, annotation=option))
     for name, (type_, default, names, help) in RUN.items():
         option = Annotated[type_, typer.Option(*names, help=help)]
         parameters.append(inspect.Parameter(name, keyword, default=default, annotation=option))
-    command.__signature__ = inspect.Signature(parameters)
+    vars(command).update(__signature__=inspect.Signature(parameters))
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-    alone.command(method, help=inspect.cleandoc(kind.__doc__))(command)
+    alone.command(method, help=inspect.getdoc(kind))(command)
     return typer.main.get_command(alone)
 
 
@@ -142,11 +145,18 @@ def export(
 
 
 for _command in app.registered_commands:  # what the list of commands says; typer cuts it where a line ends
-    _about = _command.help or inspect.cleandoc(_command.callback.__doc__)
+    _about = _command.help or inspect.getdoc(_command.callback) or ""
     _command.short_help = " ".join(_about.partition("\n\n")[0].split())
 
 
-def start(wanted, explicit: set[str], resume: bool, overwrite: bool, out: Path | None, json_path: Path | None) -> None:
+def start(
+    wanted: config.Config,
+    explicit: set[str],
+    resume: bool,
+    overwrite: bool,
+    out: Path | None,
+    json_path: Path | None,
+) -> None:
     """Start or continue a run. Nothing of an earlier one is lost unasked."""
     from ssltrain import checkpoints, ranks, runs
 
@@ -165,7 +175,7 @@ def start(wanted, explicit: set[str], resume: bool, overwrite: bool, out: Path |
         runs.run(wanted, checkpoint if resume else None, out, json_path)
 
 
-def _goes_on(checkpoint: dict, wanted, overwrite: bool, out: Path) -> bool:
+def _goes_on(checkpoint: dict, wanted: config.Config, overwrite: bool, out: Path) -> bool:
     """Whether a run that is there continues unasked, as it does under `torchrun`, which starts anew what has failed."""
     from ssltrain import ranks
 
@@ -184,7 +194,7 @@ def _goes_on(checkpoint: dict, wanted, overwrite: bool, out: Path) -> bool:
     return False
 
 
-def _continued(checkpoint: dict | None, wanted, explicit: set[str], out: Path):
+def _continued(checkpoint: dict | None, wanted: config.Config, explicit: set[str], out: Path) -> config.Config:
     """The configuration of a run that goes on, with the explicit options of `wanted` that leave its mathematics."""
     if checkpoint is None:
         raise UsageError(f"--resume: {out} holds no run; name its folder by --out, or leave --resume out to start one.")

@@ -23,9 +23,12 @@ from ssltrain import UsageError, methods
 if typing.TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from typing_extensions import Self
 
+    from ssltrain.encoders import Encoder
     from ssltrain.images import Images
     from ssltrain.methods._method import Method
+    from ssltrain.methods.cpc import ContextEncoder
     from ssltrain.speech import Speech
 
 DEFAULT_EPOCHS = 40
@@ -56,7 +59,7 @@ class Config(ABC):
     method: ClassVar[str]
     unit: ClassVar[str]  # what a sample is called, in the plural
 
-    data: str = option("mnist5k", "What to train on.")
+    data: str | None = option("mnist5k", "What to train on.")
     limit: int | None = option(None, "Train on a fixed random subset of that many samples.", **at_least(1))
     epochs: int | None = option(None, f"Passes over the training data. [default: {DEFAULT_EPOCHS}]", **at_least(1))
     minutes: float | None = option(None, "Train by the clock instead; the learning rate follows it.", **positive())
@@ -95,7 +98,7 @@ class Config(ABC):
         30.0, "Seconds between checkpoints: what a kill may cost, to be done again by --resume.", **at_least(0)
     )
 
-    def check(self) -> Config:
+    def check(self) -> Self:
         """The same with what is left open filled in; raises `UsageError` for a value that cannot be."""
         import torch
 
@@ -139,7 +142,7 @@ class Config(ABC):
 
     @abstractmethod
     def fine_tune(
-        self, data: Any, encoders: dict[str, nn.Module], share: float, device: torch.device, seed: int
+        self, data: Any, encoders: dict[str, Any], share: float, device: torch.device, seed: int
     ) -> tuple[dict[str, float], int]:
         """The test accuracy of each encoder after training on a share of the labels, and how many these are."""
 
@@ -191,7 +194,7 @@ class ImageConfig(Config):
         False, "A control that must learn nothing: pair each image with another one of the batch, drawn anew each step."
     )
 
-    def check(self) -> ImageConfig:
+    def check(self) -> Self:
         from ssltrain import ranks
 
         checked = super().check()
@@ -219,7 +222,7 @@ class ImageConfig(Config):
 
         return augment.build(data.channels, data.size, self.flip, self.augmentations)
 
-    def build_encoder(self, shape: Sequence[int]) -> nn.Module:
+    def build_encoder(self, shape: Sequence[int]) -> Encoder:
         """The encoder of a run for images of that shape, [C, H, W], before its weights are loaded."""
         import torch
 
@@ -237,7 +240,7 @@ class ImageConfig(Config):
         return names, images.features(encoder, images.with_channels(pixels, shape[0]), device), notes
 
     def fine_tune(
-        self, data: Images, encoders: dict[str, nn.Module], share: float, device: torch.device, seed: int
+        self, data: Images, encoders: dict[str, Encoder], share: float, device: torch.device, seed: int
     ) -> tuple[dict[str, float], int]:
         """The test accuracy of each encoder after training on a share of the labels, and how many these are."""
         from ssltrain import augment
@@ -248,7 +251,7 @@ class ImageConfig(Config):
         found = {name: data.fine_tune(encoder, share, views, device, seed) for name, encoder in encoders.items()}
         return {name: round(accuracy, 4) for name, (accuracy, _) in found.items()}, next(iter(found.values()))[1]
 
-    def exported(self, encoder: nn.Module) -> tuple[nn.Module, dict[str, str], str]:
+    def exported(self, encoder: Encoder) -> tuple[nn.Module, dict[str, str], str]:
         """The network whose weights are of use elsewhere, what to write beside them, and how to load them."""
         standardize, network = encoder
         about = {name: json.dumps(getattr(standardize, name).flatten().tolist()) for name in ("mean", "std")}
@@ -284,7 +287,7 @@ class SpeechConfig(Config):
         return speech.load(self.data, self.limit, self.window)
 
     def embed(
-        self, encoder: nn.Module, source: str, shape: Sequence[int], about: dict, device: torch.device
+        self, encoder: ContextEncoder, source: str, shape: Sequence[int], about: dict, device: torch.device
     ) -> tuple[list[str], Tensor, list[str]]:
         """The name and the last context of every sound of `source`, and notes."""
         from ssltrain import speech

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -127,15 +129,17 @@ class Encoder(nn.Sequential):
     `forward_head` pools them.
     """
 
-    def __init__(self, standardize: nn.Module, network: nn.Module):
+    features: int
+
+    def __init__(self, standardize: nn.Module, network: Any):
         super().__init__(standardize, network)
         self.features = network.features
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def maps_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The last maps and the features, in one pass."""
-        standardize, network = self
-        maps = network.forward_features(standardize(images))
+        network: Any = self[1]
+        maps = network.forward_features(self[0](images))
         return maps, network.forward_head(maps)
 
 

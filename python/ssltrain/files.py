@@ -16,6 +16,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ssltrain import UsageError
@@ -116,7 +117,7 @@ def _read_tar(archive: tarfile.TarFile, suffixes: Collection[str], unread: Unrea
     root = _ArchiveFolder()
     for member in archive:
         if member.isfile():
-            node = _File(member.size, lambda member=member: archive.extractfile(member).read(), member.offset_data)
+            node = _File(member.size, partial(_read_member, archive, member), member.offset_data)
         elif member.islnk() or member.issym():
             node = _Link(member.linkname, from_root=member.islnk())
         elif member.isdir():
@@ -129,6 +130,12 @@ def _read_tar(archive: tarfile.TarFile, suffixes: Collection[str], unread: Unrea
             yield name, node.read()
     linked = [(name, file) for name, file in _files(root, suffixes, unread) if name != file.name]
     yield from _contents(sorted(linked, key=lambda pair: pair[1].offset), unread)
+
+
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None  # as of every plain file
+    return file.read()
 
 
 def _place_zip_member(root: _ArchiveFolder, archive: zipfile.ZipFile, info: zipfile.ZipInfo, unread: Unread) -> None:
@@ -244,7 +251,8 @@ class _ArchiveFolder:
     """A folder of an archive; its members are looked up by name, as links lead to them."""
 
     def __init__(self, parent: _ArchiveFolder | None = None):
-        self.parent, self.members, self.key = parent, {}, id(self)
+        self.parent, self.key = parent, id(self)
+        self.members: dict[str, _ArchiveFolder | _File | _Link | str] = {}
 
     def place(self, name: str, node: _File | _Link | str | None, unread: Unread) -> str:
         """Put a member (None: a folder) where its name says, from the root; the name in plain form, or ""."""
@@ -300,7 +308,7 @@ class _ArchiveFolder:
 class _Link:
     target: str
     from_root: bool = False
-    folder: _ArchiveFolder | None = None  # where the target's name starts
+    folder: _ArchiveFolder = field(init=False)  # where the target's name starts, once it has its place
     end: _ArchiveFolder | _File | str | None = None
 
     def follow(self) -> _ArchiveFolder | _File | str:

@@ -20,6 +20,7 @@ from ssltrain.pictures import Levels
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from ssltrain.encoders import Encoder
     from ssltrain.methods._method import Method
 
 
@@ -47,7 +48,8 @@ class Images:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return tuple(self.train.shape[2:])
+        height, width = self.train.shape[2:]
+        return height, width
 
     @property
     def shape(self) -> list[int]:
@@ -102,7 +104,7 @@ class Images:
         panels.draw_pairs(axes, views)
 
     def fine_tune(
-        self, encoder: nn.Module, share: float, views: Callable[[Tensor], Tensor], device: torch.device, seed: int = 0
+        self, encoder: Encoder, share: float, views: Callable[[Tensor], Tensor], device: torch.device, seed: int = 0
     ) -> tuple[float, int]:
         """Test accuracy after training a copy of the encoder and a linear layer on a `share` of the labels, and how
         many these are. `views` augments float [B, C, H, W] in [0, 1]."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,10 +166,11 @@ class Training:
 
     def _progress(self) -> float:
         """The part of the run that is done, by steps or by the clock, in [0, 1]."""
-        if self.config.epochs is not None:
-            steps_per_epoch = len(self.data) // self.config.batch_size
-            return min(1.0, self.state.step / (self.config.epochs * steps_per_epoch))
-        return min(1.0, self.state.seconds / (60 * self.config.minutes))
+        if self.config.minutes is not None:
+            return min(1.0, self.state.seconds / (60 * self.config.minutes))
+        assert self.config.epochs is not None  # as `Config.check` leaves it
+        steps_per_epoch = len(self.data) // self.config.batch_size
+        return min(1.0, self.state.step / (self.config.epochs * steps_per_epoch))
 
     def _tick(self) -> None:
         now = time.perf_counter()
@@ -258,7 +260,7 @@ def _batches(
 def _signals() -> Iterator[Callable[[], bool]]:
     """Ask for a stop at the next whole step on the first SIGINT or SIGTERM; the second one acts at once."""
     received: list[int] = []
-    previous: dict[int, object] = {}
+    previous: dict[int, Any] = {}
 
     def note(number: int, frame) -> None:
         received.append(number)

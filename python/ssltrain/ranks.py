@@ -157,7 +157,8 @@ def loss_of(method: Method) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor
     where = [device] if device.type == "cuda" else None
     # buffers are the same everywhere as it is; newer versions of torch have another name for that
     named = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
-    return ddp(_Loss(method), device_ids=where, **{named: False})
+    keep: dict[str, Any] = {named: False}
+    return ddp(_Loss(method), device_ids=where, **keep)
 
 
 class _Loss(nn.Module):
@@ -189,7 +190,7 @@ def normalise(method: nn.Module, device: torch.device, parts: int | None) -> Non
         _replace_norms(method, synced, "train in one process")
 
 
-def _replace_norms(method: nn.Module, replacement: Callable[[nn.Module], nn.Module], otherwise: str) -> None:
+def _replace_norms(method: nn.Module, replacement: Callable[[Any], nn.Module], otherwise: str) -> None:
     for parent in list(method.modules()):
         for name, child in parent.named_children():
             if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
@@ -204,11 +205,16 @@ def _replace_norms(method: nn.Module, replacement: Callable[[nn.Module], nn.Modu
 class _Replaced(_BatchNorm):
     """In the place of a batch normalisation, for inputs of any dimensions."""
 
+    num_batches_tracked: Tensor  # these three only where statistics run
+    running_mean: Tensor
+    running_var: Tensor
+
     @classmethod
-    def of(cls, norm: _BatchNorm):
-        """The same with parameters and buffers that are those of `norm`."""
+    def of(cls, norm: _BatchNorm, **own: int) -> _Replaced:
+        """The same with parameters and buffers that are those of `norm`, and attributes of its own."""
         replaced = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         replaced._parameters, replaced._buffers, replaced.training = norm._parameters, norm._buffers, norm.training
+        vars(replaced).update(own)
         return replaced
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -226,12 +232,6 @@ class SplitBatchNorm(_Replaced):
 
     parts: int
 
-    @classmethod
-    def of(cls, norm: _BatchNorm, parts: int) -> SplitBatchNorm:
-        split = super().of(norm)
-        split.parts = parts
-        return split
-
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
@@ -240,7 +240,7 @@ class SplitBatchNorm(_Replaced):
             return torch.cat([self._normalised(part, None, None, 0.0) for part in rows])
         rate, running = self._rate(), torch.stack([self.running_mean, self.running_var])
         seen = [running.clone() for _ in rows]  # which each part moves on its own
-        out = torch.cat([self._normalised(part, *moved, rate) for part, moved in zip(rows, seen, strict=True)])
+        out = torch.cat([self._normalised(part, own[0], own[1], rate) for part, own in zip(rows, seen, strict=True)])
         mean = torch.stack(seen).mean(0)
         if size() > 1:
             dist.all_reduce(mean)

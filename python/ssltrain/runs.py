@@ -34,7 +34,8 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
 
     Of several processes the first one evaluates, while the others are done already.
     """
-    torch.set_num_threads(options.threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     earlier = checkpoint["about"] if checkpoint else {}
     with ranks.one_voice():
         loaded = options.load(earlier)
@@ -98,7 +99,7 @@ def _train(method: Method, loaded: Data, options: config.Config, out: Path, chec
             (out / checkpoints.CHECKPOINT).unlink(missing_ok=True)
     try:
         with report.Progress(options, out) if first else nullcontext() as progress:
-            show = {"report": progress.update} if first else {}
+            show = {"report": progress.update} if progress else {}
             return loop.train(method, loaded.train, options, out, checkpoint, about=about, **show)
     except loop.Interrupted:
         how = "the same command" if ranks.launched() else f"ssltrain {options.method} --resume --out {out}"
@@ -125,7 +126,7 @@ def _write(
 
 def _machine(options: config.Config, device: str, processes: int) -> dict[str, str | int | float | None]:
     """What the run was computed with."""
-    machine = {"threads": options.threads, "device": options.device}
+    machine: dict[str, str | int | float | None] = {"threads": options.threads, "device": options.device}
     if processes > 1:
         machine["processes"] = processes
     if torch.device(device).type == "cuda":
@@ -152,7 +153,7 @@ def _figures(found: evaluate.Evaluation) -> dict[str, float | str | None]:
 def _checksum(tensors: Iterable[Tensor]) -> int:
     check = 0
     for x in tensors:
-        check = zlib.crc32(x.contiguous().numpy(), check)
+        check = zlib.crc32(x.contiguous().numpy().data, check)
     return check
 
 
@@ -212,7 +213,8 @@ def _load(folder: Path) -> tuple[config.Config, nn.Module, tuple[int, ...], dict
     if not config.is_usable(options.device):  # trained on another machine
         options = dataclasses.replace(options, device="auto")
     options = options.check()
-    torch.set_num_threads(options.threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     _prepare(options.device)
     shape = tuple(checkpoint["shape"])
     encoder = options.build_encoder(shape)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sslkern.functional import cpc
 from ssltrain import UsageError, files, panels
@@ -27,7 +27,7 @@ from ssltrain.evaluate import Evaluation, linear_probe
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ssltrain.methods._method import Method
+    from ssltrain.methods.cpc import ContextEncoder
 
 TEST_INDICES = 5
 
@@ -108,7 +108,7 @@ class Speech:
             f"{len(self.test):,} test clips, {len(self.words)} words, {len(self.speakers)} speakers"
         )
 
-    def evaluate(self, encoder: nn.Module, untrained: nn.Module, device: torch.device) -> Evaluation:
+    def evaluate(self, encoder: Any, untrained: Any, device: torch.device) -> Evaluation:
         """Linear probes for word and speaker on the last context of a clip, beside log-mel statistics of all of it.
 
         The third figure is the word said by a speaker whom the probe has not heard, the mean over all speakers in turn.
@@ -144,7 +144,7 @@ class Speech:
         return sum(known) / len(known) if known else math.nan
 
     @torch.no_grad()
-    def draw(self, method: Method, device: torch.device, axes: Axes) -> None:
+    def draw(self, method: Any, device: torch.device, axes: Axes) -> None:
         """How often a frame to come is found, by how far ahead it is."""
         long_enough = self.test[self.test.length >= method.window]
         if len(long_enough) < 2:
@@ -317,7 +317,7 @@ def log_mel_statistics(clips: Clips, rate: int, bands: int = 40) -> Tensor:
 
 
 @torch.no_grad()
-def contexts(encoder: nn.Module, clips: Clips, device: torch.device, batch: int = 256) -> Tensor:
+def contexts(encoder: ContextEncoder, clips: Clips, device: torch.device, batch: int = 256) -> Tensor:
     """The context of the last frame of each clip: float32 [N, F] on `device`; of a clip too short for one, 0."""
     training = encoder.training
     encoder.eval()

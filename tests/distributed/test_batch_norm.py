@@ -45,7 +45,7 @@ def test_batch_normalisation_is_that_of_the_whole_batch(pool, shape, size):
 
 def split(group, kind, x, upstream, parts, options):
     """The same of a batch that is normalised in parts, by all processes or by this one."""
-    norm = SplitBatchNorm.of(kind(x.shape[1], dtype=x.dtype, **options), parts)
+    norm = SplitBatchNorm.of(kind(x.shape[1], dtype=x.dtype, **options), parts=parts)
     each = len(x) // group.size() if group else len(x)
     rows = slice(group.rank() * each, (group.rank() + 1) * each) if group else slice(None)
     outs = []

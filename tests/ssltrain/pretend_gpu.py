@@ -86,7 +86,7 @@ def build(name: str, channels: int) -> tuple[nn.Module, Tensor | speech.Clips]:
         "moco shuffled": lambda: MoCo(*parts, queue=32, shuffle_bn=4),
     }
     method = kinds[name]()
-    ranks.normalise(method, torch.device("cpu"), getattr(method, "parts", None))
+    ranks.normalise(method, torch.device("cpu"), method.parts)
     return method, images
 
 

@@ -93,7 +93,7 @@ class MoCo(Method):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: encoders.Encoder,
         augment: Callable[[Tensor], Tensor],
         dim: int = 128,
         temperature: float = 0.2,
@@ -146,5 +146,5 @@ class MoCo(Method):
     @torch.no_grad()
     def _follow(self) -> None:
         """Equation 2; the statistics of batch normalisation are the key encoder's own."""
-        own = [p for part in (self.encoder, self.head) for p in part.parameters()]
-        torch._foreach_lerp_(list(self.key.parameters()), own, 1 - self.momentum)
+        own: list[Tensor] = [p for part in (self.encoder, self.head) for p in part.parameters()]
+        torch._foreach_lerp_([*self.key.parameters()], own, 1 - self.momentum)

@@ -68,7 +68,7 @@ class SimCLR(Method):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: encoders.Encoder,
         augment: Callable[[Tensor], Tensor],
         dim: int = 128,
         temperature: float = 0.2,
