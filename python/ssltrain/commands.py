@@ -1,5 +1,5 @@
 """The commands of `ssltrain`: one a method, whose flags are the fields of its configuration, and those for a run that
-is done: `evaluate`, `embed`, `export`."""
+is done: `evaluate`, `embed`, `export`; and `compare`, which starts many runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from ssltrain import UsageError, config, methods
+from ssltrain.compare.command import compare, help_text
 
 app = typer.Typer(
     add_completion=False,
@@ -142,6 +143,28 @@ def export(
         raise UsageError(f"--out {out}: must end in .safetensors.")
     runs.check_writable("--out", out)
     runs.export_run(run, out)
+
+
+app.command("compare", help=help_text())(compare)
+
+
+DATA = {
+    "mnist5k": "4,000 training and 1,000 test images of 28 x 28 pixels, grayscale, 10 digits; embedded.",
+    "digits": "1,438 and 359 images of 8 x 8 pixels, grayscale, 10 digits; embedded, of scikit-learn.",
+    "cifar-10-python.tar.gz": "CIFAR-10 as published, or its folder: 50,000 and 10,000 of 32 x 32, colour, 10 classes.",
+    "<path>": "A folder, zip or tar of images, train/<class>/* and test/<class>/*, or <class>/*, or without classes.",
+    "<path> for speech": "A folder, zip or tar of wav files named <word>_<speaker>_<index>.wav.",
+}
+
+
+@app.command("list")
+def list_() -> None:
+    """Name the methods and the data that there are."""
+    about = {name: methods.summary_of(name) for name in methods.NAMES}
+    for title, lines in (("Methods, ssltrain <method> --help", about), ("Data, --data", DATA)):
+        print(f"{title}:")
+        for name, line in lines.items():
+            print(f"  {name:<24}{line}")
 
 
 for _command in app.registered_commands:  # what the list of commands says; typer cuts it where a line ends

@@ -370,15 +370,56 @@ def read_yaml(path: Path, method: str) -> dict[str, Any]:
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     if values.setdefault("method", method) != method:
         raise UsageError(f"--config {path}: is for {values['method']}, not for {method}; use that command.")
-    for name, kind in kinds(methods.config_of(method)).items():  # YAML 1.1 reads 1e-3 as text
+    values = _with_floats(methods.config_of(method), values)
+    from_dict(values, f"--config {path}")
+    del values["method"]
+    return values
+
+
+def parsed(config: type[Config], texts: dict[str, str], source: str) -> dict[str, Any]:
+    """Options from text, as a YAML file could have it."""
+    import yaml
+
+    unknown = sorted(texts.keys() - fields(config).keys())
+    if unknown:
+        raise UsageError(
+            f"{source}: {unknown[0]} is no option of {config.method}; see ssltrain {config.method} --help for what "
+            "there is."
+        )
+    texts_alone = {name for name, kind in kinds(config).items() if str in (typing.get_args(kind) or (kind,))}
+    values = {}
+    for name, text in texts.items():
+        try:
+            values[name] = text if name in texts_alone else yaml.safe_load(text)
+        except yaml.YAMLError:
+            values[name] = text  # the check says what is wrong
+    return _with_floats(config, values)
+
+
+def _with_floats(config: type[Config], values: dict[str, Any]) -> dict[str, Any]:
+    """The same with numbers where YAML 1.1 reads text, as of 1e-3."""
+    values = dict(values)
+    for name, kind in kinds(config).items():
         if float in (typing.get_args(kind) or (kind,)) and isinstance(values.get(name), str):
             try:
                 values[name] = float(values[name])
             except ValueError:
                 pass  # the check says what is wrong
-    from_dict(values, f"--config {path}")
-    del values["method"]
     return values
+
+
+def as_flags(config: Config) -> list[str]:
+    """The options that are not the default, as the command line has them."""
+    flags = []
+    for name, field_ in fields(type(config)).items():
+        value, names = getattr(config, name), (field_.metadata["flags"] or flag(name)).split("/")
+        if value == field_.default or value is None:
+            continue
+        if isinstance(value, bool):
+            flags.append(names[0] if value else names[-1] if len(names) > 1 else "--no-" + names[0][2:])
+        else:
+            flags += [names[0], str(value)]
+    return flags
 
 
 def write_yaml(path: Path, config: Config) -> None:

@@ -1,0 +1,119 @@
+"""Ready-made comparisons: what the papers studied, each a set of runs and the axis of its figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ssltrain import UsageError, methods
+from ssltrain.compare.plan import Entry
+
+COLOUR, GRAY = ("crop", "jitter", "hue", "gray", "flip"), ("affine", "blur", "erase")  # the steps of the views
+
+
+@dataclass(frozen=True)
+class Study:
+    """`entries(methods, epochs, channels)` are its runs; `axis` is what they differ in, "" where it is the method."""
+
+    about: str
+    axis: str
+    entries: Callable[[Sequence[str], int, int], list[Entry]]
+    methods: Sequence[str]  # what it is made of; others can be named where `free`
+    free: bool = False
+    bound: bool = False  # its figure shows log N - loss, N = x, and not the accuracy
+
+
+def of(name: str, chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+    """The entries of a study, of the chosen methods alone if there are some."""
+    if name not in STUDIES:
+        raise UsageError(f"--study {name}: choose one of {', '.join(STUDIES)}.")
+    study = STUDIES[name]
+    for method in chosen:
+        if method not in methods.NAMES or not (study.free or method in study.methods):
+            known = methods.NAMES if study.free else study.methods
+            raise UsageError(f"{method}: is no method of --study {name}; choose of {', '.join(known)}.")
+    return study.entries(chosen or study.methods, epochs, channels)
+
+
+def _survey(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+    variants = {
+        "moco": [{}, {"version": "3"}],
+        "deep_infomax": [{"estimator": "jsd"}, {"estimator": "infonce"}, {"estimator": "dv"}],
+    }
+    return [Entry(method, options) for method in chosen for options in variants.get(method, [{}])]
+
+
+def _width(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+    return [Entry(method, {"width": str(width)}, width, method) for method in chosen for width in (1, 2, 4)]
+
+
+def _time(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+    doubled = [2**i for i in range(epochs.bit_length()) if 2**i < epochs] + [epochs]
+    return [Entry(method, {"epochs": str(some)}, some, method) for method in chosen for some in doubled]
+
+
+def _negatives(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+    kinds = {
+        "simclr": ("batch_size", "the batch (simclr)", lambda size: 2 * size - 2, (32, 64, 128, 256, 512)),
+        "instdisc": ("negatives", "a memory bank (instdisc)", lambda size: size, (64, 256, 1024, 4096)),
+        "moco": ("queue", "a queue (moco)", lambda size: size, (64, 256, 1024, 4096, 16384)),
+    }
+    entries = []
+    for method in chosen:
+        option, series, negatives, sizes = kinds[method]
+        entries += [Entry(method, {option: str(size)}, negatives(size), series) for size in sizes]
+    return entries
+
+
+def _augmentations(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+    steps = COLOUR if channels == 3 else GRAY
+    entries = []
+    for method in chosen:
+        for names, x in ((steps, "all"), ((), "none")):
+            entries.append(Entry(method, {"augmentations": ",".join(names) or "none"}, x, "alone"))
+        for step in steps:
+            others = ",".join(name for name in steps if name != step)
+            entries.append(Entry(method, {"augmentations": step}, step, "alone"))
+            entries.append(Entry(method, {"augmentations": others}, step, "left out"))
+    return entries
+
+
+def _head(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+    return [Entry(method, {"head": head}, head, method) for method in chosen for head in ("none", "linear", "mlp")]
+
+
+def _bound(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+    sizes = (16, 32, 64, 128, 256, 512)
+    return [Entry(method, {"batch_size": str(size)}, 2 * size - 1, method) for method in chosen for size in sizes]
+
+
+STUDIES = {
+    "survey": Study("all methods on images beside supervised training", "", _survey, ("simclr", "moco")),
+    "width": Study(
+        "encoders 1, 2 and 4 times as wide; other methods can be named", "width", _width, ("simclr", "supervised"), True
+    ),
+    "time": Study(
+        "1, 2, 4, ... passes over the data up to --epochs; other methods can be named",
+        "passes over the data",
+        _time,
+        ("simclr", "supervised"),
+        True,
+    ),
+    "negatives": Study(
+        "how many, and where they are kept: the batch, a memory bank, a queue (MoCo's argument)",
+        "negatives",
+        _negatives,
+        ("simclr", "instdisc", "moco"),
+    ),
+    "augmentations": Study(
+        "each step of SimCLR's views alone, and each left out", "step", _augmentations, ("simclr",), True
+    ),
+    "head": Study("SimCLR's projection head: none, linear, mlp", "head", _head, ("simclr",)),
+    "bound": Study(
+        "log N - loss, a lower bound of the mutual information in nats, against N candidates (CPC's)",
+        "candidates N",
+        _bound,
+        ("simclr",),
+        bound=True,
+    ),
+}

@@ -1,0 +1,105 @@
+"""The report of a comparison in Markdown."""
+
+from __future__ import annotations
+
+import math
+
+from ssltrain.compare.figures import Row
+from ssltrain.compare.plan import Plan
+
+HEAD = (
+    "method",
+    "linear probe",
+    "20-NN",
+    "untrained, linear",
+    "runs",
+    "training",
+    "images seen",
+    "passes an image",
+    "features",
+    "parameters",
+)
+
+
+def markdown(plan: Plan, rows: list[Row], failed: dict[str, str]) -> str:
+    """The whole page."""
+    done = sum(len(row.runs) for row in rows)
+    title = f"--study {plan.study}" if plan.study else ", ".join(row.entry.name for row in rows)
+    parts = [
+        f"# {title}",
+        f"{_data(rows)} {done} of {len(rows) * plan.seeds} runs are done. Accuracies on the test set, of a linear "
+        "probe and of the majority of 20 neighbours on frozen features: the mean over the seeds ± their standard "
+        "deviation. A pass is an image going forward through the encoder, or another one like it, while training.",
+        "![Accuracies](report.png)",
+        table([HEAD, *map(_line, rows), *_raw(rows)]),
+    ]
+    if any(row.tuned for row in rows):
+        parts += ["## Options that were chosen", _tuning(plan, rows)]
+    if failed:
+        parts += ["## Failed", "\n".join(f"- {title}: {why}" for title, why in failed.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(lines: list[tuple[str, ...]]) -> str:
+    """Markdown, the first line its head."""
+    rule = ("---",) * len(lines[0])
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def figure(row: Row, key: str) -> str:
+    """Mean and spread, or a dash."""
+    mean, spread = row.mean(key), row.spread(key)
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}")
+
+
+def _data(rows: list[Row]) -> str:
+    runs = [run for row in rows for run in row.runs]
+    if not runs:
+        return ""
+    devices = sorted({run.get("device_name") or f"{run['device']} ({run['threads']} threads)" for run in runs})
+    return f"Trained on {runs[0]['data']}, by {', '.join(devices)}."
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    if not row.runs:
+        return (row.entry.name, *["-"] * (len(HEAD) - 1))
+    run = row.runs[0]
+    return (
+        row.entry.name,
+        figure(row, "linear"),
+        figure(row, "knn"),
+        figure(row, "untrained_linear"),
+        str(len(row.runs)),
+        f"{row.mean('seconds'):,.0f} s",
+        f"{run['samples']:,}",
+        "-" if run["encoder_passes"] is None else f"{run['encoder_passes']:.2g}",
+        f"{run['features']:,}",
+        f"{run['parameters']:,}",
+    )
+
+
+def _raw(rows: list[Row]) -> list[tuple[str, ...]]:
+    """Raw pixels, the same in all runs."""
+    row = next((row for row in rows if row.runs), None)
+    if row is None:
+        return []
+    accuracies = (f"{x:.3f}" if not math.isnan(x) else "-" for x in (row.mean("raw_linear"), row.mean("raw_knn")))
+    return [("raw pixels", *accuracies, *["-"] * (len(HEAD) - 3))]
+
+
+def _tuning(plan: Plan, rows: list[Row]) -> str:
+    assert plan.tune is not None
+    about = (
+        f"Each by {plan.tune.trials} trials with the same draws around the defaults, of which the first has these; the "
+        f"best by the linear probe on {plan.tune.held_out:,} training images that were held out."
+    )
+    names = sorted({name for row in rows if row.tuned for name in row.tuned["options"]})
+    lines: list[tuple[str, ...]] = [("method", *names, "probe of the best", "of all trials")]
+    for row in rows:
+        if row.tuned:
+            probes = [trial["linear"] for trial in row.tuned["all"] if trial["linear"] is not None]
+            options = [f"{row.tuned['options'][name]:g}" if name in row.tuned["options"] else "-" for name in names]
+            lines.append((row.entry.name, *options, f"{max(probes):.3f}", f"{min(probes):.3f} to {max(probes):.3f}"))
+    return f"{about}\n\n{table(lines)}"
