@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ssltrain import UsageError, config, methods
+from ssltrain import UsageError, config
 from ssltrain.compare import studies
-from ssltrain.compare.plan import Entry, Plan, Tuning, epochs_of, settings
+from ssltrain.compare.plan import Entry, Plan, Tuning, epochs_of, kind_of, settings
 
 HELP = """Train several methods at an equal number of images seen, over several seeds, and report them side by side.
 
@@ -97,11 +97,11 @@ def _measure(method: str, options: dict[str, str], held_out: int) -> tuple[int, 
 
     if ranks.launched():
         raise UsageError("compare: runs in one process; start it without torchrun.")
-    kind = methods.config_of(method)
+    kind = kind_of(method)
     known = {name: text for name, text in options.items() if name in config.fields(kind)}
     loaded = kind(**config.parsed(kind, known, "--set")).load()
-    if not getattr(loaded, "classes", None):
-        raise UsageError(f"--data {loaded.name}: has no labels of images to compare by; name other data.")
+    if not loaded.classes:
+        raise UsageError(f"--data {loaded.name}: has no labels to compare by; name other data.")
     if held_out >= len(loaded.train):
         raise UsageError(f"--held-out {held_out}: there are {len(loaded.train)} training images; hold out fewer.")
     return len(loaded.train), loaded.channels

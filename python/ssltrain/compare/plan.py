@@ -68,12 +68,10 @@ class Plan:
 
     def config(self, entry: Entry, seed: int, **more: Any) -> ImageConfig:
         """The configuration of a run, checked."""
-        kind = methods.config_of(entry.method)
-        if not issubclass(kind, ImageConfig):
-            raise UsageError(f"{entry.method}: is not for images, which compare is for; leave it out.")
+        kind = kind_of(entry.method)
         options = self.common | self.of_method.get(entry.method, {}) | entry.options
         values = config.parsed(kind, options, entry.name) | {"seed": seed} | more
-        return kind(**values).check()  # type: ignore[return-value]
+        return kind(**values).check()
 
     def folder(self, entry: Entry, part: str) -> Path:
         return self.out / entry.name / part
@@ -89,6 +87,14 @@ class Plan:
             raise UsageError(f"--set {method}:...: {method} is not compared here; leave it out, or name it as well.")
         for entry in self.entries:
             self.config(entry, 0)
+
+
+def kind_of(method: str) -> type[ImageConfig]:
+    """The configuration of a method on images."""
+    kind = methods.config_of(method)
+    if not issubclass(kind, ImageConfig):
+        raise UsageError(f"{method}: is not for images, which compare is for; leave it out.")
+    return kind
 
 
 def settings(texts: Sequence[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:

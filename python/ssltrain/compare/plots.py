@@ -23,13 +23,14 @@ GRAY, ORANGE = "#777777", "#c7641c"
 def draw(path: Path, rows: list[Row], study: str | None) -> None:
     """Write it to `path`, of the entries of which something is there."""
     rows = [row for row in rows if row.runs]
-    axis = STUDIES[study].axis if study else ""
+    about = STUDIES[study] if study else None
+    axis = about.axis if about else ""
     figure = Figure(figsize=(13, 5.5 + 0.1 * len(rows)), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     if axis and all(isinstance(row.entry.x, str) for row in rows):
         _draw_groups(left, rows, axis)
-    elif axis:
-        _draw_against(left, rows, axis, bound=bool(study) and STUDIES[study].bound)
+    elif about and axis:
+        _draw_against(left, rows, axis, about.bound)
     else:
         _draw_bars(left, rows)
     _draw_losses(right, rows)
@@ -99,13 +100,12 @@ def _draw_groups(axes: Axes, rows: list[Row], axis: str) -> None:
 def _draw_against(axes: Axes, rows: list[Row], axis: str, bound: bool) -> None:
     """A line for each series, by a number."""
     for series in dict.fromkeys(row.entry.series for row in rows):
-        mine = sorted((row for row in rows if row.entry.series == series), key=lambda row: row.entry.x)
-        x = [row.entry.x for row in mine]
+        mine = sorted((row for row in rows if row.entry.series == series), key=_number)
         values = [row.bound() if bound else row.values("linear") for row in mine]
         means = [statistics.fmean(some) for some in values]
         spreads = [statistics.stdev(some) if len(some) > 1 else 0.0 for some in values]
-        axes.errorbar(x, means, yerr=spreads, marker="o", capsize=3, label=series)
-    numbers = sorted({float(row.entry.x) for row in rows})
+        axes.errorbar(list(map(_number, mine)), means, yerr=spreads, marker="o", capsize=3, label=series)
+    numbers = sorted(set(map(_number, rows)))
     axes.set_xscale("log", base=2)
     axes.set_xticks(numbers, [f"{x:,.0f}" for x in numbers], rotation=45)
     axes.minorticks_off()
@@ -118,6 +118,10 @@ def _draw_against(axes: Axes, rows: list[Row], axis: str, bound: bool) -> None:
         _references(axes, rows, untrained=len({row.mean("untrained_linear") for row in rows}) == 1)
     axes.set_xlabel(axis)
     axes.legend(frameon=False, fontsize=8)
+
+
+def _number(row: Row) -> float:
+    return float(row.entry.x or 0)
 
 
 def _draw_losses(axes: Axes, rows: list[Row]) -> None:

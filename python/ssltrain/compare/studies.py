@@ -32,7 +32,8 @@ def of(name: str, chosen: Sequence[str], epochs: int, channels: int) -> list[Ent
         if method not in methods.NAMES or not (study.free or method in study.methods):
             known = methods.NAMES if study.free else study.methods
             raise UsageError(f"{method}: is no method of --study {name}; choose of {', '.join(known)}.")
-    return study.entries(chosen or study.methods, epochs, channels)
+    there = [method for method in study.methods if method in methods.NAMES]
+    return study.entries(chosen or there, epochs, channels)
 
 
 def _survey(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:

@@ -58,11 +58,13 @@ def chosen(plan: Plan, entry: Entry) -> dict[str, Any] | None:
 
 def choose(plan: Plan, entry: Entry) -> None:
     """Keep the options of the best trial, by the probe on what was held out; none if all have failed."""
-    probes = {job.title: (job.found() or {}).get("linear") for job in trials(plan, entry)}
-    done = [trial for trial, probe in enumerate(probes.values()) if probe is not None]
-    if not done or plan.tune is None:
+    if plan.tune is None:
         return
-    best = max(done, key=lambda trial: list(probes.values())[trial])
-    all_trials = [drawn(plan, entry, trial) | {"linear": p} for trial, p in enumerate(probes.values())]
+    probes = [(job.found() or {}).get("linear") for job in trials(plan, entry)]
+    done = [(probe, -trial) for trial, probe in enumerate(probes) if probe is not None]
+    if not done:
+        return
+    best = -max(done)[1]  # the first of equal ones
+    all_trials = [drawn(plan, entry, trial) | {"linear": probe} for trial, probe in enumerate(probes)]
     content = {"options": drawn(plan, entry, best), "trials": plan.tune.trials, "all": all_trials}
     plan.folder(entry, CHOSEN).write_text(json.dumps(content, indent=2) + "\n")
