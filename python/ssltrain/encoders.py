@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -164,3 +166,20 @@ def build(name: str, images: Tensor, width: int = 1) -> Encoder:
     256
     """
     return Encoder(Standardize(images), network(name, images.shape[1], width))
+
+
+@torch.no_grad()
+def calibrated(encoder: Any, batches: Iterable[Tensor]) -> Any:
+    """A copy whose batch normalisation has the statistics of these batches, as training would have left it.
+
+    Those that it is made with, mean 0 and variance 1, are a handicap that an untrained encoder need not have.
+    """
+    encoder = copy.deepcopy(encoder).eval()
+    for norm in encoder.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+    for batch in batches:
+        encoder(batch)
+    return encoder.eval()

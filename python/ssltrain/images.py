@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssltrain import panels
+from ssltrain import cache, evaluate, panels
 from ssltrain.draws import Draws
-from ssltrain.evaluate import Evaluation, knn, linear_probe
+from ssltrain.encoders import calibrated
+from ssltrain.evaluate import Evaluation
 from ssltrain.pictures import Levels
 
 if TYPE_CHECKING:
@@ -76,24 +77,52 @@ class Images:
             f"{self.name}: {len(self.train):,} training{test} images of {width} x {height} pixels, {colour}, {labels}"
         )
 
-    def evaluate(self, encoder: nn.Module, untrained: nn.Module, device: torch.device) -> Evaluation:
-        """Linear probe and nearest neighbours for the encoder, beside raw pixels and the untrained encoder."""
+    def evaluate(self, encoder: Any, untrained: Any, device: torch.device, beside: Any | None = None) -> Evaluation:
+        """Linear probe and nearest neighbours for the encoder, beside raw pixels, the untrained encoder with its batch
+        normalisation calibrated on training images, and the encoder of another run."""
         rows = {"": "trained", "raw_": "raw pixels", "untrained_": "untrained encoder"}
+        networks = {"": encoder, "untrained_": untrained}
+        if beside is not None:
+            rows["beside_"], networks["beside_"] = "other run", beside
         columns = {"linear": "linear probe", "knn": "20-NN"}
+        widths = {prefix: network.features for prefix, network in networks.items()} | {"raw_": self.train[0].numel()}
         if not self.classes:
             shown = self.test if len(self.test) else self.train[:: -(-len(self.train) // 1000)]
-            found = features(encoder, shown, device)
+            train, test = (features(encoder, part, device) for part in (self.train, shown))
             nothing = {row + column: math.nan for row in rows for column in columns}
-            none = torch.zeros(len(shown), dtype=torch.long)
-            return Evaluation(nothing, rows, columns, found, none, [], "test" if len(self.test) else "training")
-        labels = self.train_labels.to(device), self.test_labels.to(device)
-        accuracies, seen = {}, {}
-        for prefix, network in zip(rows, (encoder, nn.Flatten(), untrained.to(device)), strict=True):
+            none, part = torch.zeros(len(shown), dtype=torch.long), "test" if len(self.test) else "training"
+            return Evaluation(nothing, rows, columns, widths, train, test, none, [], part=part)
+        networks["untrained_"] = self._calibrated(untrained, device)
+        figures, found = {"raw_": self._raw(columns, device)}, {}
+        for prefix, network in networks.items():
             train, test = (features(network, part, device) for part in (self.train, self.test))
-            accuracies[f"{prefix}linear"] = linear_probe(train, labels[0], test, labels[1])
-            accuracies[f"{prefix}knn"] = knn(train, labels[0], test, labels[1])
-            seen[prefix] = test
-        return Evaluation(accuracies, rows, columns, seen[""], self.test_labels, self.classes)
+            figures[prefix], predictions = self._accuracies(train, test)
+            found[prefix] = train, test, predictions
+        accuracies = {row + column: figures[row][column] for row in rows for column in columns}
+        train, test, predictions = found[""]
+        return Evaluation(accuracies, rows, columns, widths, train, test, self.test_labels, self.classes, predictions)
+
+    def _calibrated(self, encoder: Any, device: torch.device, batches: int = 20) -> Any:
+        draws = torch.randint(len(self.train), (batches, 256), generator=torch.Generator().manual_seed(0))
+        return calibrated(encoder.to(device), (self.train[rows].to(device).float() / 255 for rows in draws))
+
+    def _raw(self, columns: dict[str, str], device: torch.device) -> dict[str, float]:
+        """The accuracies of pixels, which every run on these images has: they are kept on disk."""
+
+        def compute() -> dict[str, float]:
+            train, test = (features(nn.Flatten(), part, device) for part in (self.train, self.test))
+            return self._accuracies(train, test)[0]
+
+        tensors = self.train, self.train_labels, self.test, self.test_labels
+        return cache.kept("pixels", columns, tensors, evaluate.version(), compute)
+
+    def _accuracies(self, train: Tensor, test: Tensor) -> tuple[dict[str, float], Tensor | None]:
+        """Of linear probe and nearest neighbours, and what the former predicted."""
+        labels, test_labels = self.train_labels.to(train.device), self.test_labels.to(train.device)
+        predictions = evaluate.predicted(train, labels, test)
+        linear = evaluate.accuracy(predictions, test_labels)
+        knn = evaluate.knn(train, labels, test, test_labels)
+        return {"linear": linear, "knn": knn}, predictions
 
     @torch.no_grad()
     def draw(self, method: Method, device: torch.device, axes: Axes) -> None:

@@ -99,11 +99,13 @@ class Progress:
 
 
 def table(evaluation: Evaluation) -> str:
-    """The accuracies as aligned text; a dash where there is none."""
-    lines = [f"{'test accuracy':<20}" + "".join(f"{name:>20}" for name in evaluation.columns.values())]
+    """The accuracies as aligned text, a dash where there is none, and how many features they are of."""
+    names = "".join(f"{name:>20}" for name in evaluation.columns.values())
+    lines = [f"{'test accuracy':<20}{'features':>10}{names}"]
     for prefix, name in evaluation.rows.items():
         figures = [evaluation.accuracies[prefix + key] for key in evaluation.columns]
-        lines.append(f"{name:<20}" + "".join(f"{'-' if math.isnan(x) else f'{x:.3f}':>20}" for x in figures))
+        width = f"{evaluation.widths[prefix]:,}"
+        lines.append(f"{name:<20}{width:>10}" + "".join(f"{'-' if math.isnan(x) else f'{x:.3f}':>20}" for x in figures))
     if any(map(math.isnan, evaluation.accuracies.values())):
         lines.append(f"-: {NO_LABELS}")
     return "\n".join(lines)

@@ -9,8 +9,9 @@ import io
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from sslkern.functional import cpc
 from ssltrain import UsageError, files, panels
-from ssltrain.draws import rand
-from ssltrain.evaluate import Evaluation, linear_probe
+from ssltrain.draws import Draws, rand
+from ssltrain.encoders import calibrated
+from ssltrain.evaluate import Evaluation, accuracy, linear_probe, predicted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,28 +110,46 @@ class Speech:
             f"{len(self.test):,} test clips, {len(self.words)} words, {len(self.speakers)} speakers"
         )
 
-    def evaluate(self, encoder: Any, untrained: Any, device: torch.device) -> Evaluation:
-        """Linear probes for word and speaker on the last context of a clip, beside log-mel statistics of all of it.
+    def evaluate(self, encoder: Any, untrained: Any, device: torch.device, beside: Any | None = None) -> Evaluation:
+        """Linear probes for word and speaker on the last context of a clip, beside those of the untrained encoder with
+        its batch normalisation calibrated on training clips, log-mel statistics of the whole clip, and another run.
 
         The third figure is the word said by a speaker whom the probe has not heard, the mean over all speakers in turn.
         """
         rows = {"": "trained", "untrained_": "untrained encoder", "log_mel_": "log-mel statistics"}
+        networks: dict[str, Callable[[Clips], Tensor]] = {
+            "": partial(contexts, encoder, device=device),
+            "untrained_": partial(contexts, self._calibrated(untrained, device), device=device),
+            "log_mel_": lambda clips: log_mel_statistics(clips, self.rate).to(device),
+        }
+        if beside is not None:
+            rows["beside_"], networks["beside_"] = "other run", partial(contexts, beside, device=device)
         columns = {"word": "word", "speaker": "speaker", "word_new_speaker": "word, new speaker"}
-        networks: tuple[Callable[[Clips], Tensor], ...] = (
-            lambda clips: contexts(encoder, clips, device),
-            lambda clips: contexts(untrained.to(device), clips, device),
-            lambda clips: log_mel_statistics(clips, self.rate).to(device),
-        )
         words = self.train_words.to(device), self.test_words.to(device)
         speakers = self.train_speakers.to(device), self.test_speakers.to(device)
-        accuracies, seen = {}, {}
-        for prefix, network in zip(rows, networks, strict=True):
+        accuracies, found = {}, {}
+        for prefix, network in networks.items():
             train, test = network(self.train), network(self.test)
-            accuracies[f"{prefix}word"] = linear_probe(train, words[0], test, words[1])
+            predictions = predicted(train, words[0], test)
+            accuracies[f"{prefix}word"] = accuracy(predictions, words[1])
             accuracies[f"{prefix}speaker"] = linear_probe(train, speakers[0], test, speakers[1])
             accuracies[f"{prefix}word_new_speaker"] = self._new_speakers(train, test, words, speakers)
-            seen[prefix] = test
-        return Evaluation(accuracies, rows, columns, seen[""], self.test_words, self.words)
+            found[prefix] = train, test, predictions
+        widths = {prefix: train.shape[1] for prefix, (train, *_) in found.items()}
+        train, test, predictions = found[""]
+        return Evaluation(accuracies, rows, columns, widths, train, test, self.test_words, self.words, predictions)
+
+    def _calibrated(self, encoder: Any, device: torch.device, batches: int = 20) -> Any:
+        """On pieces of sound as long as the shortest clip, without added silence."""
+        window = int(self.train.length.min())
+
+        def pieces() -> Iterator[Tensor]:
+            for batch, rows in enumerate(torch.randint(len(self.train), (batches, 64), generator=generator)):
+                with Draws(seed=0, epoch=0, batch=batch, rows=rows):
+                    yield self.train[rows].crop(window).to(device)
+
+        generator = torch.Generator().manual_seed(0)
+        return calibrated(encoder.to(device), pieces())
 
     def _new_speakers(
         self, train: Tensor, test: Tensor, words: tuple[Tensor, Tensor], speakers: tuple[Tensor, Tensor]
@@ -140,7 +160,7 @@ class Speech:
             heard, new = speakers[0] != speaker, speakers[1] == speaker
             if heard.any() and new.any():
                 known.append(linear_probe(train[heard], words[0][heard], test[new], words[1][new]))
-        known = [accuracy for accuracy in known if not math.isnan(accuracy)]
+        known = [found for found in known if not math.isnan(found)]
         return sum(known) / len(known) if known else math.nan
 
     @torch.no_grad()

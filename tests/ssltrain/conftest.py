@@ -4,6 +4,13 @@ for package in ("kornia", "matplotlib", "mlxtend", "PIL", "rich", "sklearn", "ty
     pytest.importorskip(package, reason="needs the extra sslkern[train]")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_its_own(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSLTRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     import torch

@@ -1,10 +1,11 @@
 """Augmentation, encoders and the two evaluations, each by itself."""
 
+import dataclasses
 import importlib
 
 import pytest
 import torch
-from ssltrain import UsageError, augment, data, encoders, evaluate, methods
+from ssltrain import UsageError, augment, data, encoders, evaluate, logistic, methods, report
 from ssltrain.config import ImageConfig
 from ssltrain.draws import Draws, drawing, others, rand, rows
 from ssltrain.images import features
@@ -179,6 +180,100 @@ def test_the_probe_is_scikit_learns_logistic_regression():
     parts = [torch.tensor(a) for a in (x[:1000], y[:1000], x[1000:], y[1000:])]
     ours = evaluate.linear_probe(parts[0].float(), parts[1], parts[2].float(), parts[3])
     assert ours == pytest.approx(theirs.score(scaler.transform(x[1000:]), y[1000:]), abs=0.005)
+
+
+@pytest.mark.parametrize("block", [logistic.BLOCK, 5], ids=["whole", "in blocks"])
+def test_the_probe_finds_the_optimum_however_much_features_go_together(monkeypatch, block):
+    """Against Newton's method in float64 on the dense Hessian."""
+    monkeypatch.setattr(logistic, "BLOCK", block)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 12, generator=draw) @ torch.randn(12, 12, generator=draw).matrix_power(3)
+    x = (x - x.mean(0)) / x.std(0)
+    labels = (x[:, :4] + torch.randn(2000, 4, generator=draw)).argmax(1)
+
+    def loss(parameters):
+        weight, bias = parameters.split([48, 4])
+        scores = x.double() @ weight.view(4, 12).T + bias
+        return torch.nn.functional.cross_entropy(scores, labels) + weight.square().sum() / 4000
+
+    parameters = torch.zeros(52, dtype=torch.float64)
+    for _ in range(20):
+        gradient, hessian = torch.func.grad(loss)(parameters), torch.func.hessian(loss)(parameters)
+        parameters -= torch.linalg.lstsq(hessian, gradient, driver="gelsd").solution  # a shift of all biases is free
+    weight, bias = logistic.fit(x, labels, 4)
+    ours = torch.cat([weight.flatten(), bias - bias.mean()]).double()
+    assert loss(ours) - loss(parameters) < 1e-6 and (ours - parameters)[:48].abs().max() < 0.02
+
+
+def test_features_that_are_no_numbers_are_no_error():
+    (train, labels), (test, test_labels) = clusters(60, 0), clusters(30, 1)
+    train[3, 2] = torch.nan
+    assert 0 <= evaluate.linear_probe(train, labels, test, test_labels) <= 1
+
+
+def test_an_untrained_encoder_is_calibrated_on_the_images():
+    images = torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8) // 9
+    encoder = encoders.build("convnet", images)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    batch = images.float() / 255
+    ours = encoders.calibrated(encoder, [batch, batch])
+    assert not ours.training and torch.allclose(ours(batch), encoder.train()(batch), atol=0.05)
+    assert not torch.allclose(encoder.eval()(batch), ours(batch), atol=0.05)
+    encoder.load_state_dict(before)
+    assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items() if "running" not in k and "num" not in k)
+
+
+class Pooled(torch.nn.Module):
+    """Images of 8 x 8 pixels to their means in 4 x 4 squares."""
+
+    features = 16
+
+    def forward(self, images):
+        return torch.nn.functional.avg_pool2d(images, 2).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", limit=400)
+
+
+def test_the_evaluation_keeps_what_pictures_of_it_need(digits):
+    found = digits.evaluate(Pooled(), Pooled(), torch.device("cpu"))
+    assert found.widths == {"": 16, "raw_": 64, "untrained_": 16}
+    right = int((found.predictions == digits.test_labels).sum())
+    assert found.accuracies["linear"] == right / len(digits.test) > 0.8
+    of = torch.tensor([3, 40])
+    nearest = found.nearest(of, 5)
+    unit = torch.nn.functional.normalize
+    scores = unit(found.features, dim=1)[of] @ unit(found.train_features, dim=1).T
+    assert torch.equal(nearest, scores.topk(5).indices)
+    assert report.table(found).splitlines()[2].split()[:3] == ["raw", "pixels", "64"]
+
+
+def test_what_pixels_reach_is_kept_for_the_same_images_alone(monkeypatch, tmp_path, digits):
+    monkeypatch.setenv("SSLTRAIN_CACHE", str(tmp_path / "cache"))
+    computed, counted = [], evaluate.knn
+    monkeypatch.setattr(evaluate, "knn", lambda *x: computed.append(1) or counted(*x))
+    monkeypatch.setattr(evaluate, "version", lambda: "now")
+
+    def pixels(images=digits) -> dict[str, float]:
+        computed.clear()
+        return images._raw(["linear", "knn"], torch.device("cpu"))
+
+    first = pixels()
+    (file,) = (tmp_path / "cache").iterdir()
+    assert computed and pixels() == first and not computed
+    for broken in ("", file.read_text()[:-5], "[]", "{}", '{"linear": null, "knn": 0.5}'):
+        file.write_text(broken)
+        assert pixels() == first and computed
+    for change in ("train", "train_labels", "test", "test_labels"):
+        tensor = getattr(digits, change).clone()
+        tensor.view(-1)[0] += 1
+        assert pixels(dataclasses.replace(digits, **{change: tensor})) and computed
+    monkeypatch.setattr(evaluate, "version", lambda: "later")
+    assert pixels() and computed
+    monkeypatch.setenv("SSLTRAIN_CACHE", str(file))  # no folder
+    assert pixels() == first and computed and pixels() == first and computed
 
 
 def test_features_come_from_the_encoder_in_evaluation_mode():
