@@ -175,13 +175,13 @@ class _Cache:
         self.x, self.inputs = x, list(_tensors(x))
         self.parameters = dict(self.encoder.named_parameters())
         self.learning = {name: p for name, p in self.parameters.items() if p.requires_grad}
-        sizes = {t.shape[0] if t.ndim else None for t in self.inputs}
-        if len(sizes) != 1 or None in sizes:
+        sizes = {tuple(t.shape[:1]) for t in self.inputs}
+        if len(sizes) != 1 or () in sizes:
             shapes = [list(t.shape) for t in self.inputs]
             raise ValueError(f"inputs must hold tensors [N, ...] with one and the same N, not {shapes}")
         for t in self.inputs:
             check_dense("inputs", t)
-        (N,) = sizes
+        ((N,),) = sizes
         # Of no rows, which a rank among others may have, one chunk.
         self.chunks = [slice(i, min(i + chunk_size, N)) for i in range(0, max(1, N), chunk_size)]
         tensors = (*self.inputs, *self.parameters.values())
@@ -262,7 +262,7 @@ class _Cache:
             _set_modes(self.modes)
             for rows, state, buffers in zip(self.chunks, self.random, self.buffers, strict=True):
                 self._set_random_state(state)
-                changing = {name: buffers[name].clone() for name in self.changing if buffers.get(name) is not None}
+                changing = {name: x.clone() for name in self.changing if (x := buffers.get(name)) is not None}
                 buffers = buffers | changing
                 leaves = [x[rows].detach() for x in self.inputs]
                 for leaf, total in zip(leaves, of_inputs, strict=True):
@@ -277,9 +277,7 @@ class _Cache:
             torch.clear_autocast_cache()
         return [*of_inputs, *(leaf.grad for leaf in stand_ins.values())]
 
-    def _replay_chunk(
-        self, leaves: list[Tensor], state: dict[str, Tensor | None], grads: Sequence[Tensor | None]
-    ) -> None:
+    def _replay_chunk(self, leaves: list[Tensor], state: dict[str, Any], grads: Sequence[Tensor | None]) -> None:
         with torch.enable_grad(), ExitStack() as stack:
             for options in self.autocast:
                 stack.enter_context(torch.autocast(**options))

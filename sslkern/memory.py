@@ -181,15 +181,15 @@ class CrossBatchMemory(FeatureQueue):
         B = all_rows(labels.shape[0], ranks)
         of_keys = self.labels if self._sharded is None else self.labels_shard
         _, shard = rows_and_shard("the memory", self.queue.t(), ranks)
-        if shard is not None:
-            push_rows(shard, self.queue_ptr, keys, self.normalize, ranks, of_keys, labels)
-        else:
+        if ranks is None or shard is None:
             keys, labels = gather(keys, ranks), gather(labels, ranks)
             size = of_keys.shape[0]
             last = torch.arange(max(0, B - size), B, device=of_keys.device)
             place = (last + self.queue_ptr % size) % size
             push_of(None, self, keys)
             of_keys.index_copy_(0, place, labels[-size:].clone())  # which may be some of them
+        else:
+            push_rows(shard, self.queue_ptr, keys, self.normalize, ranks, of_keys, labels)
         self.count += B
 
     def contents(self) -> tuple[TensorOrShard, TensorOrShard]:
@@ -272,7 +272,7 @@ def push_of(ranks: Ranks | None, memory: FeatureQueue, keys: Tensor) -> None:
     queue, shard = rows_and_shard("the memory", memory.queue.t(), ranks)
     if ranks is not None:
         check_push(queue, memory.queue_ptr, keys, memory.normalize)
-    if shard is None:
+    if ranks is None or shard is None:
         queue_push_(queue, memory.queue_ptr, gather(keys, ranks), memory.normalize)
     else:
         push_rows(shard, memory.queue_ptr, keys, memory.normalize, ranks)
@@ -282,7 +282,7 @@ def push_of(ranks: Ranks | None, memory: FeatureQueue, keys: Tensor) -> None:
 def update_of(ranks: Ranks | None, memory: MemoryBank, index: Tensor, features: Tensor) -> None:
     bank, shard = rows_and_shard("the memory", memory.bank, ranks)
     _check_rows("features", features, bank.shape[1])
-    if shard is None:
+    if ranks is None or shard is None:
         bank_update_(bank, gather(index, ranks), gather(unit(features), ranks), memory.momentum)
         return
     check_dense("index", index)

@@ -68,7 +68,7 @@ def map_given(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> 
 
 def zeros_needed(dtype: torch.dtype, *results: tuple[bool, Tensor | None]) -> list[Tensor | None]:
     """Of each (needed, like) zeros of its shape in that type; None where they are not needed."""
-    return [torch.zeros_like(like, dtype=dtype) if needed else None for needed, like in results]
+    return [torch.zeros_like(like, dtype=dtype) if needed and like is not None else None for needed, like in results]
 
 
 def needed(needs: Sequence[bool], *tensors: Tensor | None) -> list[Tensor | None]:

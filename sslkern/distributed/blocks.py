@@ -7,7 +7,7 @@ results of the last, while this one is computed with. What is computed is the sa
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Block:
     """The keys of the ranks `first` to `last`, without those of `last`. Who computes with them leaves in `results`, if
     the schedule has some, what is for their owners: tensors with a row for each key."""
 
-    def __init__(self, first: int, last: int, tensors: Sequence[Tensor | None]):
+    def __init__(self, first: int, last: int, tensors: Sequence[Any]):
         self.first, self.last, self.tensors = first, last, tensors
         self.results: Sequence[Tensor] = ()
 
@@ -187,7 +187,8 @@ def _runs(ranks: list[int], apart: int | None) -> Iterator[tuple[int, int]]:
 def _one_by_one(place, schedule, tensors, apart, results, arrive):
     packed = {"keys": _Packed(tensors, place), "result": _Packed(results, place)}
     keys, given = packed.values()
-    sent = {"keys": keys.packed(tensors, place.rank), "result": None}  # what this rank has for the next
+    # What this rank has for the next.
+    sent: dict[str, Any] = {"keys": keys.packed(tensors, place.rank), "result": None}
     for number, step in enumerate(schedule):
         coming = [(packed[m.what].empty(m.block), m) for m in step.receives]
         happened("post", number)
@@ -244,7 +245,7 @@ class _Packed:
         """The rows of that rank."""
         memory = self.empty(rank)
         for x, own in zip(tensors, self.unpacked(memory, rank), strict=True):
-            if x is not None:
+            if x is not None and own is not None:
                 own.copy_(x)
         return memory
 

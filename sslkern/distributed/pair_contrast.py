@@ -8,7 +8,6 @@ from torch import Tensor
 from ..common.autocast import cat, stack
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
-from ..common.tensors import map_given
 from ..ops.pair_contrast import pair_contrast
 from .ranks import Ranks, copies, row_ids
 from .similarity_lse import parts, similarity_lse
@@ -51,5 +50,4 @@ def _pair_contrast(
     sides, top = parts(out, best)
     views = 1 + (mode == "views")
     negatives = stack([view for side in sides for view in side.view(views, N)])
-    (top,) = map_given(lambda x: x.view(negatives.shape), *top or [None])
-    return pair_loss(negatives, positive), positive.detach(), top
+    return pair_loss(negatives, positive), positive.detach(), top[0].view(negatives.shape) if best else None

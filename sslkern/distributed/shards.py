@@ -77,14 +77,16 @@ def rows_and_shard(name: str, x, ranks: Ranks | None) -> tuple[Tensor, Shard | N
     """Of a `Shard` the rows here, and itself where there are others; of all else x."""
     if not isinstance(x, Shard):
         return x, None
-    alone, others = ranks is None, len(x.members) > 1
-    if alone and not others:
-        return x.rows, None
-    theirs = "this process alone" if alone else f"a group of {ranks.size}"
-    fits = not alone and others and len(x.members) == ranks.size
-    if fits and not torch.compiler.is_compiling():
-        members = tuple(torch.distributed.get_process_group_ranks(group_of(ranks.group)))
-        fits, theirs = members == x.members, f"ranks {list(members)}"
+    others = len(x.members) > 1
+    if ranks is None:
+        if not others:
+            return x.rows, None
+        fits, theirs = False, "this process alone"
+    else:
+        fits, theirs = others and len(x.members) == ranks.size, f"a group of {ranks.size}"
+        if fits and not torch.compiler.is_compiling():
+            members = tuple(torch.distributed.get_process_group_ranks(group_of(ranks.group)))
+            fits, theirs = members == x.members, f"ranks {list(members)}"
     if not fits:
         raise ValueError(f"{name} is sharded over ranks {list(x.members)}, not over {theirs}; give the loss its group")
     return x.rows, x

@@ -128,7 +128,7 @@ def _forward(*inputs):
         if not columns or symmetric:
             return row, None, top, *kept
         col, col_top = merged(theirs, best)
-        if best:
+        if top is not None and col_top is not None:
             top = cat((top, col_top), -1)
         return row, col, top, *kept
 
@@ -217,7 +217,7 @@ def _gradients_of(*inputs):
     met_once = symmetric and need_q and by_triangle(q, place)
     if itself:  # dk belongs to the same rows; where both of two ranks compute all of theirs, dq has all of it
         dk, need_k = dq, need_q and (met_once or not symmetric)
-    results = [x for x, need in ((dk, need_k), (dbias, need_bias)) if need]
+    results = [x for x, need in ((dk, need_k), (dbias, need_bias)) if need and x is not None]
 
     def arrive(_, theirs):
         for x, their in zip(results, theirs, strict=True):
@@ -234,13 +234,13 @@ def _gradients_of(*inputs):
             needs = dict(need_q=need_q, need_k=need_k, need_scale=need_scale, need_bias=need_bias)
             given = _given(problem) | dict(k_ids=k_ids, k_bias=k_bias)
             of_q, of_k, of_scale, of_bias = ops.similarity_lse_bwd(q, k, row, col, g, h, **given, **needs)
-            if need_q:
+            if dq is not None and of_q is not None:
                 dq += of_q
-            if need_scale:
+            if need_scale and of_scale is not None:
                 twice = symmetric and not met_once and k is not None  # both of two ranks have all of it
                 dscale.add_(of_scale, alpha=0.5 if twice else 1)
-            block.results = [x for x, need in ((of_k, need_k), (of_bias, need_bias)) if need]
-            if k is None and need_bias:
+            block.results = [x for x, need in ((of_k, need_k), (of_bias, need_bias)) if need and x is not None]
+            if k is None and dbias is not None and of_bias is not None:
                 dbias += of_bias
             del of_q, of_k  # or two of each are held while the next block is computed
     dk, dscale = needed([not itself, need_scale], dk, dscale)
@@ -279,7 +279,7 @@ _gradients = Operator(
 def _frozen_forward(*inputs):
     *problem, best, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
-    q, place = problem.q, Place.of(problem.k, group, counts, strategy)
+    q, place = problem.q, Place.of(keys_of(problem), group, counts, strategy)
     everyones = shared(keys_for_all(problem), place)
     rows, row, mean = {}, None, None
     with torch.no_grad(), use_backend(backend):
@@ -297,7 +297,7 @@ def _frozen_forward(*inputs):
 def mean_of_both(row: Tensor | None, mean: Tensor | None, lse: Tensor, of_block: Tensor) -> tuple[Tensor, Tensor]:
     """The log-sum-exp and the mean, which is overwritten, of the keys so far and those of a block, which has its share
     of it."""
-    if mean is None:
+    if row is None or mean is None:
         return lse, of_block
     both = torch.logaddexp(row, lse)
     share = (lse - both.masked_fill(both == -math.inf, 0)).exp().unsqueeze(-1)

@@ -126,7 +126,7 @@ def _gradients_of(*inputs):
     dbias, dk_bias = zeros_needed(dtype, (need_bias, bias), (need_k_bias, problem.k_bias))
     if itself:  # dk belongs to the same rows
         dk, need_k = dq, need_q
-    results = [x for x, need in ((dk, need_k), (dk_bias, need_k_bias)) if need]
+    results = [x for x, need in ((dk, need_k), (dk_bias, need_k_bias)) if need and x is not None]
 
     def arrive(_, theirs):
         for x, their in zip(results, theirs, strict=True):

@@ -118,7 +118,7 @@ def cpc(
     row, best = row_and_best(query, key, scale, q_ids=q_ids, k_ids=k_ids, need_best=stats, ranks=spread)
 
     loss = reduce(_by_step(pair_loss(_by_sample(row, positive, negatives), positive), counts, ranks), reduction)
-    if not stats:
+    if best is None:
         return loss
     wins = (_by_sample(best, positive, negatives) < positive.detach()).float()
     return loss, _by_step(wins, counts, ranks)

@@ -8,7 +8,7 @@ from ..common.autocast import product, stack
 from ..common.numbers import check_number
 from ..common.rows import dots, unit
 from ..common.sums import pair_loss, times
-from ..common.tensors import TensorOrTuple, map_given, transformed, wide
+from ..common.tensors import TensorOrTuple, transformed, wide
 from ..distributed import (
     Group,
     Shard,
@@ -159,7 +159,7 @@ def _over_batch(
         if reduction != "mean" or weights is not None:  # else one mean serves for both ways and the rows
             losses = losses.mean(0)
         losses = reduce(losses, reduction, weights, ranks)
-    if stats:
+    if best is not None:
         return losses, beaten(best, positive, ranks)
     return losses
 
@@ -197,7 +197,7 @@ def over_bank(
             queue_push_(bank, ptr, key, normalize)
     if at_once == "none":
         loss = reduce(loss.squeeze(0), reduction, weights, ranks)
-    if stats:
+    if best is not None:
         return loss, beaten(best.squeeze(0), positive, ranks)
     return loss
 
@@ -233,7 +233,7 @@ def _over_given(
     if in_batch:
         others, best_other = row_and_best(query, key, scale, q_ids=row_ids, k_ids=row_ids, need_best=stats, ranks=ranks)
         negative = logaddexp(negative, others)
-        if stats:
+        if best is not None and best_other is not None:
             best = torch.maximum(best, best_other)
     losses = pair_loss(negative, positive)
     if label_smoothing > 0:
@@ -243,7 +243,7 @@ def _over_given(
             total, count = total + others, count + number
         losses = losses + label_smoothing * scale * above_mean(cosine, total, count)
     loss = reduce(losses, reduction, weights, ranks)
-    if stats:
+    if best is not None:
         return loss, beaten(best, positive, ranks)
     return loss
 
@@ -270,9 +270,8 @@ def _lse_over_negatives(query, negatives, scale, ids, negative_ids, need_best, r
         ids = ids.unsqueeze(1)
     # N problems of one row each.
     query = query.unsqueeze(1)
-    found = row_and_best(query, negatives, scale, q_ids=ids, k_ids=negative_ids, need_best=need_best)
-    row, best = map_given(lambda x: x.reshape(-1), *found)
-    return row, best
+    row, best = row_and_best(query, negatives, scale, q_ids=ids, k_ids=negative_ids, need_best=need_best)
+    return row.reshape(-1), None if best is None else best.reshape(-1)
 
 
 def _sum_over_negatives(query, negatives, ids, negative_ids, ranks):

@@ -152,11 +152,12 @@ def mnrl(
         negative = stack([fold(logaddexp, [row for row, _ in of_one]) for of_one in terms.values()])
         if partition == "joint" and two_way:  # the second positive, in rows with any negative
             negative = torch.where(negative == -math.inf, negative, logaddexp(negative, toward.expand_as(negative)))
-        losses = pair_loss(negative, toward)
+        losses, best = pair_loss(negative, toward), None
         if stats:
-            best = stack([fold(torch.maximum, [scores for _, scores in of_one]) for of_one in terms.values()])
+            scores = ([top for _, top in of_one if top is not None] for of_one in terms.values())
+            best = stack([fold(torch.maximum, of_one) for of_one in scores])
     loss = reduce(losses.mean(0), reduction, ranks=ranks)
-    if stats:
+    if best is not None:
         return loss, beaten(best, toward, ranks)
     return loss
 
@@ -333,7 +334,7 @@ def _checked_guide(guide, anchor: Tensor, negatives: Tensor | None) -> list[Tens
         raise ValueError(f"guide must be a sequence of the guide's features of {', '.join(names)}")
     guide = [_stacked("the guide's features of negatives", x) if i == 2 else x for i, x in enumerate(guide)]
     for name, x in zip(names, guide, strict=True):
-        rows = negatives.shape[:2] if name == "negatives" else anchor.shape[:1]
+        rows = negatives.shape[:2] if negatives is not None and name == "negatives" else anchor.shape[:1]
         check_dense("guide", x)
         if not isinstance(x, Tensor) or x.shape[:-1] != rows or x.shape[-1] != guide[0].shape[-1]:
             raise ValueError(f"guide must have features {[*rows, 'Dg']} for the {name}, not {describe(x)}")

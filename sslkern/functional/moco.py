@@ -92,7 +92,7 @@ def moco(
         return over_bank(query, key, queue, scale, **options, ptr=ptr)
     # The keys of all ranks are pushed, and onto the queue that was given: promoted, it is a copy.
     result = over_bank(query, key, with_rows(shard, queue), scale, **options)
-    if ptr is not None and shard is not None:
+    if ptr is not None and ranks is not None and shard is not None:
         push_rows(shard, ptr, key, normalize, ranks)
     elif ptr is not None:
         queue_push_(given_queue, ptr, gather(key, ranks), normalize)

@@ -123,8 +123,8 @@ def _nearest(z, support, normalize: bool, ranks: Ranks | None = None, shard: Sha
     check_features("support", support)
     check_alike("support", support, "z", z, "[K, D]")
     check_flags(normalize=normalize)
-    if shard is not None:
-        return nearest_over_shards(z, shard.of(support), normalize, copies(ranks, 2))
+    if shard is not None and (pairs := copies(ranks, 2)) is not None:
+        return nearest_over_shards(z, shard.of(support), normalize, pairs)
     with torch.no_grad():
         # The length of z does not change which is nearest.
         _, index = similarity_topk(z, unit(support) if normalize else support, 1)

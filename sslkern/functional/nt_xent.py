@@ -98,7 +98,7 @@ def nt_xent(
         loss = reduce(loss, reduction, weights, ranks)
         if reduction == "none":
             loss = loss.view(-1)
-    if stats:
+    if best is not None:
         return loss, beaten(best, positive, ranks)
     return loss
 

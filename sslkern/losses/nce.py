@@ -58,7 +58,7 @@ class _BankLoss(ScaledLoss):
         return self.log_z if self._estimated and self.options["form"] == "nce" else None
 
     def _keep(self, log_z: Tensor | None) -> None:
-        if not self._estimated:
+        if log_z is not None and not self._estimated:
             self.log_z.copy_(log_z.detach())
             self._estimated = True
 

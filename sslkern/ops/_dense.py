@@ -43,7 +43,7 @@ def dense(problem: Problem, columns: bool, best: bool) -> TensorOrTuple:
     if k is None:
         left_out.append(torch.eye(s.shape[-1], dtype=torch.bool, device=s.device))
         k_ids = q_ids
-    if q_ids is not None:
+    if q_ids is not None and k_ids is not None:
         equal = q_ids.unsqueeze(-1) == k_ids.unsqueeze(-2)
         left_out.append(~equal if same else equal)
     if k_bias is not None:
