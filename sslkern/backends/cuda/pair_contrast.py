@@ -183,33 +183,49 @@ def pair_contrast_fwd(
     mode = MODES.index(mode)
     given = from_x, from_y, from_bank, from_ids, by, above, scale, bias, N, keys, D, mode, normalize, unit_bank, whole
     to_gradients = share, need_x + 2 * need_y, loss.data_ptr(), grad, dscale
-    if not over_bank:
-        scratch = x.new_empty(5 * N, dtype=FP32)
-        lse = scratch.data_ptr()
-        given += lse, lse + 8 * N, lse + 12 * N  # and cosines and lengths
-        scores, gradients = call.kernels["pair_scores<{0}, {3}>"], call.kernels["pair_gradients<{0}, {1}, {2}, {3}>"]
-        scores(sides * blocks, THREADS, call.stream, (*given, to_top, to_positive), own)
-        gradients(1 if kept is None else 2 * blocks, THREADS, call.stream, (*given, *to_gradients, dbias), shared)
+    if over_bank:
+        to_results = *to_gradients, to_top, to_positive
+        _over_bank(call, shape, shared, y, bank, ptr, given, to_results, 1 if kept is None else 1 + N)
         return loss, positive, top, kept
+    scratch = x.new_empty(5 * N, dtype=FP32)
+    lse = scratch.data_ptr()
+    given += lse, lse + 8 * N, lse + 12 * N  # and cosines and lengths
+    scores, gradients = call.kernels["pair_scores<{0}, {3}>"], call.kernels["pair_gradients<{0}, {1}, {2}, {3}>"]
+    scores(sides * blocks, THREADS, call.stream, (*given, to_top, to_positive), own)
+    gradients(1 if kept is None else 2 * blocks, THREADS, call.stream, (*given, *to_gradients, dbias), shared)
+    return loss, positive, top, kept
 
+
+def _over_bank(
+    call: Call,
+    shape: Shape,
+    shared: int,
+    y: Tensor,
+    bank: Tensor,
+    ptr: Tensor | None,
+    given: tuple,
+    to_results: tuple,
+    blocks: int,
+) -> None:
+    """The launches over a bank: parts of it by themselves, then, in so many blocks, what they give together; others
+    of the same launch push y."""
+    _, from_y, from_bank, _, _, _, _, _, N, keys, D, _, _, _, _ = given
     groups, passes = -(-N // shape.rows), max(1, -(-keys // shape.of_pass))
     each = -(-passes // max(1, call.processors // groups))
     parts = -(-passes // each)
-    scratch = x.new_empty(2 + N * (3 + parts * (3 + D)), dtype=FP32)  # where the queue begins, and what is found
+    scratch = y.new_empty(2 + N * (3 + parts * (3 + D)), dtype=FP32)  # where the queue begins, and what is found
     start, pointer = scratch.data_ptr(), call.address("ptr", ptr, torch.int64, 1)
     cosine = start + 4 * 2
     sums = cosine + 4 * 3 * N
     found = cosine, cosine + 4 * N, *(sums + 4 * N * parts * kind for kind in range(4))
     kernel = "bank_scores<{0}, {1}, {2}, {3}>"
     call.launch(kernel, groups * parts, *given, each, *found, pointer, start, shared=shared)
-    by = teams(D, width(dtype), THREADS, from_y, from_bank)
+    by = teams(D, width(y.dtype), THREADS, from_y, from_bank)
     writers = 0 if ptr is None else by.blocks(min(N, keys))
     ring = *by, from_bank, pointer, start, writers
-    blocks = 1 + (0 if kept is None else N) + writers
-    call.launch("bank_gradients<{0}>", blocks, *given, *found, parts, *to_gradients, to_top, to_positive, *ring)
+    call.launch("bank_gradients<{0}>", blocks + writers, *given, *found, parts, *to_results, *ring)
     if ptr is not None and not bank.is_inference():  # the kernel's write is invisible to autograd otherwise
         torch.autograd.graph.increment_version((bank, ptr))
-    return loss, positive, top, kept
 
 
 def pair_contrast_fake(
