@@ -24,6 +24,12 @@ app = typer.Typer(
 
 # What a run has besides its configuration.
 RUN = {
+    "preset": (
+        str | None,
+        None,
+        ("--preset",),
+        "Settings of a paper, by name, see above; a file of --config and flags count before them.",
+    ),
     "config_file": (
         Path | None,
         None,
@@ -68,7 +74,8 @@ def _command_of(method: str) -> Any:
     def command(context: typer.Context, **given: Any) -> None:
         sources = {n: context.get_parameter_source(n) for n in given if n not in RUN}
         flags = {n for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-        explicit = config.read_yaml(given["config_file"], method) if given["config_file"] else {}
+        explicit = config.preset(kind, given["preset"]) if given["preset"] else {}
+        explicit |= config.read_yaml(given["config_file"], method) if given["config_file"] else {}
         explicit |= {name: given[name] for name in flags}
         start(kind(**explicit), set(explicit), *(given[name] for name in ("resume", "overwrite", "out", "json_path")))
 
@@ -85,8 +92,20 @@ def _command_of(method: str) -> Any:
     vars(command).update(__signature__=inspect.Signature(parameters))
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-    alone.command(method, help=inspect.getdoc(kind))(command)
+    alone.command(method, help=_help_of(kind))(command)
     return typer.main.get_command(alone)
+
+
+def _help_of(kind: type[config.Config]) -> str:
+    """What a method is, and its presets, a line each."""
+    about = inspect.cleandoc(kind.__doc__ or "")
+    if not kind.presets:
+        return about
+    lines = [
+        f"{name}: {', '.join(f'{config.flag(option)[2:]} {value}' for option, value in options.items())}"
+        for name, options in kind.presets.items()
+    ]
+    return f"{about}\n\nPresets, as the papers have it (--preset):\n\n\b\n" + "\n".join(lines)
 
 
 Run = Annotated[Path, typer.Argument(help="The folder of a run, as in --out.", show_default=False)]

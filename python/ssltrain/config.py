@@ -58,6 +58,7 @@ class Config(ABC):
 
     method: ClassVar[str]
     unit: ClassVar[str]  # what a sample is called, in the plural
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # options of the papers, by name
 
     data: str | None = option("mnist5k", "What to train on.")
     limit: int | None = option(None, "Train on a fixed random subset of that many samples.", **at_least(1))
@@ -71,11 +72,15 @@ class Config(ABC):
         "Divides the similarities. Lower: the hardest negatives count for more.",
         **positive("; 0.1 to 0.5 is usual"),
     )
-    optimizer: str = option("adamw", "adamw, or sgd with a momentum of 0.9.", **one_of("adamw", "sgd"))
+    optimizer: str = option(
+        "adamw",
+        "adamw, sgd with a momentum of 0.9, or lars, the same with steps that fit to each layer, for large batches.",
+        **one_of("adamw", "sgd", "lars"),
+    )
     lr: float = option(
         2e-3,
         "Peak learning rate; 5 % warm-up, then a cosine to zero.",
-        **positive("; 0.001 to 0.005 is usual for AdamW, 0.03 to 0.3 for SGD"),
+        **positive("; 0.001 to 0.005 is usual for AdamW, 0.03 to 0.3 for SGD, 1 to 5 for LARS"),
     )
     weight_decay: float = option(1e-4, "Weight decay, on matrices and filters only.", **at_least(0))
     seed: int = option(
@@ -374,6 +379,14 @@ def read_yaml(path: Path, method: str) -> dict[str, Any]:
     from_dict(values, f"--config {path}")
     del values["method"]
     return values
+
+
+def preset(config: type[Config], name: str) -> dict[str, Any]:
+    """The options that go by that name."""
+    if name not in config.presets:
+        there = f"choose one of {', '.join(config.presets)}" if config.presets else "there are none; leave it out"
+        raise UsageError(f"--preset {name}: is none of {config.method}; {there}.")
+    return dict(config.presets[name])
 
 
 def parsed(config: type[Config], texts: dict[str, str], source: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from ssltrain import UsageError, checkpoints, ranks
 from ssltrain.config import Config
 from ssltrain.draws import Draws, key
+from ssltrain.lars import LARS
 from ssltrain.methods._method import Method
 from ssltrain.rehearsal import compiled, encoder_passes, faster_precision, rehearse
 from ssltrain.speech import Clips
@@ -216,6 +217,8 @@ def _optimizer(method: Method, config: Config) -> torch.optim.Optimizer:
     ]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=_fused(config))
+    if config.optimizer == "lars":
+        return LARS(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, fused=_fused(config))
 
 

@@ -319,6 +319,13 @@ def test_yaml_gives_options_and_flags_count_before_it(capsys, tmp_path, no_pictu
     text = (out / "config.yaml").read_text()
     assert code == 0 and all(line in text for line in ("epochs: 2\n", "lr: 0.001\n", "batch_size: 128\n"))
     assert ssltrain(capsys, "simclr", "--config", out / "config.yaml", "--out", out)[0] == 0  # the run again
+    code, _, error = ssltrain(capsys, "simclr", "--preset", "cifar10", "--config", file, "--out", out)
+    assert code == 2 and "holds a run with other options" in error
+    preset = ["--preset", "cifar10", "--config", file, "--epochs", 2, "--precision", "fp32", "--batch-size", 200]
+    code, _, _ = ssltrain(capsys, "simclr", *preset, "--out", tmp_path / "preset")
+    text = (tmp_path / "preset" / "config.yaml").read_text()
+    expected = ("optimizer: lars\n", "temperature: 0.5\n", "lr: 0.001\n", "batch_size: 200\n", "epochs: 2\n")
+    assert code == 0 and all(line in text for line in expected)  # the preset, the file, the flags
     for content, expected in (
         ("epoch: 3", "epoch is no option of simclr"),
         ("method: moco", "is for moco"),
@@ -414,6 +421,7 @@ def test_mistakes_are_one_sentence(capsys, tmp_path, arguments, expected):
 def test_help_names_every_flag(capsys, method):
     assert method in ssltrain(capsys)[1]
     code, text, _ = ssltrain(capsys, method, "--help")
+    assert all(f"\n  {name}: " in text for name in methods.config_of(method).presets)
     flags = "data epochs minutes batch-size temperature seed threads resume out json lr device precision compile config"
     assert code == 0 and all(f"--{flag} " in text or f"--{flag}\n" in text for flag in [*flags.split(), "save-every"])
 

@@ -20,6 +20,7 @@ CONFIG = SimCLRConfig(**COMMON)
 METHODS = {
     "simclr": CONFIG,
     "simclr v2": SimCLRConfig(**COMMON, version=2),
+    "simclr by lars": SimCLRConfig(**COMMON, optimizer="lars", lr=1.0),
     "simclr without head": SimCLRConfig(**COMMON, head="none"),
     "moco": MoCoConfig(**COMMON, queue=256),
     "moco v3": MoCoConfig(**COMMON, version=3),

@@ -5,10 +5,11 @@ import importlib
 
 import pytest
 import torch
-from ssltrain import UsageError, augment, data, encoders, evaluate, logistic, methods, report
+from ssltrain import UsageError, augment, config, data, encoders, evaluate, logistic, methods, report
 from ssltrain.config import ImageConfig
 from ssltrain.draws import Draws, drawing, others, rand, rows
 from ssltrain.images import features
+from ssltrain.lars import LARS
 
 from ..functional.agreement import peer
 
@@ -309,3 +310,33 @@ def test_the_weights_of_resnet18_fit_other_libraries(library):
     model.load_state_dict(encoder[1].state_dict())
     x = encoder[0](images.float() / 255)
     assert torch.allclose(model.eval()(x), encoder[1](x), atol=1e-5)
+
+
+def test_lars_takes_steps_that_fit_to_each_matrix():
+    torch.manual_seed(0)
+    matrix, vector = torch.randn(4, 3, requires_grad=True), torch.randn(5, requires_grad=True)
+    zero = torch.zeros(2, 2, requires_grad=True)
+    groups = [{"params": [matrix, zero], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}]
+    optimizer = LARS(groups, lr=2.0)
+    w, b, v_w, v_b = matrix.detach().clone(), vector.detach().clone(), 0, 0
+    for _ in range(3):
+        g_w, g_b = torch.randn(4, 3), torch.randn(5)
+        matrix.grad, vector.grad, zero.grad = g_w.clone(), g_b.clone(), torch.ones(2, 2)
+        optimizer.step()
+        g = g_w + 0.1 * w
+        v_w = 0.9 * v_w + 0.001 * w.norm() / g.norm() * g
+        v_b = 0.9 * v_b + g_b
+        w, b = w - 2 * v_w, b - 2 * v_b
+        torch.testing.assert_close(matrix.detach(), w)
+        torch.testing.assert_close(vector.detach(), b)
+    assert zero.isfinite().all() and (zero < 0).all()  # whose norm is 0 at first
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_presets_are_options_that_a_method_takes(name):
+    kind = methods.config_of(name)
+    for preset in kind.presets:
+        options = config.preset(kind, preset)
+        assert all(getattr(kind(**options).check(), option) == value for option, value in options.items())
+    with pytest.raises(UsageError, match=f"^--preset none: is none of {name}; "):
+        config.preset(kind, "none")

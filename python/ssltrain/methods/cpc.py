@@ -44,6 +44,9 @@ class CPCConfig(SpeechConfig):
     """
 
     method: ClassVar[str] = "cpc"
+    presets: ClassVar[dict] = {  # section 3.1
+        "librispeech": dict(window=20480, steps=12, width=512, units=256, batch_size=64, lr=2e-4),
+    }
 
     temperature: float = option(1.0, "Divides the scores of the bilinear form.", **positive())
     steps: int = option(8, "How many frames ahead are predicted.", **at_least(1))

@@ -9,7 +9,6 @@ depend on the batch:
     key encoder <- momentum * key encoder + (1 - momentum) * query encoder                                (equation 2)
 
 Version 3 has no queue: the keys of the batch are the negatives, in both directions, and a predictor follows the query.
-
 With shuffled batch normalisation (section 3.3 of the first) a batch is normalised in parts, and for keys it is drawn
 who is in which: a query and its key do not have the statistics of the same images, by which they could find each other.
 """
@@ -32,6 +31,10 @@ from ssltrain.images import Images
 from ssltrain.methods._method import Method
 from ssltrain.methods.simclr import head, two_views
 
+# Of ImageNet, by the papers and the published code; batches of version 2 are those of the default.
+_V2 = dict(temperature=0.2, momentum=0.999, queue=65536, shuffle_bn=8, optimizer="sgd", lr=0.03, weight_decay=1e-4)
+_V3 = dict(temperature=1.0, momentum=0.996, dim=256, batch_size=4096, optimizer="lars", lr=4.8, weight_decay=1.5e-6)
+
 
 @dataclass(frozen=True)
 class MoCoConfig(ImageConfig):
@@ -41,6 +44,7 @@ class MoCoConfig(ImageConfig):
     """
 
     method: ClassVar[str] = "moco"
+    presets: ClassVar[dict] = {"v1": _V2 | dict(version=1, temperature=0.07), "v2": _V2, "v3": _V3 | {"version": 3}}
 
     version: int = option(
         2, "1: a linear head. 2: a head of two layers. 3: no queue, a predictor, both directions.", **one_of(1, 2, 3)
@@ -51,22 +55,17 @@ class MoCoConfig(ImageConfig):
     queue: int = option(4096, "Keys of earlier batches that serve as negatives (versions 1 and 2).", **at_least(1))
     shuffle_bn: int | None = option(
         None,
-        "Normalise each batch in so many parts, as that many GPUs would, and draw for keys who is in which (versions 1 "
-        "and 2). [default: the batch as a whole]",
+        "Normalise a batch in so many parts, as GPUs would; draw for keys who is in which. [default: as a whole]",
         **at_least(2, ", for of one part all are in it"),
     )
 
     def check(self) -> MoCoConfig:
-        checked = super().check()
-        if self.shuffle_bn is None:
-            return checked
-        if self.version == 3:
-            raise UsageError(f"--shuffle-bn {self.shuffle_bn}: is for versions 1 and 2; leave it out.")
-        if self.batch_size % self.shuffle_bn or self.batch_size < 2 * self.shuffle_bn:
-            raise UsageError(
-                f"--shuffle-bn {self.shuffle_bn}: does not cut a --batch-size of {self.batch_size} into equal parts of "
-                "two samples or more; choose a number that does."
-            )
+        checked, parts, batch = super().check(), self.shuffle_bn, self.batch_size
+        if parts and self.version == 3:
+            raise UsageError(f"--shuffle-bn {parts}: is for versions 1 and 2; leave it out.")
+        if parts and (batch % parts or batch < 2 * parts):
+            wrong = f"does not cut a --batch-size of {batch} into equal parts of two samples or more"
+            raise UsageError(f"--shuffle-bn {parts}: {wrong}; choose a number that does.")
         return checked
 
     def build(self, data: Images) -> MoCo:
@@ -104,8 +103,8 @@ class MoCo(Method):
         shuffle_positives: bool = False,
     ):
         super().__init__()
-        self.encoder, self.augment, self.momentum, self.parts = encoder, augment, momentum, shuffle_bn
-        self.shuffled = shuffle_positives
+        self.encoder, self.augment, self.shuffled = encoder, augment, shuffle_positives
+        self.momentum, self.parts = momentum, shuffle_bn
         self.head = head(encoder.features, dim, layers=version)
         self.key = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
         self.predictor = head(dim, dim, layers=2) if version == 3 else None

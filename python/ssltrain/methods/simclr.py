@@ -36,6 +36,10 @@ class SimCLRConfig(ImageConfig):
     """
 
     method: ClassVar[str] = "simclr"
+    presets: ClassVar[dict] = {  # section 2.2 with table 5; the published code
+        "imagenet": dict(batch_size=4096, temperature=0.1, optimizer="lars", lr=4.8, weight_decay=1e-6),
+        "cifar10": dict(batch_size=512, temperature=0.5, optimizer="lars", lr=1.0, weight_decay=1e-4),
+    }
 
     version: int = option(1, "1: a head of two layers. 2: of three.", **one_of(1, 2))
     head: str = option(
