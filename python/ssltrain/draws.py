@@ -90,6 +90,20 @@ def others(count: int, device=None) -> Tensor:
     return _to(torch.empty_like(around).scatter_(0, around, around.roll(1)), device)
 
 
+def sampled(own: Tensor, size: int, count: int) -> Tensor:
+    """int64 [B, 1 + count]: of a memory of `size` rows its `own` [B] for each sample, then others, with repetition.
+
+    As `sslkern.MemoryBank.sample`, and the same whichever process has the sample.
+
+    >>> sampled(torch.tensor([0, 1]), 2, 3)
+    tensor([[0, 1, 1, 1],
+            [1, 0, 0, 0]])
+    """
+    own = own.unsqueeze(1)
+    other = (rand(len(own), count, device=own.device) * (size - 1)).long().clamp_max_(size - 2)
+    return torch.cat([own, other.add_(other >= own)], 1)
+
+
 def of_batch() -> int:
     """A number, 0 to 2^63, that is drawn once for the batch, in every process the same; 0 without current draws."""
     return int(Draws.current.batch.next(1)[0, 0] >> np.uint64(1)) if Draws.current else 0

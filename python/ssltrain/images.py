@@ -126,11 +126,14 @@ class Images:
 
     @torch.no_grad()
     def draw(self, method: Method, device: torch.device, axes: Axes) -> None:
-        """Pairs of views."""
+        """Pairs of views, or of an image and its only view."""
         rows = torch.arange(0, len(self.train), max(1, len(self.train) // panels.PAIRS))[: panels.PAIRS]
         with Draws(seed=0, epoch=0, batch=0, rows=rows):
-            views = method.views(self.train[rows].to(device))
-        panels.draw_pairs(axes, views)
+            views = method.views(images := self.train[rows].to(device))
+        if len(views) == len(rows):
+            panels.draw_pairs(axes, torch.cat([images / 255, views]), "Images, and views of them")
+        else:
+            panels.draw_pairs(axes, views)
 
     def fine_tune(
         self, encoder: Encoder, share: float, views: Callable[[Tensor], Tensor], device: torch.device, seed: int = 0

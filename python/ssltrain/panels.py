@@ -25,7 +25,7 @@ def draw_steps(axes: Axes, accuracies: Tensor) -> None:
     axes.set_title("How often the frame to come beats all others of the batch")
 
 
-def draw_pairs(axes: Axes, views: Tensor) -> None:
+def draw_pairs(axes: Axes, views: Tensor, title: str = "Pairs of views that the loss pulls together") -> None:
     """PAIRS pairs in COLUMNS columns, white between them; views [2 B, C, H, W]: both of the same B images."""
     first, second = (half[:PAIRS].cpu().float().clamp(0, 1) for half in views.chunk(2))
     gap = max(1, first.shape[3] // 8)
@@ -35,4 +35,4 @@ def draw_pairs(axes: Axes, views: Tensor) -> None:
     sheet = torch.cat([torch.cat(list(line), dim=2) for line in lines], dim=1).permute(1, 2, 0).numpy()
     axes.imshow(sheet if sheet.shape[2] == 3 else sheet[:, :, 0], cmap="gray", vmin=0, vmax=1)
     axes.set_axis_off()
-    axes.set_title("Pairs of views that the loss pulls together")
+    axes.set_title(title)

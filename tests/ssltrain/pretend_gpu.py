@@ -4,6 +4,7 @@
 device. What a real GPU adds is in `test_gpu.py`.
 """
 
+import itertools
 import sys
 import traceback
 
@@ -11,8 +12,12 @@ import torch
 from ssltrain import augment, encoders, loop, ranks, speech
 from ssltrain.draws import Draws
 from ssltrain.methods.cpc import CPCConfig
+from ssltrain.methods.instdisc import InstDisc
 from ssltrain.methods.moco import MoCo
+from ssltrain.methods.nnclr import NNCLR
 from ssltrain.methods.simclr import SimCLR, SimCLRConfig
+from ssltrain.methods.supcon import SupCon
+from ssltrain.methods.supervised import Supervised
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,6 +75,9 @@ def _is_real(x) -> bool:
     return isinstance(x, Tensor) and not isinstance(x, FakeTensor)
 
 
+ON_IMAGES = "simclr", "moco", "moco v3", "moco shuffled", "instdisc", "nnclr", "supcon", "supervised"
+
+
 def build(name: str, channels: int) -> tuple[nn.Module, Tensor | speech.Clips]:
     """A method and a batch, still on the CPU."""
     if name == "cpc":
@@ -84,6 +92,10 @@ def build(name: str, channels: int) -> tuple[nn.Module, Tensor | speech.Clips]:
         "moco": lambda: MoCo(*parts, queue=32),
         "moco v3": lambda: MoCo(*parts, version=3),
         "moco shuffled": lambda: MoCo(*parts, queue=32, shuffle_bn=4),
+        "instdisc": lambda: InstDisc(*parts, size=8, negatives=16),
+        "nnclr": lambda: NNCLR(*parts, support=32),
+        "supcon": lambda: SupCon(*parts, torch.arange(8) % 2),
+        "supervised": lambda: Supervised(*parts, torch.arange(8) % 2, classes=2),
     }
     method = kinds[name]()
     ranks.normalise(method, torch.device("cpu"), method.parts)
@@ -93,9 +105,7 @@ def build(name: str, channels: int) -> tuple[nn.Module, Tensor | speech.Clips]:
 def main() -> None:
     _setup_privateuseone_for_python_backend("gpu", Backend())
     gpu, failed = PretendGPU(), 0
-    for name, channels in [(n, c) for n in ("simclr", "moco", "moco v3", "moco shuffled") for c in (1, 3)] + [
-        ("cpc", 0)
-    ]:
+    for name, channels in [*itertools.product(ON_IMAGES, (1, 3)), ("cpc", 0)]:
         method, batch = build(name, channels)
         method._apply(gpu.to)
         batch = gpu.to(batch) if isinstance(batch, Tensor) else speech.Clips(*map(gpu.to, vars(batch).values()))

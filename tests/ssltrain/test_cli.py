@@ -417,13 +417,14 @@ def test_mistakes_are_one_sentence(capsys, tmp_path, arguments, expected):
     assert error.startswith("ssltrain: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("method", ["simclr", "moco", "cpc"])
+@pytest.mark.parametrize("method", methods.NAMES)
 def test_help_names_every_flag(capsys, method):
     assert method in ssltrain(capsys)[1]
     code, text, _ = ssltrain(capsys, method, "--help")
     assert all(f"\n  {name}: " in text for name in methods.config_of(method).presets)
-    flags = "data epochs minutes batch-size temperature seed threads resume out json lr device precision compile config"
-    assert code == 0 and all(f"--{flag} " in text or f"--{flag}\n" in text for flag in [*flags.split(), "save-every"])
+    flags = "data epochs minutes batch-size seed threads resume out json lr device precision compile config save-every"
+    flags += " temperature" if method != "supervised" else ""
+    assert code == 0 and all(f"--{flag} " in text or f"--{flag}\n" in text for flag in flags.split())
 
 
 def test_a_file_that_is_no_method_is_named(monkeypatch, tmp_path):

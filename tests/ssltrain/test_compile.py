@@ -8,19 +8,28 @@ import pytest
 import torch
 from ssltrain import UsageError, checkpoints, cli, data, loop, speech
 from ssltrain.methods.cpc import CPCConfig
+from ssltrain.methods.instdisc import InstDiscConfig
 from ssltrain.methods.moco import MoCoConfig
+from ssltrain.methods.nnclr import NNCLRConfig
 from ssltrain.methods.simclr import SimCLRConfig
+from ssltrain.methods.supcon import SupConConfig
+from ssltrain.methods.supervised import SupervisedConfig
 
-from .test_loop import COMMON, stop_at
+from .test_loop import COMMON, WITHOUT_DIM, stop_at
 
-COMMON = {**COMMON, "epochs": 2}
+COMMON, WITHOUT_DIM = {**COMMON, "epochs": 2}, {**WITHOUT_DIM, "epochs": 2}
 METHODS = [
     SimCLRConfig(**COMMON),
     MoCoConfig(**COMMON, queue=256),
     MoCoConfig(**COMMON, version=3),
     pytest.param(MoCoConfig(**COMMON, queue=256, shuffle_bn=8), marks=pytest.mark.slow),
     CPCConfig(batch_size=16, epochs=2, width=8, units=8, precision="fp32", threads=1, device="cpu"),
+    pytest.param(InstDiscConfig(**COMMON, negatives=64), marks=pytest.mark.slow),
+    pytest.param(NNCLRConfig(**COMMON, support=256), marks=pytest.mark.slow),
+    pytest.param(SupConConfig(**COMMON), marks=pytest.mark.slow),
+    pytest.param(SupervisedConfig(**WITHOUT_DIM), marks=pytest.mark.slow),
 ]
+IDS = ["simclr", "moco", "moco v3", "moco shuffled", "cpc", "instdisc", "nnclr", "supcon", "supervised"]
 
 
 @pytest.fixture
@@ -51,7 +60,7 @@ def run(out, options, **more):
     return method.state_dict(), state
 
 
-@pytest.mark.parametrize("options", METHODS, ids=["simclr", "moco", "moco v3", "moco shuffled", "cpc"])
+@pytest.mark.parametrize("options", METHODS, ids=IDS)
 def test_checkpoints_do_not_tell_and_runs_resume(graphs, tmp_path, options):
     plain, plain_state = run(tmp_path / "plain", options)
     assert not graphs

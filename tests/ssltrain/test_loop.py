@@ -9,13 +9,18 @@ import time
 import pytest
 import torch
 from ssltrain import UsageError, checkpoints, data, loop, rehearsal
+from ssltrain.methods.instdisc import InstDiscConfig
 from ssltrain.methods.moco import MoCoConfig
+from ssltrain.methods.nnclr import NNCLRConfig
 from ssltrain.methods.simclr import SimCLRConfig
+from ssltrain.methods.supcon import SupConConfig
+from ssltrain.methods.supervised import SupervisedConfig
 from ssltrain.stopwatch import Stopwatch
 
 import sslkern
 
-COMMON = dict(data="digits", epochs=3, batch_size=64, dim=32, precision="fp32", threads=1, device="cpu")
+WITHOUT_DIM = dict(data="digits", epochs=3, batch_size=64, precision="fp32", threads=1, device="cpu")
+COMMON = dict(**WITHOUT_DIM, dim=32)
 CONFIG = SimCLRConfig(**COMMON)
 METHODS = {
     "simclr": CONFIG,
@@ -25,12 +30,21 @@ METHODS = {
     "moco": MoCoConfig(**COMMON, queue=256),
     "moco v3": MoCoConfig(**COMMON, version=3),
     "moco shuffled": MoCoConfig(**COMMON, queue=256, shuffle_bn=8),
+    "instdisc": InstDiscConfig(**COMMON, negatives=64),
+    "nnclr": NNCLRConfig(**COMMON, support=256),
+    "supcon": SupConConfig(**COMMON),
+    "supervised": SupervisedConfig(**WITHOUT_DIM),
 }
+CONTRASTIVE = {name: options for name, options in METHODS.items() if name != "supervised"}
 per_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
 CHANCE = {  # the loss when all similarities are equal
     "simclr": math.log(2 * 64 - 1),
     "moco": math.log(1 + 256),
     "moco v3": 2 * 2 * 0.2 * math.log(64),  # of both directions, each times 2 T
+    "instdisc": math.log(1 + 64) + 64 * math.log(1 + 1 / 64),  # all are taken for the own one with probability 1 / 65
+    "nnclr": math.log(64),
+    "supcon": math.log(2 * 64 - 1),
+    "supervised": math.log(10),
 }
 
 
@@ -161,16 +175,18 @@ def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(images, tmp_pa
     assert sorted(f.suffix for f in tmp_path.iterdir()) == [".pt", ".safetensors"]
 
 
-@per_method
+ENGINE = "sslkern::sim", "sslkern::pair_contrast", "sslkern::nce"
+
+
+@pytest.mark.parametrize("options", CONTRASTIVE.values(), ids=CONTRASTIVE)
 def test_every_contrastive_loss_goes_through_the_engine(images, tmp_path, options):
     with torch.profiler.profile() as profile:
         _, state = run(images, tmp_path, dataclasses.replace(options, epochs=1))
     calls = {event.key: event.count for event in profile.key_averages()}
-    engine = {
-        name: count for name, count in calls.items() if name.startswith(("sslkern::sim", "sslkern::pair_contrast"))
-    }
+    engine = {name: calls[name] for name in calls if name.startswith(ENGINE)}
     assert max(engine.values()) >= state.step, engine
-    assert not any("softmax" in name or "cross_entropy" in name or "logsumexp" in name for name in calls)
+    elsewhere = {name for name in calls if "softmax" in name or "cross_entropy" in name or "logsumexp" in name}
+    assert elsewhere == ({"aten::logsumexp"} if options.method == "instdisc" else set())  # with which it estimates Z
 
 
 def test_the_stopwatch_sees_forward_and_backward_of_its_module_only():
@@ -218,9 +234,11 @@ def test_precision_is_chosen_by_trial_and_leaves_no_trace(images):
     assert all(p.grad is None for p in method.parameters())
 
 
-def test_bf16_trains(images, tmp_path):
-    _, state = run(images, tmp_path, dataclasses.replace(CONFIG, epochs=1, precision="bf16"))
-    assert state.precision == "bf16" and all(0 < x < 10 for x in state.losses)
+@per_method
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_other_precisions_train(images, tmp_path, options, precision):
+    _, state = run(images, tmp_path, dataclasses.replace(options, epochs=1, precision=precision))
+    assert state.precision == precision and all(0 < x < 10 for x in state.losses)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,11 @@ import torch
 import torch.distributed as dist
 from ssltrain import UsageError, checkpoints, cli, data, loop, ranks, speech
 from ssltrain.methods.cpc import CPCConfig
+from ssltrain.methods.instdisc import InstDiscConfig
 from ssltrain.methods.moco import MoCoConfig
+from ssltrain.methods.nnclr import NNCLRConfig
 from ssltrain.methods.simclr import SimCLRConfig
+from ssltrain.methods.supcon import SupConConfig
 
 from ..distributed.pool import Pool
 from .test_cli import draw_images
@@ -31,6 +34,9 @@ METHODS = {
     "moco": MoCoConfig(**COMMON, **IMAGES, queue=128),
     "moco v3": MoCoConfig(**COMMON, **IMAGES, version=3),
     "moco shuffled": MoCoConfig(**COMMON | dict(epochs=5, batch_size=40), **IMAGES, queue=128, shuffle_bn=4),
+    "instdisc": InstDiscConfig(**COMMON, **IMAGES, negatives=64),
+    "nnclr": NNCLRConfig(**COMMON, **IMAGES, support=128),
+    "supcon": SupConConfig(**COMMON, **IMAGES),
     "cpc": CPCConfig(**COMMON | dict(batch_size=10), window=1600, steps=2, width=8, units=8),
 }
 
