@@ -111,15 +111,19 @@ def of_batch() -> int:
 
 def drawing() -> AbstractContextManager:
     """While this is on, `torch.rand` and `torch.randperm` draw by the current draws, too; all else costs 2 us more."""
-    return _Drawing() if Draws.current else nullcontext()
+    return _Drawing(Draws.current) if Draws.current else nullcontext()
 
 
 class _Drawing(TorchFunctionMode):
+    def __init__(self, draws: Draws):
+        super().__init__()
+        self.draws = draws
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.rand:
-            func = Draws.current.rand
+            func = self.draws.rand
         elif func is torch.randperm:
-            func = Draws.current.randperm
+            func = self.draws.randperm
         return func(*args, **kwargs or {})
 
 

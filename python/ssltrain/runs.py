@@ -89,7 +89,9 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
     _write(result, state, found, partial(loaded.draw, method, torch.device(device)), out, json_path)
 
 
-def _train(method: Method, loaded: Data, options: config.Config, out: Path, checkpoint: dict | None, about: dict):
+def _train(
+    method: Method, loaded: Data, options: config.Config, out: Path, checkpoint: dict | None, about: dict
+) -> loop.State:
     """The training, which the first rank shows."""
     first = ranks.rank() == 0
     if first:
