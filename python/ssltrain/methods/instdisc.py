@@ -40,6 +40,10 @@ class InstDiscConfig(ImageConfig):
     """
 
     method: ClassVar[str] = "instdisc"
+    presets: ClassVar[dict] = {  # section 4 and the published code
+        "imagenet": dict(temperature=0.07, negatives=4096, momentum=0.5, batch_size=256)
+        | dict(optimizer="sgd", lr=0.03, weight_decay=1e-4),
+    }
 
     temperature: float = option(
         0.07,

@@ -39,6 +39,10 @@ class NNCLRConfig(ImageConfig):
     """
 
     method: ClassVar[str] = "nnclr"
+    presets: ClassVar[dict] = {  # section 4.1
+        "imagenet": dict(temperature=0.1, support=98304, dim=256, batch_size=4096)
+        | dict(optimizer="lars", lr=4.8, weight_decay=1e-6),
+    }
 
     support: int = option(8192, "Projections of earlier batches that neighbours are chosen from.", **at_least(1))
 

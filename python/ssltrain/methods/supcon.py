@@ -36,6 +36,9 @@ class SupConConfig(ImageConfig):
     """
 
     method: ClassVar[str] = "supcon"
+    presets: ClassVar[dict] = {  # the published code
+        "cifar10": dict(temperature=0.1, batch_size=1024, optimizer="sgd", lr=0.5, weight_decay=1e-4),
+    }
 
     temperature: float = option(
         0.1,
