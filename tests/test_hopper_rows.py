@@ -129,13 +129,13 @@ def test_more_tiles_than_are_looked_at_together(last, monkeypatch):
         row, mean, best = kernels.frozen(Pairs.of(given), True)
         within(given, (row, best))
         mean_within(given, mean)
-        within(given, kernels.largest(Pairs.of(given), True), True)
+        within(given, kernels.with_best(Pairs.of(given), True), True)
 
 
 def test_a_bias_from_anywhere():
     given = problem(70, 300, 16, bias=True)
     moved = given._replace(k_bias=torch.cat((torch.zeros(1), given.k_bias))[1:])
-    for function in (kernels.frozen, kernels.largest):
+    for function in (kernels.frozen, kernels.with_best):
         for got, want in zip(function(Pairs.of(moved), True), function(Pairs.of(given), True), strict=True):
             assert torch.equal(got, want)
 
@@ -152,37 +152,37 @@ def test_whenever_copies_and_products_happen(seed, emulated, monkeypatch):
         mean_within(given, mean)
     for D in (72, 600):
         given = problem(200, 300, D, bias=True)
-        within(given, kernels.largest(Pairs.of(given), True), True)
+        within(given, kernels.with_best(Pairs.of(given), True), True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "N, M, D", [(1, 1, 1), (70, 300, 64), (130, 200, 135), (200, 129, 576), (140, 150, 584), (3, 130, 768)]
 )
-def test_largest_of_rows_and_columns(N, M, D, dtype):
+def test_best_of_rows_and_columns(N, M, D, dtype):
     given = problem(N, M, D, dtype)
-    row, col, best = kernels.largest(Pairs.of(given), True)
+    row, col, best = kernels.with_best(Pairs.of(given), True)
     within(given, (row, col, best), True)
-    row_alone, none, best_alone = kernels.largest(Pairs.of(given), False)
+    row_alone, none, best_alone = kernels.with_best(Pairs.of(given), False)
     assert none is None and torch.equal(row_alone, row) and torch.equal(best_alone, best[:N])
 
 
 @pytest.mark.parametrize("chosen", OPTIONS, ids=str)
-def test_options_of_largest(chosen):
+def test_options_of_best(chosen):
     given = problem(150, 200, 40, **chosen)
-    within(given, kernels.largest(Pairs.of(given), True), True)
+    within(given, kernels.with_best(Pairs.of(given), True), True)
     itself = problem(150, None, 40, **chosen)
-    row, _, best = kernels.largest(Pairs.of(itself), False)
+    row, _, best = kernels.with_best(Pairs.of(itself), False)
     within(itself, (row, best))
 
 
 @pytest.mark.parametrize("processors", [1, 3])
-def test_largest_in_parts(processors, monkeypatch):
+def test_best_in_parts(processors, monkeypatch):
     """Few processors have several units each, one after the other; parts are merged."""
     monkeypatch.setattr(kernels, "LEAST_TILES", 1)
     monkeypatch.setattr(kernels.Call, "processors", processors)
     given = problem(300, 500, 72, bias=True, ids=9)
-    within(given, kernels.largest(Pairs.of(given), True), True)
+    within(given, kernels.with_best(Pairs.of(given), True), True)
 
 
 @pytest.mark.parametrize("parts", [False, True])
@@ -238,7 +238,7 @@ def test_redone_with_nothing_left():
     row, mean, best = kernels.frozen(Pairs.of(given), True)
     assert torch.equal(row == -math.inf, ids == 1) and torch.equal(best == -math.inf, ids == 1)
     assert (mean[ids == 1] == 0).all() and mean.isfinite().all()
-    assert (kernels.largest(Pairs.of(Problem(q[:1])), False)[0] == -math.inf).all()  # of itself alone
+    assert (kernels.with_best(Pairs.of(Problem(q[:1])), False)[0] == -math.inf).all()  # of itself alone
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -256,7 +256,7 @@ def test_what_is_not_finite_comes_out_as_in_the_reference(where, value):
         assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
         assert torch.allclose(got, want, rtol=1e-6, atol=1e-5, equal_nan=True)
 
-    for got, want in zip(kernels.largest(Pairs.of(given), True), (row, col, best), strict=True):
+    for got, want in zip(kernels.with_best(Pairs.of(given), True), (row, col, best), strict=True):
         same(got, want)
     for got, want in zip(redone(given), (row, col), strict=True):
         same(got, want)

@@ -31,12 +31,12 @@ def _pair_contrast(
     ids: Tensor | None,
     mode: str,
     normalize: bool,
-    best: bool,
+    need_best: bool,
     bank: Tensor | None = None,
     reduction: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if bank is not None:
-        return pair_contrast(x, y, scale, ids, mode, normalize, best, bank, reduction)
+        return pair_contrast(x, y, scale, ids, mode, normalize, need_best, bank, reduction)
     N = x.shape[0]
     if ids is None:
         ids = row_ids(N, x.device, ranks)
@@ -44,10 +44,10 @@ def _pair_contrast(
         x, y = unit(x), unit(y)
     positive = times(dots(x, y), scale)
     if mode == "views":
-        out = similarity_lse(cat((x, y)), None, scale, q_ids=ids.repeat(2), best=best, ranks=copies(ranks, 2))
+        out = similarity_lse(cat((x, y)), None, scale, q_ids=ids.repeat(2), best=need_best, ranks=copies(ranks, 2))
     else:
-        out = similarity_lse(x, y, scale, q_ids=ids, k_ids=ids, columns=mode == "two_way", best=best, ranks=ranks)
-    sides, top = parts(out, best)
+        out = similarity_lse(x, y, scale, q_ids=ids, k_ids=ids, columns=mode == "two_way", best=need_best, ranks=ranks)
+    sides, best = parts(out, need_best)
     views = 1 + (mode == "views")
     negatives = stack([view for side in sides for view in side.view(views, N)])
-    return pair_loss(negatives, positive), positive.detach(), top[0].view(negatives.shape) if best else None
+    return pair_loss(negatives, positive), positive.detach(), best[0].view(negatives.shape) if need_best else None

@@ -54,8 +54,8 @@ def lse_over_shards(
     learns = q.requires_grad or scale_tensor is not None and scale_tensor.requires_grad
     learns = learns and torch.is_grad_enabled() or transformed()
     place = *_place_of(ranks, q, shard), chosen()
-    row, _, top = _lse.way(learns, *tensors_of(problem))(*problem, best, learns, *place)
-    return (row, top) if best else row
+    row, _, best_scores = _lse.way(learns, *tensors_of(problem))(*problem, best, learns, *place)
+    return (row, best_scores) if best else row
 
 
 def _place_of(ranks: Ranks, q: Tensor, shard: Shard) -> tuple:
@@ -63,16 +63,16 @@ def _place_of(ranks: Ranks, q: Tensor, shard: Shard) -> tuple:
 
 
 def _forward(*inputs):
-    *problem, best, learns, group, counts, strategy, backend = inputs
+    *problem, need_best, learns, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
     q, place = problem.q, Place.of(problem.q, group, counts, strategy)
     sums = q.new_empty(q.shape[:-1], dtype=accumulator(q))
-    results = [sums] * (1 + best) + [torch.empty_like(q, dtype=accumulator(q))] * learns
+    results = [sums] * (1 + need_best) + [torch.empty_like(q, dtype=accumulator(q))] * learns
     rows, row, mean = {}, None, None
 
     def arrive(worker, theirs):
         nonlocal row, mean
-        rows[worker] = [x.clone() for x in theirs[: 1 + best]]  # or all that came with them would be kept
+        rows[worker] = [x.clone() for x in theirs[: 1 + need_best]]  # or all that came with them would be kept
         if learns:
             row, mean = mean_of_both(row, mean, rows[worker][0], theirs[-1].clone() if mean is None else theirs[-1])
 
@@ -85,20 +85,20 @@ def _forward(*inputs):
             part = problem._replace(q=of_block, q_ids=ids)
             of = load(resolve("similarity_lse", of_block, frozen=learns, **options(part)), "similarity_lse")
             if learns:
-                lse, of_rows, top = of.similarity_lse_frozen_fwd(part, best)
+                lse, of_rows, best = of.similarity_lse_frozen_fwd(part, need_best)
             else:
-                lse, _, top, _ = of.similarity_lse_fwd(part, False, best, 0)
-            block.results = [lse, *([top] if best else []), *([of_rows] if learns else [])]
-            lse = of_rows = top = None
-    row, top = merged(rows, best)
-    return row, mean, top
+                lse, _, best, _ = of.similarity_lse_fwd(part, False, need_best, 0)
+            block.results = [lse, *([best] if need_best else []), *([of_rows] if learns else [])]
+            lse = of_rows = best = None
+    row, best = merged(rows, need_best)
+    return row, mean, best
 
 
 def _fake(*inputs):
-    *_, best, learns, _, _, _, _ = inputs
+    *_, need_best, learns, _, _, _, _ = inputs
     q = inputs[0]
     row, mean = q.new_empty(q.shape[:-1], dtype=accumulator(q)), torch.empty_like(q, dtype=accumulator(q))
-    return row, mean.contiguous() if learns else row.new_empty(0), row.new_empty(q.shape[:-1] if best else 0)
+    return row, mean.contiguous() if learns else row.new_empty(0), row.new_empty(q.shape[:-1] if need_best else 0)
 
 
 def _backward(ctx, g, *_):
@@ -107,7 +107,7 @@ def _backward(ctx, g, *_):
 
 _lse = Node(
     Operator(
-        f"similarity_lse_over_shards({SCHEMA}, bool best, bool learns, {PLACE}, str backend)"
+        f"similarity_lse_over_shards({SCHEMA}, bool need_best, bool learns, {PLACE}, str backend)"
         " -> (Tensor row, Tensor mean, Tensor best)",
         _forward,
         _fake,

@@ -71,10 +71,10 @@ def similarity_lse(
     place = *place_of(ranks, strategy_of(ranks, keys_of(problem), k is None)), chosen()
     col = None
     if learns and not (columns or keys_learn or k is None):
-        row, _, top = _frozen.way(True, *tensors_of(problem))(*problem, best, *place)
+        row, _, best_scores = _frozen.way(True, *tensors_of(problem))(*problem, best, *place)
     else:
-        row, col, top, *_ = _lse.way(learns, *tensors_of(problem))(*problem, columns, best, learns, *place)
-    found = (row, *(col,) * columns, *(top,) * best)
+        row, col, best_scores, *_ = _lse.way(learns, *tensors_of(problem))(*problem, columns, best, learns, *place)
+    found = (row, *(col,) * columns, *(best_scores,) * best)
     if len(found) == 1:
         return row
     return found
@@ -94,7 +94,7 @@ def _given(problem: Problem) -> dict:
 
 
 def _forward(*inputs):
-    *problem, columns, best, keep, group, counts, strategy, backend = inputs
+    *problem, columns, need_best, keep, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
     q, keys, symmetric, itself = problem.q, keys_of(problem), _is_symmetric(problem), problem.k is None
     place = Place.of(keys, group, counts, strategy)
@@ -107,7 +107,7 @@ def _forward(*inputs):
     if keep and strategy != "ring":
         kept = everyones
     of_key = keys.new_empty(keys.shape[:-1], dtype=accumulator(q))
-    results = columns * (1 + best) * [of_key]
+    results = columns * (1 + need_best) * [of_key]
     own: dict[int, Sequence[Tensor]] = {}  # by rank: of the rows over its keys
     theirs: dict[int, Sequence[Tensor]] = {}  # and of the keys over its rows
 
@@ -117,49 +117,49 @@ def _forward(*inputs):
             if itself and block.first == place.rank:
                 k = k_ids = None
             both = columns and k is not None
-            out = ops.similarity_lse(q, k, **_given(problem), k_ids=k_ids, k_bias=k_bias, columns=both, best=best)
-            sums, top = parts(out, best)
-            own[block.first] = (sums[0], *(x[..., :N] for x in top))
+            out = ops.similarity_lse(q, k, **_given(problem), k_ids=k_ids, k_bias=k_bias, columns=both, best=need_best)
+            sums, best = parts(out, need_best)
+            own[block.first] = (sums[0], *(x[..., :N] for x in best))
             if both:
-                block.results = (sums[1], *(x[..., N:] for x in top))
+                block.results = (sums[1], *(x[..., N:] for x in best))
         if symmetric:  # what others computed for these keys belongs to the same rows
             own |= theirs
-        row, top = merged(own, best)
+        row, best = merged(own, need_best)
         if not columns or symmetric:
-            return row, None, top, *kept
-        col, col_top = merged(theirs, best)
-        if top is not None and col_top is not None:
-            top = cat((top, col_top), -1)
-        return row, col, top, *kept
+            return row, None, best, *kept
+        col, col_best = merged(theirs, need_best)
+        if best is not None and col_best is not None:
+            best = cat((best, col_best), -1)
+        return row, col, best, *kept
 
 
-def parts(out: Tensor | tuple[Tensor, ...], best: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def parts(out: Tensor | tuple[Tensor, ...], need_best: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The log-sum-exps, and the best scores, of what the primitive returned."""
     if not isinstance(out, tuple):
         return [out], []
-    if not best:
+    if not need_best:
         return out, []
     return out[:-1], out[-1:]
 
 
-def merged(partials: Mapping[int, Sequence[Tensor]], best: bool) -> tuple[Tensor, Tensor | None]:
+def merged(partials: Mapping[int, Sequence[Tensor]], need_best: bool) -> tuple[Tensor, Tensor | None]:
     """The log-sum-exps and best scores over all keys from those over the keys of some ranks, in the order of these."""
-    lse, *tops = zip(*(partials[rank] for rank in sorted(partials)), strict=True)
-    top = None
-    if best:
-        top = stack(tops[0]).amax(0)
+    lse, *bests = zip(*(partials[rank] for rank in sorted(partials)), strict=True)
+    best = None
+    if need_best:
+        best = stack(bests[0]).amax(0)
     if len(lse) == 1:
-        return lse[0], top
-    return stack(lse).logsumexp(0), top
+        return lse[0], best
+    return stack(lse).logsumexp(0), best
 
 
 def _fake(*inputs):
-    *problem, columns, best, keep, group, counts, strategy, backend = inputs
+    *problem, columns, need_best, keep, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
     q, keys = problem.q, keys_of(problem)
     row = q.new_empty(q.shape[:-1], dtype=accumulator(q))
     of_both = (*q.shape[:-2], q.shape[-2] + columns * keys.shape[-2])
-    col, top = empty_gradients(q, (columns, keys.shape[:-1]), (best, of_both))
+    col, best = empty_gradients(q, (columns, keys.shape[:-1]), (need_best, of_both))
     M = gathered_rows(keys.shape[-2], counts, group)
     kept = []
     for x in keys_for_all(problem):
@@ -167,7 +167,7 @@ def _fake(*inputs):
             kept.append(row.new_empty(0))
         else:
             kept.append(x.new_empty(*keys.shape[:-2], M, *x.shape[keys.ndim - 1 :]))
-    return row, col, top, *kept
+    return row, col, best, *kept
 
 
 def _save(ctx, inputs, outputs) -> None:
@@ -255,7 +255,7 @@ def _gradients_fake(*inputs):
 
 _lse = Node(
     Operator(
-        f"similarity_lse_over_ranks({SCHEMA}, bool columns, bool best, bool keep, {PLACE}, str backend)"
+        f"similarity_lse_over_ranks({SCHEMA}, bool columns, bool need_best, bool keep, {PLACE}, str backend)"
         " -> (Tensor row, Tensor col, Tensor best, Tensor keys, Tensor ids, Tensor bias)",
         _forward,
         _fake,
@@ -277,7 +277,7 @@ _gradients = Operator(
 
 
 def _frozen_forward(*inputs):
-    *problem, best, group, counts, strategy, backend = inputs
+    *problem, need_best, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
     q, place = problem.q, Place.of(keys_of(problem), group, counts, strategy)
     everyones = shared(keys_for_all(problem), place)
@@ -287,11 +287,11 @@ def _frozen_forward(*inputs):
             k, k_ids, k_bias = block.tensors
             part = problem._replace(k=k, k_ids=k_ids, k_bias=k_bias)
             of = load(resolve("similarity_lse", q, frozen=True, **options(part)), "similarity_lse")
-            lse, of_block, *top = of.similarity_lse_frozen_fwd(part, best)
-            rows[block.first] = (lse, *top * best)
+            lse, of_block, *best = of.similarity_lse_frozen_fwd(part, need_best)
+            rows[block.first] = (lse, *best * need_best)
             row, mean = mean_of_both(row, mean, lse, of_block)
             del of_block
-    return merged(rows, best)[0], mean, merged(rows, best)[1]
+    return merged(rows, need_best)[0], mean, merged(rows, need_best)[1]
 
 
 def mean_of_both(row: Tensor | None, mean: Tensor | None, lse: Tensor, of_block: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,10 +305,10 @@ def mean_of_both(row: Tensor | None, mean: Tensor | None, lse: Tensor, of_block:
 
 
 def _frozen_fake(*inputs):
-    *_, best, _, _, _, _ = inputs
+    *_, need_best, _, _, _, _ = inputs
     q = inputs[0]
     row, mean = q.new_empty(q.shape[:-1], dtype=accumulator(q)), torch.empty_like(q, dtype=accumulator(q))
-    return row, mean.contiguous(), *empty_gradients(q, (best, q.shape[:-1]))
+    return row, mean.contiguous(), *empty_gradients(q, (need_best, q.shape[:-1]))
 
 
 def _backward_of_frozen(ctx, g, *_):
@@ -318,7 +318,7 @@ def _backward_of_frozen(ctx, g, *_):
 
 _frozen = Node(
     Operator(
-        f"similarity_lse_frozen_over_ranks({SCHEMA}, bool best, {PLACE}, str backend)"
+        f"similarity_lse_frozen_over_ranks({SCHEMA}, bool need_best, {PLACE}, str backend)"
         " -> (Tensor row, Tensor mean, Tensor best)",
         _frozen_forward,
         _frozen_fake,

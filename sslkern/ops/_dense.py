@@ -32,7 +32,7 @@ def few(x: Tensor, rows: int, columns: int) -> bool:
     return rows * columns <= 2**16
 
 
-def dense(problem: Problem, columns: bool, best: bool) -> TensorOrTuple:
+def dense(problem: Problem, columns: bool, need_best: bool) -> TensorOrTuple:
     """What `similarity_lse` returns."""
     q, k, _, _, q_ids, k_ids, same, k_bias, q_limit = problem
     keys = q if k is None else k
@@ -54,23 +54,23 @@ def dense(problem: Problem, columns: bool, best: bool) -> TensorOrTuple:
         s = s.masked_fill(functools.reduce(operator.or_, left_out), -math.inf)
     dims = (-1, -2) if columns else (-1,)
     out = [logsumexp(s, dim) for dim in dims]
-    if best:
+    if need_best:
         out.append(cat([s.amax(dim) for dim in dims], -1).detach())
     return out[0] if len(out) == 1 else tuple(out)
 
 
-def _dense_contrast(x, y, scale, ids, mode, normalize, best, reduction="none"):
-    """What `pair_contrast` returns, of a scale that is a tensor; best: empty unless asked for."""
+def _dense_contrast(x, y, scale, ids, mode, normalize, need_best, reduction="none"):
+    """What `pair_contrast` returns, of a scale that is a tensor; best: empty unless `need_best`."""
     scale = scale.to(accumulator(x))
     if _suits(x, ids):
         if normalize:
             x, y = unit(x), unit(y)
-        losses, positive, best_scores, *_ = _by_hand.way(True, x, y, scale)(x, y, scale, mode, best)
+        losses, positive, best, *_ = _by_hand.way(True, x, y, scale)(x, y, scale, mode, need_best)
     else:
-        losses, positive, best_scores = _left_to_the_compiler(x, y, scale, ids, mode, normalize, best)
-    if not best:
-        best_scores = losses.new_empty(0)
-    return reduced(losses, mode, reduction), positive, best_scores
+        losses, positive, best = _left_to_the_compiler(x, y, scale, ids, mode, normalize, need_best)
+    if not need_best:
+        best = losses.new_empty(0)
+    return reduced(losses, mode, reduction), positive, best
 
 
 def reduced(losses: Tensor, mode: str, reduction: str) -> Tensor:
@@ -83,7 +83,7 @@ def reduced(losses: Tensor, mode: str, reduction: str) -> Tensor:
     return total(losses)
 
 
-def _left_to_the_compiler(x, y, scale, ids, mode, normalize, best):
+def _left_to_the_compiler(x, y, scale, ids, mode, normalize, need_best):
     N = x.shape[0]
     if normalize:
         x, y = unit(x), unit(y)
@@ -102,11 +102,11 @@ def _left_to_the_compiler(x, y, scale, ids, mode, normalize, best):
     over = torch.logsumexp if ids is None and N > 1 else logsumexp  # then every row has a negative
     sides = _SIDES[mode]
     negatives = [half for side in sides for half in over(s, side).view(-1, N)]
-    best_scores = None
-    if best:
-        best_scores = stack([s.amax(side) for side in sides]).view(-1, N).detach()
+    best = None
+    if need_best:
+        best = stack([s.amax(side) for side in sides]).view(-1, N).detach()
     # Stacked before the softplus, the inductor of torch 2.13 computes gradients that are wrong (with a scale tensor).
-    return stack([pair_loss(side, positive) for side in negatives]), positive.detach(), best_scores
+    return stack([pair_loss(side, positive) for side in negatives]), positive.detach(), best
 
 
 # ---- with a derivative by hand, of at least two rows that all differ -------------------------------------------------
@@ -129,7 +129,7 @@ def _suits(x: Tensor, ids: Tensor | None) -> bool:
 # product instead of two.
 
 
-def _contrast(x, y, scale, mode, best):
+def _contrast(x, y, scale, mode, need_best):
     N = x.shape[0]
     q, k = x, y
     if mode == "views":
@@ -146,10 +146,10 @@ def _contrast(x, y, scale, mode, best):
     # The compiler stores what is stacked: else the backward would compute the share of the negatives for each score.
     saved = stack(negatives + [torch.sigmoid(side - positive) for side in negatives])
     losses = pair_loss(saved[: len(negatives)], positive)
-    best_scores = None
-    if best:
-        best_scores = stack([scores.amax(side) for side in sides]).view(-1, N)
-    return losses, positive, best_scores, s, saved
+    best = None
+    if need_best:
+        best = stack([scores.amax(side) for side in sides]).view(-1, N)
+    return losses, positive, best, s, saved
 
 
 def _nonzero(scale):
@@ -200,7 +200,7 @@ _by_hand = Node(_contrast, _save, _backward, name="different_rows", outputs=1)
 # the name of this one changes with the formulas above.
 _NAME = f"dense_contrast_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 library.define(
-    f"{_NAME}(Tensor x, Tensor y, Tensor scale, Tensor? ids, str mode, bool normalize, bool best,"
+    f"{_NAME}(Tensor x, Tensor y, Tensor scale, Tensor? ids, str mode, bool normalize, bool need_best,"
     " str reduction='none') -> (Tensor losses, Tensor positive, Tensor best)"
 )
 library.impl(_NAME, _dense_contrast, "CompositeImplicitAutograd")

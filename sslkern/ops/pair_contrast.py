@@ -41,7 +41,7 @@ def pair_contrast(
     ids: Tensor | None,
     mode: str,
     normalize: bool,
-    best: bool,
+    need_best: bool,
     bank: Tensor | None = None,
     reduction: str = "none",
     unit_bank: bool = False,
@@ -55,7 +55,7 @@ def pair_contrast(
         ids: int64 [N]; rows with equal ids are not contrasted. None: all differ.
         mode: "views": the negatives of a row of x or y are rows of both (NT-Xent); "one_way": rows of y for each of x;
             "two_way": also rows of x for each of y.
-        best: also return the largest negative score.
+        need_best: also return the best of the negatives.
         bank: [M, D], the negatives of "one_way" instead, without gradient; ids must be None.
         reduction: "none", "mean", or "sum", in which both ways of "two_way" count half.
         unit_bank: the bank is normalised first, too.
@@ -63,7 +63,7 @@ def pair_contrast(
 
     Returns:
         losses [2, N], those of x first ("one_way": [1, N]), or what they are reduced to, 0-d; positive [N] and best, of
-        the shape of the losses, both without gradient, or None unless `best`. All in fp32 (fp64).
+        the shape of the losses, both without gradient, or None unless `need_best`. All in fp32 (fp64).
     """
     N, views = x.shape[0], mode == "views"
     rows = 2 * N if views else N
@@ -78,12 +78,12 @@ def pair_contrast(
         sizes = (1, rows, rows if bank is None else bank.shape[0], x.shape[1])
         backend = find("pair_contrast", x, sizes=sizes, bank=bank is not None, mode=mode)
         if backend is not None:
-            return _whole(x, y, bank, scale, 0.0, ids, ptr, mode, normalize, unit_bank, best, reduction, backend)
+            return _whole(x, y, bank, scale, 0.0, ids, ptr, mode, normalize, unit_bank, need_best, reduction, backend)
     if by_formula:
         one = x.new_ones(())  # a number that changes is compiled once as a tensor
         scale = (one if x.dtype.itemsize > 4 else one.float()) * scale
-        losses, positive, top = dense_contrast(x, y, scale, ids, mode, normalize, best, reduction)
-        return losses, positive, top if best else None
+        losses, positive, best = dense_contrast(x, y, scale, ids, mode, normalize, need_best, reduction)
+        return losses, positive, best if need_best else None
 
     if ids is not None and views:
         ids = ids.repeat(2)
@@ -101,12 +101,12 @@ def pair_contrast(
     sizes = 1, rows, rows if bank is None else bank.shape[0], x.shape[1]
     parts = resolve_each(PARTS, x, dict(sizes=sizes, frozen=frozen))
     keep = kept_rows(parts[0], rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
-    losses, positive, top, *_ = way(
-        x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, ",".join(parts)
+    losses, positive, best, *_ = way(
+        x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, frozen, keep, ",".join(parts)
     )
     if ptr is not None:
         queue_push_(queue, ptr, y, normalize)
-    return reduced(losses, mode, reduction), positive, top if best else None
+    return reduced(losses, mode, reduction), positive, best if need_best else None
 
 
 def few_pairs(x: Tensor, rows: int, ids: Tensor | None) -> bool:
@@ -124,7 +124,7 @@ def few_pairs(x: Tensor, rows: int, ids: Tensor | None) -> bool:
 # ---- the node --------------------------------------------------------------------------------------------------------
 
 
-def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backends):
+def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, frozen, keep, backends):
     backend, pairs, losses = backends.split(",")
     N = x.shape[0]
     z, norm, cosine = load(pairs, "unit_pairs").unit_pairs_fwd(x, y, normalize)
@@ -134,16 +134,16 @@ def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen
         problem = Problem(z[:N], z[N:] if bank is None else bank, scale_tensor, scale, ids, ids)
     primitive = load(backend, "similarity_lse")
     if frozen:  # what the gradient needs of the negatives comes with the forward
-        (row, kept, top), col = primitive.similarity_lse_frozen_fwd(problem, best), None
+        (row, kept, best), col = primitive.similarity_lse_frozen_fwd(problem, need_best), None
     else:
-        row, col, top, kept = primitive.similarity_lse_fwd(problem, mode == "two_way", best, keep)
+        row, col, best, kept = primitive.similarity_lse_fwd(problem, mode == "two_way", need_best, keep)
     bounded = normalize and bank is None and scale_tensor is None and abs(scale) < 1e30  # rows of length 1, or NaN
     forward = load(losses, "pair_losses").pair_losses_fwd
     losses, positive, gap = forward(row, col, cosine, scale_tensor, scale, bounded)
-    return losses, positive, top.view(-1, N) if best else None, z, norm, cosine, gap, row, col, kept
+    return losses, positive, best.view(-1, N) if need_best else None, z, norm, cosine, gap, row, col, kept
 
 
-def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, keep, backends):
+def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, frozen, keep, backends):
     (N, D), dtype = x.shape, accumulator(x)
     views, sides = mode == "views", 1 if mode == "one_way" else 2
 
@@ -153,7 +153,7 @@ def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, best, frozen, k
     z, norm, cosine = x.new_empty(2 * N, D), new(2 * N if normalize else 0), new(N)
     row, col = new(N * (1 + views)), new(N if mode == "two_way" else 0)
     kept = new(N, D) if frozen else new(keep, N * (1 + views)) if keep else new(0)
-    return new(sides, N), new(N), new(sides, N) if best else new(0), z, norm, cosine, new(sides, N), row, col, kept
+    return new(sides, N), new(N), new(sides, N) if need_best else new(0), z, norm, cosine, new(sides, N), row, col, kept
 
 
 def _save(ctx, inputs, outputs) -> None:
@@ -214,7 +214,7 @@ def _or_none(x: Tensor | None) -> Tensor | None:
 _node = Node(
     Operator(
         "pair_contrast(Tensor x, Tensor y, Tensor? bank, Tensor? scale_tensor, float scale, Tensor? ids, str mode,"
-        " bool normalize, bool best, bool frozen, int keep, str backends) -> (Tensor losses,"
+        " bool normalize, bool need_best, bool frozen, int keep, str backends) -> (Tensor losses,"
         " Tensor positive, Tensor best, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col,"
         " Tensor kept)",
         _forward,
@@ -306,7 +306,7 @@ def pair_labels(x: Tensor, scale: float | Tensor, labels: Tensor, normalize: boo
 
 
 def _whole(
-    x, y, bank, scale, bias, ids, ptr, mode, normalize, unit_bank, best, reduction, backend
+    x, y, bank, scale, bias, ids, ptr, mode, normalize, unit_bank, need_best, reduction, backend
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     scale_tensor, scale = scale_parts(scale, x)
     bias_tensor, bias = scale_parts(bias, x) if mode == "sigmoid" else (None, 0.0)
@@ -321,13 +321,13 @@ def _whole(
     # An operator that has a derivative may write nothing, so compiled code pushes by another one.
     if ptr is not None and not (way in (_node_of_whole.eager, _node_of_whole.function) and bank.is_contiguous()):
         ptr, later = None, ptr
-    loss, positive, top, *_ = way(
-        x, y, bank, scale_tensor, scale, bias_tensor, bias, ids, ptr, mode, normalize, unit_bank, best, reduction,
+    loss, positive, best, *_ = way(
+        x, y, bank, scale_tensor, scale, bias_tensor, bias, ids, ptr, mode, normalize, unit_bank, need_best, reduction,
         need_x, need_y, need_scale, need_bias, backend,
     )  # fmt: skip
     if later is not None:
         queue_push_(bank, later, y, normalize)
-    return (loss, positive, top) if best else (loss, None, None)
+    return (loss, positive, best) if need_best else (loss, None, None)
 
 
 def _whole_forward(*inputs):
@@ -375,8 +375,8 @@ def _scale_fake(g, *learn):
 _node_of_whole = Node(
     Operator(
         "small_pair_contrast(Tensor x, Tensor y, Tensor? bank, Tensor? scale_tensor, float scale, Tensor? bias_tensor,"
-        " float bias, Tensor? ids, Tensor? ptr, str mode, bool normalize, bool unit_bank, bool best, str reduction,"
-        " bool need_x, bool need_y, bool need_scale, bool need_bias, str backend) ->"
+        " float bias, Tensor? ids, Tensor? ptr, str mode, bool normalize, bool unit_bank, bool need_best,"
+        " str reduction, bool need_x, bool need_y, bool need_scale, bool need_bias, str backend) ->"
         " (Tensor loss, Tensor positive, Tensor best, Tensor kept)",
         _whole_forward,
         _whole_fake,

@@ -303,15 +303,16 @@ class Whole(types.ModuleType):
         self.calls = []
 
     def pair_contrast_fwd(self, x, y, bank, scale_tensor, scale, bias_tensor, bias, ids, ptr, mode, *rest):
-        normalize, _, best, reduction, *_ = rest
+        normalize, _, need_best, reduction, *_ = rest
         self.calls.append("forward")
         ids = (torch.arange(len(x)) if ids is None else ids).repeat(1 + (mode == "views"))
         by = torch.tensor(1.0) if scale_tensor is None else scale_tensor
         of_scale = by, scale, ids, mode, normalize
-        losses, positive, top, *kept = ops_pair_contrast._forward(x, y, None, *of_scale, best, False, 0, self.PARTS)
+        inputs = *of_scale, need_best, False, 0, self.PARTS
+        losses, positive, best, *kept = ops_pair_contrast._forward(x, y, None, *inputs)
         g = torch.full_like(losses, 1 / (losses.numel() if reduction == "mean" else 1 + (mode == "two_way")))
         dx, dy, dscale = ops_pair_contrast._gradients_of(g, *kept, *of_scale, False, True, True, True, self.PARTS)
-        return (losses * g).sum(), positive, top, torch.cat((dx.flatten(), dy.flatten(), dscale.view(1)))
+        return (losses * g).sum(), positive, best, torch.cat((dx.flatten(), dy.flatten(), dscale.view(1)))
 
     def pair_contrast_fake(self, x, y, bank, scale_tensor, scale, bias_tensor, bias, ids, ptr, mode, *rest):
         best = rest[2]

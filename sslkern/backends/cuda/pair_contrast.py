@@ -136,7 +136,7 @@ def pair_contrast_fwd(
     mode: str,
     normalize: bool,
     unit_bank: bool,
-    best: bool,
+    need_best: bool,
     reduction: str,
     need_x: bool,
     need_y: bool,
@@ -154,8 +154,8 @@ def pair_contrast_fwd(
     call = Call(program, x.device, *arguments)
     x, y = x.contiguous(), y.contiguous()
     from_x, from_y = x.data_ptr(), call.address("y", y, dtype, N * D)
-    from_bank = keys = from_ids = by = above = grad = dscale = dbias = to_positive = to_top = 0
-    kept = positive = top = None
+    from_bank = keys = from_ids = by = above = grad = dscale = dbias = to_positive = to_best = 0
+    kept = positive = best = None
     if over_bank:
         bank, keys = bank.contiguous(), bank.shape[0]
         from_bank = call.address("bank", bank, dtype, keys * D)
@@ -176,24 +176,24 @@ def pair_contrast_fwd(
             dscale = grad + 4 * features
         if need_bias:
             dbias = grad + 4 * (numbers - parts)
-    if best:
-        positive, top = x.new_empty(N, dtype=FP32), x.new_empty(sides, N, dtype=FP32)
-        to_positive, to_top = positive.data_ptr(), top.data_ptr()
+    if need_best:
+        positive, best = x.new_empty(N, dtype=FP32), x.new_empty(sides, N, dtype=FP32)
+        to_positive, to_best = positive.data_ptr(), best.data_ptr()
     whole = D % PIECE == 0 and (from_x | from_y | from_bank) % 16 == 0
     mode = MODES.index(mode)
     given = from_x, from_y, from_bank, from_ids, by, above, scale, bias, N, keys, D, mode, normalize, unit_bank, whole
     to_gradients = share, need_x + 2 * need_y, loss.data_ptr(), grad, dscale
     if over_bank:
-        to_results = *to_gradients, to_top, to_positive
+        to_results = *to_gradients, to_best, to_positive
         _over_bank(call, shape, shared, y, bank, ptr, given, to_results, 1 if kept is None else 1 + N)
-        return loss, positive, top, kept
+        return loss, positive, best, kept
     scratch = x.new_empty(5 * N, dtype=FP32)
     lse = scratch.data_ptr()
     given += lse, lse + 8 * N, lse + 12 * N  # and cosines and lengths
     scores, gradients = call.kernels["pair_scores<{0}, {3}>"], call.kernels["pair_gradients<{0}, {1}, {2}, {3}>"]
-    scores(sides * blocks, THREADS, call.stream, (*given, to_top, to_positive), own)
+    scores(sides * blocks, THREADS, call.stream, (*given, to_best, to_positive), own)
     gradients(1 if kept is None else 2 * blocks, THREADS, call.stream, (*given, *to_gradients, dbias), shared)
-    return loss, positive, top, kept
+    return loss, positive, best, kept
 
 
 def _over_bank(
@@ -241,7 +241,7 @@ def pair_contrast_fake(
     mode,
     normalize,
     unit_bank,
-    best,
+    need_best,
     reduction,
     need_x,
     need_y,
@@ -249,9 +249,9 @@ def pair_contrast_fake(
     need_bias,
 ) -> tuple[Tensor, ...]:
     (N, D), new = x.shape, functools.partial(x.new_empty, dtype=FP32)
-    top = new((_sides(mode), N) if best else 0)
+    best = new((_sides(mode), N) if need_best else 0)
     parts = _scale_parts(N, bank is not None)
-    return new(()), new(N if best else 0), top, new((need_x + need_y) * N * D + parts * (need_scale + need_bias))
+    return new(()), new(N if need_best else 0), best, new((need_x + need_y) * N * D + parts * (need_scale + need_bias))
 
 
 def pair_contrast_bwd(

@@ -1,7 +1,7 @@
 """`similarity_lse` of 16-bit features on Hopper: which kernels take which part.
 
 The forward sums with a shift for each segment (similarity_lse_forward.py), and what that cannot represent a row owner
-with a running maximum computes again, which also finds largest scores and serves frozen keys (similarity_lse_rows.py).
+with a running maximum computes again, which also finds the best scores and serves frozen keys (similarity_lse_rows.py).
 In the backward an owner of rows holds its gradient in registers as long as that fits (similarity_lse_gradient.py); of
 more features a kernel writes the weights of a strip of rows for two products of the library
 (similarity_lse_weights.py).
@@ -55,27 +55,27 @@ def least(classes: Sequence[int], D: int) -> int:
     return 0
 
 
-def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: int) -> tuple[Tensor | None, ...]:
+def similarity_lse_fwd(problem: Problem, columns: bool, need_best: bool, kept_rows: int) -> tuple[Tensor | None, ...]:
     """Returns row [N], col [M] or None, best [N + M or N] or None, and no scores: it does not keep them."""
     if 0 in problem.sizes:
-        return reference.similarity_lse_fwd(problem, columns, best, 0)
+        return reference.similarity_lse_fwd(problem, columns, need_best, 0)
     pairs = Pairs.of(problem)
-    if best:
-        return *rows.largest(pairs, columns), None
+    if need_best:
+        return *rows.with_best(pairs, columns), None
     row, row_flags, col, col_flags = forward.log_sum_exps(pairs, columns)
     rows.redo(pairs, row, row_flags, col, col_flags)
     return row, col, None, None
 
 
-def similarity_lse_frozen_fwd(problem: Problem, best: bool) -> tuple[Tensor | None, ...]:
+def similarity_lse_frozen_fwd(problem: Problem, need_best: bool) -> tuple[Tensor | None, ...]:
     """Returns row [N], mean [N, D] = sum_j softmax_ij k_j (0 for an empty row), best [N] or None."""
     if 0 in problem.sizes:
-        return reference.similarity_lse_frozen_fwd(problem, best)
+        return reference.similarity_lse_frozen_fwd(problem, need_best)
     pairs = Pairs.of(problem)
     if pairs.sizes[-1] <= rows.FROZEN_FEATURES[-1]:
-        return rows.frozen(pairs, best)
-    row, _, top, _ = similarity_lse_fwd(problem, False, best, 0)
-    return row, weights.means_of(pairs, row), top
+        return rows.frozen(pairs, need_best)
+    row, _, best, _ = similarity_lse_fwd(problem, False, need_best, 0)
+    return row, weights.means_of(pairs, row), best
 
 
 def similarity_lse_bwd(

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
         return _address(self.flags), _address(self.lse), _address(self.best)
 
 
-def frozen(pairs: Pairs, best: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def frozen(pairs: Pairs, need_best: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of up to 256 features row [N], mean [N, D] = sum_j softmax_ij k_j (0 for an empty row), best [N] or None."""
     N, M, D = pairs.sizes
     features = next(features for features in FROZEN_FEATURES if D <= features)
@@ -39,20 +39,20 @@ def frozen(pairs: Pairs, best: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     each = _balanced(blocks, tiles, call.processors)
     parts = -(-tiles // each)
     width = -(-D // PIECE) * PIECE
-    row, mean, top = new(parts, N), new(parts, N, width), new(parts, N) if best else None
+    row, mean, best = new(parts, N), new(parts, N, width), new(parts, N) if need_best else None
     maps = call.matrix("q", pairs.q, ROWS), call.matrix("k", pairs.k, columns), _bias_map(call, pairs, columns)
-    to = _address(row), _address(top), width, _address(mean)
+    to = _address(row), _address(best), width, _address(mean)
     call.launch("frozen<{0}, {1}>", blocks * parts, *maps, *pairs.words(), each, *to, threads=BLOCK, shared=SHARED)
     if parts > 1:
-        row_parts, top_parts, mean_parts = row, top, mean
-        row, mean, top = new(1, N), new(1, N, width), new(1, N) if best else None
-        merged = _parts(Rows(row_parts, top_parts), Rows(row, top), parts, N)
+        row_parts, best_parts, mean_parts = row, best, mean
+        row, mean, best = new(1, N), new(1, N, width), new(1, N) if need_best else None
+        merged = _parts(Rows(row_parts, best_parts), Rows(row, best), parts, N)
         call.launch("merge_means", N, *merged, width, _address(mean_parts), _address(mean))
-    return row[0], mean[0, :, :D].contiguous(), top[0] if best else None
+    return row[0], mean[0, :, :D].contiguous(), best[0] if need_best else None
 
 
-def largest(pairs: Pairs, columns: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Returns row [N], col [M] or None, and the largest scores that count: best [N], or with columns [N + M]."""
+def with_best(pairs: Pairs, columns: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Returns row [N], col [M] or None, and best [N], or with columns [N + M]."""
     (N, M, _), new = pairs.sizes, _allocator(pairs)
     row, col, best = new(N), new(M) if columns else None, new(N + M if columns else N)
     _running(pairs, Rows(row, best[:N]), Rows(col, best[N:]) if columns else None)

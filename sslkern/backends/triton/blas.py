@@ -17,7 +17,7 @@ from .tiles import Side
 
 
 class Sums(NamedTuple):
-    """Log-sum-exps of rows and columns, and the largest score of each, None where not asked for."""
+    """Log-sum-exps of rows and columns, and the best score of each, None where not asked for."""
 
     row: Tensor | None
     row_best: Tensor | None
@@ -27,12 +27,12 @@ class Sums(NamedTuple):
 
 def sums_of_strips(
     sums: Callable[..., Sums], q: Tensor, keys: Tensor, q_side: Side, k_side: Side, itself: bool, columns: bool,
-    best: bool,
+    need_best: bool,
 ) -> Sums:  # fmt: skip
     """Those of S, from those that `sums` makes of its strips; of q with itself all are in those of the rows."""
     N, M, new = q.shape[0], keys.shape[0], allocator(q)
-    row, row_best = new(N), new(N, needed=best)
-    col, col_best = new(M, needed=columns), new(M, needed=columns and best)
+    row, row_best = new(N), new(N, needed=need_best)
+    col, col_best = new(M, needed=columns), new(M, needed=columns and need_best)
     for x in (col, col_best):
         if x is not None:
             x.fill_(-torch.inf)
@@ -43,15 +43,15 @@ def sums_of_strips(
         products = strips.multiply(x, y.t(), room[: stop - first, : M - begin])
         part = sums(x, y, q_side.cut(first, stop), k_side.cut(begin, M), products)
         row[first:stop] = part.row.view(-1)
-        if best:
+        if need_best:
             row_best[first:stop] = part.row_best.view(-1)
         if columns:
             torch.logaddexp(col[begin:], part.col.view(-1), out=col[begin:])
-        if columns and best:
+        if columns and need_best:
             torch.maximum(col_best[begin:], part.col_best.view(-1), out=col_best[begin:])
     if not itself:
         return Sums(row, row_best, col, col_best)
-    if best:
+    if need_best:
         row_best = torch.maximum(row_best, col_best)
     return Sums(torch.logaddexp(row, col), row_best, None, None)
 

@@ -192,22 +192,22 @@ def similarity_lse_merge_kernel(
         tl.store(out_best + x, or_nan(best, total), mask=x < size)
 
 
-def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: int) -> tuple[Tensor | None, ...]:
+def similarity_lse_fwd(problem: Problem, columns: bool, need_best: bool, kept_rows: int) -> tuple[Tensor | None, ...]:
     """Returns row [G, N], col [G, M] or None, best [G, N + M or N] or None, and no scores: it does not keep them."""
     launch = Launch.of(problem)
     problem, (G, N, M, D), itself, _, chip = launch
     if 0 in launch.sizes:
-        return reference.similarity_lse_fwd(problem, columns, best, 0)
+        return reference.similarity_lse_fwd(problem, columns, need_best, 0)
     q, k_bias, q_limit = problem.q, problem.k_bias, problem.q_limit
     by_blas = is_shared(q, N, M, chip) and scores_by_blas(q, q_limit, itself and k_bias is not None)
     config = choose("products" if by_blas else "forward", q.dtype, D, chip, launch.crowded)
     triangle = itself and k_bias is None and q_limit is None and (by_blas or N >= TRIANGLE_FROM * config.BM)
-    options = _Options(config, columns or triangle, triangle, best)
+    options = _Options(config, columns or triangle, triangle, need_best)
     sides = _sides(problem)
     with chips.on(q.device):
         if by_blas:
             strip = partial(_sums_of_strip, launch, options)
-            sums = blas.sums_of_strips(strip, q, problem.keys, *sides, itself, options.columns, best)
+            sums = blas.sums_of_strips(strip, q, problem.keys, *sides, itself, options.columns, need_best)
         else:
             sums = _sums(launch, options, q, problem.keys, *sides)
             row, row_best, col, col_best = sums
@@ -217,7 +217,7 @@ def similarity_lse_fwd(problem: Problem, columns: bool, best: bool, kept_rows: i
                 sums = Sums(*_merged(config, row, row_best), *_merged(config, col, col_best))
     row, row_best, col, col_best = sums
     groups = q.shape[:-2]
-    if best and columns:
+    if need_best and columns:
         row_best = torch.cat((row_best.view(G, N), col_best.view(G, M)), 1)
     return row.view(*groups, N), viewed(col, *groups, M), viewed(row_best, *groups, -1), None
 
@@ -232,14 +232,14 @@ class _Options(NamedTuple):
     config: Config
     columns: bool  # of S, or of a triangle of it
     triangle: bool  # only what is above the diagonal is visited
-    best: bool
+    need_best: bool
 
 
 def _sums(
     launch: Launch, options: _Options, x: Tensor, y: Tensor, x_side: Side, y_side: Side, products: Tensor | None = None
 ) -> Sums:
     """Of rows x and columns y, in parts: not merged here, as a small batch feels each call."""
-    config, columns, triangle, best = options
+    config, columns, triangle, need_best = options
     problem, (G, *_), itself, large, chip = launch
     (N, D), M, new = x.shape[-2:], y.shape[-2], allocator(x)
     row_blocks, col_blocks = triton.cdiv(N, config.BM), triton.cdiv(M, config.BN)
@@ -248,12 +248,12 @@ def _sums(
     programs = triton.cdiv(row_blocks, rounds)
     # Of a triangle in one round programs find little or much to do, so these are many.
     split_blocks, splits = launch.split(col_blocks, G * programs, 8 if triangle and rounds == 1 else 2)
-    row, row_best = new(splits, G, N), new(splits, G, N, needed=best)
-    col, col_best = new(programs, G, M, needed=columns), new(programs, G, M, needed=columns and best)
+    row, row_best = new(splits, G, N), new(splits, G, N, needed=need_best)
+    col, col_best = new(programs, G, M, needed=columns), new(programs, G, M, needed=columns and need_best)
     x_side, y_side = launch.with_extents(x_side, y_side, config)
     # In fp32 it is products that take the time, and another rounding of exponentials would show.
     plain = problem.k_bias is None and problem.q_limit is None and x.dtype != torch.float32
-    if large and columns and not best and plain:
+    if large and columns and not need_best and plain:
         x_side, y_side = x_side._replace(norm=longest(x, config.BM)), y_side._replace(norm=longest(y, config.BN))
     a, b = launch.features(x, y, config, products)
     similarity_lse_fwd_kernel[(G * programs, splits)](
@@ -279,7 +279,7 @@ def _sums_of_strip(launch: Launch, options: _Options, *strip) -> Sums:
 
 
 def _merged(config: Config, row, row_best, col=None, col_best=None) -> tuple[Tensor | None, Tensor | None]:
-    """The log-sum-exps over the first dimension of row and col, which is of a triangle, and the largest of row_best and
+    """The log-sum-exps over the first dimension of row and col, which is of a triangle, and the best of row_best and
     col_best; each may be None."""
     if row is None and col is None:
         return None, None
@@ -361,12 +361,12 @@ def similarity_lse_merge_means_kernel(
     x, d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * DV + tl.arange(0, DV)
     inside, place = (x < size)[:, None] & (d < D)[None, :], x[:, None] * D + d[None, :]
     maximum, total = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    maximum, total, largest = _merge_parts(maximum, total, maximum, part, part_best, x, size, 1, splits, 0, 1)
+    maximum, total, best_of_row = _merge_parts(maximum, total, maximum, part, part_best, x, size, 1, splits, 0, 1)
     merged = log_sum(maximum, total)
     if tl.program_id(1) == 0:
         tl.store(row + x, merged, mask=x < size)
         if best is not None:
-            tl.store(best + x, or_nan(largest, total), mask=x < size)
+            tl.store(best + x, or_nan(best_of_row, total), mask=x < size)
     shift = finite_shift(merged)
     sums = tl.zeros((BLOCK, DV), tl.float32)
     for n0 in range(0, splits, 16):
@@ -379,25 +379,25 @@ def similarity_lse_merge_means_kernel(
     tl.store(mean + place, sums, mask=inside)
 
 
-def similarity_lse_frozen_fwd(problem: Problem, best: bool) -> tuple[Tensor | None, ...]:
+def similarity_lse_frozen_fwd(problem: Problem, need_best: bool) -> tuple[Tensor | None, ...]:
     """Returns row [G, N], mean [G, N, D] = sum_j softmax_ij k_j (0 for an empty row), best [G, N] or None."""
     launch = Launch.of(problem)
     problem, (_, N, M, _), _, _, chip = launch
     if 0 in launch.sizes:
-        return reference.similarity_lse_frozen_fwd(problem, best)
+        return reference.similarity_lse_frozen_fwd(problem, need_best)
     q = problem.q
     if is_shared(q, N, M, chip):
-        row, mean, row_best = _frozen_by_blas(launch, best)
+        row, mean, row_best = _frozen_by_blas(launch, need_best)
     else:
-        row, mean, row_best = _frozen(launch, best)
+        row, mean, row_best = _frozen(launch, need_best)
     rows = q.shape[:-1]
     return row.view(rows), mean.view(q.shape), viewed(row_best, *rows)
 
 
-def _frozen_by_blas(launch: Launch, best: bool) -> tuple[Tensor | None, ...]:
+def _frozen_by_blas(launch: Launch, need_best: bool) -> tuple[Tensor | None, ...]:
     """As a forward and a backward, for which S is there once more."""
     problem = launch.problem
-    row, _, row_best, _ = similarity_lse_fwd(problem, False, best, 0)
+    row, _, row_best, _ = similarity_lse_fwd(problem, False, need_best, 0)
     ones = torch.ones_like(row)
     fold = strips.fold_of(problem.q, [ones])
     q_side, k_side = _sides(problem)
@@ -406,14 +406,14 @@ def _frozen_by_blas(launch: Launch, best: bool) -> tuple[Tensor | None, ...]:
     return row, mean if fold is None else mean.div_(fold), row_best
 
 
-def _frozen(launch: Launch, best: bool) -> tuple[Tensor | None, ...]:
+def _frozen(launch: Launch, need_best: bool) -> tuple[Tensor | None, ...]:
     problem, (G, N, M, D), _, _, chip = launch
     q, k = problem.q, problem.k
     config = choose("frozen", q.dtype, D, chip, launch.crowded)
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
     split_blocks, splits = launch.split(triton.cdiv(M, config.BN), G * blocks * chunks)
     new = allocator(q)
-    part, means, part_best = new(splits, G, N), new(splits, G, N, D), new(splits, G, N, needed=best)
+    part, means, part_best = new(splits, G, N), new(splits, G, N, D), new(splits, G, N, needed=need_best)
     with chips.on(q.device):
         q_side, k_side = launch.with_extents(*_sides(problem), config)
         x, y = launch.features(q, k, config)
@@ -426,7 +426,7 @@ def _frozen(launch: Launch, best: bool) -> tuple[Tensor | None, ...]:
         )  # fmt: skip
         if splits == 1:
             return part, means, part_best
-        row, mean, row_best = new(G, N), new(G, N, D), new(G, N, needed=best)
+        row, mean, row_best = new(G, N), new(G, N, D), new(G, N, needed=need_best)
         BLOCK, DV = 4, min(32, triton.next_power_of_2(D))
         similarity_lse_merge_means_kernel[(triton.cdiv(G * N, BLOCK), triton.cdiv(D, DV))](
             part=part, part_best=part_best, means=means, row=row, best=row_best, mean=mean, size=G * N, splits=splits,

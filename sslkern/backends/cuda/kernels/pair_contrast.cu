@@ -63,9 +63,9 @@ __global__ void __launch_bounds__(THREADS)
     return length;
   });
   const float least = SIGMOIDS ? 0.f : -INFINITY;  // whose losses are not shifted
-  float top[SUMS][2], sum[SUMS][2] = {}, cosines_of_lane[2] = {0.f, 0.f}, count[2] = {0.f, 0.f};
+  float maximum[SUMS][2], sum[SUMS][2] = {}, cosines_of_lane[2] = {0.f, 0.f}, count[2] = {0.f, 0.f};
 #pragma unroll
-  for (int of = 0; of < SUMS; of++) top[of][0] = top[of][1] = least;
+  for (int of = 0; of < SUMS; of++) maximum[of][0] = maximum[of][1] = least;
 #pragma unroll 1
   for (int block = warp * BLOCKS; block < key_blocks(p); block += WARPS * BLOCKS) {
     float s[1][BLOCKS][4];
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(THREADS)
     float before[SUMS][2];
     uint32_t positives = 0;  // bits of the scores
 #pragma unroll
-    for (int of = 0; of < SUMS; of++) before[of][0] = top[of][0], before[of][1] = top[of][1];
+    for (int of = 0; of < SUMS; of++) before[of][0] = maximum[of][0], before[of][1] = maximum[of][1];
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       int64_t ids_of_keys[2];
@@ -116,10 +116,10 @@ __global__ void __launch_bounds__(THREADS)
           sum[0][e / 2] += pair || counts ? loss : 0.f;
           continue;
         }
-        if (same) top[SUMS - 1][e / 2] = fmaxf(top[SUMS - 1][e / 2], score);
+        if (same) maximum[SUMS - 1][e / 2] = fmaxf(maximum[SUMS - 1][e / 2], score);
         if (same) continue;
         if (!counts) score = -INFINITY;
-        top[0][e / 2] = fmaxf(top[0][e / 2], score);
+        maximum[0][e / 2] = fmaxf(maximum[0][e / 2], score);
       }
     }
 #pragma unroll
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(THREADS)
       float shift[SUMS];
 #pragma unroll
       for (int of = 0; of < SUMS; of++) {
-        shift[of] = shift_of(top[of][half]);
+        shift[of] = shift_of(maximum[of][half]);
         sum[of][half] *= exponential(before[of][half] - shift[of]);
       }
 #pragma unroll
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(THREADS)
   for (int half = 0; half < 2; half++) {
 #pragma unroll
     for (int of = 0; of < SUMS; of++) {
-      Sum all{top[of][half], sum[of][half]};
-      for (int by = 1; by < 4; by *= 2) all.add({exchange(all.top, by), exchange(all.sum, by)});
+      Sum all{maximum[of][half], sum[of][half]};
+      for (int by = 1; by < 4; by *= 2) all.add({exchange(all.maximum, by), exchange(all.sum, by)});
       if (c == 0) found[of][warp][r + 8 * half] = all;
     }
     if constexpr (LABELLED) {

@@ -369,19 +369,19 @@ struct Weights {
 SSLKERN_DEVICE float exponential(float x) { return exp2_fast(x * LOG2_E); }
 
 // What is subtracted before the exponential: 0 where nothing has counted yet.
-SSLKERN_DEVICE float shift_of(float top) { return top == -INFINITY ? 0.f : top; }
+SSLKERN_DEVICE float shift_of(float maximum) { return maximum == -INFINITY ? 0.f : maximum; }
 
-// A sum of exponentials, and the largest score, by which they are shifted.
+// A sum of exponentials, and the maximum of the scores, by which they are shifted.
 struct Sum {
-  float top, sum;
+  float maximum, sum;
 
   SSLKERN_DEVICE void add(const Sum& other) {
-    const float both = fmaxf(top, other.top), shift = shift_of(both);
-    sum = sum * exponential(top - shift) + other.sum * exponential(other.top - shift);
-    top = both;
+    const float both = fmaxf(maximum, other.maximum), shift = shift_of(both);
+    sum = sum * exponential(maximum - shift) + other.sum * exponential(other.maximum - shift);
+    maximum = both;
   }
-  SSLKERN_DEVICE float lse() const { return shift_of(top) + logf(sum); }
-  SSLKERN_DEVICE float best() const { return sum == sum ? top : sum; }  // NaN where a score is
+  SSLKERN_DEVICE float lse() const { return shift_of(maximum) + logf(sum); }
+  SSLKERN_DEVICE float best() const { return sum == sum ? maximum : sum; }  // NaN where a score is
 };
 
 // How far the log-sum-exp of a row's negatives is above its positive; NaN where one of them is +inf, as in

@@ -1,8 +1,8 @@
 // The loss of few pairs over a bank of negatives that do not learn, as a whole.
 //
-//     loss_i = softplus(lse_i - s_ii), lse_i over the scores with the bank, b      weight_i = share sigmoid(lse_i -
-//     s_ii) du_i = scale weight_i (mean_i - v_i), mean_i = sum_j exp(scale <u_i, b_j> - lse_i) b_j      dv_i = -scale
-//     weight_i u_i
+//     loss_i = softplus(lse_i - s_ii)            lse_i over the scores with the bank, b
+//     weight_i = share sigmoid(lse_i - s_ii)     mean_i = sum_j exp(scale <u_i, b_j> - lse_i) b_j
+//     du_i = scale weight_i (mean_i - v_i)       dv_i = -scale weight_i u_i
 //
 // `bank_scores` makes sums and means of parts of the bank, of which a block has one for some rows; `bank_gradients`
 // merges them, makes the loss and, for an upstream gradient of 1, the gradients, and may write v into the bank, which
@@ -12,20 +12,20 @@
 
 namespace sslkern::cuda {
 
-// Of part p of the bank: tops and sums [n, parts] of exp(score - top), alongs [n, parts] of these times the cosines,
-// and means [n, parts, d], times the keys; of the pairs cosine [n] and lengths [2, n], 1 where rows stay as they are. A
-// part has `each` passes, in which a warp has BLOCKS times 8 keys, and then SLICE times 8 features of all of them.
-// Where a queue is to be written later `start` [1] is what `pointer` [1] says now.
+// Of part p of the bank: maxima [n, parts] of the scores, sums [n, parts] of exp(score - maximum), alongs [n, parts] of
+// these times the cosines, and means [n, parts, d], times the keys; of the pairs cosine [n] and lengths [2, n], 1 where
+// rows stay as they are. A part has `each` passes, in which a warp has BLOCKS times 8 keys, and then SLICE times 8
+// features of all of them. Where a queue is to be written later `start` [1] is what `pointer` [1] says now.
 template <class T, int TILES, int BLOCKS, int SLICE>
 __global__ void __launch_bounds__(THREADS, 1)
-    bank_scores(Pairs p, int each, float* cosine, float* lengths, float* tops, float* sums, float* alongs, float* means,
-                const int64_t* pointer, int64_t* start) {
+    bank_scores(Pairs p, int each, float* cosine, float* lengths, float* maxima, float* sums, float* alongs,
+                float* means, const int64_t* pointer, int64_t* start) {
   constexpr int OWN = TILES * ROWS, KEYS = 8 * BLOCKS, PASS = WARPS * KEYS, PITCH = units_pitch<T>(WARPS * SLICE * 8);
   constexpr float LIFT = SAME<T, fp16> ? 0x1p14f : 1.f;  // so that weights far below the largest do not vanish
   T* const units = reinterpret_cast<T*>(shared_bytes());
   const Weights<T, TILES, PASS> weights{reinterpret_cast<Factor<T>*>(units + PASS * PITCH)};
   const Own<T, TILES> own{weights.at + PARTS<T> * weights.APART, Own<T, TILES>::pitch_of(p.d)};
-  __shared__ float largest[WARPS][OWN], totals[2][WARPS][OWN];
+  __shared__ float maxima_of_warps[WARPS][OWN], totals[2][WARPS][OWN];
   const int groups = (p.n + OWN - 1) / OWN, parts = int(block_count()) / groups;
   const int first = int(block_id()) % groups * OWN, part = int(block_id()) / groups;
   const int warp = thread_id() / WARP, lane = thread_id() % WARP, r = lane / 4, c = lane % 4;
@@ -51,9 +51,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
   }
 
-  float top[TILES][2], sum[TILES][2] = {}, along[TILES][2] = {}, mean[TILES][SLICE][4] = {};
+  float maximum[TILES][2], sum[TILES][2] = {}, along[TILES][2] = {}, mean[TILES][SLICE][4] = {};
 #pragma unroll
-  for (int t = 0; t < TILES; t++) top[t][0] = top[t][1] = -INFINITY;
+  for (int t = 0; t < TILES; t++) maximum[t][0] = maximum[t][1] = -INFINITY;
   for (int begin = part * each * PASS; begin < (part + 1) * each * PASS && begin < p.m; begin += PASS) {
     float s[TILES][BLOCKS][4];
     Keys keys[BLOCKS];
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             if (keys[b].first + 2 * c + h < p.m) most = fmaxf(most, s[t][b][2 * half + h] * scale);
         most = fmaxf(most, exchange(most, 1));
         most = fmaxf(most, exchange(most, 2));
-        if (c == 0) largest[warp][t * ROWS + 8 * half + r] = most;
+        if (c == 0) maxima_of_warps[warp][t * ROWS + 8 * half + r] = most;
       }
     sync_block();
 #pragma unroll
@@ -85,11 +85,11 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int row = t * ROWS + 8 * half + r;
-        float most = top[t][half];
+        float most = maximum[t][half];
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) most = fmaxf(most, largest[w][row]);
-        const float shift = shift_of(most), shrink = exponential(top[t][half] - shift);
-        top[t][half] = most;
+        for (int w = 0; w < WARPS; w++) most = fmaxf(most, maxima_of_warps[w][row]);
+        const float shift = shift_of(most), shrink = exponential(maximum[t][half] - shift);
+        maximum[t][half] = most;
         sum[t][half] *= shrink;
         along[t][half] *= shrink;
 #pragma unroll
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       const int row = t * ROWS + 8 * half + r;
       const float total = sum_of_four(sum[t][half]), of_scale = sum_of_four(along[t][half]);
       if (c == 0) totals[0][warp][row] = total, totals[1][warp][row] = of_scale;
-      if (c == 0 && warp == 0 && first + row < p.n) tops[int64_t(first + row) * parts + part] = top[t][half];
+      if (c == 0 && warp == 0 && first + row < p.n) maxima[int64_t(first + row) * parts + part] = maximum[t][half];
 #pragma unroll
       for (int f = 0; f < SLICE; f++)
 #pragma unroll
@@ -142,17 +142,17 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 // Of all parts of a row; by a warp, whose lanes all get it.
-SSLKERN_DEVICE Sum merged(const float* tops, const float* sums, int parts, int row) {
+SSLKERN_DEVICE Sum merged(const float* maxima, const float* sums, int parts, int row) {
   Sum all{-INFINITY, 0.f};
   for (int part = thread_id() % WARP; part < parts; part += WARP)
-    all.add({tops[int64_t(row) * parts + part], sums[int64_t(row) * parts + part]});
-  for (int by = 1; by < WARP; by *= 2) all.add({exchange(all.top, by), exchange(all.sum, by)});
+    all.add({maxima[int64_t(row) * parts + part], sums[int64_t(row) * parts + part]});
+  for (int by = 1; by < WARP; by *= 2) all.add({exchange(all.maximum, by), exchange(all.sum, by)});
   return all;
 }
 
 // What `bank_scores` found.
 struct Found {
-  const float *cosine, *lengths, *tops, *sums, *alongs, *means;
+  const float *cosine, *lengths, *maxima, *sums, *alongs, *means;
   int parts;
 };
 
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   if (block_id() == 0) {
     float sum = 0.f;
     for (int i = warp; i < p.n; i += WARPS) {
-      const Sum all = merged(found.tops, found.sums, found.parts, i);
+      const Sum all = merged(found.maxima, found.sums, found.parts, i);
       if (lane != 0) continue;
       sum += softplus(gap_of(all.lse(), found.cosine[i] * scale));
       if (best != nullptr) best[i] = all.best();
@@ -202,10 +202,10 @@ __global__ void __launch_bounds__(THREADS, 2)
   const int64_t at = int64_t(i) * found.parts, row = int64_t(i) * p.d;
   const T *const x = static_cast<const T*>(p.x) + row, *const y = static_cast<const T*>(p.y) + row;
   const Length of_x(found.lengths[i]), of_y(found.lengths[p.n + i]);
-  const Sum all = merged(found.tops, found.sums, found.parts, i);
+  const Sum all = merged(found.maxima, found.sums, found.parts, i);
   const float cosine = found.cosine[i], weight = share * sigmoid(gap_of(all.lse(), cosine * scale));
-  const float shift = shift_of(all.top), inverse = all.sum == 0.f ? 0.f : 1.f / all.sum;
-  const auto share_of = [&](int part) { return inverse * exponential(found.tops[at + part] - shift); };
+  const float shift = shift_of(all.maximum), inverse = all.sum == 0.f ? 0.f : 1.f / all.sum;
+  const auto share_of = [&](int part) { return inverse * exponential(found.maxima[at + part] - shift); };
   if (dscale != nullptr && warp == 0) {
     float sum = 0.f;
     for (int part = lane; part < found.parts; part += WARP) sum += share_of(part) * found.alongs[at + part];

@@ -98,28 +98,28 @@ SSLKERN_DEVICE void leave_out(float (&s)[R], const Problem& p, uint32_t asks, in
 }
 
 // What to take off scores before the exponential: the maximum, but 0 where it is infinite (inf - inf is NaN).
-SSLKERN_DEVICE float finite_shift(float top) { return top - top == 0.f ? top : 0.f; }
+SSLKERN_DEVICE float finite_shift(float maximum) { return maximum - maximum == 0.f ? maximum : 0.f; }
 
 // Scores of two rows, taken in tile by tile. LIFT: powers of two that terms are made larger by.
 template <int LIFT>
 struct Softmax {
-  float top[2] = {-INFINITY, -INFINITY};  // the largest score so far, in base 2; drops NaN
-  float sum[2] = {0.f, 0.f};              // of exp2(score - shift), over the columns of this thread; keeps it
+  float maximum[2] = {-INFINITY, -INFINITY};  // of the scores so far, in base 2; drops NaN
+  float sum[2] = {0.f, 0.f};                  // of exp2(score - shift), over the columns of this thread; keeps it
 
-  SSLKERN_DEVICE float shift(int r) const { return finite_shift(top[r]) - LIFT; }
+  SSLKERN_DEVICE float shift(int r) const { return finite_shift(maximum[r]) - LIFT; }
 
   // s becomes exp2(c s - shift), shrink what terms of earlier tiles have to be multiplied by.
   template <int R>
   SSLKERN_DEVICE void take(float (&s)[R], float c, float (&shrink)[2]) {
-    float largest[2] = {s[0], s[2]};
+    float of_tile[2] = {s[0], s[2]};
 #pragma unroll
-    for (int n = 0; n < R; ++n) largest[n / 2 % 2] = fmaxf(largest[n / 2 % 2], s[n]);
+    for (int n = 0; n < R; ++n) of_tile[n / 2 % 2] = fmaxf(of_tile[n / 2 % 2], s[n]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      largest[r] = fmaxf(largest[r], exchange(largest[r], 1));
-      largest[r] = fmaxf(largest[r], exchange(largest[r], 2));
-      const float old = top[r] - LIFT;
-      top[r] = fmaxf(top[r], largest[r] * c);
+      of_tile[r] = fmaxf(of_tile[r], exchange(of_tile[r], 1));
+      of_tile[r] = fmaxf(of_tile[r], exchange(of_tile[r], 2));
+      const float old = maximum[r] - LIFT;
+      maximum[r] = fmaxf(maximum[r], of_tile[r] * c);
       shrink[r] = exp2_fast(old - shift(r));
       sum[r] *= shrink[r];
     }
@@ -141,7 +141,7 @@ struct Softmax {
     }
   }
   SSLKERN_DEVICE float log_sum(int r) const { return LN_2 * (shift(r) + log2f(sum[r])); }
-  SSLKERN_DEVICE float best(int r) const { return sum[r] == sum[r] ? LN_2 * top[r] : sum[r]; }
+  SSLKERN_DEVICE float best(int r) const { return sum[r] == sum[r] ? LN_2 * maximum[r] : sum[r]; }
 };
 
 // ---- frozen ---------------------------------------------------------------------------------------------------------
@@ -485,18 +485,18 @@ struct PartsOfSides {
 template <int LANES>
 SSLKERN_DEVICE float merge(const Parts& p, int i) {
   const int first = LANES == 1 ? 0 : lane_id();
-  float top = -INFINITY, largest = -INFINITY, total = 0.f;
+  float maximum = -INFINITY, best = -INFINITY, total = 0.f;
   for (int part = first; part < p.parts; part += LANES) {
     const int64_t place = int64_t(part) * p.n + i;
-    top = fmaxf(top, p.lse_parts[place]);
-    if (p.best != nullptr) largest = fmaxf(largest, p.best_parts[place]);
+    maximum = fmaxf(maximum, p.lse_parts[place]);
+    if (p.best != nullptr) best = fmaxf(best, p.best_parts[place]);
   }
 #pragma unroll
   for (int by = LANES / 2; by > 0; by /= 2) {
-    top = fmaxf(top, exchange(top, by));
-    largest = fmaxf(largest, exchange(largest, by));
+    maximum = fmaxf(maximum, exchange(maximum, by));
+    best = fmaxf(best, exchange(best, by));
   }
-  const float shift = finite_shift(top);
+  const float shift = finite_shift(maximum);
   for (int part = first; part < p.parts; part += LANES)
     total += exp2_fast(LOG2_E * (p.lse_parts[int64_t(part) * p.n + i] - shift));
 #pragma unroll
@@ -504,7 +504,7 @@ SSLKERN_DEVICE float merge(const Parts& p, int i) {
   const float lse = shift + LN_2 * log2f(total);
   if (first == 0) {
     p.lse[i] = lse;
-    if (p.best != nullptr) p.best[i] = total == total ? largest : total;
+    if (p.best != nullptr) p.best[i] = total == total ? best : total;
   }
   return lse;
 }
