@@ -106,7 +106,7 @@ const char* const MASKS[] = {"none", "different", "same", "far ids", "bias", "li
 struct Case {
   int64_t groups, n, m, d;
   DType dtype;
-  bool self;
+  bool itself;
   Mask mask;
   double scale, length;  // of the features
   bool poisoned;         // one feature is NaN, one infinite
@@ -140,9 +140,9 @@ double log_sum_exp(const double* s, int64_t count, int64_t step) {
 }
 
 bool Problem::counts(int64_t group, int64_t i, int64_t j) const {
-  if (c.self && i == j) return false;
+  if (c.itself && i == j) return false;
   if (q_ids.empty()) return true;
-  const int64_t other = c.self ? q_ids[group * c.n + j] : k_ids[group * c.m + j];
+  const int64_t other = c.itself ? q_ids[group * c.n + j] : k_ids[group * c.m + j];
   return (q_ids[group * c.n + i] == other) == (c.mask == Mask::SAME);
 }
 
@@ -155,10 +155,10 @@ Problem::Problem(const Case& shape) : c(shape) {
     return x;
   };
   q = features(c.n);
-  if (!c.self) k = features(c.m);
+  if (!c.itself) k = features(c.m);
   if (c.poisoned) q[q.size() / 2] = NAN;
-  if (c.poisoned && !c.self) k[0] = INF;
-  if (c.self) k = q;
+  if (c.poisoned && !c.itself) k[0] = INF;
+  if (c.itself) k = q;
   if (c.mask == Mask::DIFFERENT || c.mask == Mask::SAME || c.mask == Mask::FAR_IDS) {
     const int64_t kinds = c.n < 100 ? 4 : 2 * c.n, step = c.mask == Mask::FAR_IDS ? INT64_MAX / kinds : 1;
     for (int64_t i = 0; i < c.groups * c.n; ++i) q_ids.push_back(c.n < 100 ? below(kinds) : i % c.n);
@@ -221,10 +221,10 @@ Similarity Problem::arguments(Numbers& q_memory, Numbers& k_memory, int threads,
   p.m = c.m;
   p.d = c.d;
   p.q = q_memory.data();
-  p.k = c.self ? nullptr : k_memory.data();
+  p.k = c.itself ? nullptr : k_memory.data();
   p.scale = float(c.scale);
   p.q_ids = optional(q_ids);
-  p.k_ids = c.self ? nullptr : optional(k_ids);
+  p.k_ids = c.itself ? nullptr : optional(k_ids);
   p.same = c.mask == Mask::SAME;
   p.k_bias = optional(bias32);
   p.q_limit = optional(limit32);
@@ -259,7 +259,7 @@ struct Gradients {
           scale += w * x * y, scale_slack += slack * std::fabs(x * y);
         }
       }
-    for (size_t at = 0; p.c.self && at < q.size(); ++at) q[at] += k[at], q_slack[at] += k_slack[at];
+    for (size_t at = 0; p.c.itself && at < q.size(); ++at) q[at] += k[at], q_slack[at] += k_slack[at];
     for (auto* gradient : {&q, &q_slack, &k, &k_slack})
       for (double& one : *gradient) one *= gradient == &q || gradient == &k ? p.c.scale : std::fabs(p.c.scale);
   }
@@ -301,9 +301,10 @@ std::vector<std::vector<float>> for_threads(const Run& run, std::string& problem
 
 void report(const Kernels& kernels, const Case& c, const std::string& call, const std::string& problem) {
   char text[300];
-  snprintf(text, sizeof text, "%s %s, groups %ld, n %ld, m %ld, d %ld, dtype %d, self %d, mask %s, scale %g, length %g",
-           kernels.name, call.c_str(), long(c.groups), long(c.n), long(c.m), long(c.d), int(c.dtype), c.self,
-           MASKS[int(c.mask)], c.scale, c.length);
+  snprintf(text, sizeof text,
+           "%s %s, groups %ld, n %ld, m %ld, d %ld, dtype %d, itself %d, mask %s, scale %g, length %g", kernels.name,
+           call.c_str(), long(c.groups), long(c.n), long(c.m), long(c.d), int(c.dtype), c.itself, MASKS[int(c.mask)],
+           c.scale, c.length);
   count_result(text, problem);
 }
 
@@ -311,7 +312,7 @@ void test_forward(const Kernels& kernels, const Problem& p, double tolerance) {
   const Case& c = p.c;
   Numbers q(c.dtype, p.q), k(c.dtype, p.k);
   for (const bool columns : {false, true}) {
-    if (columns && c.self) continue;
+    if (columns && c.itself) continue;
     std::string problem;
     const int64_t per_group = c.n + (columns ? c.m : 0);
     const auto results = for_threads(
@@ -341,7 +342,7 @@ void test_forward(const Kernels& kernels, const Problem& p, double tolerance) {
 
 void test_frozen(const Kernels& kernels, const Problem& p, double tolerance, double product_tolerance) {
   const Case& c = p.c;
-  if (c.self || c.poisoned) return;
+  if (c.itself || c.poisoned) return;
   Numbers q(c.dtype, p.q), k(c.dtype, p.k);
   std::vector<double> mean(c.groups * c.n * c.d), slack(mean);
   for (int64_t i = 0; i < c.groups * c.n; ++i)
@@ -377,8 +378,8 @@ void test_backward(const Kernels& kernels, const Problem& p, const Gradients& wa
   for (size_t j = 0; j < col.size(); ++j)
     if (std::isinf(col[j])) h[j] = NAN32;
   for (int wanted = 1; wanted < 4; ++wanted) {
-    const bool need_q = wanted & 1, need_k = !c.self && (wanted & 2);
-    if (c.self && wanted != 3) continue;
+    const bool need_q = wanted & 1, need_k = !c.itself && (wanted & 2);
+    if (c.itself && wanted != 3) continue;
     std::string problem;
     const auto results = for_threads(
         [&](int threads) {
@@ -480,14 +481,14 @@ void test_softplus(const Kernels& kernels, const Problem& p, float sign, double 
       for (int64_t f = 0; f < c.d; ++f) {
         const double x = p.q[i * c.d + f], y = p.k[j * c.d + f];
         add(factor * w * y, factor * w * y, dq[i * c.d + f], dq_slack[i * c.d + f]);
-        add(factor * w * x, factor * w * x, c.self ? dq[j * c.d + f] : dk[j * c.d + f],
-            c.self ? dq_slack[j * c.d + f] : dk_slack[j * c.d + f]);
+        add(factor * w * x, factor * w * x, c.itself ? dq[j * c.d + f] : dk[j * c.d + f],
+            c.itself ? dq_slack[j * c.d + f] : dk_slack[j * c.d + f]);
         add(w * x * y, w * x * y, scale[i / c.n], scale_slack[i / c.n]);
       }
     }
   Numbers q(c.dtype, p.q), k(c.dtype, p.k);
-  for (int wanted = c.self ? 2 : 0; wanted < 4; ++wanted) {  // bits: dk, dq and the others
-    const bool need_q = wanted & 2, need_k = !c.self && (wanted & 1);
+  for (int wanted = c.itself ? 2 : 0; wanted < 4; ++wanted) {  // bits: dk, dq and the others
+    const bool need_q = wanted & 2, need_k = !c.itself && (wanted & 1);
     std::string problem;
     const auto results = for_threads(
         [&](int threads) {
@@ -521,7 +522,7 @@ void test_similarity(const Case& c) {
   const Problem p(c);
   std::vector<std::pair<bool, bool>> sides;  // of the backward: rows, columns
   if (!c.poisoned) sides = {{true, false}};
-  if (!c.poisoned && !c.self) sides.insert(sides.end(), {{true, true}, {false, true}});
+  if (!c.poisoned && !c.itself) sides.insert(sides.end(), {{true, true}, {false, true}});
   std::vector<Gradients> gradients;
   for (const auto& [rows, columns] : sides) gradients.emplace_back(p, rows, columns);
   // e^s turns an absolute error of s, and of the log-sum-exp it is compared with, into a relative one of the weight.
@@ -788,23 +789,24 @@ int main(int argc, char**) {
     for (const DType dtype : dtypes) {
       ++turn;
       for (const Mask mask : masks)
-        for (const bool self : {false, true}) {
-          if ((self && n == 0) || (brief && mask != masks[(turn + 3 * self) % 6])) continue;
+        for (const bool itself : {false, true}) {
+          if ((itself && n == 0) || (brief && mask != masks[(turn + 3 * itself) % 6])) continue;
           const double scales[] = {1, -2, 40, 0};
-          test_similarity({groups, n, self ? n : m, d, dtype, self, mask, scales[below(4)], 1, false});
+          test_similarity({groups, n, itself ? n : m, d, dtype, itself, mask, scales[below(4)], 1, false});
         }
     }
   for (const DType dtype : dtypes)
-    for (const bool self : {false, true}) {
-      test_similarity({1, 5, self ? 5 : 3000, 3, dtype, self, Mask::NONE, 1, 1, false});  // columns split and merged
+    for (const bool itself : {false, true}) {
       test_similarity(
-          {1, 40, self ? 40 : 50, 16, dtype, self, Mask::NONE, 100, 1, false});  // e^-200 beside e^0 in a tile
-      test_similarity({1, 40, self ? 40 : 50, 16, dtype, self, Mask::NONE, 1, 30, false});  // far from normalised
-      test_similarity({1, 130, self ? 130 : 50, 17, dtype, self, Mask::DIFFERENT, 1, 1, true});
+          {1, 5, itself ? 5 : 3000, 3, dtype, itself, Mask::NONE, 1, 1, false});  // columns split and merged
+      test_similarity(
+          {1, 40, itself ? 40 : 50, 16, dtype, itself, Mask::NONE, 100, 1, false});  // e^-200 beside e^0 in a tile
+      test_similarity({1, 40, itself ? 40 : 50, 16, dtype, itself, Mask::NONE, 1, 30, false});  // far from normalised
+      test_similarity({1, 130, itself ? 130 : 50, 17, dtype, itself, Mask::DIFFERENT, 1, 1, true});
       if (brief && dtype != DType::F32) continue;
-      test_similarity({1, 580, self ? 580 : 390, 20, dtype, self, Mask::DIFFERENT, 5, 1, false});  // full blocks
+      test_similarity({1, 580, itself ? 580 : 390, 20, dtype, itself, Mask::DIFFERENT, 5, 1, false});  // full blocks
       test_similarity(
-          {1, 97, self ? 97 : 100, 600, dtype, self, Mask::NONE, 5, 1, false});  // deeper than a packed block
+          {1, 97, itself ? 97 : 100, 600, dtype, itself, Mask::NONE, 5, 1, false});  // deeper than a packed block
     }
   for (const DType dtype : dtypes)
     for (const bool normalize : {true, false})

@@ -354,14 +354,14 @@ void frozen_forward(const Similarity& p, float* row, float* mean, float* best) {
 template <class T, class Arithmetic>
 void backward(const Similarity& p, const float* row, const float* col, const float* g_row, const float* g_col,
               float* dq, float* dk, float* dscale, float* dbias) {
-  const bool triangle = symmetric(p), self = p.k == nullptr;
+  const bool triangle = symmetric(p), itself = p.k == nullptr;
   const Blocks rows(p.n, triangle, p.m), columns(p.m, triangle, p.n);
   const Turns row_turns(p.groups * rows.count), column_turns(triangle ? 0 : p.groups * columns.count);
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);
   // Where the keys are the queries but the problem is not symmetric, dk is added to dq in the end.
-  const Array<float> own_k(self && !triangle && dq != nullptr ? p.groups * p.m * p.d : 0);
-  float* const to_k = !self ? dk : triangle || dq == nullptr ? nullptr : static_cast<float*>(own_k);
+  const Array<float> own_k(itself && !triangle && dq != nullptr ? p.groups * p.m * p.d : 0);
+  float* const to_k = !itself ? dk : triangle || dq == nullptr ? nullptr : static_cast<float*>(own_k);
   const int64_t tiles = rows.count * columns.count;
   const Array<double> dots(dscale == nullptr ? 0 : p.groups * tiles);
   if (dscale != nullptr) memset(dots, 0, p.groups * tiles * sizeof(double));
@@ -421,7 +421,7 @@ void backward(const Similarity& p, const float* row, const float* col, const flo
     team.each(rows.count, [&](int64_t b) {
       const int64_t first = rows.begin(b) * p.d, count = rows.width(b) * p.d;
       for (int64_t c = first; q_at != nullptr && c < first + count; ++c)
-        q_at[c] = (q_at[c] + (self && k_at != nullptr ? k_at[c] : 0.f)) * p.scale;
+        q_at[c] = (q_at[c] + (itself && k_at != nullptr ? k_at[c] : 0.f)) * p.scale;
     });
     team.each(columns.count, [&](int64_t b) {
       const int64_t first = columns.begin(b) * p.d, count = columns.width(b) * p.d;

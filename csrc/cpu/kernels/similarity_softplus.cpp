@@ -92,15 +92,15 @@ void weigh_tile(const Tile& tile, Scratch& x, const Rows& rows, float sign) {
 template <class T, class Arithmetic>
 void all_tiles(const Similarity& p, const float* bias, const float* weight, float sign, float* total, float* row,
                const SoftplusGradients& gradients) {
-  const bool triangle = symmetric(p), self = p.k == nullptr;
+  const bool triangle = symmetric(p), itself = p.k == nullptr;
   const Blocks rows(p.n, triangle, p.m), columns(p.m, triangle, p.n);
   const Turns row_turns(p.groups * rows.count), column_turns(triangle ? 0 : p.groups * columns.count);
   const Spread spread(p);
   const Array<Scratch> scratch(spread.threads);
   const Array<double> values(p.groups * p.n), slopes(p.groups * p.n);
   // Where the keys are the queries but the problem is not symmetric, dk is added to dq in the end.
-  const Array<float> own_k(self && !triangle && gradients.q != nullptr ? p.groups * p.m * p.d : 0);
-  float* const to_k = !self ? gradients.k : triangle || gradients.q == nullptr ? nullptr : static_cast<float*>(own_k);
+  const Array<float> own_k(itself && !triangle && gradients.q != nullptr ? p.groups * p.m * p.d : 0);
+  float* const to_k = !itself ? gradients.k : triangle || gradients.q == nullptr ? nullptr : static_cast<float*>(own_k);
   const int64_t tiles = gradients.scale == nullptr ? 0 : rows.count * columns.count;
   const Array<double> dots(p.groups * tiles);
 
@@ -150,7 +150,7 @@ void all_tiles(const Similarity& p, const float* bias, const float* weight, floa
     team.each(rows.count, [&](int64_t b) {
       const int64_t first = rows.begin(b) * p.d, count = rows.width(b) * p.d;
       for (int64_t c = first; q_at != nullptr && c < first + count; ++c)
-        q_at[c] = (q_at[c] + (self && k_at != nullptr ? k_at[c] : 0.f)) * p.scale;
+        q_at[c] = (q_at[c] + (itself && k_at != nullptr ? k_at[c] : 0.f)) * p.scale;
     });
     team.each(columns.count, [&](int64_t b) {
       const int64_t first = columns.begin(b) * p.d, count = columns.width(b) * p.d;

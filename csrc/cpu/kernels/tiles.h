@@ -54,7 +54,7 @@ template <class T, class Arithmetic>
 struct Group {
   int64_t n, m, d;
   const T *q, *k;
-  bool without_self;  // q is k: the pairs (i, i) are left out
+  bool itself;  // q is k: the pairs (i, i) are left out
   float scale;
   const int64_t *q_ids, *k_ids;
   bool same;
@@ -141,7 +141,7 @@ struct Group {
     alignas(64) float bias[BLOCK];
     if (k_bias != nullptr)
       for (int64_t j = 0; j < padded; ++j) bias[j] = j < tile.columns ? k_bias[tile.j0 + j] : 0.f;
-    const bool on_diagonal = without_self && tile.i0 < tile.j0 + tile.columns && tile.j0 < tile.i0 + tile.rows;
+    const bool on_diagonal = itself && tile.i0 < tile.j0 + tile.columns && tile.j0 < tile.i0 + tile.rows;
     for (int64_t i = 0; i < tile.rows; ++i) {
       float* s = x.s + i * S_ROW;
       const float* dot = dots + i * S_ROW;
@@ -367,17 +367,17 @@ struct Spread {
 template <class T, class Arithmetic>
 Group<T, Arithmetic> group_of(const Similarity& p, int64_t g) {
   const auto at = [g](const auto* array, int64_t length) { return array == nullptr ? nullptr : array + g * length; };
-  const bool self = p.k == nullptr;
+  const bool itself = p.k == nullptr;
   Group<T, Arithmetic> group{};
   group.n = p.n;
   group.m = p.m;
   group.d = p.d;
   group.q = static_cast<const T*>(p.q) + g * p.n * p.d;
-  group.k = self ? group.q : static_cast<const T*>(p.k) + g * p.m * p.d;
-  group.without_self = self;
+  group.k = itself ? group.q : static_cast<const T*>(p.k) + g * p.m * p.d;
+  group.itself = itself;
   group.scale = p.scale;
   group.q_ids = at(p.q_ids, p.n);
-  group.k_ids = self ? group.q_ids : at(p.k_ids, p.m);
+  group.k_ids = itself ? group.q_ids : at(p.k_ids, p.m);
   group.same = p.same;
   group.k_bias = at(p.k_bias, p.m);
   group.q_limit = at(p.q_limit, p.n);
