@@ -100,14 +100,14 @@ def mil_nce(
     if normalize:
         anchor, positives = unit(anchor), unit(positives)
     own = times((wide(anchor).unsqueeze(1) * wide(positives)).sum(2), scale)  # [N, P]
-    bias = None
+    k_bias = None
     if valid is not None:
         own = own.masked_fill(~valid, -math.inf)
-        bias = torch.zeros_like(own).masked_fill(~valid, -math.inf).detach().flatten()
+        k_bias = torch.zeros_like(own).masked_fill(~valid, -math.inf).detach().flatten()
     # Kept apart from the positives, the negatives leave a tiny loss its digits.
     of_anchor, of_candidate = ids, ids.repeat_interleave(P)
     options: dict[str, Any] = dict(
-        q_ids=of_anchor, k_ids=of_candidate, k_bias=bias, columns=two_way, ranks=copies(ranks, P)
+        q_ids=of_anchor, k_ids=of_candidate, k_bias=k_bias, columns=two_way, ranks=copies(ranks, P)
     )
     negative = similarity_lse(anchor, positives.flatten(0, 1), scale, **options)
     if two_way:
