@@ -4,7 +4,7 @@ python benchmarks/gpu.py OUT [--part headlines] [--seconds 300] [--select clip-6
 
 The cases, the most important first, run in a process of their own, since a failed kernel takes its process along: what
 crashed or hung is listed with the reason, and a new process goes on without it. Results are checked before they are
-timed, in turn, a, b, c, a, b, c, by CUDA events; beside them what the library's products take at that moment. Rivals
+timed, in turn, a, b, c, a, b, c, by CUDA events; beside them what products by BLAS take at that moment. Rivals
 are timed once, and `--part profile` tells where the time of ours goes. Results are added to those that OUT has.
 How things are measured stands in harness.py, what is measured in gpu_cases.py.
 """
@@ -28,7 +28,7 @@ from pathlib import Path
 import gpu_report
 import problems
 import torch
-from gpu_cases import LIBRARY, PARTS, PASSES, PROBLEMS, Case, plan, yardsticks
+from gpu_cases import BLAS, PARTS, PASSES, PROBLEMS, Case, plan, yardsticks
 from harness import CPU, DTYPES, GPU, OURS, Cpu, Step, as_type, check_exact, checked, medians, run_in_turn, step_of
 from problems import Problem, chunked
 
@@ -114,13 +114,13 @@ def measure(case: Case, key: str, skip: set, device: Cpu, deadline: float) -> di
         tell("timing")
         try:
             race(case, problem, steps, facts, device)
-        except Exception as error:  # no memory for the library's product
+        except Exception as error:  # no memory for the product by BLAS
             failed["the rounds"] = reason(error)
     return facts
 
 
 def race(case: Case, problem: Problem, steps: dict[str, Step], facts: dict, device: Cpu) -> None:
-    """Times the contenders and the library's products in turn, as they are and then as CUDA graphs."""
+    """Times the contenders and products by BLAS in turn, as they are and then as CUDA graphs."""
     contenders, failed = facts["contenders"], facts["failed"]
     forms = sorted((figures["seconds"], name) for name, figures in contenders.items() if name.startswith("compiled"))
     for _, name in forms[1:]:  # the fastest in its first call is enough, and has the memory
@@ -232,8 +232,8 @@ def add_rates(kernels: list[dict], problem: Problem) -> list[dict]:
         if patterns:
             groups.setdefault(patterns[0], []).append(kernel)
     for pattern, group in groups.items():
-        by_library = LIBRARY in groups and "lse_bwd" in pattern  # it writes the weights that the library multiplies
-        passes = executed["weights" if by_library else pattern]
+        by_blas = BLAS in groups and "lse_bwd" in pattern  # it writes the weights that BLAS multiplies
+        passes = executed["weights" if by_blas else pattern]
         rate = passes * problem.pass_flops / sum(kernel["seconds"] for kernel in group)
         for kernel in group:
             kernel["flops_per_second"] = rate

@@ -20,7 +20,7 @@ from sslkern import backends
 from sslkern.backends import BACKENDS, load
 
 COPY, COPY_BYTES = "copy of 2 GiB", 2**32  # read and written
-CUBE = "product of 8,192^3"  # by the library: the product rate of the moment
+CUBE = "product of 8,192^3"  # by BLAS: the product rate of the moment
 PRODUCT = "product"  # the same of the N, M and D of the case, which for few features waits for memory
 BANK = 1_280_000
 PROBLEMS = {
@@ -39,11 +39,11 @@ PROBLEMS = {
 ON_A_CPU = "lightly", "open_clip", "info-nce-pytorch"
 LATE = ("cut-cross-entropy",)
 # Passes of 2 N M D flop that kernels execute, by a part of their names; of a backward what one that owns rows of
-# gradients takes for all sides (less where it writes weights for products of the library).
-LIBRARY = "gemm|nvjet|cutlass|xmma"
+# gradients takes for all sides (less where it writes weights for products by BLAS).
+BLAS = "gemm|nvjet|cutlass|xmma"
 PASSES = {
-    "both": {"forward|lse_fwd": 1, "weights": 1, "gradient_(rows|columns)|lse_bwd": 4, LIBRARY: 2},
-    "itself": {"forward|lse_fwd": 0.5, "weights": 0.5, "gradient_(rows|columns)|lse_bwd": 2, LIBRARY: 1},
+    "both": {"forward|lse_fwd": 1, "weights": 1, "gradient_(rows|columns)|lse_bwd": 4, BLAS: 2},
+    "itself": {"forward|lse_fwd": 0.5, "weights": 0.5, "gradient_(rows|columns)|lse_bwd": 2, BLAS: 1},
     "frozen": {"frozen": 2, "forward|lse_fwd": 1},
     "softplus": {"softplus": 3},
     "unknown": {},
@@ -110,7 +110,7 @@ def within(way: Callable, function: Callable) -> Callable:
 def ways_of_cuda(N: int, M: int, D: int) -> dict[str, Callable]:
     """Where the CUDA kernels have two ways, each of them."""
     ways = {}
-    if 64 < D <= 256:  # gradients from owners of rows, or as products of the library
+    if 64 < D <= 256:  # gradients from owners of rows, or as products by BLAS
         ways |= {"owners of rows": partial(widest_owners, 256), "weights": partial(widest_owners, 0)}
     if N <= 1024:  # the loss of few pairs as a whole, or from its parts
         ways["in parts"] = in_parts
@@ -132,7 +132,7 @@ def widest_owners(features: int):
 
 
 def yardsticks(problem: Problem, dtype: torch.dtype, device: str) -> dict[str, Callable]:
-    """What the library takes at the same moment: for a copy, or for products, of a cube and of the sizes of S."""
+    """What a copy takes at the same moment, or products by BLAS, of a cube and of the sizes of S."""
     small = device == "cpu"  # of a dry run
     if problem.bytes:
         source = torch.zeros(COPY_BYTES // (2**20 if small else 1) // 4, dtype=torch.int16, device=device)
@@ -188,7 +188,7 @@ def plan(part: str = "") -> list[Case]:
 PARTS, FP32 = ("headlines", "profile", "small", "rivals"), ("tf32", "fp32")
 SMALL = 256, 1024, 512, 64, 128, 2048, 4096  # rows, those that tell most first
 
-# The goals: figures of cases, in the units of their names. They are set for an H100 whose library multiplies at RATE;
+# The goals: figures of cases, in the units of their names. They are set for an H100 whose BLAS multiplies at RATE;
 # the times of what products decide are scaled to it by the rate of the moment.
 RATE = 784e12
 

@@ -98,7 +98,7 @@ def page(results: dict) -> str:
             f"# {heading}\n",
             f"Written by `benchmarks/gpu.sh`. {facts}.{span} [How it is measured](../README.md#on-a-gpu).\n",
             "## Goals\n",
-            "For an H100. Times are scaled to a library that multiplies at 784 TFLOP/s, by its rate at that moment.\n",
+            "For an H100. Times are scaled to a BLAS that multiplies at 784 TFLOP/s, by its rate at that moment.\n",
             table(
                 ["figure", "measured", "goal", ""],
                 [
@@ -108,8 +108,8 @@ def page(results: dict) -> str:
             ),
             *(["## Steps\n", table(["step", "", ""], results["steps"])] if results["steps"] else []),
             "## Ours\n",
-            "mm: the library's product of the same sizes. Floor: what the algorithm has to multiply or to move, at the "
-            "rate of the library's products or copies of the same moment, as a share of our time.\n",
+            "mm: the product by BLAS of the same sizes. Floor: what the algorithm has to multiply or to move, at the "
+            "rate of products by BLAS or of copies of the same moment, as a share of our time.\n",
             table(*overview(results)),
             "## Where somebody is faster\n",
             listed(slower(results)),

@@ -197,7 +197,7 @@ def test_kernels_are_told_what_they_execute(gpu):
     ]
     one = 2 * 64 * 64 * 32
     rates = [kernel.get("flops_per_second") for kernel in gpu.add_rates(kernels, problem)]
-    assert rates == [one, one, one / 2, one / 2, None]  # weights for the library, which multiplies twice
+    assert rates == [one, one, one / 2, one / 2, None]  # weights for BLAS, which multiplies twice
     alone = {"name": "similarity_lse_bwd_kernel", "seconds": 1.0}
     assert gpu.add_rates([alone], problem)[0]["flops_per_second"] == 4 * one
 
@@ -217,7 +217,7 @@ def test_goals_are_judged_at_the_rate_of_the_moment(gpu):
     for goal in goals():
         with pytest.raises(KeyError):
             goal.figure(Asked())
-    slow = {"seconds": 2 * 8192**3 / (RATE / 2)}  # the library has half of its rate
+    slow = {"seconds": 2 * 8192**3 / (RATE / 2)}  # BLAS has half of its rate
     case = RESULT | {"contenders": {"sslkern": {"seconds": 0.05}, CUBE: slow}}
     results = gpu_report.EMPTY | {"cases": {"clip-65536-512-bf16": case}}
     met = next(goal for goal in gpu_report.judged(results) if goal["what"] == "clip-65536-512-bf16, ms")

@@ -306,7 +306,7 @@ def test_memory_of_strips():
 
 
 @pytest.mark.parametrize("version", [(2, 7), (2, 8), (2, 11)])
-def test_products_of_the_library_take_no_option_that_torch_has_not(monkeypatch, version):
+def test_products_by_blas_take_no_option_that_torch_has_not(monkeypatch, version):
     """`out_dtype` is there from 2.8 on, and adds to fp32 from 2.11 on."""
     monkeypatch.setattr(strips, "VERSION", version)
     options = []

@@ -3,7 +3,7 @@
 The forward sums with a shift for each segment (similarity_lse_forward.py), and what that cannot represent a row owner
 with a running maximum computes again, which also finds the best scores and serves frozen keys (similarity_lse_rows.py).
 In the backward an owner of rows holds its gradient in registers as long as that fits (similarity_lse_gradient.py); of
-more features a kernel writes the weights of a strip of rows for two products of the library
+more features a kernel writes the weights of a strip of rows for two products by BLAS
 (similarity_lse_weights.py).
 """
 

@@ -1,5 +1,5 @@
 """The backward of `similarity_lse` on Hopper for many features: kernels write the weights of pairs for a strip of rows
-at a time, and products of the library turn them into gradients."""
+at a time, and products by BLAS turn them into gradients."""
 
 import functools
 from typing import NamedTuple

@@ -2,7 +2,7 @@
 
 Each pass over S sums up softplus and computes the weights of the gradients from the same exponential. An owner of rows
 holds the gradient of its side in registers as long as that fits (similarity_softplus_gradient.py); of more features
-weights are written, a strip of rows at a time, for two products of the library (similarity_softplus_weights.py).
+weights are written, a strip of rows at a time, for two products by BLAS (similarity_softplus_weights.py).
 """
 
 from torch import Tensor

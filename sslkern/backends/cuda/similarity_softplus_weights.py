@@ -1,5 +1,5 @@
 """`similarity_softplus` on Hopper for many features: kernels sum up a strip of rows at a time and write its weights,
-which products of the library turn into gradients."""
+which products by BLAS turn into gradients."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-// Weights of the pairs of a strip of rows of S in 16 bits, which products of the library turn into gradients: how their
+// Weights of the pairs of a strip of rows of S in 16 bits, which products by BLAS turn into gradients: how their
 // scores come about and how they leave. What a weight is the file says that includes this.
 //
 // Blocks have a warpgroup that copies and two that multiply, which take 64 rows by 128 columns of S at a time:
