@@ -182,7 +182,7 @@ def _lacks(name, primitive, device, dtype, x, options) -> str | None:
     return None if lacks is None else lacks(x, **options)
 
 
-def kept_rows(backend: str, N: int, M: int, D: int, groups: int = 1, *, itself: bool = False) -> int:
+def rows_to_keep(backend: str, N: int, M: int, D: int, groups: int = 1, *, itself: bool = False) -> int:
     """Of how many rows a forward of `similarity_lse` keeps the scores, which saves the backward a product of them.
 
     All of a small problem, where features are so many that reading a score back costs less than its product. A part

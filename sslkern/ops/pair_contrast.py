@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import find, kept_rows, load, resolve_each
+from ..backends import find, load, resolve_each, rows_to_keep
 from ..backends.problem import Problem
 from ..common.node import Node, Operator, from_eager, once, outside_autograd, past_dispatcher_in
 from ..common.rows import dots, row_numbers, unit
@@ -100,9 +100,9 @@ def pair_contrast(
     # Who has each part of it.
     sizes = 1, rows, rows if bank is None else bank.shape[0], x.shape[1]
     parts = resolve_each(PARTS, x, dict(sizes=sizes, frozen=frozen))
-    keep = kept_rows(parts[0], rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
+    kept_rows = rows_to_keep(parts[0], rows, rows, x.shape[1], itself=views) if learns and not frozen else 0
     losses, positive, best, *_ = way(
-        x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, frozen, keep, ",".join(parts)
+        x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, frozen, kept_rows, ",".join(parts)
     )
     if ptr is not None:
         queue_push_(queue, ptr, y, normalize)
@@ -124,7 +124,7 @@ def few_pairs(x: Tensor, rows: int, ids: Tensor | None) -> bool:
 # ---- the node --------------------------------------------------------------------------------------------------------
 
 
-def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, frozen, keep, backends):
+def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, frozen, kept_rows, backends):
     backend, pairs, losses = backends.split(",")
     N = x.shape[0]
     z, norm, cosine = load(pairs, "unit_pairs").unit_pairs_fwd(x, y, normalize)
@@ -136,14 +136,14 @@ def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, f
     if frozen:  # what the gradient needs of the negatives comes with the forward
         (row, kept, best), col = primitive.similarity_lse_frozen_fwd(problem, need_best), None
     else:
-        row, col, best, kept = primitive.similarity_lse_fwd(problem, mode == "two_way", need_best, keep)
+        row, col, best, kept = primitive.similarity_lse_fwd(problem, mode == "two_way", need_best, kept_rows)
     bounded = normalize and bank is None and scale_tensor is None and abs(scale) < 1e30  # rows of length 1, or NaN
     forward = load(losses, "pair_losses").pair_losses_fwd
     losses, positive, gap = forward(row, col, cosine, scale_tensor, scale, bounded)
     return losses, positive, best.view(-1, N) if need_best else None, z, norm, cosine, gap, row, col, kept
 
 
-def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, frozen, keep, backends):
+def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, frozen, kept_rows, backends):
     (N, D), dtype = x.shape, accumulator(x)
     views, sides = mode == "views", 1 if mode == "one_way" else 2
 
@@ -152,7 +152,7 @@ def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, froz
 
     z, norm, cosine = x.new_empty(2 * N, D), new(2 * N if normalize else 0), new(N)
     row, col = new(N * (1 + views)), new(N if mode == "two_way" else 0)
-    kept = new(N, D) if frozen else new(keep, N * (1 + views)) if keep else new(0)
+    kept = new(N, D) if frozen else new(kept_rows, N * (1 + views)) if kept_rows else new(0)
     return new(sides, N), new(N), new(sides, N) if need_best else new(0), z, norm, cosine, new(sides, N), row, col, kept
 
 
@@ -214,7 +214,7 @@ def _or_none(x: Tensor | None) -> Tensor | None:
 _node = Node(
     Operator(
         "pair_contrast(Tensor x, Tensor y, Tensor? bank, Tensor? scale_tensor, float scale, Tensor? ids, str mode,"
-        " bool normalize, bool need_best, bool frozen, int keep, str backends) -> (Tensor losses,"
+        " bool normalize, bool need_best, bool frozen, int kept_rows, str backends) -> (Tensor losses,"
         " Tensor positive, Tensor best, Tensor z, Tensor norm, Tensor cosine, Tensor gap, Tensor row, Tensor col,"
         " Tensor kept)",
         _forward,

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..backends import kept_rows, load, resolve
+from ..backends import load, resolve, rows_to_keep
 from ..backends.problem import Problem, keys_of, sizes_of, tensors_of
 from ..common.arguments import FLOATS, check_dense, check_devices, check_flags, describe
 from ..common.node import Node, Operator, once, outside_autograd
@@ -92,8 +92,8 @@ def similarity_lse(
         row, _, best_scores = _frozen.way(True, *tensors_of(problem))(*problem, best, backend)
     else:
         G, N, M, D = sizes_of(problem)
-        keep = kept_rows(backend, N, M, D, G, itself=k is None) if learns else 0
-        row, col, best_scores, _ = _lse.way(learns, *tensors_of(problem))(*problem, columns, best, keep, backend)
+        kept_rows = rows_to_keep(backend, N, M, D, G, itself=k is None) if learns else 0
+        row, col, best_scores, _ = _lse.way(learns, *tensors_of(problem))(*problem, columns, best, kept_rows, backend)
     if columns and best:
         return row, col, best_scores
     if columns:
@@ -171,28 +171,28 @@ def similarity_lse_bwd(
 
 
 def _forward(*inputs):
-    *problem, columns, need_best, keep, backend = inputs
-    return load(backend, "similarity_lse").similarity_lse_fwd(Problem(*problem), columns, need_best, keep)
+    *problem, columns, need_best, kept_rows, backend = inputs
+    return load(backend, "similarity_lse").similarity_lse_fwd(Problem(*problem), columns, need_best, kept_rows)
 
 
 def _fake(*inputs):
-    *problem, columns, need_best, keep, _ = inputs
+    *problem, columns, need_best, kept_rows, _ = inputs
     problem = Problem(*problem)
     q, groups, (_, N, M, _) = problem.q, problem.q.shape[:-2], sizes_of(problem)
     (row,) = empty_gradients(q, (True, (*groups, N)))
     ends = N + M if columns else N
-    shapes = (columns, (*groups, M)), (need_best, (*groups, ends)), (keep, (*groups, keep, M))
+    shapes = (columns, (*groups, M)), (need_best, (*groups, ends)), (kept_rows, (*groups, kept_rows, M))
     return row, *empty_gradients(q, *shapes)
 
 
 def _save(ctx, inputs, outputs) -> None:
-    *problem, ctx.columns, _, keep, ctx.backend = inputs
+    *problem, ctx.columns, _, kept_rows, ctx.backend = inputs
     row, col, _, kept = outputs
     problem = Problem(*problem)
     ctx.scale, ctx.same = problem.scale, problem.same
     if not ctx.columns:
         col = None
-    if keep == 0:
+    if kept_rows == 0:
         kept = None
     ctx.save_for_backward(*tensors_of(problem), row, col, kept)
 
@@ -233,7 +233,7 @@ def _gradients_fake(*inputs):
 
 _lse = Node(
     Operator(
-        f"similarity_lse({SCHEMA}, bool columns, bool need_best, int keep, str backend)"
+        f"similarity_lse({SCHEMA}, bool columns, bool need_best, int kept_rows, str backend)"
         " -> (Tensor row, Tensor col, Tensor best, Tensor kept)",
         _forward,
         _fake,

@@ -43,7 +43,7 @@ def _programs(dtype: torch.dtype, D: int, frozen: bool) -> list[tuple]:
     if D <= gradient.MOST_FEATURES and not frozen:
         needed.append(("similarity_lse_gradient", dtype, least([shape[0] for shape in gradient.SHAPES], D)))
     if D > BOTH_SIDES:
-        needed.append(("similarity_lse_weights", dtype, "chunks" if D <= weights.KEPT else "stream"))
+        needed.append(("similarity_lse_weights", dtype, "chunks" if D <= weights.CHUNKED else "stream"))
     return needed
 
 

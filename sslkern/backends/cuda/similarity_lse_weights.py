@@ -16,7 +16,7 @@ from .similarity_lse_sides import Columns, addresses_of, fold_of
 BLOCK, TILE, COLUMNS, CHUNK, PANEL, CLUSTER = 384, 64, 128, 64, 8192, 2  # as in kernels/weights.h
 SHARED = 227 << 10  # bytes of a block
 ALIGNED = 1024 - 16  # of these, as the kernels begin at a multiple of 1024
-KEPT = 512  # features of keys that stay in shared memory; of more both sides stream
+CHUNKED = 512  # features up to which keys stay in shared memory; of more both sides stream
 ROWS, FEWEST = 8192, 2048  # of a strip: to add to dk once more for each costs 4 % of the time, 15 % at the fewest
 STRIP = 2**30  # weights of a strip, 2 GB; more only where a strip of the fewest rows has more
 
@@ -86,7 +86,7 @@ class _Weights(NamedTuple):
         """Fills in the weights of a strip."""
         part = self.pairs.cut(*strip)
         N, M, D = part.sizes
-        call = Call("similarity_lse_weights", weights.device, weights.dtype, "chunks" if D <= KEPT else "stream")
+        call = Call("similarity_lse_weights", weights.device, weights.dtype, "chunks" if D <= CHUNKED else "stream")
         plan = plan_of(N, M, D, call.processors)
         sums = weights.new_empty(plan.sums, dtype=torch.float32) if self.dscale is not None else None
         of_columns = weights.new_empty((-(-N // 16), M), dtype=torch.float32) if self.dbias is not None else None
@@ -118,7 +118,7 @@ class Plan(NamedTuple):
 def plan_of(N: int, M: int, D: int, processors: int) -> Plan:
     """How a kernel is launched for a strip."""
     out, chunks = 4 * PANEL, -(-D // CHUNK)
-    if D > KEPT:
+    if D > CHUNKED:
         units, stages = -(-N // (CLUSTER * 2 * TILE)) * -(-M // (2 * COLUMNS)) * CLUSTER, 4
         blocks = min(units, processors // CLUSTER * CLUSTER)
         return Plan(blocks, CLUSTER, 1, stages, ALIGNED + out + stages * (6 * PANEL + 16), 8 * units)

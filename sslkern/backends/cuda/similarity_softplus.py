@@ -21,7 +21,7 @@ def lacks(x: Tensor, sizes: tuple[int, ...], limit: bool = False, **_) -> str | 
     if sizes[-1] <= gradient.FEATURES:
         program = "similarity_softplus_gradient", x.dtype
     else:
-        program = "similarity_softplus_weights", x.dtype, "chunks" if sizes[-1] <= weighing.KEPT else "stream"
+        program = "similarity_softplus_weights", x.dtype, "chunks" if sizes[-1] <= weighing.CHUNKED else "stream"
     return lacks_of(x, sizes, limit, [("similarity_extents",), program])
 
 

@@ -11,7 +11,7 @@ from ..strips import Strip
 from .launch import Call
 from .pairs import Pairs
 from .similarity_lse_sides import addresses_of
-from .similarity_lse_weights import BLOCK, COLUMNS, KEPT, TILE, plan_of, rows_of_strip
+from .similarity_lse_weights import BLOCK, CHUNKED, COLUMNS, TILE, plan_of, rows_of_strip
 
 
 class Terms(NamedTuple):
@@ -45,7 +45,7 @@ def sums_of(
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=row.device)
 
-        call = Call("similarity_softplus_weights", row.device, part.q.dtype, "chunks" if D <= KEPT else "stream")
+        call = Call("similarity_softplus_weights", row.device, part.q.dtype, "chunks" if D <= CHUNKED else "stream")
         plan, tiles = plan_of(n, M, D, call.processors), -(-M // COLUMNS)
         rows, of_bias = new(tiles, n), new(tiles, n) if need_bias else None
         of_columns = new(-(-n // 16), M) if need_k_bias else None

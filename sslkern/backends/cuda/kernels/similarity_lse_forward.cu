@@ -228,12 +228,12 @@ struct Scores {
   // The largest score of the warp that counts, of these products with the first half of the queries.
   template <int R>
   SSLKERN_DEVICE void set_shift(const float (&products)[R]) {
-    const uint64_t kept = which_count(0);
+    const uint64_t counting = which_count(0);
     float largest = -INFINITY;
 #pragma unroll
     for (int n = 0; n < HALF / 2; ++n) {
       const float score = fmaf(products[n], scale, bias[n / 2 % 2] * LOG2_E);
-      if (kept >> n & 1) largest = fmaxf(largest, score);
+      if (counting >> n & 1) largest = fmaxf(largest, score);
     }
 #pragma unroll
     for (int by = WARP / 2; by > 0; by /= 2) largest = fmaxf(largest, exchange(largest, by));
@@ -245,16 +245,16 @@ struct Scores {
   }
   // Adds up the exponentials of products with a half of the queries, those of its groups of 8 from..to.
   template <int HALF_AT, int R, int SUMS>
-  SSLKERN_DEVICE void add_up(const float (&products)[R], uint64_t kept, int from, int to, float (&of_queries)[SUMS],
+  SSLKERN_DEVICE void add_up(const float (&products)[R], uint64_t counting, int from, int to, float (&of_queries)[SUMS],
                              float (&of_keys)[4]) {
     asks = opaque(asks);
     if (asks == ALL_COUNT)
-      add_up<HALF_AT, false>(products, kept, from, to, of_queries, of_keys);
+      add_up<HALF_AT, false>(products, counting, from, to, of_queries, of_keys);
     else if (!(asks & NONE_COUNTS))
-      add_up<HALF_AT, true>(products, kept, from, to, of_queries, of_keys);
+      add_up<HALF_AT, true>(products, counting, from, to, of_queries, of_keys);
   }
   template <int HALF_AT, bool ASKS, int R, int SUMS>
-  SSLKERN_DEVICE void add_up(const float (&products)[R], uint64_t kept, int from, int to, float (&of_queries)[SUMS],
+  SSLKERN_DEVICE void add_up(const float (&products)[R], uint64_t counting, int from, int to, float (&of_queries)[SUMS],
                              float (&of_keys)[4]) const {
 #pragma unroll
     for (int n = 4 * from; n < 4 * to; n += 4) {
@@ -263,7 +263,7 @@ struct Scores {
       for (int k = 0; k < 4; ++k) {
         const float product = products[(R == HALF / 2 ? 0 : HALF_AT * HALF / 2) + n + k];
         e[k] = exp2_fast(fmaf(product, scale, add[k / 2]));
-        if (ASKS && !(kept >> (n + k) & 1)) e[k] = 0.f;
+        if (ASKS && !(counting >> (n + k) & 1)) e[k] = 0.f;
         of_keys[k] += e[k];
       }
       of_queries[HALF_AT * HALF / 4 + n / 2] += e[0] + e[2];
@@ -394,17 +394,17 @@ SSLKERN_DEVICE void consume_panels(const Problem& p, const Plan& plan, Walk walk
   Ring ring = memory.ring(consumer_warp() / 4);
   Scores<1> scores(p, plan);
   float acc0[HALF / 2], acc1[HALF / 2], of_queries[HALF / 4], of_keys[4] = {};
-  uint64_t kept = 0;
+  uint64_t counting = 0;
   int column = 0;
   const auto begin_sums = [&](int n) {
     scores.look_at(n);
     scores.begin_sums();
     scores.load_bias(scores.step());
-    kept = scores.which_count(0);
+    counting = scores.which_count(0);
   };
   const auto sum_up = [&](float (&acc)[HALF / 2], int part) {
     const int groups = HALF / 8 / PARTS;
-    scores.template add_up<0>(acc, kept, part * groups, (part + 1) * groups, of_queries, of_keys);
+    scores.template add_up<0>(acc, counting, part * groups, (part + 1) * groups, of_queries, of_keys);
   };
   const auto end_sums = [&] {
     store_keys(partials, column, of_keys, scores.shift);
