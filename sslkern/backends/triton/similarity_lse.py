@@ -148,27 +148,27 @@ def similarity_lse_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _merge_parts(
-    maximum, total, best,  # [BLOCK] each, the running sums of exp(part - maximum) and the largest score
-    part, part_best,  # [slots, size]
+    maximum, total, best,  # [BLOCK] each, the running sums of exp(part - maximum) and the best score
+    parts, best_parts,  # [count, size]
     x,  # [BLOCK], which of size
-    size, N, slots, STEP: tl.constexpr, BN: tl.constexpr,
+    size, N, count, STEP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Takes part into the running sums. STEP: slot n came to the columns from those of its first block on, which starts
-    at n * STEP."""
-    TOGETHER: tl.constexpr = 64  # slots whose loads are under way together
-    for n0 in range(0, slots, TOGETHER):
+    """Takes parts into the running sums. STEP: part n came to the columns from those of its first block on, which
+    starts at n * STEP."""
+    TOGETHER: tl.constexpr = 64  # parts whose loads are under way together
+    for n0 in range(0, count, TOGETHER):
         n = n0 + tl.arange(0, TOGETHER)
-        there = (n < slots)[:, None] & (x < size)[None, :]
+        there = (n < count)[:, None] & (x < size)[None, :]
         if STEP > 0:
             there &= (n * STEP // BN * BN)[:, None] <= (x % N)[None, :]
         place = n.to(tl.int64)[:, None] * size + x[None, :]
-        value = tl.load(part + place, mask=there, other=float("-inf"))
+        value = tl.load(parts + place, mask=there, other=float("-inf"))
         new = tl.maximum(maximum, tl.max(value, 0))
         shift = finite_shift(new)
         total = total * exp(maximum - shift) + tl.sum(exp(value - shift[None, :]), 0)
         maximum = new
-        if part_best is not None:
-            best = tl.maximum(best, tl.max(tl.load(part_best + place, mask=there, other=float("-inf")), 0))
+        if best_parts is not None:
+            best = tl.maximum(best, tl.max(tl.load(best_parts + place, mask=there, other=float("-inf")), 0))
     return maximum, total, best
 
 
@@ -352,16 +352,16 @@ def similarity_lse_frozen_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def similarity_lse_merge_means_kernel(
-    part, part_best,  # [splits, size], the latter or None
+    parts, best_parts,  # [splits, size], the latter or None
     means,  # [splits, size, D]
     row, best, mean,  # [size], [size] or None, [size, D]
     size, splits, D: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """row = log-sum-exp over part, and mean that over means, weighted by the exp(part - row) of their splits."""
+    """row = log-sum-exp over parts, and mean that over means, weighted by the exp(part - row) of their splits."""
     x, d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * DV + tl.arange(0, DV)
     inside, place = (x < size)[:, None] & (d < D)[None, :], x[:, None] * D + d[None, :]
     maximum, total = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    maximum, total, best_of_row = _merge_parts(maximum, total, maximum, part, part_best, x, size, 1, splits, 0, 1)
+    maximum, total, best_of_row = _merge_parts(maximum, total, maximum, parts, best_parts, x, size, 1, splits, 0, 1)
     merged = log_sum(maximum, total)
     if tl.program_id(1) == 0:
         tl.store(row + x, merged, mask=x < size)
@@ -372,9 +372,9 @@ def similarity_lse_merge_means_kernel(
     for n0 in range(0, splits, 16):
         for n in tl.static_range(16):  # their loads are under way together
             there = x < tl.where(n0 + n < splits, size, 0)
-            weight = exp(tl.load(part + x, mask=there, other=float("-inf")) - shift)
+            weight = exp(tl.load(parts + x, mask=there, other=float("-inf")) - shift)
             sums += weight[:, None] * tl.load(means + place, mask=inside & there[:, None], other=0.0)
-            part += size
+            parts += size
             means += size.to(tl.int64) * D
     tl.store(mean + place, sums, mask=inside)
 
@@ -413,24 +413,24 @@ def _frozen(launch: Launch, need_best: bool) -> tuple[Tensor | None, ...]:
     blocks, chunks = triton.cdiv(N, config.BM), triton.cdiv(D, config.DV)
     split_blocks, splits = launch.split(triton.cdiv(M, config.BN), G * blocks * chunks)
     new = allocator(q)
-    part, means, part_best = new(splits, G, N), new(splits, G, N, D), new(splits, G, N, needed=need_best)
+    parts, means, best_parts = new(splits, G, N), new(splits, G, N, D), new(splits, G, N, needed=need_best)
     with chips.on(q.device):
         q_side, k_side = launch.with_extents(*_sides(problem), config)
         x, y = launch.features(q, k, config)
         similarity_lse_frozen_fwd_kernel[(G * blocks, splits, chunks)](
             q=x, k=y, k_rows=k, q_side=q_side, k_side=k_side, scale_tensor=problem.scale_tensor, scale=problem.scale,
-            row=part, mean=means, best=part_best, G=G, N=N, M=M, blocks=blocks, split_size=split_blocks * config.BN,
+            row=parts, mean=means, best=best_parts, G=G, N=N, M=M, blocks=blocks, split_size=split_blocks * config.BN,
             D=D, BM=config.BM, BN=config.BN, BD=config.BD, DV=config.DV, SAME=problem.same,
             LIFT=2.0**14 if q.dtype == torch.float16 else 1.0,  # where weights of long queues would vanish
             PRECISION=precision(q.dtype), **config.launch(),
         )  # fmt: skip
         if splits == 1:
-            return part, means, part_best
+            return parts, means, best_parts
         row, mean, row_best = new(G, N), new(G, N, D), new(G, N, needed=need_best)
         BLOCK, DV = 4, min(32, triton.next_power_of_2(D))
         similarity_lse_merge_means_kernel[(triton.cdiv(G * N, BLOCK), triton.cdiv(D, DV))](
-            part=part, part_best=part_best, means=means, row=row, best=row_best, mean=mean, size=G * N, splits=splits,
-            D=D, BLOCK=BLOCK, DV=DV, num_warps=4,
+            parts=parts, best_parts=best_parts, means=means, row=row, best=row_best, mean=mean, size=G * N,
+            splits=splits, D=D, BLOCK=BLOCK, DV=DV, num_warps=4,
         )  # fmt: skip
     return row, mean, row_best
 
