@@ -114,10 +114,22 @@ Run = Annotated[Path, typer.Argument(help="The folder of a run, as in --out.", s
 @app.command("evaluate")
 def evaluate_(
     run: Run,
-    data: Annotated[str | None, typer.Option(help="Other data than the run's, of the same kind.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Other data than the run's, of the same kind; images are made as large as the run's, and gray or not."
+        ),
+    ] = None,
     labels: Annotated[
-        float | None,
-        typer.Option(help="Also fine-tune on this share of the labels, beside training from scratch: 0.01 is 1 %."),
+        str | None,
+        typer.Option(
+            help="Also fine-tune on these shares of the labels, beside training from scratch with as many trials: "
+            "0.01,0.1 is 1 % and 10 %."
+        ),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="How often the labelled images are drawn.")] = 3,
+    beside: Annotated[
+        Path | None, typer.Option(help="The folder of a run to measure beside it, such as a supervised one.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the labelled images.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
@@ -125,12 +137,23 @@ def evaluate_(
     """Measure the features of a run again, or on other data, or fine-tuned on a few labels."""
     from ssltrain import runs
 
-    if labels is not None and not 0 < labels <= 1:
-        raise UsageError(f"--labels {labels}: must be a share, more than 0 and at most 1.")
+    shares = [] if labels is None else _shares(labels)
+    if draws < 1:
+        raise UsageError(f"--draws {draws}: must be 1 or more.")
     runs.check_writable("--json", json_path)
-    figures = runs.evaluate_run(run, data, labels, seed)
+    figures = runs.evaluate_run(run, data, shares, draws, seed, beside)
     if json_path is not None:
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _shares(labels: str) -> list[float]:
+    try:
+        shares = [float(share) for share in labels.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise UsageError(f"--labels {labels}: must be shares, more than 0 and at most 1, with commas between.")
+    return shares
 
 
 @app.command()

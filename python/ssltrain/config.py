@@ -147,9 +147,9 @@ class Config(ABC):
 
     @abstractmethod
     def fine_tune(
-        self, data: Any, encoders: dict[str, Any], share: float, device: torch.device, seed: int
-    ) -> tuple[dict[str, float], int]:
-        """The test accuracy of each encoder after training on a share of the labels, and how many these are."""
+        self, data: Any, encoders: dict[str, Any], share: float, draws: int, device: torch.device, seed: int
+    ) -> dict[str, Any]:
+        """The test accuracy of each encoder after training on a share of the labels; see `ssltrain.finetune`."""
 
     @abstractmethod
     def exported(self, encoder: Any) -> tuple[nn.Module, dict[str, str], str]:
@@ -245,16 +245,15 @@ class ImageConfig(Config):
         return names, images.features(encoder, images.with_channels(pixels, shape[0]), device), notes
 
     def fine_tune(
-        self, data: Images, encoders: dict[str, Encoder], share: float, device: torch.device, seed: int
-    ) -> tuple[dict[str, float], int]:
-        """The test accuracy of each encoder after training on a share of the labels, and how many these are."""
-        from ssltrain import augment
+        self, data: Images, encoders: dict[str, Encoder], share: float, draws: int, device: torch.device, seed: int
+    ) -> dict[str, Any]:
+        """The test accuracy of each encoder after training on a share of the labels; see `ssltrain.finetune`."""
+        from ssltrain import augment, finetune
 
         if not data.classes:
             raise UsageError(f"--labels: {data.name} has no labels to train on; leave it out, or name other --data.")
         views = augment.build(data.channels, data.size, self.flip)
-        found = {name: data.fine_tune(encoder, share, views, device, seed) for name, encoder in encoders.items()}
-        return {name: round(accuracy, 4) for name, (accuracy, _) in found.items()}, next(iter(found.values()))[1]
+        return finetune.fine_tune(data, encoders, views, share, draws, device, seed)
 
     def exported(self, encoder: Encoder) -> tuple[nn.Module, dict[str, str], str]:
         """The network whose weights are of use elsewhere, what to write beside them, and how to load them."""
@@ -300,7 +299,7 @@ class SpeechConfig(Config):
         names, clips, _, notes = speech.read_files(source)
         return names, speech.contexts(encoder, clips, device), notes
 
-    def fine_tune(self, *_: Any) -> tuple[dict[str, float], int]:
+    def fine_tune(self, *_: Any) -> dict[str, Any]:
         raise UsageError(f"--labels: is for runs on images; leave it out for {self.method}.")
 
     def exported(self, encoder: nn.Module) -> tuple[nn.Module, dict[str, str], str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from ssltrain.pictures import Levels
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ssltrain.encoders import Encoder
     from ssltrain.methods._method import Method
 
 
@@ -135,52 +134,24 @@ class Images:
         else:
             panels.draw_pairs(axes, views)
 
-    def fine_tune(
-        self, encoder: Encoder, share: float, views: Callable[[Tensor], Tensor], device: torch.device, seed: int = 0
-    ) -> tuple[float, int]:
-        """Test accuracy after training a copy of the encoder and a linear layer on a `share` of the labels, and how
-        many these are. `views` augments float [B, C, H, W] in [0, 1]."""
-        rows = self._labelled(share, generator := torch.Generator().manual_seed(seed))
-        pixels, labels = self.train[rows].to(device), self.train_labels[rows].to(device)
-        torch.manual_seed(seed)
-        encoder = copy.deepcopy(encoder).to(device).train()
-        head = nn.Linear(encoder.features, len(self.classes)).to(device)
-        _fit_labels(encoder, head, pixels, labels, views, generator)
-        scores = head(features(encoder, self.test, device))
-        return (scores.argmax(1) == self.test_labels.to(device)).float().mean().item(), len(rows)
+    def like(self, shape: Sequence[int]) -> Images:
+        """These images with as many channels and pixels as others, [C, H, W]."""
+        if self.shape == list(shape):
+            return self
+        channels, *size = shape
 
-    def _labelled(self, share: float, generator: torch.Generator) -> Tensor:
-        """The rows of that share of the training images, drawn class by class, at least one of each."""
-        chosen = []
-        for c in range(len(self.classes)):
-            members = (self.train_labels == c).nonzero().flatten()
-            count = max(1, round(share * len(members)))
-            chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
-        return torch.cat(chosen)
+        def fitted(pixels: Tensor) -> Tensor:
+            scaled = with_channels(pixels, channels)
+            if list(scaled.shape[2:]) == size:
+                return scaled
+            parts = (F.interpolate(x.float(), size, mode="bilinear", antialias=True) for x in scaled.split(512))
+            return torch.cat([x.round().clamp(0, 255).to(torch.uint8) for x in parts])
 
-
-def _fit_labels(
-    encoder: nn.Module,
-    head: nn.Module,
-    pixels: Tensor,
-    labels: Tensor,
-    views: Callable[[Tensor], Tensor],
-    generator: torch.Generator,
-    steps: int = 400,
-    batch: int = 64,
-    lr: float = 1e-3,
-) -> None:
-    """AdamW with a cosine schedule, every layer at the same rate."""
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=lr, weight_decay=1e-4)
-    draws = torch.randint(len(labels), (steps, min(batch, len(labels))), generator=generator).to(labels.device)
-    for step, picked in enumerate(draws):
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        with torch.no_grad():
-            x = views(pixels[picked].float() / 255)
-        loss = F.cross_entropy(head(encoder(x)), labels[picked])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        note = (
+            f"{self.name}: the images are made {size[1]} x {size[0]}, of {channels} channels, as those of the run are"
+        )
+        train, test = fitted(self.train), fitted(self.test) if len(self.test) else self.test.new_empty(0, *shape)
+        return dataclasses.replace(self, train=train, test=test, notes=[*self.notes, note])
 
 
 @torch.no_grad()

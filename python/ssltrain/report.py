@@ -6,8 +6,9 @@ import io
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -108,6 +109,23 @@ def table(evaluation: Evaluation) -> str:
         lines.append(f"{name:<20}{width:>10}" + "".join(f"{'-' if math.isnan(x) else f'{x:.3f}':>20}" for x in figures))
     if any(map(math.isnan, evaluation.accuracies.values())):
         lines.append(f"-: {NO_LABELS}")
+    return "\n".join(lines)
+
+
+TUNED = {"fine_tuned": "fine-tuned", "scratch": "from scratch", "beside": "other run"}
+
+
+def tuned_table(tuned: Sequence[dict[str, Any]]) -> str:
+    """What `finetune` found for some shares of the labels, as aligned text."""
+    names = [name for name in TUNED if name in tuned[0]]
+    lines = [f"{'labels':<20}{'images':>10}" + "".join(f"{TUNED[name]:>20}" for name in names)]
+    for of in tuned:
+        spreads = {name: of[f"{name}_spread"] for name in names}
+        figures = [f"{of[name]:.3f}" + ("" if x is None else f" ± {x:.3f}") for name, x in spreads.items()]
+        share = f"{100 * of['share']:g} %"
+        lines.append(f"{share:<20}{of['images']:>10,}" + "".join(f"{figure:>20}" for figure in figures))
+    draws, trials = tuned[0]["draws"], tuned[0]["trials"]
+    lines.append(f"test accuracy, {draws} draws; learning rate and length by {trials} trials each on training images")
     return "\n".join(lines)
 
 

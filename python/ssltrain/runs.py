@@ -10,10 +10,11 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -175,7 +176,7 @@ def _check_same_data(loaded: Data, shape: list[int], earlier: dict, now: dict) -
         )
 
 
-def _of(shape: list[int]) -> str:
+def _of(shape: Sequence[int]) -> str:
     return f" of {tuple(shape)}" if shape else ""
 
 
@@ -226,34 +227,38 @@ def _load(folder: Path) -> tuple[config.Config, nn.Module, tuple[int, ...], dict
     return options, encoder.to(options.device).eval(), shape, checkpoint["about"]
 
 
-def evaluate_run(folder: Path, source: str | None, share: float | None, seed: int) -> dict[str, float | str | None]:
-    """Print and return the accuracies of a run's encoder, on other data if named."""
+def evaluate_run(
+    folder: Path, source: str | None, shares: Sequence[float], draws: int, seed: int, beside: Path | None
+) -> dict[str, Any]:
+    """Print and return the accuracies of a run's encoder, on other data if named, and that of another run beside it."""
     options, encoder, shape, about = _load(folder)
+    other = _load_beside(beside, folder, shape) if beside else None
     device = torch.device(options.device)
     if source is not None:
         options = config.from_dict(options.as_dict() | {"data": source}, str(folder))
     loaded = options.load(about)
-    _describe(loaded)
-    if tuple(loaded.shape) != shape:
-        raise UsageError(
-            f"--data {loaded.name}: its images are {tuple(loaded.shape)} (channels, height, width), those of the run "
-            f"{shape}; choose images alike."
-        )
+    _describe(loaded := loaded.like(shape))
     torch.manual_seed(options.seed)
     untrained = options.build(loaded).encoder
-    found = loaded.evaluate(encoder, untrained, device)
+    found = loaded.evaluate(encoder, untrained, device, other)
     print(report.table(found))
-    figures = _figures(found)
-    if share is not None:
-        torch.manual_seed(options.seed)
-        networks = {"fine_tuned": encoder, "scratch": untrained}
-        tuned, figures["labels"] = options.fine_tune(loaded, networks, share, device, seed)
-        figures |= tuned
-        print(
-            f"trained on {figures['labels']} labelled images: {tuned['fine_tuned']:.3f} from the run's encoder, "
-            f"{tuned['scratch']:.3f} from scratch"
-        )
+    figures: dict[str, Any] = _figures(found)
+    networks = {"fine_tuned": encoder, "scratch": untrained} | ({"beside": other} if beside else {})
+    tuned = [options.fine_tune(loaded, networks, share, draws, device, seed) for share in shares]
+    if tuned:
+        print(report.tuned_table(tuned))
+        figures["fine_tuning"] = tuned
     return figures
+
+
+def _load_beside(beside: Path, folder: Path, shape: tuple[int, ...]) -> nn.Module:
+    options, encoder, its_shape, _ = _load(beside)
+    if its_shape != shape:
+        raise UsageError(
+            f"--beside {beside}: its samples, {its_shape}, are not like those of {folder}, {shape}; name a run on "
+            "samples alike."
+        )
+    return encoder
 
 
 def embed_run(folder: Path, source: str, out: Path) -> None:

@@ -110,6 +110,10 @@ class Speech:
             f"{len(self.test):,} test clips, {len(self.words)} words, {len(self.speakers)} speakers"
         )
 
+    def like(self, shape: Sequence[int]) -> Speech:
+        """Clips are alike."""
+        return self
+
     def evaluate(self, encoder: Any, untrained: Any, device: torch.device, beside: Any | None = None) -> Evaluation:
         """Linear probes for word and speaker on the last context of a clip, beside those of the untrained encoder with
         its batch normalisation calibrated on training clips, log-mel statistics of the whole clip, and another run.

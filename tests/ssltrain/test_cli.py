@@ -1,6 +1,5 @@
 """The command line from end to end, and what it says about mistakes: one sentence, exit code 2, no traceback."""
 
-import functools
 import json
 import os
 import signal
@@ -91,16 +90,30 @@ def moco_run(tmp_path_factory):
 
 
 def test_evaluate_says_what_the_run_said(capsys, tmp_path, monkeypatch, moco_run):
-    from ssltrain import images
+    from ssltrain import finetune
 
-    monkeypatch.setattr(images, "_fit_labels", functools.partial(images._fit_labels, steps=40))
+    monkeypatch.setattr(finetune, "RECIPES", [finetune.Recipe(1e-3, 40, 0), finetune.Recipe(1e-7, 1, 0)])
     path = tmp_path / "figures.json"
-    code, text, _ = ssltrain(capsys, "evaluate", moco_run, "--labels", "0.05", "--json", path)
+    labels = ["--labels", "0.05,0.1", "--draws", 2]
+    code, text, _ = ssltrain(capsys, "evaluate", moco_run, *labels, "--beside", moco_run, "--json", path)
     figures, result = json.loads(path.read_text()), json.loads((moco_run / "result.json").read_text())
     accuracies = [row + column for row in ("", "raw_", "untrained_") for column in ("linear", "knn")]
     assert code == 0 and all(figures[key] == result[key] for key in accuracies)
-    assert figures["labels"] == 10 * 3 and 0.1 < figures["scratch"] < 1 and 0.1 < figures["fine_tuned"] < 1
-    assert "30 labelled images" in text
+    assert all(figures["beside_" + key] == figures[key] for key in ("linear", "knn")) and "other run" in text
+    assert [(of["share"], of["images"], of["draws"]) for of in figures["fine_tuning"]] == [(0.05, 30, 2), (0.1, 59, 2)]
+    for of in figures["fine_tuning"]:
+        assert 0.1 < of["scratch"] < 1 and 0.1 < of["fine_tuned"] < 1 and of["beside"] == of["fine_tuned"]
+        assert of["trials"] == 2 and of["scratch_recipe"]["steps"] == of["fine_tuned_recipe"]["steps"] == 40
+        assert f"{of['fine_tuned']:.3f} ± {of['fine_tuned_spread']:.3f}" in text
+
+
+def test_evaluate_on_other_images_makes_them_as_those_of_the_run(capsys, tmp_path, moco_run):
+    draw_images(tmp_path / "set", [f"{c}/{i}" for c in ("ant", "bee") for i in range(20)], size=12)
+    path = tmp_path / "figures.json"
+    code, text, _ = ssltrain(capsys, "evaluate", moco_run, "--data", tmp_path / "set", "--json", path)
+    figures = json.loads(path.read_text())
+    assert code == 0 and "the images are made 8 x 8, of 1 channels, as those of the run are" in text
+    assert all(0 <= figures[row + "linear"] <= 1 for row in ("", "raw_", "untrained_"))
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
@@ -402,7 +415,9 @@ def test_killed_at_random_moments_and_resumed_it_ends_at_the_same_bits(tmp_path)
         (["simclr", "--config", "/no/such/file.yaml"], "--config /no/such/file.yaml"),
         (["simclr", "--encoder", "timm:no_such_model", "--out", "{tmp}"], "--encoder timm:no_such_model"),
         (["evaluate", "/no/such/run"], "holds no run"),
-        (["evaluate", "{tmp}", "--labels", "2"], "--labels"),
+        (["evaluate", "{tmp}", "--labels", "0.1,2"], "--labels 0.1,2: must be shares"),
+        (["evaluate", "{tmp}", "--labels", "some"], "--labels some: must be shares"),
+        (["evaluate", "{tmp}", "--draws", "0"], "--draws 0"),
         (["embed", "{tmp}", "--data", "x", "--out", "a.txt"], "--out"),
         (["export", "{tmp}"], "holds no run"),
         (["barlow"], "barlow"),
