@@ -49,7 +49,8 @@ RUN = {
         Path | None,
         None,
         ("--out",),
-        "Folder of checkpoint, config.yaml, result.json, report.png, tensorboard. [default: runs/<method>-<data>]",
+        "Folder of checkpoint, config.yaml, result.json, report.png, report.html, tensorboard. [default: "
+        "runs/<method>-<data>]",
     ),
     "json_path": (Path | None, None, ("--json",), "Write the result to this file as well."),
 }

@@ -123,6 +123,11 @@ class Images:
         knn = evaluate.knn(train, labels, test, test_labels)
         return {"linear": linear, "knn": knn}, predictions
 
+    def example(self, row: int, test: bool) -> tuple[str, str, Tensor | None]:
+        """What a page shows of an image: its class, what else is known of it, and the pixels, uint8 [C, H, W]."""
+        images, labels = (self.test, self.test_labels) if test else (self.train, self.train_labels)
+        return self.classes[int(labels[row])] if self.classes else "", "", images[row]
+
     @torch.no_grad()
     def draw(self, method: Method, device: torch.device, axes: Axes) -> None:
         """Pairs of views, or of an image and its only view."""

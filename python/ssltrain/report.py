@@ -1,12 +1,17 @@
-"""What the reader sees of a run: the progress line, the table of accuracies, and one PNG with everything."""
+"""What the reader sees of a run: the progress line, the table of accuracies, and one PNG with everything.
+
+`page.py` makes a page of the same panels.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from matplotlib.text import Text
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from torch import Tensor
 
 from ssltrain.checkpoints import replacing
 from ssltrain.config import Config
@@ -129,28 +135,50 @@ def tuned_table(tuned: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, result: dict, state: State, evaluation: Evaluation, last: Callable[[Axes], None]) -> None:
-    """Write the report to `path`: curve, accuracies, an embedding of the test set, and what `last` draws."""
+Panel = Callable[[Axes], None]  # draws into axes, with a title
+
+
+def panels(method: str, state: State, evaluation: Evaluation, last: Panel) -> dict[str, Panel]:
+    """What reports show, by name: curve, accuracies, an embedding of the test set, and what `last` draws."""
+    points = functools.cache(functools.partial(_on_a_plane, evaluation))
+    return {
+        "curve": lambda axes: _draw_curve(axes, state),
+        "accuracies": lambda axes: _draw_accuracies(axes, method, evaluation),
+        "embedding": lambda axes: _draw_embedding(axes, evaluation, *points()),
+        "views": last,
+    }
+
+
+def title(result: dict) -> str:
+    """What was trained on what."""
+    return f"{result['method']} on {_short(Path(result['data']).name)}"
+
+
+def headline(result: dict, state: State) -> str:
+    """For how long, and on which machine."""
+    return (
+        f"{state.samples:,} samples in {state.seconds:.0f} s ({state.samples_per_s:,.0f} a second, {state.precision}), "
+        f"{state.loss_share:.1%} of the time in the loss, seed {result['seed']}"
+        + (f"\n{result['device_name']}" if "device_name" in result else "")
+    )
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Without warnings about letters that the font lacks, which become boxes."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about letters that the font lacks, which become boxes
-        _draw(path, result, state, evaluation, last)
+        warnings.simplefilter("ignore")
+        yield
 
 
-def _draw(path: Path, result: dict, state: State, evaluation: Evaluation, last: Callable[[Axes], None]) -> None:
+@drawing()
+def draw(path: Path, result: dict, state: State, panels: dict[str, Panel]) -> None:
+    """Write the four panels to `path`, as PNG."""
     figure = Figure(figsize=(13, 9), dpi=110, layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1))
-    _draw_curve(figure.add_subplot(grid[0, 0]), state)
-    _draw_accuracies(figure.add_subplot(grid[0, 1]), result["method"], evaluation)
-    _draw_embedding(figure.add_subplot(grid[1, 0]), evaluation)
-    last(figure.add_subplot(grid[1, 1]))
-    title = figure.suptitle("", fontsize=12)
-    _write(
-        title,
-        f"{result['method']} on {_short(Path(result['data']).name)}: {state.samples:,} samples in "
-        f"{state.seconds:.0f} s ({state.samples_per_s:,.0f} a second, {state.precision}), {state.loss_share:.1%} of "
-        f"the time in the loss, seed {result['seed']}"
-        + (f"\n{result['device_name']}" if "device_name" in result else ""),
-    )
+    for place, panel in enumerate(panels.values()):
+        panel(figure.add_subplot(grid[place]))
+    _write(figure.suptitle("", fontsize=12), f"{title(result)}: {headline(result, state)}")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     with replacing(path) as file:
@@ -170,7 +198,7 @@ def _write(text: Text, content: str) -> None:
 
 
 def _draw_curve(axes: Axes, state: State) -> None:
-    axes.set_title("Training")
+    axes.set_title("Training loss")
     smooth = max(1, len(state.losses) // 50)
     steps = np.arange(1, len(state.losses) + 1)
     middles = steps[smooth - 1 :] - (smooth - 1) / 2
@@ -210,18 +238,54 @@ def _draw_accuracies(axes: Axes, method: str, evaluation: Evaluation) -> None:
     axes.legend(loc="upper right", ncols=len(columns), frameon=False)
 
 
-def _draw_embedding(axes: Axes, evaluation: Evaluation) -> None:
+def draw_stat(axes: Axes, name: str, values: list[float]) -> None:
+    """A figure of the method's own, step by step."""
+    axes.set_title(name)
+    smooth = max(1, len(values) // 50)
+    middles = np.arange(smooth, len(values) + 1) - (smooth - 1) / 2
+    axes.plot(middles, _moving_average(values, smooth), color=BLUES[0], linewidth=1.8)
+    axes.set(xlabel="step", xlim=(0, len(values)))
+    axes.grid(alpha=0.3)
+
+
+def draw_confusion(axes: Axes, evaluation: Evaluation, predictions: Tensor) -> None:
+    """How often each class was taken for which, a class a row, in percent of the row."""
+    names, most = evaluation.classes, 20  # classes, beyond which there is no room for numbers
+    count = len(names)
+    pairs = torch.bincount(evaluation.labels * count + predictions.cpu(), minlength=count**2).view(count, count)
+    shares = (100 * pairs / pairs.sum(1, keepdim=True).clamp_min(1)).numpy()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    axes.set_title("What the linear probe takes for what, %")
+    axes.set(xlabel="taken for", ylabel="is", xticks=[], yticks=[])
+    if count > most:
+        return
+    for row, column in np.argwhere(shares >= 0.5):
+        share = shares[row, column]
+        ink = "white" if share > 50 else "black"
+        axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=ink)
+    labels = [_short(name, 16) for name in names]
+    axes.set_xticks(range(count), labels, rotation=90, parse_math=False)
+    axes.set_yticks(range(count), labels, parse_math=False)
+
+
+def _on_a_plane(evaluation: Evaluation) -> tuple[Tensor, np.ndarray]:
+    """Which rows of the features are shown, and where, [POINTS, 2]."""
     from sklearn.manifold import TSNE
 
-    features, names = evaluation.features, evaluation.classes
+    features = evaluation.features
     chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:POINTS]
     points = torch.nn.functional.normalize(features[chosen.to(features.device)], dim=1).cpu().numpy()
-    labels = evaluation.labels[chosen].numpy()
     perplexity = min(30.0, max(1.0, (len(points) - 1) / 3))
-    flat = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(points) if len(points) > 3 else points
+    if len(points) > 3:
+        points = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(points)
+    return chosen, points
+
+
+def _draw_embedding(axes: Axes, evaluation: Evaluation, chosen: Tensor, points: np.ndarray) -> None:
+    labels, names = evaluation.labels[chosen].numpy(), evaluation.classes
     palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
     colors = palette(np.arange(max(1, len(names))) % palette.N)  # beyond 20 classes they come round again
-    axes.scatter(flat[:, 0], flat[:, 1], s=9, color=colors[labels], linewidths=0)
+    axes.scatter(points[:, 0], points[:, 1], s=9, color=colors[labels], linewidths=0)
     if names:
         dots = [axes.scatter([], [], s=30, color=colors[c]) for c in range(min(len(names), 20))]
         legend = axes.legend(

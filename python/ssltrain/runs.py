@@ -22,7 +22,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from ssltrain import UsageError, checkpoints, config, evaluate, files, loop, ranks, report
+from ssltrain import UsageError, checkpoints, config, evaluate, files, loop, page, ranks, report
 from ssltrain.images import Images
 from ssltrain.methods._method import Method
 from ssltrain.speech import Speech
@@ -31,7 +31,8 @@ Data = Images | Speech
 
 
 def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: Path | None) -> None:
-    """Train and evaluate; leaves checkpoint, config.yaml, result.json, report.png and TensorBoard's curves in `out`.
+    """Train and evaluate; leaves checkpoint, config.yaml, result.json, report.png, report.html and TensorBoard's
+    curves in `out`.
 
     Of several processes the first one evaluates, while the others are done already.
     """
@@ -87,7 +88,18 @@ def run(options: config.Config, checkpoint: dict | None, out: Path, json_path: P
         "loss": state.losses[-1],
     }
     print(report.table(found))
-    _write(result, state, found, partial(loaded.draw, method, torch.device(device)), out, json_path)
+    written = [out / "result.json"] + ([json_path] if json_path else [])
+    for path in written:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    panels = report.panels(options.method, state, found, partial(loaded.draw, method, torch.device(device)))
+    drawn = _draw(
+        out,
+        {
+            "report.png": lambda path: report.draw(path, result, state, panels),
+            "report.html": lambda path: page.write(path, options, result, state, loaded, found, panels),
+        },
+    )
+    print((f"report: {', '.join(map(str, drawn))}  " if drawn else "") + f"figures: {written[-1]}")
 
 
 def _train(
@@ -110,21 +122,18 @@ def _train(
         raise typer.Exit(130) from None
 
 
-def _write(
-    result: dict, state: loop.State, found: evaluate.Evaluation, picture: Callable, out: Path, json_path: Path | None
-) -> None:
-    """The figures, and the report, which `picture` draws the last panel of."""
-    written = [out / "result.json"] + ([json_path] if json_path else [])
-    for path in written:
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    try:
-        report.draw(out / "report.png", result, state, found, picture)
-    except Exception as error:  # nearly anything may be wrong with a picture, and nothing depends on it
-        (out / "report.png").unlink(missing_ok=True)  # of an earlier run
-        typer.echo(f"warning: report.png could not be drawn ({files.reason(error)}).", err=True)
-        print(f"figures: {written[-1]}")
-    else:
-        print(f"report: {out / 'report.png'}  figures: {written[-1]}")
+def _draw(out: Path, reports: dict[str, Callable[[Path], None]]) -> list[Path]:
+    """Write each of the files, and return those that could be: nearly anything may be wrong with a picture, and nothing
+    depends on it."""
+    drawn = []
+    for name, write in reports.items():
+        try:
+            write(out / name)
+            drawn.append(out / name)
+        except Exception as error:
+            (out / name).unlink(missing_ok=True)  # of an earlier run
+            typer.echo(f"warning: {name} could not be drawn ({files.reason(error)}).", err=True)
+    return drawn
 
 
 def _machine(options: config.Config, device: str, processes: int) -> dict[str, str | int | float | None]:

@@ -167,6 +167,11 @@ class Speech:
         known = [found for found in known if not math.isnan(found)]
         return sum(known) / len(known) if known else math.nan
 
+    def example(self, row: int, test: bool) -> tuple[str, str, Tensor | None]:
+        """What a page shows of a clip: its word and who says it; there is no picture."""
+        words, speakers = (self.test_words, self.test_speakers) if test else (self.train_words, self.train_speakers)
+        return self.words[int(words[row])], self.speakers[int(speakers[row])], None
+
     @torch.no_grad()
     def draw(self, method: Any, device: torch.device, axes: Axes) -> None:
         """How often a frame to come is found, by how far ahead it is."""

@@ -28,9 +28,10 @@ def ssltrain(capsys, *arguments) -> tuple[int, str, str]:
 @pytest.fixture
 def no_picture(monkeypatch):
     """For runs that are about something else: it takes longer than the training."""
-    from ssltrain import report
+    from ssltrain import page, report
 
     monkeypatch.setattr(report, "draw", lambda *_: None)
+    monkeypatch.setattr(page, "write", lambda *_: None)
 
 
 def test_a_run_leaves_accuracies_json_and_report_and_is_not_lost_unasked(capsys, tmp_path, request):
@@ -43,7 +44,11 @@ def test_a_run_leaves_accuracies_json_and_report_and_is_not_lost_unasked(capsys,
     assert (result["samples"], result["encoder_passes"]) == (2 * 5 * 256, 2)
     assert (result["features"], result["parameters"]) == (128, 92_896)
     assert result["linear"] > 0.9 and result["raw_linear"] > 0.9 and 0 < result["loss_share"] < 1
-    assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "report.png").read_bytes()[:4] == b"\x89PNG" and str(out / "report.html") in text
+    page = (out / "report.html").read_text("utf-8")
+    assert f"<td>{result['linear']:.3f}" in page.replace(' class="number"', "")
+    assert "ssltrain simclr --data digits --epochs 2 --threads 1 --device cpu --precision fp32" in page
+    assert "nearest to it" in page and "What the linear probe takes for what" in page and page.count("<svg") == 5
     assert "epochs: 2" in (out / "config.yaml").read_text() and any((out / "tensorboard").iterdir())
 
     request.getfixturevalue("no_picture")
@@ -84,6 +89,7 @@ def moco_run(tmp_path_factory):
     options = ["--epochs", "3", "--queue", "512", "--threads", "1", "--precision", "fp32", "--limit", "600"]
     with pytest.raises(SystemExit) as exit, pytest.MonkeyPatch.context() as patch:
         patch.setattr("ssltrain.report.draw", lambda *_: None)
+        patch.setattr("ssltrain.page.write", lambda *_: None)
         cli.main(["moco", "--data", "digits", *options, "--out", str(out)])
     assert not exit.value.code
     return out
@@ -214,7 +220,7 @@ def test_names_that_cannot_be_drawn_or_printed_cost_neither_figures_nor_report(c
     out = tmp_path / "run"
     code, text, error = ssltrain(capsys, "simclr", "--data", tmp_path / "$set_$1\udcff", *TINY, "--out", out)
     assert code == 0 and "7 classes" in text and not error
-    assert (out / "report.png").stat().st_size > 10_000
+    assert (out / "report.png").stat().st_size > 10_000 and "$5_$10" in (out / "report.html").read_text("utf-8")
     assert 0 <= json.loads((out / "result.json").read_text())["linear"] <= 1
 
 
@@ -229,8 +235,9 @@ def test_a_picture_that_fails_costs_no_figures(capsys, tmp_path, monkeypatch):
     out, figures = tmp_path / "run", tmp_path / "figures.json"
     code, text, error = ssltrain(capsys, "simclr", "--data", tmp_path / "set", *TINY, "--out", out, "--json", figures)
     assert code == 0 and "linear probe" in text and "raw pixels" in text
-    assert error == "warning: report.png could not be drawn (no such font).\n"
-    assert 0 <= json.loads(figures.read_text())["linear"] <= 1 and not (out / "report.png").exists()
+    names = "report.png", "report.html"
+    assert error == "".join(f"warning: {name} could not be drawn (no such font).\n" for name in names)
+    assert 0 <= json.loads(figures.read_text())["linear"] <= 1 and not any((out / name).exists() for name in names)
 
 
 def test_every_file_that_is_left_out_is_named_in_the_run(capsys, tmp_path, no_picture):
