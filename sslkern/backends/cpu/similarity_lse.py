@@ -1,4 +1,4 @@
-"""`similarity_lse` on the native kernels: this file allocates the results, in place: small batches feel each call."""
+"""`similarity_lse` on the native kernels. Results are allocated line by line: a small batch feels each function."""
 
 import torch
 from torch import Tensor

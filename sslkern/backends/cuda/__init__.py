@@ -6,6 +6,7 @@ losses of few pairs as a whole, and for Hopper (compute capability 9.0) of `simi
     compile.py   what is compiled for which types, and where it is kept
     driver.py    the driver, which loads and launches it
     launch.py    what the primitives' files share: checks, how rows are cut into blocks, launches
+    pairs.py     a problem of the similarity family, as the kernels for Hopper take it
 
 They run beside a CUDA build of torch only. SSLKERN_CUDA in the environment: "auto" (use them where they run), "0"
 (never), or "1" (the import of sslkern fails where they do not run). No call makes the host wait, all can be captured in
