@@ -1,4 +1,4 @@
-"""What stands in examples/ runs, and does what it says; the picture in docs/ is that of the code."""
+"""What stands in examples/ runs, and does what it says; the pictures in docs/ are those of the code."""
 
 import importlib
 import os
@@ -45,3 +45,21 @@ def test_the_architecture_is_drawn_as_it_is():
     from docs import architecture
 
     assert architecture.TARGET.read_text() == architecture.drawn(), "run python -m docs.architecture"
+
+
+def test_the_figures_of_pairs_are_drawn_as_they_are():
+    from docs import figures
+
+    made = figures.figures()
+    assert {path: path.read_text() for path in figures.FOLDER.iterdir()} == made, "run python -m docs.figures"
+
+
+def test_a_figure_of_pairs_is_that_of_the_formula():
+    """Its colours come from derivatives; here is what they have to say of SimCLR and MoCo."""
+    from docs import figures
+
+    simclr = figures.simclr().derivatives
+    partner = torch.eye(8).roll(4, 0)
+    assert torch.equal(simclr.sign(), 1 - torch.eye(8) - 2 * partner)
+    moco = figures.moco_with_queue().derivatives
+    assert torch.equal(moco.sign(), torch.cat([-torch.eye(4), torch.ones(4, 10)], 1))
