@@ -21,7 +21,8 @@ _OPTIONS = "form", "normalize", "reduction", "stats"
 
 
 class _BankLoss(ScaledLoss):
-    """A loss against memory banks: how many negatives it samples, and log Z [pairs], which its first call estimates."""
+    """A loss against memory banks: how many negatives it samples, and log Z [pairs], which its first call estimates; a
+    softmax has 0 there."""
 
     log_z: Tensor
 
@@ -36,8 +37,8 @@ class _BankLoss(ScaledLoss):
         check_choice("form", options["form"], *FORMS)
         super().__init__(temperature, logit_scale, **options)
         self.negatives = check_size("negatives", negatives, 0)
-        self.register_buffer("log_z", torch.full((pairs,), math.nan))
         self._estimated = options["form"] == "softmax"
+        self.register_buffer("log_z", torch.full((pairs,), 0.0 if self._estimated else math.nan))
 
     def __setstate__(self, state: dict) -> None:
         """Also from before these modules kept their options in one place, as the others do."""

@@ -35,6 +35,7 @@ METHODS = {
     "moco v3": MoCoConfig(**COMMON, **IMAGES, version=3),
     "moco shuffled": MoCoConfig(**COMMON | dict(epochs=5, batch_size=40), **IMAGES, queue=128, shuffle_bn=4),
     "instdisc": InstDiscConfig(**COMMON, **IMAGES, negatives=64),
+    "instdisc nce": InstDiscConfig(**COMMON, **IMAGES, negatives=64, form="nce", temperature=0.5),
     "nnclr": NNCLRConfig(**COMMON, **IMAGES, support=128),
     "supcon": SupConConfig(**COMMON, **IMAGES),
     "cpc": CPCConfig(**COMMON | dict(batch_size=10), window=1600, steps=2, width=8, units=8),

@@ -7,10 +7,12 @@ its output f of length 1 it is to find its own vector (equation 2):
 
     P(i | f) = exp(v_i . f / T) / Z,    Z = sum over j of exp(v_j . f / T)
 
-A sum over all images for each is too much for a large M. Noise-contrastive estimation asks instead which of 1 + K
-vectors is its own, where K are drawn at random (equations 4 to 7), and Z is estimated once (equation 8):
+A sum over all images for each is too much for a large M, so that K of them are drawn at random. Either these stand for
+all, in a softmax over 1 + K vectors, or each is a question of its own, by noise-contrastive estimation with a constant
+Z that the first batch estimates (equations 4 to 8):
 
-    loss_i = -log h(v_i) - sum over k of log(1 - h(v_k)),    h(v) = P / (P + K / M)
+    softmax    loss_i = -log( exp(v_i . f / T) / (exp(v_i . f / T) + sum over k of exp(v_k . f / T)) )
+    nce        loss_i = -log h(v_i) - sum over k of log(1 - h(v_k)),    h(v) = P / (P + K / M)
 
 Afterwards v_i moves towards f. That is one pass through one encoder for each image, and the negatives cost no pass.
 """
@@ -26,7 +28,7 @@ from torch import Tensor
 
 import sslkern
 from ssltrain import draws, encoders
-from ssltrain.config import ImageConfig, at_least, option, positive
+from ssltrain.config import ImageConfig, at_least, one_of, option, positive
 from ssltrain.images import Images
 from ssltrain.methods._method import Method
 from ssltrain.methods.simclr import head
@@ -46,12 +48,17 @@ class InstDiscConfig(ImageConfig):
     }
 
     temperature: float = option(
-        0.07,
+        0.1,
         "Divides the similarities. Lower: the hardest negatives count for more.",
         **positive("; 0.05 to 0.2 is usual"),
     )
     negatives: int = option(
         4096, "Vectors of the bank that each image is told from, drawn anew each step.", **at_least(1)
+    )
+    form: str = option(
+        "softmax",
+        "softmax: over the own vector and those drawn. nce: with a constant Z; give it a --temperature of 0.2 or more.",
+        **one_of("softmax", "nce"),
     )
     momentum: float = option(
         0.5, "How much of an image's vector stays when it is seen.", lambda x: 0 <= x < 1, "must be from 0 to below 1"
@@ -59,7 +66,7 @@ class InstDiscConfig(ImageConfig):
 
     def build(self, data: Images) -> InstDisc:
         encoder = encoders.build(self.encoder, data.train, self.width)
-        options = self.negatives, self.momentum, self.shuffle_positives
+        options = self.negatives, self.form, self.momentum, self.shuffle_positives
         return InstDisc(encoder, self.augment(data), len(data.train), self.dim, self.temperature, *options)
 
 
@@ -86,8 +93,9 @@ class InstDisc(Method):
         augment: Callable[[Tensor], Tensor],
         size: int,
         dim: int = 128,
-        temperature: float = 0.07,
+        temperature: float = 0.1,
         negatives: int = 4096,
+        form: str = "softmax",
         momentum: float = 0.5,
         shuffle_positives: bool = False,
     ):
@@ -95,7 +103,7 @@ class InstDisc(Method):
         self.encoder, self.augment, self.shuffled = encoder, augment, shuffle_positives
         self.head = head(encoder.features, dim, layers=1)
         self.criterion = sslkern.NCELoss(
-            size, dim, negatives, temperature, momentum=momentum, stats=True, group="world"
+            size, dim, negatives, temperature, form=form, momentum=momentum, stats=True, group="world"
         )
         self.criterion.memory.bank.copy_(sslkern.MemoryBank(size, dim).bank)  # by the seed of the run
 
