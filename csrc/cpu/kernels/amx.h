@@ -29,18 +29,27 @@ inline void tile_store(int t, void* to, int64_t row_bytes) {
   for (int i = 0; i < 16; ++i) memcpy(static_cast<char*>(to) + i * row_bytes, tile(t)[i], 64);
 }
 inline void tile_dot(int c, int a, int b) {
-  for (int i = 0; i < 16; ++i)
+  const auto& left = tile(a);
+  const auto& right = tile(b);
+  auto& out = tile(c);
+  float even[16][16], odd[16][16];
+  for (int p = 0; p < 16; ++p)
+    for (int j = 0; j < 16; ++j) {
+      even[p][j] = to_float(bf16{uint16_t(right[p][j])});
+      odd[p][j] = to_float(bf16{uint16_t(right[p][j] >> 16)});
+    }
+  for (int i = 0; i < 16; ++i) {
+    float sums[16];
+    memcpy(sums, out[i], sizeof sums);
     for (int p = 0; p < 16; ++p) {
-      const Word pair = tile(a)[i][p];
+      const float first = to_float(bf16{uint16_t(left[i][p])}), second = to_float(bf16{uint16_t(left[i][p] >> 16)});
       for (int j = 0; j < 16; ++j) {
-        const Word other = tile(b)[p][j];
-        float sum;
-        memcpy(&sum, &tile(c)[i][j], 4);
-        sum += to_float(bf16{uint16_t(pair)}) * to_float(bf16{uint16_t(other)});
-        sum += to_float(bf16{uint16_t(pair >> 16)}) * to_float(bf16{uint16_t(other >> 16)});
-        memcpy(&tile(c)[i][j], &sum, 4);
+        sums[j] += first * even[p][j];
+        sums[j] += second * odd[p][j];
       }
     }
+    memcpy(out[i], sums, sizeof sums);
+  }
 }
 
 #else  // macros, because GCC makes the name of a register from the text of its number
