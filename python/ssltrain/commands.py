@@ -138,23 +138,13 @@ def evaluate_(
     """Measure the features of a run again, or on other data, or fine-tuned on a few labels."""
     from ssltrain import runs
 
-    shares = [] if labels is None else _shares(labels)
+    shares = [] if labels is None else config.shares(labels)
     if draws < 1:
         raise UsageError(f"--draws {draws}: must be 1 or more.")
     runs.check_writable("--json", json_path)
     figures = runs.evaluate_run(run, data, shares, draws, seed, beside)
     if json_path is not None:
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def _shares(labels: str) -> list[float]:
-    try:
-        shares = [float(share) for share in labels.split(",")]
-    except ValueError:
-        shares = []
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise UsageError(f"--labels {labels}: must be shares, more than 0 and at most 1, with commas between.")
-    return shares
 
 
 @app.command()

@@ -380,6 +380,17 @@ def read_yaml(path: Path, method: str) -> dict[str, Any]:
     return values
 
 
+def shares(labels: str) -> list[float]:
+    """Of the labels, as --labels names them."""
+    try:
+        found = [float(share) for share in labels.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        raise UsageError(f"--labels {labels}: must be shares, more than 0 and at most 1, with commas between.")
+    return found
+
+
 def preset(config: type[Config], name: str) -> dict[str, Any]:
     """The options that go by that name."""
     if name not in config.presets:

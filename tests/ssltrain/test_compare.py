@@ -47,7 +47,7 @@ def test_entries_and_options():
     assert entry.options == {"queue": "1024", "version": "2"} and entry.name == "moco-queue-1024-version-2"
     some = Entry.of("simclr:augmentations=crop,gray,batch-size=64")
     assert some.options == {"augmentations": "crop,gray", "batch_size": "64"}
-    assert some.name == "simclr-augmentations-crop+gray-batch-size-64"
+    assert some.name == "simclr-augmentations-crop,gray-batch-size-64"
     common, of_method = settings(["lr=1e-3", "moco:queue=64", "encoder=timm:resnet10t", "simclr:flip=no"])
     assert common == {"lr": "1e-3", "encoder": "timm:resnet10t"}
     assert of_method == {"moco": {"queue": "64"}, "simclr": {"flip": "no"}}
@@ -67,7 +67,7 @@ def test_the_options_of_a_run_are_those_of_all_of_its_method_and_its_own(tmp_pat
 @pytest.mark.parametrize("study", studies.STUDIES)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_studies_are_of_options_that_methods_take(tmp_path, study, channels):
-    entries = studies.of(study, [], epochs=5, channels=channels)
+    entries = studies.of(study, [], epochs=5, shape=[channels, 32, 32])
     there = Plan(entries, tmp_path, 1, DIGITS, {}, study=study)
     there.check()
     axis = studies.STUDIES[study].axis
@@ -80,10 +80,12 @@ def test_studies_are_of_options_that_methods_take(tmp_path, study, channels):
 
 
 def test_a_study_is_of_the_methods_that_are_named():
-    assert [entry.name for entry in studies.of("time", ["moco"], 5, 1)] == [f"moco-epochs-{e}" for e in (1, 2, 4, 5)]
-    assert {entry.method for entry in studies.of("negatives", ["moco"], 5, 1)} == {"moco"}
+    assert [entry.name for entry in studies.of("time", ["moco"], 5, [1, 8, 8])] == [
+        f"moco-epochs-{e}" for e in (1, 2, 4, 5)
+    ]
+    assert {entry.method for entry in studies.of("negatives", ["moco"], 5, [1, 8, 8])} == {"moco"}
     with pytest.raises(UsageError, match="^moco: is no method of --study head; choose of simclr.$"):
-        studies.of("head", ["moco"], 5, 1)
+        studies.of("head", ["moco"], 5, [1, 8, 8])
 
 
 def python_job(tmp_path, name: str, code: str, result: bool = True) -> jobs.Job:
@@ -182,7 +184,7 @@ def test_the_report_has_mean_and_spread_of_what_is_there(tmp_path):
 
 @pytest.mark.parametrize("study", studies.STUDIES)
 def test_every_study_is_drawn(tmp_path, study):
-    there = Plan(studies.of(study, [], 4, 1), tmp_path, 2, DIGITS, {}, study=study)
+    there = Plan(studies.of(study, [], 4, [1, 8, 8]), tmp_path, 2, DIGITS, {}, study=study)
     course = Course(there)
     for i, entry in enumerate(there.entries[:-1]):
         for job in course.runs(entry):
@@ -195,9 +197,34 @@ def test_the_bound_is_log_n_minus_the_loss_at_the_end(tmp_path):
     there = Plan([Entry("simclr", {"batch_size": "8"}, 15, "simclr")], tmp_path, 1, DIGITS, {}, study="bound")
     job = Course(there).runs(there.entries[0])[0]
     pretend(job, 0.5, losses=[9.0] * 38 + [1.0, 2.0])
-    row = figures.collect(there, {"simclr-batch-size-8": [job]})[0]
+    row = figures.Row.of(there, there.entries[0], [job], [])
     assert row.bound() == [pytest.approx(math.log(15) - 1.5)]
     assert row.curves[0][0][-1] == 300 and row.curves[0][1][-2:] == [1.0, 2.0]
+
+
+def test_labels_and_transfer_are_measured_of_the_runs_that_are_there(tmp_path):
+    there = plan(tmp_path, "simclr", "moco", labels="0.01,0.1", transfer="some/flowers.zip")
+    course = Course(there)
+    simclr, moco = there.entries
+    for job in course.runs(simclr):
+        pretend(job, 0.5)
+    first, second, labels = course.evaluations(simclr)
+    run = str(tmp_path / "simclr" / "seed-0")
+    result = str(labels.result)
+    assert labels.arguments == ("evaluate", run, "--labels", "0.01,0.1", "--json", result) and not labels.begun
+    assert first.arguments[:4] == ("evaluate", run, "--data", "some/flowers.zip") and "seed-1" in second.arguments[1]
+    assert [getattr(Course(there).runner, name) for name in ("total", "number")] == [10, 2]
+    for job, linear in ((first, 0.3), (second, 0.4)):
+        job.result.write_text(json.dumps({"linear": linear, "knn": None, "raw_linear": 0.1, "untrained_linear": 0.2}))
+    tuned = {"share": 0.01, "images": 14, "draws": 3, "fine_tuned": 0.7, "fine_tuned_spread": 0.01}
+    tuned |= {"scratch": 0.6, "scratch_spread": 0.02}
+    labels.result.write_text(json.dumps({"linear": 0.5, "knn": 0.5, "fine_tuning": [tuned]}))
+    Course(there).write()
+    page = (tmp_path / "report.md").read_text()
+    assert "| simclr | 1% | 14 | 0.700 ± 0.010 | 0.600 ± 0.020 |" in page
+    assert "## On some/flowers.zip" in page and "| simclr | 0.350 ± 0.071 | - | 0.200 ± 0.000 | 0.100 ± 0.000 |" in page
+    report = json.loads((tmp_path / "report.json").read_text())["entries"]
+    assert report[0]["fine_tuning"] == [tuned] and len(report[0]["transfer"]) == 2 and report[1]["transfer"] == []
 
 
 def test_trials_are_drawn_alike_around_the_defaults_and_the_best_one_counts(tmp_path):
@@ -219,7 +246,7 @@ def test_trials_are_drawn_alike_around_the_defaults_and_the_best_one_counts(tmp_
     runs = Course(there).runs(simclr)
     assert str(draws[0][1]["lr"]) in runs[0].arguments and "--held-out" not in runs[0].arguments
     pretend(runs[0], 0.5)
-    page = tables.markdown(there, figures.collect(there, {simclr.name: runs}), {})
+    page = tables.markdown(there, [figures.Row.of(there, simclr, runs, [])], {})
     assert "Options that were chosen" in page and "| 0.600 | 0.200 to 0.600 |" in page
     with pytest.raises(UsageError, match="were chosen among 5 trials"):
         Course(plan(tmp_path, "simclr", tune=Tuning(6, 300)))
@@ -265,6 +292,7 @@ def test_dry_run_shows_commands(capsys, tmp_path):
         (["simclr", "--set", "lr=fast"], "--lr 'fast': must be a number"),
         (["simclr", "--epochs", "1", "--images", "9"], "not both"),
         (["--study", "all"], "--study all: choose one of survey"),
+        (["simclr", "--labels", "1%"], "--labels 1%: must be shares"),
         (["simclr", "--tune", "2"], "--held-out 5000: there are 1438 training images"),
     ],
 )

@@ -60,21 +60,30 @@ def compare(
     ] = None,
     tune_epochs: Annotated[int | None, typer.Option(help="Passes of a trial. [default: those of a run]", min=1)] = None,
     held_out: Annotated[int, typer.Option(help="How many training images trials leave out.", min=1)] = 5000,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="In the end fine-tune the first run of each on these shares of the labels, by three draws: 0.01,0.1."
+        ),
+    ] = None,
+    transfer: Annotated[str | None, typer.Option(help="In the end measure the features on other data, too.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the commands that would run, and run none.")] = False,
 ) -> None:
     if epochs is not None and images is not None:
         raise UsageError(f"--epochs {epochs}: give --epochs or --images, not both.")
     if not names and study is None:
         raise UsageError("compare: name methods, such as simclr moco, or a --study; see ssltrain compare --help.")
+    if labels is not None:
+        config.shares(labels)
     common, of_method = settings(set_ or [])
     entries = [] if study else [Entry.of(name) for name in names or []]
     first = entries[0].method if entries else "simclr"
-    there, channels = _measure(first, common | {"data": data}, held_out if tune else 0)
+    there, shape = _measure(first, common | {"data": data}, held_out if tune else 0)
     if images is not None:
         epochs = epochs_of(images, there)
     epochs = epochs or config.DEFAULT_EPOCHS
     if study:
-        entries = studies.of(study, names or [], epochs, channels)
+        entries = studies.of(study, names or [], epochs, shape)
     name = Path(data).name.split(".")[0] or "data"
     plan = Plan(
         entries,
@@ -83,6 +92,8 @@ def compare(
         {"data": data, "epochs": str(epochs)} | common,
         of_method,
         Tuning(tune, held_out, tune_epochs) if tune else None,
+        labels,
+        transfer,
         study,
     )
     from ssltrain.compare.course import Course
@@ -91,8 +102,8 @@ def compare(
     course.show() if dry_run else course.go()
 
 
-def _measure(method: str, options: dict[str, str], held_out: int) -> tuple[int, int]:
-    """How many training images there are, and their channels."""
+def _measure(method: str, options: dict[str, str], held_out: int) -> tuple[int, list[int]]:
+    """How many training images there are, and their shape."""
     from ssltrain import ranks
 
     if ranks.launched():
@@ -104,4 +115,4 @@ def _measure(method: str, options: dict[str, str], held_out: int) -> tuple[int, 
         raise UsageError(f"--data {loaded.name}: has no labels to compare by; name other data.")
     if held_out >= len(loaded.train):
         raise UsageError(f"--held-out {held_out}: there are {len(loaded.train)} training images; hold out fewer.")
-    return len(loaded.train), loaded.channels
+    return len(loaded.train), loaded.shape

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import typer
 
 from ssltrain import files
 from ssltrain.compare import figures, plots, tables, tuning
 from ssltrain.compare.jobs import Job, Runner, Stopped
-from ssltrain.compare.plan import Entry, Plan
+from ssltrain.compare.plan import Entry, Plan, for_disk
 
 
 class Course:
@@ -21,13 +22,12 @@ class Course:
         self.plan = plan
         self.trials = [job for entry in plan.entries if plan.tune for job in tuning.trials(plan, entry)]
         runs = [job for entry in plan.entries for job in self.runs(entry)]  # of which none may have other options
-        done = sum(job.found() is not None for job in [*self.trials, *runs])
-        names = [entry.name for entry in plan.entries for seed in range(plan.seeds)]
-        for job in runs:
-            if job.found() is not None:
-                names.remove(job.kind)
-        kinds = [job.kind for job in self.trials if job.found() is None] + names
-        self.runner = Runner(kinds, len(kinds) + done)
+        evaluations = [job for entry in plan.entries for job in self.evaluations(entry)]
+        jobs = [*self.trials, *runs, *evaluations]
+        kinds = [job.kind for job in jobs if job.found() is None]
+        for entry in plan.entries:  # whose runs are known once its options are
+            kinds += [entry.name] * (plan.seeds - len(self.runs(entry)))
+        self.runner = Runner(kinds, len(kinds) + sum(job.found() is not None for job in jobs))
 
     def runs(self, entry: Entry) -> list[Job]:
         """The runs of an entry, by seed, once its options are chosen."""
@@ -44,11 +44,26 @@ class Course:
             for seed in range(self.plan.seeds)
         ]
 
+    def evaluations(self, entry: Entry) -> list[Job]:
+        """What is measured of the runs of an entry in the end: on other data all, fine-tuned the first one."""
+        plan, jobs = self.plan, []
+        if plan.transfer:
+            name = f"transfer-{for_disk(Path(plan.transfer).name)}.json"
+            for seed in range(plan.seeds):
+                kind, run = f"{entry.name} transfer", plan.folder(entry, f"seed-{seed}")
+                jobs.append(Job.evaluation(kind, f"{kind} seed {seed}", run, name, "--data", plan.transfer))
+        if plan.labels:
+            kind, run = f"{entry.name} labels", plan.folder(entry, "seed-0")
+            jobs.append(Job.evaluation(kind, kind, run, f"labels-{plan.labels}.json", "--labels", plan.labels))
+        return jobs
+
     def show(self) -> None:
         """What would run, as commands."""
         runs = [job for entry in self.plan.entries for job in self.runs(entry)]
-        jobs = [job for job in [*self.trials, *runs] if job.found() is None]
-        for job in jobs:
+        evaluations = [job for entry in self.plan.entries for job in self.evaluations(entry)]
+        for job in [*self.trials, *runs, *evaluations]:
+            if job.found() is not None:
+                continue
             print(f"{shlex.join(['ssltrain', *job.arguments])}{' --resume' if job.begun else ''}")
         later = [entry.name for entry in self.plan.entries if tuning.chosen(self.plan, entry) is None]
         if later:
@@ -63,6 +78,10 @@ class Course:
                 for seed in range(self.plan.seeds):  # all methods once, before the next seed
                     for entry in self.plan.entries:
                         for job in self.runs(entry)[seed : seed + 1]:
+                            self._run(job)
+                for entry in self.plan.entries:
+                    for job in self.evaluations(entry):
+                        if (job.folder / "result.json").exists():
                             self._run(job)
                 self.write()
         except Stopped:
@@ -89,15 +108,17 @@ class Course:
         self.runner.run(job)
         found = job.found()
         if found is not None:
-            accuracies = f"linear probe {found['linear']:.3f}, 20-NN {found['knn']:.3f}"
-            self.runner.done(job, f"{accuracies}, {found['seconds']:.0f} s of training")
+            accuracies = {"linear probe": found.get("linear"), "20-NN": found.get("knn")}
+            self.runner.done(
+                job, ", ".join(f"{name} {x:.3f}" for name, x in accuracies.items() if x is not None) or "done"
+            )
         if report:
             self.write()
 
     def write(self) -> None:
         """The report of what is there."""
         plan, failed = self.plan, self.runner.failed
-        rows = figures.collect(plan, {entry.name: self.runs(entry) for entry in plan.entries})
+        rows = [figures.Row.of(plan, entry, self.runs(entry), self.evaluations(entry)) for entry in plan.entries]
         (plan.out / "report.json").write_text(json.dumps(figures.as_json(plan, rows, failed), indent=2) + "\n")
         (plan.out / "report.md").write_text(tables.markdown(plan, rows, failed))
         if any(row.runs for row in rows):

@@ -25,34 +25,41 @@ class Row:
     runs: list[dict[str, Any]]  # the result.json of each run that is done
     curves: list[tuple[list[float], list[float]]]  # of each: samples seen, loss
     tuned: dict[str, Any] | None  # the trials by which its options were chosen
+    transfer: list[dict[str, Any]]  # the accuracies of each run on other data
+    fine_tuning: list[dict[str, Any]]  # of the first run, by the share of the labels
 
-    def values(self, key: str) -> list[float]:
-        return [run[key] for run in self.runs if run.get(key) is not None]
+    @staticmethod
+    def of(plan: Plan, entry: Entry, jobs: list[Job], evaluations: list[Job]) -> Row:
+        """What is there after these runs and evaluations of them."""
+        done = [(job, found) for job in jobs if (found := job.found()) is not None]
+        others = [found for job in evaluations if (found := job.found()) is not None]
+        return Row(
+            entry,
+            [found for _, found in done],
+            [_curve(job) for job, _ in done],
+            read(plan.folder(entry, CHOSEN)),
+            [found for found in others if "fine_tuning" not in found],
+            next((found["fine_tuning"] for found in others if "fine_tuning" in found), []),
+        )
 
-    def mean(self, key: str) -> float:
+    def values(self, key: str, elsewhere: bool = False) -> list[float]:
+        """Of each run; `elsewhere` on the other data."""
+        return [run[key] for run in (self.transfer if elsewhere else self.runs) if run.get(key) is not None]
+
+    def mean(self, key: str, elsewhere: bool = False) -> float:
         """NaN where there is none."""
-        values = self.values(key)
+        values = self.values(key, elsewhere)
         return statistics.fmean(values) if values else math.nan
 
-    def spread(self, key: str) -> float:
+    def spread(self, key: str, elsewhere: bool = False) -> float:
         """The standard deviation over the seeds; NaN of one alone."""
-        values = self.values(key)
+        values = self.values(key, elsewhere)
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
     def bound(self) -> list[float]:
         """log N - loss of each run, N = x of the entry, at its end."""
         last = [losses[-max(1, round(LAST * len(losses))) :] for _, losses in self.curves]
         return [math.log(float(self.entry.x or 1)) - statistics.fmean(losses) for losses in last]
-
-
-def collect(plan: Plan, jobs: dict[str, list[Job]]) -> list[Row]:
-    """A row for each entry, in their order; `jobs` are its runs, by its name."""
-    rows = []
-    for entry in plan.entries:
-        done = [job for job in jobs.get(entry.name, []) if job.found() is not None]
-        runs = [job.found() or {} for job in done]
-        rows.append(Row(entry, runs, [_curve(job) for job in done], read(plan.folder(entry, CHOSEN))))
-    return rows
 
 
 def _curve(job: Job) -> tuple[list[float], list[float]]:
@@ -79,6 +86,8 @@ def as_json(plan: Plan, rows: list[Row], failed: dict[str, str]) -> dict[str, An
                 "x": row.entry.x,
                 "series": row.entry.series,
                 "tuned": row.tuned,
+                "fine_tuning": row.fine_tuning,
+                "transfer": row.transfer,
                 **{key: {"mean": _or_none(row.mean(key)), "spread": _or_none(row.spread(key))} for key in MEASURED},
                 "log_n_minus_loss": row.bound() if isinstance(row.entry.x, int) else None,
                 "runs": row.runs,

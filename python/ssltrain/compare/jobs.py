@@ -46,6 +46,12 @@ class Job:
         arguments = (options.method, *config.as_flags(options), "--out", str(folder))
         return Job(kind, title, arguments, folder / "result.json")
 
+    @staticmethod
+    def evaluation(kind: str, title: str, run: Path, name: str, *options: str) -> Job:
+        """What `ssltrain evaluate` says of a run, kept in its folder."""
+        result = run / name
+        return Job(kind, title, ("evaluate", str(run), *options, "--json", str(result)), result, trains=False)
+
     @property
     def folder(self) -> Path:
         return self.result.parent

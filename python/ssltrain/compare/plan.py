@@ -33,7 +33,7 @@ class Entry:
     def name(self) -> str:
         """As it is called in tables and on the disk: moco-queue-1024."""
         own = (f"-{option.replace('_', '-')}-{value}" for option, value in self.options.items())
-        return re.sub(r"[^\w.+=-]", "+", self.method + "".join(own))
+        return for_disk(self.method + "".join(own))
 
     @staticmethod
     def of(text: str) -> Entry:
@@ -64,6 +64,8 @@ class Plan:
     common: dict[str, str]  # options of all
     of_method: dict[str, dict[str, str]]  # options of all entries of a method
     tune: Tuning | None = None
+    labels: str | None = None  # shares of the labels to fine-tune on, with commas between
+    transfer: str | None = None  # other data to measure the features on
     study: str | None = None
 
     def config(self, entry: Entry, seed: int, **more: Any) -> ImageConfig:
@@ -106,6 +108,11 @@ def settings(texts: Sequence[str]) -> tuple[dict[str, str], dict[str, dict[str, 
         method, colon, own = name.rpartition(":")
         (of_method.setdefault(method, {}) if colon else common)[own] = value
     return common, of_method
+
+
+def for_disk(text: str) -> str:
+    """As part of a name of a file."""
+    return re.sub(r"[^\w.,+=-]", "+", text)
 
 
 def epochs_of(images: int, there: int) -> int:

@@ -4,39 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ssltrain import UsageError, methods
-from ssltrain.compare.plan import Entry
+from ssltrain.compare.plan import Entry, kind_of
+from ssltrain.config import ImageConfig
 
 COLOUR, GRAY = ("crop", "jitter", "hue", "gray", "flip"), ("affine", "blur", "erase")  # the steps of the views
 
 
 @dataclass(frozen=True)
 class Study:
-    """`entries(methods, epochs, channels)` are its runs; `axis` is what they differ in, "" where it is the method."""
+    """`entries(methods, epochs, shape)` are its runs, for images of that shape, [C, H, W]; `axis` is what they differ
+    in, "" where that is the method."""
 
     about: str
     axis: str
-    entries: Callable[[Sequence[str], int, int], list[Entry]]
-    methods: Sequence[str]  # what it is made of; others can be named where `free`
+    entries: Callable[[Sequence[str], int, Sequence[int]], list[Entry]]
+    methods: Sequence[str]  # what it is made of, () for all on images; others can be named where `free`
     free: bool = False
     bound: bool = False  # its figure shows log N - loss, N = x, and not the accuracy
 
 
-def of(name: str, chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+def of(name: str, chosen: Sequence[str], epochs: int, shape: Sequence[int]) -> list[Entry]:
     """The entries of a study, of the chosen methods alone if there are some."""
     if name not in STUDIES:
         raise UsageError(f"--study {name}: choose one of {', '.join(STUDIES)}.")
     study = STUDIES[name]
     for method in chosen:
-        if method not in methods.NAMES or not (study.free or method in study.methods):
-            known = methods.NAMES if study.free else study.methods
+        known = methods.NAMES if study.free else study.methods
+        if method not in known:
             raise UsageError(f"{method}: is no method of --study {name}; choose of {', '.join(known)}.")
-    there = [method for method in study.methods if method in methods.NAMES]
-    return study.entries(chosen or there, epochs, channels)
+    there = [method for method in study.methods or _on_images() if method in methods.NAMES]
+    return study.entries(chosen or there, epochs, shape)
 
 
-def _survey(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+def _on_images() -> list[str]:
+    return [name for name in methods.NAMES if issubclass(methods.config_of(name), ImageConfig)]
+
+
+def _survey(chosen: Sequence[str], epochs: int, shape: Sequence[int]) -> list[Entry]:
     variants = {
         "moco": [{}, {"version": "3"}],
         "deep_infomax": [{"estimator": "jsd"}, {"estimator": "infonce"}, {"estimator": "dv"}],
@@ -44,16 +51,16 @@ def _survey(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
     return [Entry(method, options) for method in chosen for options in variants.get(method, [{}])]
 
 
-def _width(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+def _width(chosen: Sequence[str], epochs: int, shape: Sequence[int]) -> list[Entry]:
     return [Entry(method, {"width": str(width)}, width, method) for method in chosen for width in (1, 2, 4)]
 
 
-def _time(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+def _time(chosen: Sequence[str], epochs: int, shape: Sequence[int]) -> list[Entry]:
     doubled = [2**i for i in range(epochs.bit_length()) if 2**i < epochs] + [epochs]
     return [Entry(method, {"epochs": str(some)}, some, method) for method in chosen for some in doubled]
 
 
-def _negatives(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+def _negatives(chosen: Sequence[str], epochs: int, shape: Sequence[int]) -> list[Entry]:
     kinds = {
         "simclr": ("batch_size", "the batch (simclr)", lambda size: 2 * size - 2, (32, 64, 128, 256, 512)),
         "instdisc": ("negatives", "a memory bank (instdisc)", lambda size: size, (64, 256, 1024, 4096)),
@@ -66,8 +73,8 @@ def _negatives(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]
     return entries
 
 
-def _augmentations(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
-    steps = COLOUR if channels == 3 else GRAY
+def _augmentations(chosen: Sequence[str], epochs: int, shape: Sequence[int]) -> list[Entry]:
+    steps = COLOUR if shape[0] == 3 else GRAY
     entries = []
     for method in chosen:
         for names, x in ((steps, "all"), ((), "none")):
@@ -79,17 +86,25 @@ def _augmentations(chosen: Sequence[str], epochs: int, channels: int) -> list[En
     return entries
 
 
-def _head(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
+def _head(chosen: Sequence[str], epochs: int, shape: Sequence[int]) -> list[Entry]:
     return [Entry(method, {"head": head}, head, method) for method in chosen for head in ("none", "linear", "mlp")]
 
 
-def _bound(chosen: Sequence[str], epochs: int, channels: int) -> list[Entry]:
-    sizes = (16, 32, 64, 128, 256, 512)
-    return [Entry(method, {"batch_size": str(size)}, 2 * size - 1, method) for method in chosen for size in sizes]
+def _bound(chosen: Sequence[str], epochs: int, shape: Sequence[int]) -> list[Entry]:
+    """In simclr the candidates of a view are all other ones of the batch, in cpc_images those of a patch the patches of
+    that row."""
+    entries = []
+    for size in (16, 32, 64, 128, 256, 512):
+        candidates = {"simclr": 2 * size - 1}
+        if "cpc_images" in chosen:
+            encoder: Any = kind_of("cpc_images")().build_encoder(shape)
+            candidates["cpc_images"] = size * encoder[1].grid(shape[1:])[1]
+        entries += [Entry(name, {"batch_size": str(size)}, candidates[name], name) for name in chosen]
+    return entries
 
 
 STUDIES = {
-    "survey": Study("all methods on images beside supervised training", "", _survey, ("simclr", "moco")),
+    "survey": Study("all methods on images beside supervised training", "", _survey, (), free=True),
     "width": Study(
         "encoders 1, 2 and 4 times as wide; other methods can be named", "width", _width, ("simclr", "supervised"), True
     ),
@@ -114,7 +129,7 @@ STUDIES = {
         "log N - loss, a lower bound of the mutual information in nats, against N candidates (CPC's)",
         "candidates N",
         _bound,
-        ("simclr",),
+        ("cpc_images", "simclr"),
         bound=True,
     ),
 }

@@ -35,6 +35,10 @@ def markdown(plan: Plan, rows: list[Row], failed: dict[str, str]) -> str:
     ]
     if any(row.tuned for row in rows):
         parts += ["## Options that were chosen", _tuning(plan, rows)]
+    if any(row.fine_tuning for row in rows):
+        parts += ["## Fine-tuned on a part of the labels", _fine_tuning(rows)]
+    if any(row.transfer for row in rows):
+        parts += [f"## On {plan.transfer}", _transfer(rows)]
     if failed:
         parts += ["## Failed", "\n".join(f"- {title}: {why}" for title, why in failed.items())]
     return "\n\n".join(parts) + "\n"
@@ -46,12 +50,15 @@ def table(lines: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
-def figure(row: Row, key: str) -> str:
+def figure(row: Row, key: str, elsewhere: bool = False) -> str:
     """Mean and spread, or a dash."""
-    mean, spread = row.mean(key), row.spread(key)
+    return _with_spread(row.mean(key, elsewhere), row.spread(key, elsewhere))
+
+
+def _with_spread(mean: float, spread: float | None) -> str:
     if math.isnan(mean):
         return "-"
-    return f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}")
+    return f"{mean:.3f}" + ("" if spread is None or math.isnan(spread) else f" ± {spread:.3f}")
 
 
 def _data(rows: list[Row]) -> str:
@@ -102,4 +109,25 @@ def _tuning(plan: Plan, rows: list[Row]) -> str:
             probes = [trial["linear"] for trial in row.tuned["all"] if trial["linear"] is not None]
             options = [f"{row.tuned['options'][name]:g}" if name in row.tuned["options"] else "-" for name in names]
             lines.append((row.entry.name, *options, f"{max(probes):.3f}", f"{min(probes):.3f} to {max(probes):.3f}"))
+    return f"{about}\n\n{table(lines)}"
+
+
+def _fine_tuning(rows: list[Row]) -> str:
+    about = (
+        "The encoder of the first run and a linear layer, all of it trained on a share of the labels, beside the same "
+        "from the untrained encoder with as many trials; mean over the draws of the labels ± standard deviation."
+    )
+    lines: list[tuple[str, ...]] = [("method", "share", "images", "fine-tuned", "from scratch")]
+    for row in rows:
+        for found in row.fine_tuning:
+            accuracies = (_with_spread(found[name], found[f"{name}_spread"]) for name in ("fine_tuned", "scratch"))
+            lines.append((row.entry.name, f"{found['share']:.0%}", f"{found['images']:,}", *accuracies))
+    return f"{about}\n\n{table(lines)}"
+
+
+def _transfer(rows: list[Row]) -> str:
+    about = "The same features on other data, mean over the seeds ± standard deviation."
+    keys = {"linear": "linear probe", "knn": "20-NN", "untrained_linear": "untrained, linear", "raw_linear": "pixels"}
+    lines: list[tuple[str, ...]] = [("method", *keys.values())]
+    lines += [(row.entry.name, *(figure(row, key, elsewhere=True) for key in keys)) for row in rows if row.transfer]
     return f"{about}\n\n{table(lines)}"
