@@ -132,6 +132,13 @@ def evaluate_(
     beside: Annotated[
         Path | None, typer.Option(help="The folder of a run to measure beside it, such as a supervised one.")
     ] = None,
+    from_middle: Annotated[
+        bool,
+        typer.Option(
+            "--from-middle",
+            help="Fine-tune with the first layer of the head as well, as SimCLR 2 does (simclr --version 2).",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Draws the labelled images.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
@@ -141,8 +148,10 @@ def evaluate_(
     shares = [] if labels is None else config.shares(labels)
     if draws < 1:
         raise UsageError(f"--draws {draws}: must be 1 or more.")
+    if from_middle and not shares:
+        raise UsageError("--from-middle: says where fine-tuning starts; give --labels, too, or leave it out.")
     runs.check_writable("--json", json_path)
-    figures = runs.evaluate_run(run, data, shares, draws, seed, beside)
+    figures = runs.evaluate_run(run, data, shares, draws, seed, beside, from_middle)
     if json_path is not None:
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
 

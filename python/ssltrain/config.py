@@ -151,6 +151,10 @@ class Config(ABC):
     ) -> dict[str, Any]:
         """The test accuracy of each encoder after training on a share of the labels; see `ssltrain.finetune`."""
 
+    def up_to_middle(self, encoder: Any, weights: dict[str, Tensor]) -> nn.Module:
+        """The encoder of a run and the first layer of its head, by the weights of the method."""
+        raise UsageError("--from-middle: is for runs of simclr --version 2, whose head has a middle; leave it out.")
+
     @abstractmethod
     def exported(self, encoder: Any) -> tuple[nn.Module, dict[str, str], str]:
         """The network whose weights are of use elsewhere, what to write beside them, and how to load them."""

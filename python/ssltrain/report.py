@@ -118,7 +118,7 @@ def table(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
-TUNED = {"fine_tuned": "fine-tuned", "scratch": "from scratch", "beside": "other run"}
+TUNED = {"fine_tuned": "fine-tuned", "from_middle": "from the middle", "scratch": "from scratch", "beside": "other run"}
 
 
 def tuned_table(tuned: Sequence[dict[str, Any]]) -> str:

@@ -237,11 +237,18 @@ def _load(folder: Path) -> tuple[config.Config, nn.Module, tuple[int, ...], dict
 
 
 def evaluate_run(
-    folder: Path, source: str | None, shares: Sequence[float], draws: int, seed: int, beside: Path | None
+    folder: Path,
+    source: str | None,
+    shares: Sequence[float],
+    draws: int,
+    seed: int,
+    beside: Path | None,
+    from_middle: bool,
 ) -> dict[str, Any]:
     """Print and return the accuracies of a run's encoder, on other data if named, and that of another run beside it."""
     options, encoder, shape, about = _load(folder)
     other = _load_beside(beside, folder, shape) if beside else None
+    middle = _up_to_middle(folder, options, encoder) if from_middle else None
     device = torch.device(options.device)
     if source is not None:
         options = config.from_dict(options.as_dict() | {"data": source}, str(folder))
@@ -253,11 +260,18 @@ def evaluate_run(
     print(report.table(found))
     figures: dict[str, Any] = _figures(found)
     networks = {"fine_tuned": encoder, "scratch": untrained} | ({"beside": other} if beside else {})
+    networks |= {"from_middle": middle} if from_middle else {}
     tuned = [options.fine_tune(loaded, networks, share, draws, device, seed) for share in shares]
     if tuned:
         print(report.tuned_table(tuned))
         figures["fine_tuning"] = tuned
     return figures
+
+
+def _up_to_middle(folder: Path, options: config.Config, encoder: nn.Module) -> nn.Module:
+    checkpoint = checkpoints.load(folder)
+    assert checkpoint is not None  # as the encoder comes from it
+    return options.up_to_middle(encoder, checkpoint["method"])
 
 
 def _load_beside(beside: Path, folder: Path, shape: tuple[int, ...]) -> nn.Module:

@@ -422,6 +422,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_at_the_same_bits(tmp_path)
         (["simclr", "--config", "/no/such/file.yaml"], "--config /no/such/file.yaml"),
         (["simclr", "--encoder", "timm:no_such_model", "--out", "{tmp}"], "--encoder timm:no_such_model"),
         (["evaluate", "/no/such/run"], "holds no run"),
+        (["evaluate", "{tmp}", "--from-middle"], "--from-middle: says where fine-tuning starts; give --labels"),
         (["evaluate", "{tmp}", "--labels", "0.1,2"], "--labels 0.1,2: must be shares"),
         (["evaluate", "{tmp}", "--labels", "some"], "--labels some: must be shares"),
         (["evaluate", "{tmp}", "--draws", "0"], "--draws 0"),

@@ -63,6 +63,21 @@ def test_supervised_is_for_one_process(monkeypatch):
         methods.config_of("supervised")().check()
 
 
+def test_simclr_2_is_fine_tuned_up_to_the_first_layer_of_its_head():
+    images = data.load("digits", limit=20)
+    options = methods.config_of("simclr")(version=2)
+    method = options.build(images).eval()
+    x = images.train.float() / 255
+    for p in method.parameters():  # what the head has at first, too
+        p.data.add_(torch.rand_like(p) / 10)
+    middle = options.up_to_middle(method.encoder, method.state_dict()).eval()
+    linear, norm, relu = method.head[:3]
+    assert torch.equal(middle(x), relu(norm(linear(method.encoder(x))))) and middle.features == middle(x).shape[1]
+    for other in (methods.config_of("moco")(), dataclasses.replace(options, version=1)):
+        with pytest.raises(UsageError, match="^--from-middle: is for runs of simclr --version 2"):
+            other.up_to_middle(method.encoder, method.state_dict())
+
+
 def test_an_image_is_told_from_others_drawn_alike():
     own = torch.tensor([3, 0, 5])
     with Draws(0, 0, 0, own):

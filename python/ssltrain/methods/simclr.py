@@ -7,7 +7,7 @@ asks of each projection to find its partner among all other projections of the b
     loss_i = -log( exp(sim(z_i, z_j) / T) / sum over k != i of exp(sim(z_i, z_k) / T) ),    z = g(f(view))
 
 Afterwards g is thrown away: the features of f serve better (section 4.2, where a linear g and none are worse). Version
-2 has a head of three layers.
+2 has a head of three layers, of which the first one may stay for fine-tuning (its section 2).
 """
 
 from __future__ import annotations
@@ -52,6 +52,21 @@ class SimCLRConfig(ImageConfig):
         layers = {"mlp": self.version + 1, "linear": 1, "none": 0}[self.head]
         encoder = encoders.build(self.encoder, data.train, self.width)
         return SimCLR(encoder, self.augment(data), self.dim, self.temperature, layers, self.shuffle_positives)
+
+    def up_to_middle(self, encoder: encoders.Encoder, weights: dict[str, Tensor]) -> nn.Module:
+        if self.version != 2 or self.head != "mlp":
+            return super().up_to_middle(encoder, weights)
+        return UpToMiddle(encoder, weights)
+
+
+class UpToMiddle(nn.Sequential):
+    """The encoder and the first of the three layers of a head, with the `weights` of a SimCLR: images -> features."""
+
+    def __init__(self, encoder: encoders.Encoder, weights: dict[str, Tensor]):
+        self.features = encoder.features
+        first = head(self.features, self.features, layers=3)[:3].to(next(encoder.parameters()).device)
+        first.load_state_dict({name: weights[f"head.{name}"] for name in first.state_dict()})
+        super().__init__(encoder, first)
 
 
 class SimCLR(Method):
