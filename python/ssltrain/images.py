@@ -134,10 +134,11 @@ class Images:
         rows = torch.arange(0, len(self.train), max(1, len(self.train) // panels.PAIRS))[: panels.PAIRS]
         with Draws(seed=0, epoch=0, batch=0, rows=rows):
             views = method.views(images := self.train[rows].to(device))
-        if len(views) == len(rows):
-            panels.draw_pairs(axes, torch.cat([images / 255, views]), "Images, and views of them")
+        shown = method.shown(views)
+        if len(shown) == len(rows):
+            panels.draw_pairs(axes, torch.cat([images / 255, shown]), "Images, and views of them")
         else:
-            panels.draw_pairs(axes, views)
+            panels.draw_pairs(axes, shown)
 
     def like(self, shape: Sequence[int]) -> Images:
         """These images with as many channels and pixels as others, [C, H, W]."""

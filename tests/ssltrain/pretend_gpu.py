@@ -11,7 +11,11 @@ import traceback
 import torch
 from ssltrain import augment, encoders, loop, ranks, speech
 from ssltrain.draws import Draws
+from ssltrain.images import Images
+from ssltrain.methods.cmc import CMCConfig
 from ssltrain.methods.cpc import CPCConfig
+from ssltrain.methods.cpc_images import CPCImagesConfig
+from ssltrain.methods.deep_infomax import DeepInfoMaxConfig
 from ssltrain.methods.instdisc import InstDisc
 from ssltrain.methods.moco import MoCo
 from ssltrain.methods.nnclr import NNCLR
@@ -75,7 +79,10 @@ def _is_real(x) -> bool:
     return isinstance(x, Tensor) and not isinstance(x, FakeTensor)
 
 
-ON_IMAGES = "simclr", "moco", "moco v3", "moco shuffled", "instdisc", "nnclr", "supcon", "supervised"
+ON_IMAGES = (
+    *("simclr", "moco", "moco v3", "moco shuffled", "instdisc", "nnclr", "supcon", "supervised"),
+    *("cmc", "cmc bank", "deep_infomax", "cpc_images"),
+)
 
 
 def build(name: str, channels: int) -> tuple[nn.Module, Tensor | speech.Clips]:
@@ -87,6 +94,7 @@ def build(name: str, channels: int) -> tuple[nn.Module, Tensor | speech.Clips]:
         return method, clips
     images = torch.zeros(8, channels, 16, 16, dtype=torch.uint8)
     parts = encoders.build("convnet", images), augment.build(channels, (16, 16), flip=True)
+    data = Images("none", images, torch.zeros(8).long(), images, torch.zeros(8).long(), [])
     kinds = {
         "simclr": lambda: SimCLR(*parts),
         "moco": lambda: MoCo(*parts, queue=32),
@@ -96,6 +104,10 @@ def build(name: str, channels: int) -> tuple[nn.Module, Tensor | speech.Clips]:
         "nnclr": lambda: NNCLR(*parts, support=32),
         "supcon": lambda: SupCon(*parts, torch.arange(8) % 2),
         "supervised": lambda: Supervised(*parts, torch.arange(8) % 2, classes=2),
+        "cmc": lambda: CMCConfig().build(data),
+        "cmc bank": lambda: CMCConfig(candidates="bank", negatives=16).build(data),
+        "deep_infomax": lambda: DeepInfoMaxConfig(prior=0.1).build(data),
+        "cpc_images": lambda: CPCImagesConfig().build(data),
     }
     method = kinds[name]()
     ranks.normalise(method, torch.device("cpu"), method.parts)

@@ -7,7 +7,10 @@ import json
 import pytest
 import torch
 from ssltrain import UsageError, checkpoints, cli, data, loop, speech
+from ssltrain.methods.cmc import CMCConfig
 from ssltrain.methods.cpc import CPCConfig
+from ssltrain.methods.cpc_images import CPCImagesConfig
+from ssltrain.methods.deep_infomax import DeepInfoMaxConfig
 from ssltrain.methods.instdisc import InstDiscConfig
 from ssltrain.methods.moco import MoCoConfig
 from ssltrain.methods.nnclr import NNCLRConfig
@@ -19,6 +22,10 @@ from .test_loop import COMMON, WITHOUT_DIM, stop_at
 
 COMMON, WITHOUT_DIM = {**COMMON, "epochs": 2}, {**WITHOUT_DIM, "epochs": 2}
 METHODS = [
+    CMCConfig(**COMMON),
+    pytest.param(CMCConfig(**COMMON, candidates="bank", negatives=64), marks=pytest.mark.slow),
+    pytest.param(DeepInfoMaxConfig(**COMMON, prior=0.1), marks=pytest.mark.slow),
+    pytest.param(CPCImagesConfig(**COMMON, patch=4, steps=1, context_width=32), marks=pytest.mark.slow),
     SimCLRConfig(**COMMON),
     MoCoConfig(**COMMON, queue=256),
     MoCoConfig(**COMMON, version=3),
@@ -29,7 +36,8 @@ METHODS = [
     pytest.param(SupConConfig(**COMMON), marks=pytest.mark.slow),
     pytest.param(SupervisedConfig(**WITHOUT_DIM), marks=pytest.mark.slow),
 ]
-IDS = ["simclr", "moco", "moco v3", "moco shuffled", "cpc", "instdisc", "nnclr", "supcon", "supervised"]
+IDS = ["cmc", "cmc bank", "deep_infomax", "cpc_images"]
+IDS += ["simclr", "moco", "moco v3", "moco shuffled", "cpc", "instdisc", "nnclr", "supcon", "supervised"]
 
 
 @pytest.fixture
@@ -79,7 +87,7 @@ def test_checkpoints_do_not_tell_and_runs_resume(graphs, tmp_path, options):
 
 def test_where_nothing_compiles_one_sentence_says_so(monkeypatch, tmp_path):
     torch.compiler.reset()
-    options = dataclasses.replace(METHODS[0], compile=True)
+    options = SimCLRConfig(**COMMON, compile=True)
 
     def backend(graph, inputs):
         raise RuntimeError("no compiler found.\nA long explanation follows.")

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from ssltrain import checkpoints, cli, data, loop, speech
+from ssltrain.methods.cmc import CMCConfig
 from ssltrain.methods.cpc import CPCConfig
+from ssltrain.methods.cpc_images import CPCImagesConfig
+from ssltrain.methods.deep_infomax import DeepInfoMaxConfig
 from ssltrain.methods.instdisc import InstDiscConfig
 from ssltrain.methods.moco import MoCoConfig
 from ssltrain.methods.nnclr import NNCLRConfig
@@ -31,6 +34,10 @@ METHODS = {
     "simclr resnet18": SimCLRConfig(**COMMON, dim=32, encoder="resnet18"),
     "moco": MoCoConfig(**COMMON, dim=32, queue=256),
     "moco v3": MoCoConfig(**COMMON, dim=32, version=3),
+    "cmc": CMCConfig(**COMMON, dim=32),
+    "cmc bank": CMCConfig(**COMMON, dim=32, candidates="bank", negatives=64),
+    "deep_infomax": DeepInfoMaxConfig(**COMMON, dim=32, prior=0.1),
+    "cpc_images": CPCImagesConfig(**COMMON, patch=4, steps=1, context_width=32),
     "cpc": SPEECH,
     "instdisc": InstDiscConfig(**COMMON, dim=32, negatives=64),
     "nnclr": NNCLRConfig(**COMMON, dim=32, support=256),

@@ -9,6 +9,9 @@ import time
 import pytest
 import torch
 from ssltrain import UsageError, checkpoints, data, loop, rehearsal
+from ssltrain.methods.cmc import CMCConfig
+from ssltrain.methods.cpc_images import CPCImagesConfig
+from ssltrain.methods.deep_infomax import DeepInfoMaxConfig
 from ssltrain.methods.instdisc import InstDiscConfig
 from ssltrain.methods.moco import MoCoConfig
 from ssltrain.methods.nnclr import NNCLRConfig
@@ -35,6 +38,11 @@ METHODS = {
     "nnclr": NNCLRConfig(**COMMON, support=256),
     "supcon": SupConConfig(**COMMON),
     "supervised": SupervisedConfig(**WITHOUT_DIM),
+    "cmc": CMCConfig(**COMMON),
+    "cmc bank": CMCConfig(**COMMON, candidates="bank", negatives=8),
+    "deep_infomax": DeepInfoMaxConfig(**COMMON),
+    "deep_infomax prior": DeepInfoMaxConfig(**COMMON, estimator="jsd", prior=0.1),
+    "cpc_images": CPCImagesConfig(**COMMON, patch=4, steps=1, context_width=32),
 }
 CONTRASTIVE = {name: options for name, options in METHODS.items() if name != "supervised"}
 per_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
@@ -47,11 +55,21 @@ CHANCE = {  # the loss when all similarities are equal
     "nnclr": math.log(64),
     "supcon": math.log(2 * 64 - 1),
     "supervised": math.log(10),
+    "cmc": math.log(64),
+    "cmc bank": 2 * (math.log(9) + 8 * math.log(9 / 8)),  # of both directions, where each h is 1 / 9
+    "deep_infomax": math.log(64),  # of images that have one part
+    "deep_infomax prior": 2 * math.log(2),
+    "cpc_images": math.log(64 * 3),  # three columns
 }
 
 
 def chance(name: str) -> float:
-    return CHANCE.get(name, CHANCE[name.split()[0]])
+    return CHANCE.get(name) or CHANCE[name.split()[0]]
+
+
+def at_the_end(state) -> float:
+    """The contrastive loss of the last steps."""
+    return sum(state.losses[-8:]) / 8 - sum(state.stats.get("prior", [])[-8:]) / 8
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +156,7 @@ def test_training_gets_below_the_loss_of_a_collapsed_encoder(images, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_with_shuffled_positives_there_is_nothing_to_learn(images, tmp_path, name):
     _, state = run(images, tmp_path, dataclasses.replace(METHODS[name], epochs=12, shuffle_positives=True))
-    assert sum(state.losses[-8:]) / 8 > chance(name) - 0.02
+    assert at_the_end(state) > chance(name) - 0.02
 
 
 def test_the_control_is_for_one_process(monkeypatch):
@@ -151,7 +169,7 @@ def test_the_control_is_for_one_process(monkeypatch):
 @pytest.mark.parametrize("name", METHODS)
 def test_without_there_is_something(images, tmp_path, name):
     _, state = run(images, tmp_path, dataclasses.replace(METHODS[name], epochs=30))
-    assert sum(state.losses[-8:]) / 8 < chance(name) - 0.1
+    assert at_the_end(state) < chance(name) - 0.1
 
 
 def test_minutes_end_by_the_clock(images, tmp_path):
@@ -188,7 +206,8 @@ def test_every_contrastive_loss_goes_through_the_engine(images, tmp_path, option
     engine = {name: calls[name] for name in calls if name.startswith(ENGINE)}
     assert max(engine.values()) >= state.step, engine
     elsewhere = {name for name in calls if "softmax" in name or "cross_entropy" in name or "logsumexp" in name}
-    of_rows = {"aten::logsumexp", "aten::softmax", "aten::_softmax"} if options.method == "instdisc" else set()
+    has_bank = options.method == "instdisc" or options == METHODS["cmc bank"]
+    of_rows = {"aten::logsumexp", "aten::softmax", "aten::_softmax"} if has_bank else set()
     assert elsewhere <= of_rows  # of the scores of named rows, which the engine has by itself
 
 

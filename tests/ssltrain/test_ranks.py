@@ -16,7 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ssltrain import UsageError, checkpoints, cli, data, loop, ranks, speech
+from ssltrain.methods.cmc import CMCConfig
 from ssltrain.methods.cpc import CPCConfig
+from ssltrain.methods.cpc_images import CPCImagesConfig
+from ssltrain.methods.deep_infomax import DeepInfoMaxConfig
 from ssltrain.methods.instdisc import InstDiscConfig
 from ssltrain.methods.moco import MoCoConfig
 from ssltrain.methods.nnclr import NNCLRConfig
@@ -38,6 +41,10 @@ METHODS = {
     "instdisc nce": InstDiscConfig(**COMMON, **IMAGES, negatives=64, form="nce", temperature=0.5),
     "nnclr": NNCLRConfig(**COMMON, **IMAGES, support=128),
     "supcon": SupConConfig(**COMMON, **IMAGES),
+    "cmc": CMCConfig(**COMMON, **IMAGES),
+    "cmc bank": CMCConfig(**COMMON, **IMAGES, candidates="bank", negatives=64),
+    "deep_infomax": DeepInfoMaxConfig(**COMMON, **IMAGES),
+    "cpc_images": CPCImagesConfig(**COMMON | dict(lr=0.02), **IMAGES, patch=4, steps=1, context_width=8),
     "cpc": CPCConfig(**COMMON | dict(batch_size=10), window=1600, steps=2, width=8, units=8),
 }
 

@@ -29,6 +29,10 @@ class Method(nn.Module, ABC):
         What it draws for each sample by `draws.rand` depends on seed, epoch, sample and view alone.
         """
 
+    def shown(self, views: Tensor) -> Tensor:
+        """What the report shows of the views, [2 B, C, H, W]: the first B are pulled together with the others."""
+        return views
+
     @abstractmethod
     def loss(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """A scalar to minimise, and detached scalars to show, by name."""
