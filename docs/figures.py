@@ -109,11 +109,11 @@ def cmc() -> Pairs:
 
 
 def deep_infomax_pairs() -> Pairs:
-    cells = torch.eye(16).view(4, 4, 16)
-    found = derivatives(lambda images: deep_infomax(images, cells, "infonce"), torch.zeros(4, 16), cells.flatten(0, 1))
-    candidates = {f"cells of {image}": "1234" for image in "abcd"}
-    caption = "Candidates are the cells of the last maps of all images of the batch; their number here is 4 each."
-    return Pairs({"images as a whole": "abcd"}, candidates, found, caption)
+    parts = torch.eye(16).view(4, 4, 16)
+    found = derivatives(lambda images: deep_infomax(images, parts, "infonce"), torch.zeros(4, 16), parts.flatten(0, 1))
+    candidates = {f"parts of {image}": "1234" for image in "abcd"}
+    caption = "Candidates are the cells of the last maps of all images of the batch, here four of each."
+    return Pairs({"wholes": "abcd"}, candidates, found, caption)
 
 
 def cpc_images() -> Pairs:

@@ -167,7 +167,7 @@ def _nearest(data: Images | Speech, evaluation: Evaluation) -> str:
 
 
 def _sample(label: str, detail: str, pixels: Tensor | None, right: bool | None = None) -> str:
-    kind, mark = {None: ("sample", ""), True: ("right", "✓ "), False: ("wrong", "✗ ")}[right]
+    kind, mark = {None: ("sample", ""), True: ("right", "✓&nbsp;"), False: ("wrong", "✗&nbsp;")}[right]
     picture = f'<img src="{_png(pixels)}" alt="{text(label)}">' if pixels is not None else ""
     return f'<div class="{kind}">{picture}{mark}{text(label)}{f"<br>{text(detail)}" if detail else ""}</div>'
 
