@@ -52,6 +52,8 @@ def test_the_figures_of_pairs_are_drawn_as_they_are():
 
     made = figures.figures()
     assert {path: path.read_text() for path in figures.FOLDER.iterdir()} == made, "run python -m docs.figures"
+    pages = "".join(page.read_text() for page in figures.FOLDER.parent.glob("*.md") if page.name != "survey.md")
+    assert [path.name for path in made if f"(figures/{path.name})" not in pages] == []
 
 
 def test_a_figure_of_pairs_is_that_of_the_formula():
