@@ -35,8 +35,7 @@ def of(name: str, chosen: Sequence[str], epochs: int, shape: Sequence[int]) -> l
         known = methods.NAMES if study.free else study.methods
         if method not in known:
             raise UsageError(f"{method}: is no method of --study {name}; choose of {', '.join(known)}.")
-    there = [method for method in study.methods or _on_images() if method in methods.NAMES]
-    return study.entries(chosen or there, epochs, shape)
+    return study.entries(chosen or study.methods or _on_images(), epochs, shape)
 
 
 def _on_images() -> list[str]:
@@ -93,12 +92,10 @@ def _head(chosen: Sequence[str], epochs: int, shape: Sequence[int]) -> list[Entr
 def _bound(chosen: Sequence[str], epochs: int, shape: Sequence[int]) -> list[Entry]:
     """In simclr the candidates of a view are all other ones of the batch, in cpc_images those of a patch the patches of
     that row."""
-    entries = []
+    encoder: Any = kind_of("cpc_images")().build_encoder(shape)
+    entries, columns = [], encoder[1].grid(shape[1:])[1]
     for size in (16, 32, 64, 128, 256, 512):
-        candidates = {"simclr": 2 * size - 1}
-        if "cpc_images" in chosen:
-            encoder: Any = kind_of("cpc_images")().build_encoder(shape)
-            candidates["cpc_images"] = size * encoder[1].grid(shape[1:])[1]
+        candidates = {"simclr": 2 * size - 1, "cpc_images": size * columns}
         entries += [Entry(name, {"batch_size": str(size)}, candidates[name], name) for name in chosen]
     return entries
 

@@ -39,6 +39,10 @@ class CMCConfig(ImageConfig):
     """
 
     method: ClassVar[str] = "cmc"
+    # By the published code.
+    presets: ClassVar[dict] = {
+        "imagenet": dict(candidates="bank", negatives=16384, temperature=0.07, batch_size=128, optimizer="sgd", lr=0.03)
+    }
 
     views: str | None = option(
         None,

@@ -37,6 +37,7 @@ class CPCImagesConfig(ImageConfig):
     """
 
     method: ClassVar[str] = "cpc_images"
+    presets: ClassVar[dict] = {"imagenet": dict(patch=64, stride=32, steps=5, batch_size=512, lr=2e-4)}  # section 3.3
 
     dim: int = option(64, "Width of what the loss compares: patches as they are predicted.", **at_least(1))
     patch: int | None = option(

@@ -45,6 +45,7 @@ class DeepInfoMaxConfig(ImageConfig):
     """
 
     method: ClassVar[str] = "deep_infomax"
+    presets: ClassVar[dict] = {"cifar10": dict(estimator="jsd", prior=0.1, batch_size=64, lr=1e-4)}
 
     estimator: str = option(
         "infonce",

@@ -42,7 +42,7 @@ class InstDiscConfig(ImageConfig):
     """
 
     method: ClassVar[str] = "instdisc"
-    presets: ClassVar[dict] = {  # section 4 and the published code
+    presets: ClassVar[dict] = {  # section 4 and the published code, but for the form of the loss
         "imagenet": dict(temperature=0.07, negatives=4096, momentum=0.5, batch_size=256)
         | dict(optimizer="sgd", lr=0.03, weight_decay=1e-4),
     }
