@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ssltrain import UsageError
 from ssltrain.draws import Draws
 from ssltrain.methods._method import Method
+from ssltrain.patches import Patches
 from ssltrain.speech import Clips
 
 
@@ -60,11 +61,13 @@ def rehearse(
 def encoder_passes(method: Method, batch: Tensor | Clips) -> float:
     """How often a sample of training goes forward through the encoder, or another one, by what convolutions multiply.
 
-    Two views are two passes; those of a momentum encoder count, and a patch of an image for its part of it. The method
-    and the random state are left as they were.
+    Two views are two passes; those of a momentum encoder count, and a patch of an image for its part of it: where the
+    encoder sees patches, a pass is that of its network over the whole image. The method and the random state are left
+    as they were.
     """
     before = copy.deepcopy(method.state_dict())
     weight = next(method.parameters())
+    whole = next((part.network for part in method.encoder.modules() if isinstance(part, Patches)), method.encoder)
     counted = [0]
 
     def count(module: nn.Module, _: Any, output: Tensor) -> None:
@@ -78,7 +81,7 @@ def encoder_passes(method: Method, batch: Tensor | Clips) -> float:
             views = method.views(batch).to(weight.dtype)
             method.loss(views)
             counted.append(0)
-            method.encoder(batch.to(weight.dtype) / 255 if isinstance(batch, Tensor) else views)
+            whole(batch.to(weight.dtype) / 255 if isinstance(batch, Tensor) else views)
         finally:
             hook.remove()
     method.load_state_dict(before)

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from ssltrain import UsageError, checkpoints, data, loop, rehearsal
+from ssltrain.methods._method import Method
 from ssltrain.methods.cmc import CMCConfig
 from ssltrain.methods.cpc_images import CPCImagesConfig
 from ssltrain.methods.deep_infomax import DeepInfoMaxConfig
@@ -236,7 +237,10 @@ def test_the_stopwatch_sees_forward_and_backward_of_its_module_only():
         assert stopwatch.read() == 0
 
 
-@pytest.mark.parametrize("name, passes", [("simclr", 2), ("moco", 2), ("moco v3", 4), ("moco shuffled", 2)])
+PASSES = [("simclr", 2), ("moco", 2), ("moco v3", 4), ("moco shuffled", 2), ("instdisc", 1), ("cmc", 1)]
+
+
+@pytest.mark.parametrize("name, passes", PASSES)
 def test_passes_through_the_encoders_are_counted_and_leave_no_trace(images, name, passes):
     method = build(images, METHODS[name])
     before = {k: v.clone() for k, v in method.state_dict().items()}
@@ -244,6 +248,24 @@ def test_passes_through_the_encoders_are_counted_and_leave_no_trace(images, name
     assert rehearsal.encoder_passes(method, images.train[:64]) == passes
     assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_patch_is_a_part_of_a_pass():
+    """Patches of 16 x 16 pixels, every 8 of 32 x 32: nine, each a quarter of the image."""
+
+    class Patched(Method):
+        def __init__(self):
+            super().__init__()
+            self.encoder = CPCImagesConfig(patch=16, stride=8).build_encoder([3, 32, 32])
+
+        def views(self, images):
+            return images.float() / 255
+
+        def loss(self, views):
+            return self.encoder(views).sum(), {}
+
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    assert rehearsal.encoder_passes(Patched(), images) == 9 / 4
 
 
 def test_precision_is_chosen_by_trial_and_leaves_no_trace(images):
