@@ -287,21 +287,26 @@ class SpeechConfig(Config):
         **at_least(2, ", for a pair needs others to differ from"),
     )
     window: int = option(2048, "Samples that are cut from a clip; shorter clips are left out.", **at_least(160))
+    level: bool = option(
+        True,
+        "Make all clips equally loud, so that loudness does not tell speakers apart.",
+        flags="--level/--no-level",
+    )
 
     def load(self, about: dict | None = None) -> Speech:
         """What `data` names."""
         from ssltrain import speech
 
-        return speech.load(self.data, self.limit, self.window)
+        return speech.load(self.data, self.limit, self.window, self.level)
 
     def embed(
         self, encoder: ContextEncoder, source: str, shape: Sequence[int], about: dict, device: torch.device
     ) -> tuple[list[str], Tensor, list[str]]:
-        """The name and the last context of every sound of `source`, and notes."""
+        """The name of every sound of `source` and the mean of its contexts, and notes."""
         from ssltrain import speech
 
-        names, clips, _, notes = speech.read_files(source)
-        return names, speech.contexts(encoder, clips, device), notes
+        names, clips, _, notes = speech.read_files(source, self.level)
+        return names, speech.features(encoder, clips, device)[0], notes
 
     def fine_tune(self, *_: Any) -> dict[str, Any]:
         raise UsageError(f"--labels: is for runs on images; leave it out for {self.method}.")

@@ -22,7 +22,7 @@ def draw_steps(axes: Axes, accuracies: Tensor) -> None:
     axes.set(xlabel="frames ahead", ylim=(0, 1), xticks=steps)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.set_title("How often the frame to come beats all others of the batch")
+    axes.set_title("How often the frame to come beats all that it is contrasted with")
 
 
 def draw_pairs(axes: Axes, views: Tensor, title: str = "Pairs of views that the loss pulls together") -> None:

@@ -9,9 +9,8 @@ import io
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from ssltrain.methods.cpc import ContextEncoder
 
 TEST_INDICES = 5
+LOUDNESS = 0.1  # root mean square of a clip that is levelled
 
 
 @dataclass
@@ -41,36 +41,41 @@ class Clips:
     samples: Tensor  # int16 [S]
     start: Tensor  # int64 [N]
     length: Tensor  # int64 [N]
+    gain: Tensor  # float [N], what the samples are multiplied with
 
     @staticmethod
-    def of(sounds: Sequence[Tensor]) -> Clips:
-        """From int16 tensors, one a clip."""
-        length = torch.tensor([len(sound) for sound in sounds])
-        return Clips(torch.cat(list(sounds)), length.cumsum(0) - length, length)
+    def of(sounds: Sequence[Tensor], level: bool = False) -> Clips:
+        """From int16 tensors, one a clip; with `level` each is made as loud as the others, as a whole."""
+        length, gain = torch.tensor([len(sound) for sound in sounds]), torch.ones(len(sounds))
+        if level:
+            energy = torch.stack([sound.long().square().sum() for sound in sounds])  # exact for any number of threads
+            gain = 32768 * LOUDNESS / (energy / length).sqrt().clamp_min(1)  # silence stays silence
+        return Clips(torch.cat(list(sounds)), length.cumsum(0) - length, length, gain)
 
     def __len__(self) -> int:
         return len(self.start)
 
     def __getitem__(self, rows: Tensor | slice) -> Clips:
-        return Clips(self.samples, self.start[rows], self.length[rows])
+        return Clips(self.samples, self.start[rows], self.length[rows], self.gain[rows])
 
     def to(self, device: torch.device) -> Clips:
-        return Clips(self.samples.to(device), self.start.to(device), self.length.to(device))
+        return Clips(*(tensor.to(device) for tensor in vars(self).values()))
 
     def crop(self, window: int) -> Tensor:
-        """float [N, window] in [-1, 1]: a piece of each clip, where it lies drawn at random. No clip may be shorter."""
+        """float [N, window]: a piece of each clip, where it lies drawn at random. No clip may be shorter."""
         room = self.length - window + 1
         first = self.start + (rand(len(self), device=room.device) * room).long().clamp_max(room - 1)
         return self._cut(first, window)
 
     def padded(self) -> Tensor:
-        """float [N, longest] in [-1, 1], silence after the end of each clip."""
+        """float [N, longest], silence after the end of each clip."""
         sound = self._cut(self.start, int(self.length.max()))
         return sound * (torch.arange(sound.shape[1], device=sound.device) < self.length.unsqueeze(1))
 
     def _cut(self, first: Tensor, count: int) -> Tensor:
         places = first.unsqueeze(1) + torch.arange(count, device=first.device)
-        return self.samples[places.clamp_max(len(self.samples) - 1)].float() / 32768
+        sound = self.samples[places.clamp_max(len(self.samples) - 1)].float() / 32768
+        return sound * self.gain.unsqueeze(1)
 
 
 @dataclass
@@ -100,7 +105,7 @@ class Speech:
     @property
     def tensors(self) -> list[Tensor]:
         """What a run trains on."""
-        return [self.train.samples, self.train.start, self.train.length]
+        return [self.train.samples, self.train.start, self.train.length]  # the gain follows from them
 
     def describe(self) -> str:
         """In a line."""
@@ -115,33 +120,37 @@ class Speech:
         return self
 
     def evaluate(self, encoder: Any, untrained: Any, device: torch.device, beside: Any | None = None) -> Evaluation:
-        """Linear probes for word and speaker on the last context of a clip, beside those of the untrained encoder with
-        its batch normalisation calibrated on training clips, log-mel statistics of the whole clip, and another run.
+        """Linear probes for word and speaker on the mean of a clip's contexts and on the last alone, beside the
+        untrained encoder with its batch normalisation calibrated on training clips, log-mel statistics, and another
+        run.
 
         The third figure is the word said by a speaker whom the probe has not heard, the mean over all speakers in turn.
         """
-        rows = {"": "trained", "untrained_": "untrained encoder", "log_mel_": "log-mel statistics"}
-        networks: dict[str, Callable[[Clips], Tensor]] = {
-            "": partial(contexts, encoder, device=device),
-            "untrained_": partial(contexts, self._calibrated(untrained, device), device=device),
-            "log_mel_": lambda clips: log_mel_statistics(clips, self.rate).to(device),
-        }
+        networks = {"": encoder, "untrained_": self._calibrated(untrained, device)}
+        names = {"": "trained", "untrained_": "untrained encoder"}
         if beside is not None:
-            rows["beside_"], networks["beside_"] = "other run", partial(contexts, beside, device=device)
+            networks["beside_"], names["beside_"] = beside, "other run"
+        rows: dict[str, str] = {}
+        given: dict[str, tuple[Tensor, Tensor]] = {}  # to the probes, of training and test clips
+        for prefix, network in networks.items():
+            (train, train_last), (test, test_last) = (features(network, c, device) for c in (self.train, self.test))
+            last = f"{prefix}last_"
+            rows |= {prefix: names[prefix], last: f"{names[prefix]}, last context"}
+            given |= {prefix: (train, test), last: (train_last, test_last)}
+        train, test = (log_mel_statistics(clips, self.rate).to(device) for clips in (self.train, self.test))
+        rows["log_mel_"], given["log_mel_"] = "log-mel statistics", (train, test)
         columns = {"word": "word", "speaker": "speaker", "word_new_speaker": "word, new speaker"}
         words = self.train_words.to(device), self.test_words.to(device)
         speakers = self.train_speakers.to(device), self.test_speakers.to(device)
-        accuracies, found = {}, {}
-        for prefix, network in networks.items():
-            train, test = network(self.train), network(self.test)
-            predictions = predicted(train, words[0], test)
-            accuracies[f"{prefix}word"] = accuracy(predictions, words[1])
+        accuracies, said = {}, {}
+        for prefix, (train, test) in given.items():
+            said[prefix] = predicted(train, words[0], test)
+            accuracies[f"{prefix}word"] = accuracy(said[prefix], words[1])
             accuracies[f"{prefix}speaker"] = linear_probe(train, speakers[0], test, speakers[1])
             accuracies[f"{prefix}word_new_speaker"] = self._new_speakers(train, test, words, speakers)
-            found[prefix] = train, test, predictions
-        widths = {prefix: train.shape[1] for prefix, (train, *_) in found.items()}
-        train, test, predictions = found[""]
-        return Evaluation(accuracies, rows, columns, widths, train, test, self.test_words, self.words, predictions)
+        widths = {prefix: train.shape[1] for prefix, (train, _) in given.items()}
+        train, test = given[""]
+        return Evaluation(accuracies, rows, columns, widths, train, test, self.test_words, self.words, said[""])
 
     def _calibrated(self, encoder: Any, device: torch.device, batches: int = 20) -> Any:
         """On pieces of sound as long as the shortest clip, without added silence."""
@@ -182,23 +191,24 @@ class Speech:
         method.eval()
         frames, contexts = method.encoder.frames_and_contexts(method.views(long_enough[:256].to(device)))
         loss = method.criterion
-        _, by_step = cpc(contexts, frames, loss.predictors, loss.temperature, reduction="none", stats=True)
+        options = loss.options | dict(reduction="none", group=None)
+        _, by_step = cpc(contexts, frames, loss.predictors, loss.temperature, **options)
         panels.draw_steps(axes, by_step)
 
 
-def load(source: str | None, limit: int | None = None, shortest: int = 0) -> Speech:
+def load(source: str | None, limit: int | None = None, shortest: int = 0, level: bool = False) -> Speech:
     """Load the folder, zip or tar at the path `source`; clips shorter than `shortest` samples are not for training.
 
     A file that does not decode, has another sampling rate than most, or another kind of name is left out and named in
     a warning among the `notes`. Of several channels the mean is used. `limit` keeps a fixed random subset of the
-    training clips. Raises `UsageError`, one sentence, for whatever cannot be loaded.
+    training clips; `level` makes all equally loud. Raises `UsageError`, one sentence, for whatever cannot be loaded.
     """
     if source is None:
         raise UsageError(
             "--data is needed: name a folder, zip or tar of wav files called <word>_<speaker>_<index>.wav."
         )
     unread = files.Unread()
-    names, clips, rate, notes = read_files(source, unread)
+    names, clips, rate, notes = read_files(source, level, unread)
     labels = [_label(name) for name in names]
     strange = [name for name, label in zip(names, labels, strict=True) if label is None]
     fits = [row for row, label in enumerate(labels) if label is not None]
@@ -269,7 +279,9 @@ def _note_left_out(speech: Speech, short: list[str], shortest: int, strange: lis
         )
 
 
-def read_files(source: str, unread: files.Unread | None = None) -> tuple[list[str], Clips, int, list[str]]:
+def read_files(
+    source: str, level: bool = False, unread: files.Unread | None = None
+) -> tuple[list[str], Clips, int, list[str]]:
     """The names of all wav files, their sounds, the rate of all, and notes about what is left out.
 
     `unread` gets what that is.
@@ -295,7 +307,7 @@ def read_files(source: str, unread: files.Unread | None = None) -> tuple[list[st
         if rate != common:
             unread.leave(name, detail=f"{rate} Hz, most have {common} Hz")
     names = sorted(name for name, (rate, _) in sounds.items() if rate == common)
-    clips = Clips.of([torch.from_numpy(sounds[name][1]) for name in names])
+    clips = Clips.of([torch.from_numpy(sounds[name][1]) for name in names], level)
     return names, clips, common, unread.notes("wav file")
 
 
@@ -346,16 +358,18 @@ def log_mel_statistics(clips: Clips, rate: int, bands: int = 40) -> Tensor:
 
 
 @torch.no_grad()
-def contexts(encoder: ContextEncoder, clips: Clips, device: torch.device, batch: int = 256) -> Tensor:
-    """The context of the last frame of each clip: float32 [N, F] on `device`; of a clip too short for one, 0."""
+def features(encoder: ContextEncoder, clips: Clips, device: torch.device, batch: int = 256) -> tuple[Tensor, Tensor]:
+    """The mean of the contexts of each clip, and the last one: float32 [N, F] on `device`; of a clip too short, 0."""
     training = encoder.training
     encoder.eval()
-    out = []
+    means, lasts = [], []
     for rows in torch.arange(len(clips)).split(batch):
         part = clips[rows]
-        last = torch.tensor([encoder.frame_count(n) for n in part.length.tolist()], device=device) - 1
+        count = torch.tensor([encoder.frame_count(n) for n in part.length.tolist()], device=device).unsqueeze(1)
         sound = F.pad(part.padded(), (0, 400)).to(device)  # at least a frame
-        found = encoder(sound)[torch.arange(len(part), device=device), last.clamp_min(0)].float()
-        out.append(found * (last >= 0).unsqueeze(1))
+        contexts = encoder(sound).float()
+        place = torch.arange(contexts.shape[1], device=device)
+        means.append((contexts * (place < count).unsqueeze(2)).sum(1) / count.clamp_min(1))
+        lasts.append((contexts * (place == count - 1).unsqueeze(2)).sum(1))
     encoder.train(training)
-    return torch.cat(out)
+    return torch.cat(means), torch.cat(lasts)

@@ -152,17 +152,40 @@ def test_crops_lie_within_their_clips_and_add_no_silence():
     assert {1, 61} <= starts and len(starts) > 50
 
 
-def test_padding_after_a_clip_does_not_change_its_last_context(folder):
-    loaded, method = speech.load(str(folder)), CPC(width=8, context=8)
-    short = speech.Clips.of([loaded.test.samples[:1500]])
-    both = speech.Clips.of([loaded.test.samples[:1500], loaded.test.samples[:4000]])
-    alone = speech.contexts(method.encoder, short, torch.device("cpu"))
-    assert torch.allclose(alone[0], speech.contexts(method.encoder, both, torch.device("cpu"))[0], atol=1e-6)
-    too_short = speech.Clips.of([loaded.test.samples[:100]])
-    assert (
-        method.encoder.frame_count(100) == 0
-        and not speech.contexts(method.encoder, too_short, torch.device("cpu")).any()
+def test_levelled_clips_are_equally_loud(folder):
+    quiet = tone(0, 0, 0)
+    both = speech.Clips.of(
+        [torch.from_numpy(quiet), torch.from_numpy(quiet // 8), torch.zeros(900).short()], level=True
     )
+    for clips in (both, both[torch.arange(3)], both.to(torch.device("cpu"))):
+        loud, soft, silent = clips.padded()
+        assert loud.square().mean().sqrt().item() == pytest.approx(speech.LOUDNESS) and not silent.any()
+        assert torch.allclose(loud, soft, atol=1e-3) and not torch.allclose(loud, torch.from_numpy(quiet) / 32768)
+    whole = both[:2].crop(4000)
+    assert torch.equal(whole, both[:2].padded())
+    assert (speech.load(str(folder)).train.gain == 1).all()
+    assert (speech.load(str(folder), level=True).train.gain != 1).all()
+    assert torch.equal(CPCConfig(data=str(folder)).load().train.gain, speech.load(str(folder), level=True).train.gain)
+
+
+def test_padding_after_a_clip_does_not_change_its_features(folder):
+    loaded, method, cpu = speech.load(str(folder)), CPC(width=8, context=8), torch.device("cpu")
+    sounds = [loaded.test.samples[:1500], loaded.test.samples[:4000], loaded.test.samples[:100]]
+    mean, last = speech.features(method.encoder, speech.Clips.of(sounds), cpu)
+    method.eval()
+    for row, sound in enumerate(sounds[:2]):
+        contexts = method.encoder(sound.float().unsqueeze(0) / 32768)[0]
+        assert torch.allclose(mean[row], contexts.mean(0), atol=1e-6) and torch.allclose(last[row], contexts[-1])
+    assert method.encoder.frame_count(100) == 0 and not mean[2].any() and not last[2].any()
+
+
+@pytest.mark.parametrize("negatives", ["all", "sample", "time"])
+def test_which_frames_are_the_negatives(negatives):
+    method = CPCConfig(negatives=negatives, width=8, units=8).build(None).eval()
+    windows = torch.randn(3, 2048)
+    together, alone = method.loss(windows)[0], [method.loss(window)[0] for window in windows.split(1)]
+    assert torch.allclose(together, sum(alone) / 3) == (negatives == "time")
+    assert (alone[0] == 0) == (negatives == "sample")  # nothing to tell a frame from
 
 
 def test_frames_are_counted_as_the_convolutions_give_them():
@@ -202,6 +225,8 @@ def test_cpc_learns_word_and_speaker(folder, tmp_path):
     found = loaded.evaluate(method.encoder, options.build(loaded).encoder, torch.device("cpu"))
     assert found.accuracies["speaker"] > 0.9 and found.accuracies["log_mel_speaker"] == 1
     keys = {
-        row + column for row in ("", "untrained_", "log_mel_") for column in ("word", "speaker", "word_new_speaker")
+        row + column
+        for row in ("", "last_", "untrained_", "untrained_last_", "log_mel_")
+        for column in ("word", "speaker", "word_new_speaker")
     }
     assert found.accuracies.keys() == keys and all(0 <= x <= 1 for x in found.accuracies.values())

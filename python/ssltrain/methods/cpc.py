@@ -7,8 +7,9 @@ and from c_t a bilinear form W_k for each k = 1 ... K tells the frame z_(t+k) th
 
     loss = mean over t, k of -log( exp(z_(t+k)' W_k c_t) / sum over j of exp(z_j' W_k c_t) )
 
-The candidates j are the frames of the batch at all times. What it learns is what stays the same over some frames: who
-speaks, and which sound. Features for later use are the contexts.
+The candidates j are the frames of the batch at all times, or with --negatives time those of the own window alone, which
+the speaker does not tell apart. What it learns is what stays the same over some frames: who speaks, and which sound.
+Features for later use are the contexts, and of a clip their mean.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 import sslkern
 from ssltrain import UsageError
-from ssltrain.config import SpeechConfig, at_least, option, positive
+from ssltrain.config import SpeechConfig, at_least, one_of, option, positive
 from ssltrain.methods._method import Method
 from ssltrain.speech import Clips, Speech
 
@@ -39,8 +40,8 @@ HOP = 80  # samples between frames: 10 ms at 8 kHz
 class CPCConfig(SpeechConfig):
     """CPC: the context of a sound tells its next frames from all others (van den Oord et al. 2018).
 
-    --data names a folder, zip or tar of wav files. Then linear probes on one context frame tell word and speaker,
-    beside the untrained encoder and log-mel statistics.
+    --data names a folder, zip or tar of wav files. Then linear probes on the mean of a clip's contexts tell word and
+    speaker, beside those on the last context, the untrained encoder and log-mel statistics.
     """
 
     method: ClassVar[str] = "cpc"
@@ -49,12 +50,18 @@ class CPCConfig(SpeechConfig):
     }
 
     temperature: float = option(1.0, "Divides the scores of the bilinear form.", **positive())
+    negatives: str = option(
+        "all",
+        "What a frame to come is told from: all frames of the batch, time (other frames of its own window, which have "
+        "the same speaker) or sample (the frames of other windows at the same time).",
+        **one_of("all", "sample", "time"),
+    )
     steps: int = option(8, "How many frames ahead are predicted.", **at_least(1))
     width: int = option(128, "Channels of the convolutions.", **at_least(1))
     units: int = option(128, "Units of the GRU, the width of a context.", **at_least(1))
 
     def build(self, data: Speech) -> CPC:
-        return CPC(self.window, self.steps, self.width, self.units, self.temperature)
+        return CPC(self.window, self.steps, self.width, self.units, self.temperature, self.negatives)
 
     def build_encoder(self, shape: Sequence[int]) -> ContextEncoder:
         return ContextEncoder(self.width, self.units)
@@ -75,7 +82,13 @@ class CPC(Method):
     networks = ("frames_and_contexts",)
 
     def __init__(
-        self, window: int = 2048, steps: int = 8, width: int = 128, context: int = 128, temperature: float = 1.0
+        self,
+        window: int = 2048,
+        steps: int = 8,
+        width: int = 128,
+        context: int = 128,
+        temperature: float = 1.0,
+        negatives: str = "all",
     ):
         super().__init__()
         self.window = window
@@ -86,7 +99,9 @@ class CPC(Method):
                 f"--steps {steps}: a --window of {window} samples has {frames} frames; predict fewer steps ahead, or "
                 "cut longer windows."
             )
-        self.criterion = sslkern.CPCLoss(context, width, steps, temperature, stats=True, group="world")
+        self.criterion = sslkern.CPCLoss(
+            context, width, steps, temperature, negatives=negatives, stats=True, group="world"
+        )
 
     @torch.no_grad()
     def views(self, clips: Clips) -> Tensor:
