@@ -88,6 +88,15 @@ def test_a_study_is_of_the_methods_that_are_named():
         studies.of("head", ["moco"], 5, [1, 8, 8])
 
 
+def test_the_candidates_of_cpc_on_images_are_those_of_the_patches_it_is_given():
+    def numbers(**given: str) -> list[float]:
+        return [entry.x for entry in studies.of("bound", ["cpc_images"], 5, [3, 32, 32], given)]
+
+    assert numbers()[0] == 16 * 7 and numbers(patch="16")[0] == 16 * 3 and numbers(stride="8")[0] == 16 * 4
+    with pytest.raises(UsageError, match="--patch 64: is more than the 32 pixels"):
+        numbers(patch="64")
+
+
 def python_job(tmp_path, name: str, code: str, result: bool = True) -> jobs.Job:
     """A job that is some code."""
     path = tmp_path / name / "result.json"

@@ -83,7 +83,7 @@ def compare(
         epochs = epochs_of(images, there)
     epochs = epochs or config.DEFAULT_EPOCHS
     if study:
-        entries = studies.of(study, names or [], epochs, shape)
+        entries = studies.of(study, names or [], epochs, shape, common | of_method.get("cpc_images", {}))
     name = Path(data).name.split(".")[0] or "data"
     plan = Plan(
         entries,

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ssltrain import UsageError, config
 
@@ -139,8 +139,8 @@ class Runner:
                 pass_fds=[self.lock.fileno()],
             )
             self._forward()  # what came before there was a process
-            stdout: IO[str] = self.process.stdout  # type: ignore[assignment]
-            for line in stdout:
+            assert self.process.stdout is not None  # it is a pipe
+            for line in self.process.stdout:
                 log.write(line)
                 log.flush()
                 last = line.strip() or last
