@@ -1,13 +1,14 @@
 """Wav files of every kind become clips, bad ones are left out and named, and CPC learns from them."""
 
 import shutil
+import signal
 import struct
 
 import numpy as np
 import pytest
 import torch
 from scipy.io import wavfile
-from ssltrain import UsageError, loop, speech
+from ssltrain import UsageError, checkpoints, loop, speech
 from ssltrain.methods.cpc import CPC, CPCConfig
 
 RATE = 8000
@@ -197,14 +198,22 @@ def test_frames_are_counted_as_the_convolutions_give_them():
         CPC(window=800)
 
 
-def train_cpc(folder, out, epochs):
+def train_cpc(folder, out, epochs, negatives="all", **more):
     options = CPCConfig(
-        data=str(folder), epochs=epochs, batch_size=16, width=32, units=32, precision="fp32", threads=1, device="cpu"
+        data=str(folder),
+        negatives=negatives,
+        epochs=epochs,
+        batch_size=16,
+        width=32,
+        units=32,
+        precision="fp32",
+        threads=1,
+        device="cpu",
     )
     loaded = options.load()
     torch.manual_seed(0)
     method = options.build(loaded)
-    return method, loop.train(method, loaded.train, options, out), options, loaded
+    return method, loop.train(method, loaded.train, options, out, **more), options, loaded
 
 
 def test_cpc_repeats_and_goes_through_the_engine(folder, tmp_path):
@@ -216,6 +225,22 @@ def test_cpc_repeats_and_goes_through_the_engine(folder, tmp_path):
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
     engine = [e.count for e in profile.key_averages() if e.key.startswith("sslkern::similarity_lse")]
     assert max(engine) >= state.step
+
+
+@pytest.mark.parametrize("negatives", ["all", "time"])
+def test_cpc_resumes_at_the_same_bits(folder, tmp_path, negatives):
+    def stop(state, progress) -> None:
+        if state.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    whole, state, *_ = train_cpc(folder, tmp_path / "whole", 3, negatives)
+    with pytest.raises(loop.Interrupted):
+        train_cpc(folder, tmp_path / "cut", 3, negatives, report=stop)
+    resumed, again, *_ = train_cpc(
+        folder, tmp_path / "cut", 3, negatives, checkpoint=checkpoints.load(tmp_path / "cut")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert again.losses == state.losses and len(state.losses) == 6
 
 
 @pytest.mark.timeout(120)
