@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Images:
-    """An image set in memory. Labels serve the evaluation only; training never sees them.
+    """An image set in memory. Labels serve the evaluation, and of the methods supcon and supervised alone.
 
     Without labels there are no `classes`, all labels are 0, and the test set may be empty.
     """

@@ -231,6 +231,7 @@ def test_labels_and_transfer_are_measured_of_the_runs_that_are_there(tmp_path):
     Course(there).write()
     page = (tmp_path / "report.md").read_text()
     assert "| simclr | 1% | 14 | 0.700 ± 0.010 | 0.600 ± 0.020 |" in page
+    assert "supcon and supervised have learned from all labels" in page
     assert "## On some/flowers.zip" in page and "| simclr | 0.350 ± 0.071 | - | 0.200 ± 0.000 | 0.100 ± 0.000 |" in page
     report = json.loads((tmp_path / "report.json").read_text())["entries"]
     assert report[0]["fine_tuning"] == [tuned] and len(report[0]["transfer"]) == 2 and report[1]["transfer"] == []

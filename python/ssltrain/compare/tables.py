@@ -115,7 +115,8 @@ def _tuning(plan: Plan, rows: list[Row]) -> str:
 def _fine_tuning(rows: list[Row]) -> str:
     about = (
         "The encoder of the first run and a linear layer, all of it trained on a share of the labels, beside the same "
-        "from the untrained encoder with as many trials; mean over the draws of the labels ± standard deviation."
+        "from the untrained encoder with as many trials; mean over the draws of the labels ± standard deviation. The "
+        "encoders of supcon and supervised have learned from all labels."
     )
     lines: list[tuple[str, ...]] = [("method", "share", "images", "fine-tuned", "from scratch")]
     for row in rows:
