@@ -130,7 +130,7 @@ class CMC(Method):
         return torch.cat([as_picture(first), as_picture(second)])
 
     def loss(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum over the pairs of views, both ways; in the batch half of it, and `top1`: how many find their partner."""
+        """The sum over the pairs of views, both ways; in the batch half of it, with `top1`: how many find theirs."""
         first, *others = self.codes(views)
         if self.shuffled:
             others = [code[draws.others(len(code), code.device)] for code in others]
