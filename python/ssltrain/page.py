@@ -63,16 +63,21 @@ def write(
         learned.append(lambda axes: report.draw_confusion(axes, evaluation, predictions))
     sections = {
         "What was run": _what_was_run(options, result, state, data),
-        "Accuracies": _accuracies(evaluation) + _figures([panels["accuracies"]]),
-        "Training": _figures([panels["curve"], panels["views"], *stats]),
-        "What was learned": _figures(learned),
+        "Accuracies": _accuracies(evaluation) + figures([panels["accuracies"]]),
+        "Training": figures([panels["curve"], panels["views"], *stats]),
+        "What was learned": figures(learned),
         "Nearest training samples": _nearest(data, evaluation),
     }
+    fill(path, report.title(result), report.headline(result, state), sections)
+
+
+def fill(path: Path, title: str, headline: str, sections: dict[str, str]) -> None:
+    """Write the template to `path`, with sections in HTML by their titles; those without content are left out."""
     page = Template(Path(__file__).with_name("page.html").read_text("utf-8")).substitute(
-        title=text(report.title(result)),
-        headline=text(report.headline(result, state)),
+        title=text(title),
+        headline=text(headline),
         across=1 + NEAREST,
-        sections="\n".join(f"<h2>{title}</h2>\n{content}" for title, content in sections.items() if content),
+        sections="\n".join(f"<h2>{text(name)}</h2>\n{content}" for name, content in sections.items() if content),
     )
     with replacing(path) as file:
         file.write(page.encode())
@@ -83,7 +88,7 @@ def text(anything: object) -> str:
     return escape(shown(str(anything)))
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str:
     """Cells are HTML, of which those of the last `numbers` columns are numbers."""
     kinds = [""] * (len(head) - numbers) + [' class="number"'] * numbers
 
@@ -108,7 +113,7 @@ def _what_was_run(options: config.Config, result: dict, state: State, data: Imag
         if (value := getattr(options, name)) not in (field.default, None)
     ]
     about = f"{data.describe()}. Encoder: {result['parameters']:,} parameters, {result['features']:,} features."
-    return f"<p>{text(about)}</p>\n<pre>{text(command)}</pre>\n" + _table(["option", "value", ""], rows)
+    return f"<p>{text(about)}</p>\n<pre>{text(command)}</pre>\n" + table(["option", "value", ""], rows)
 
 
 def _accuracies(evaluation: Evaluation) -> str:
@@ -121,18 +126,19 @@ def _accuracies(evaluation: Evaluation) -> str:
         rows.append([text(name), f"{evaluation.widths[prefix]:,}", *shares])
     head = ["test accuracy", "features", *map(text, columns.values())]
     note = f"<p>{report.NO_LABELS}</p>" if any(map(math.isnan, evaluation.accuracies.values())) else ""
-    return _table(head, rows, numbers=1 + len(columns)) + note
+    return table(head, rows, numbers=1 + len(columns)) + note
 
 
-def _figures(panels: Iterable[Panel]) -> str:
-    return f'<div class="figures">\n{"".join(map(_figure, panels))}</div>'
+def figures(panels: Iterable[Panel], height: float = 3.9) -> str:
+    """Panels beside each other, where there is the room; `height` is in inches at a width of 5.2."""
+    return f'<div class="figures">\n{"".join(_figure(panel, height) for panel in panels)}</div>'
 
 
 @report.drawing()
-def _figure(panel: Panel) -> str:
+def _figure(panel: Panel, height: float) -> str:
     """A panel as SVG, with its title above."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 3.9), layout="constrained")
+        figure = Figure(figsize=(5.2, height), layout="constrained")
         axes: Axes = figure.add_subplot()
         panel(axes)
         title = axes.get_title()

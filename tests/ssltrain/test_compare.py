@@ -191,6 +191,52 @@ def test_the_report_has_mean_and_spread_of_what_is_there(tmp_path):
     assert (course.runner.total, course.runner.number) == (9, 4)
 
 
+def test_the_page_links_to_the_pages_of_runs_and_says_what_is_missing(tmp_path):
+    there = plan(tmp_path / "out", "simclr", "moco:queue=64")
+    simclr, moco = map(Course(there).runs, there.entries)
+    pretend(simclr[0], 0.5)
+    (simclr[0].folder / "report.html").write_text("")
+    simclr[1].folder.mkdir()
+    (simclr[1].folder / jobs.CHECKPOINT).write_text("")
+    course = Course(there)
+    course.runner.failed["moco-queue-64 seed 0"] = "no <luck>"
+    course.write()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<a ") == 1 and '<a href="simclr/seed-0/report.html">' in page and page.count("<svg") == 2
+    assert "simclr seed 1</td><td>was begun" in page and "moco-queue-64 seed 1</td><td>is missing" in page
+    assert "moco-queue-64 seed 0</td><td>failed: no &lt;luck&gt;" in page and "1 of 4 runs are done" in page
+    assert "ssltrain compare simclr moco:queue=64 --data digits --epochs 1" in page
+    assert "<script" not in page and "@import" not in page and " src=" not in page
+
+
+def test_a_page_that_fails_costs_a_warning(tmp_path, capsys, monkeypatch):
+    there = plan(tmp_path, "simclr")
+    pretend(Course(there).runs(there.entries[0])[0], 0.5)
+
+    def fail(*_: object) -> None:
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("ssltrain.compare.plots._draw_bars", fail)
+    Course(there).write()
+    error = capsys.readouterr().err
+    assert all(f"warning: report.{kind} could not be written (" in error for kind in ("png", "html"))
+    assert (tmp_path / "report.md").exists() and not (tmp_path / "report.html").exists()
+
+
+def test_the_command_of_a_plan_makes_it_again(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Course, "__init__", lambda self, plan: made.append(plan))
+    monkeypatch.setattr(Course, "go", lambda self: None)
+    options = {"common": {"data": "digits", "epochs": "2", "lr": "1e-3"}, "of_method": {"moco": {"momentum": "0.9"}}}
+    studied = [studies.of("negatives", ["moco"], 2, [1, 8, 8]), "negatives"]
+    named = [[Entry.of("simclr:augmentations=crop,gray"), Entry.of("moco:queue=64,version=2")], None]
+    for entries, study in (studied, named):
+        there = Plan(entries, tmp_path, 2, **options, tune=Tuning(3, 90, 1), labels="0.1", study=study)
+        with pytest.raises(SystemExit):
+            cli.main(there.command()[1:])
+        assert made[-1] == there
+
+
 @pytest.mark.parametrize("study", studies.STUDIES)
 def test_every_study_is_drawn(tmp_path, study):
     there = Plan(studies.of(study, [], 4, [1, 8, 8]), tmp_path, 2, DIGITS, {}, study=study)

@@ -15,7 +15,8 @@ HELP = """Train several methods at an equal number of images seen, over several 
 
 Each METHOD is a name, or one with options of its own: moco moco:queue=1024 moco:queue=65536,momentum=0.999. Each run is
 an ordinary run folder, <out>/<method>-<options>/seed-<seed>. They run one after another; after each the report
-(report.md, report.json, report.png) says what is known so far. The same command again goes on where it was stopped.
+(report.html, report.md, report.json, report.png) says what is known so far. The same command again goes on where it
+was stopped.
 
 Studies (--study) are ready-made comparisons; METHODs named with one are those of it to take:
 

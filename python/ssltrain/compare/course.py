@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from ssltrain import files
-from ssltrain.compare import figures, plots, tables, tuning
+from ssltrain.compare import figures, page, plots, tables, tuning
 from ssltrain.compare.jobs import Job, Runner, Stopped
 from ssltrain.compare.plan import Entry, Plan, for_disk
 
@@ -121,8 +121,14 @@ class Course:
         rows = [figures.Row.of(plan, entry, self.runs(entry), self.evaluations(entry)) for entry in plan.entries]
         (plan.out / "report.json").write_text(json.dumps(figures.as_json(plan, rows, failed), indent=2) + "\n")
         (plan.out / "report.md").write_text(tables.markdown(plan, rows, failed))
-        if any(row.runs for row in rows):
+        jobs = [*self.trials, *(job for entry in plan.entries for job in (*self.runs(entry), *self.evaluations(entry)))]
+        left = [job for job in jobs if job.found() is None]
+        pictures = {
+            "report.png": lambda path: plots.draw(path, rows, plan.study) if any(row.runs for row in rows) else None,
+            "report.html": lambda path: page.write(path, plan, rows, failed, left),
+        }
+        for name, write in pictures.items():
             try:
-                plots.draw(plan.out / "report.png", rows, plan.study)
+                write(plan.out / name)
             except Exception as error:  # nearly anything may be wrong with a picture, and nothing depends on it
-                typer.echo(f"warning: report.png could not be drawn ({files.reason(error)}).", err=True)
+                typer.echo(f"warning: {name} could not be written ({files.reason(error)}).", err=True)

@@ -35,6 +35,12 @@ class Entry:
         own = (f"-{option.replace('_', '-')}-{value}" for option, value in self.options.items())
         return for_disk(self.method + "".join(own))
 
+    @property
+    def text(self) -> str:
+        """As the command line has it."""
+        own = ",".join(f"{option}={value}" for option, value in self.options.items())
+        return f"{self.method}:{own}" if own else self.method
+
     @staticmethod
     def of(text: str) -> Entry:
         """From moco, or moco:queue=1024,version=2."""
@@ -77,6 +83,23 @@ class Plan:
 
     def folder(self, entry: Entry, part: str) -> Path:
         return self.out / entry.name / part
+
+    def command(self) -> list[str]:
+        """That makes this comparison, or goes on with it."""
+        names = [entry.method if self.study else entry.text for entry in self.entries]
+        words = ["ssltrain", "compare", *dict.fromkeys(names)]
+        given = {"study": self.study, "data": self.common["data"], "epochs": self.common["epochs"]}
+        given |= {"seeds": str(self.seeds), "labels": self.labels, "transfer": self.transfer}
+        if self.tune:
+            epochs = str(self.tune.epochs) if self.tune.epochs else None
+            given |= {"tune": str(self.tune.trials), "tune-epochs": epochs, "held-out": str(self.tune.held_out)}
+        for name, value in (given | {"out": str(self.out)}).items():
+            words += [f"--{name}", value] if value is not None else []
+        for name, value in self.common.items():
+            words += ["--set", f"{name}={value}"] if name not in ("data", "epochs") else []
+        for method, options in self.of_method.items():
+            words += [word for name, value in options.items() for word in ("--set", f"{method}:{name}={value}")]
+        return words
 
     def check(self) -> None:
         """Raises `UsageError` for what no run of it would take."""

@@ -1,8 +1,9 @@
-"""The report of a comparison in Markdown."""
+"""The tables of a comparison, and its report in Markdown."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from ssltrain.compare.figures import Row
 from ssltrain.compare.plan import Plan
@@ -21,24 +22,53 @@ HEAD = (
 )
 
 
+@dataclass(frozen=True)
+class Table:
+    """Lines of text, of which the first is the head; what is measured begins at column `numbers`."""
+
+    title: str
+    about: str
+    lines: list[tuple[str, ...]]
+    numbers: int = 1
+
+
+def title(plan: Plan, rows: list[Row]) -> str:
+    return f"--study {plan.study}" if plan.study else ", ".join(row.entry.name for row in rows)
+
+
+def headline(plan: Plan, rows: list[Row]) -> str:
+    done = sum(len(row.runs) for row in rows)
+    return f"{_data(rows)} {done} of {len(rows) * plan.seeds} runs are done.".strip()
+
+
+def tables(plan: Plan, rows: list[Row]) -> list[Table]:
+    """First that of accuracies; those of what was not asked for are left out."""
+    about = (
+        "Accuracies on the test set, of a linear probe and of the majority of 20 neighbours on frozen features: the "
+        "mean over the seeds ± their standard deviation. A pass is an image going forward through the encoder, or "
+        "another one like it, while training."
+    )
+    found = [Table("Accuracies", about, [HEAD, *map(_line, rows), *_raw(rows)])]
+    if any(row.tuned for row in rows):
+        found.append(_tuning(plan, rows))
+    if any(row.fine_tuning for row in rows):
+        found.append(_fine_tuning(rows))
+    if any(row.transfer for row in rows):
+        found.append(_transfer(plan, rows))
+    return found
+
+
 def markdown(plan: Plan, rows: list[Row], failed: dict[str, str]) -> str:
     """The whole page."""
-    done = sum(len(row.runs) for row in rows)
-    title = f"--study {plan.study}" if plan.study else ", ".join(row.entry.name for row in rows)
+    first, *others = tables(plan, rows)
     parts = [
-        f"# {title}",
-        f"{_data(rows)} {done} of {len(rows) * plan.seeds} runs are done. Accuracies on the test set, of a linear "
-        "probe and of the majority of 20 neighbours on frozen features: the mean over the seeds ± their standard "
-        "deviation. A pass is an image going forward through the encoder, or another one like it, while training.",
+        f"# {title(plan, rows)}",
+        f"{headline(plan, rows)} {first.about}",
         "![Accuracies](report.png)",
-        table([HEAD, *map(_line, rows), *_raw(rows)]),
+        table(first.lines),
     ]
-    if any(row.tuned for row in rows):
-        parts += ["## Options that were chosen", _tuning(plan, rows)]
-    if any(row.fine_tuning for row in rows):
-        parts += ["## Fine-tuned on a part of the labels", _fine_tuning(rows)]
-    if any(row.transfer for row in rows):
-        parts += [f"## On {plan.transfer}", _transfer(rows)]
+    for other in others:
+        parts += [f"## {other.title}", other.about, table(other.lines)]
     if failed:
         parts += ["## Failed", "\n".join(f"- {title}: {why}" for title, why in failed.items())]
     return "\n\n".join(parts) + "\n"
@@ -96,7 +126,7 @@ def _raw(rows: list[Row]) -> list[tuple[str, ...]]:
     return [("raw pixels", *accuracies, *["-"] * (len(HEAD) - 3))]
 
 
-def _tuning(plan: Plan, rows: list[Row]) -> str:
+def _tuning(plan: Plan, rows: list[Row]) -> Table:
     assert plan.tune is not None
     about = (
         f"Each by {plan.tune.trials} trials with the same draws around the defaults, of which the first has these; the "
@@ -109,10 +139,10 @@ def _tuning(plan: Plan, rows: list[Row]) -> str:
             probes = [trial["linear"] for trial in row.tuned["all"] if trial["linear"] is not None]
             options = [f"{row.tuned['options'][name]:g}" if name in row.tuned["options"] else "-" for name in names]
             lines.append((row.entry.name, *options, f"{max(probes):.3f}", f"{min(probes):.3f} to {max(probes):.3f}"))
-    return f"{about}\n\n{table(lines)}"
+    return Table("Options that were chosen", about, lines)
 
 
-def _fine_tuning(rows: list[Row]) -> str:
+def _fine_tuning(rows: list[Row]) -> Table:
     about = (
         "The encoder of the first run and a linear layer, all of it trained on a share of the labels, beside the same "
         "from the untrained encoder with as many trials; mean over the draws of the labels ± standard deviation. The "
@@ -123,12 +153,12 @@ def _fine_tuning(rows: list[Row]) -> str:
         for found in row.fine_tuning:
             accuracies = (_with_spread(found[name], found[f"{name}_spread"]) for name in ("fine_tuned", "scratch"))
             lines.append((row.entry.name, f"{found['share']:.0%}", f"{found['images']:,}", *accuracies))
-    return f"{about}\n\n{table(lines)}"
+    return Table("Fine-tuned on a part of the labels", about, lines)
 
 
-def _transfer(rows: list[Row]) -> str:
+def _transfer(plan: Plan, rows: list[Row]) -> Table:
     about = "The same features on other data, mean over the seeds ± standard deviation."
     keys = {"linear": "linear probe", "knn": "20-NN", "untrained_linear": "untrained, linear", "raw_linear": "pixels"}
     lines: list[tuple[str, ...]] = [("method", *keys.values())]
     lines += [(row.entry.name, *(figure(row, key, elsewhere=True) for key in keys)) for row in rows if row.transfer]
-    return f"{about}\n\n{table(lines)}"
+    return Table(f"On {plan.transfer}", about, lines)
