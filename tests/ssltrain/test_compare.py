@@ -357,7 +357,7 @@ def test_mistakes_are_one_sentence(capsys, tmp_path, arguments, expected):
     assert code == 2 and expected in error and error.startswith("ssltrain: ") and error.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_killed_stopped_and_started_again_it_goes_on(tmp_path):
     out = tmp_path / "out"

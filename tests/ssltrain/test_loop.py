@@ -47,6 +47,13 @@ METHODS = {
 }
 CONTRASTIVE = {name: options for name, options in METHODS.items() if name != "supervised"}
 per_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+
+
+def in_brief(names):
+    """Names of methods as parameters, of which the variants are for where long tests run."""
+    return [pytest.param(name, marks=pytest.mark.long if " " in name else ()) for name in names]
+
+
 CHANCE = {  # the loss when all similarities are equal
     "simclr": math.log(2 * 64 - 1),
     "moco": math.log(1 + 256),
@@ -167,7 +174,7 @@ def test_the_control_is_for_one_process(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", in_brief(METHODS))
 def test_without_there_is_something(images, tmp_path, name):
     _, state = run(images, tmp_path, dataclasses.replace(METHODS[name], epochs=30))
     assert at_the_end(state) < chance(name) - 0.1
@@ -199,8 +206,9 @@ def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(images, tmp_pa
 ENGINE = "sslkern::sim", "sslkern::pair_contrast", "sslkern::nce"
 
 
-@pytest.mark.parametrize("options", CONTRASTIVE.values(), ids=CONTRASTIVE)
-def test_every_contrastive_loss_goes_through_the_engine(images, tmp_path, options):
+@pytest.mark.parametrize("name", in_brief(CONTRASTIVE))
+def test_every_contrastive_loss_goes_through_the_engine(images, tmp_path, name):
+    options = METHODS[name]
     with torch.profiler.profile() as profile:
         _, state = run(images, tmp_path, dataclasses.replace(options, epochs=1))
     calls = {event.key: event.count for event in profile.key_averages()}
