@@ -181,7 +181,7 @@ def test_the_ring_holds_a_few_blocks_for_any_number_of_ranks(pool, name):
         predicted = cost(strategy, Problem(rows, features, ranks, ITSELF[name], 4), DEVICES["cpu"], False).memory + own
         print(f"{strategy} of {ranks} ranks: {peak / 1e6:.1f} MB, by the model {predicted / 1e6:.1f}")
         assert peak < 1.15 * predicted
-    assert peaks["all_gather", 8] > 0.85 * predicted > 1.5 * peaks["ring", 8]  # or nothing of this would be seen
+    assert peaks["all_gather", 8] > max(0.85 * predicted, 1.5 * peaks["ring", 8])  # or nothing of this would be seen
 
 
 @pytest.mark.slow
