@@ -20,6 +20,7 @@ LAYERS = [
     "sslkern.distributed",
     "sslkern.functional",
     "sslkern",
+    "sslkern.compat",
 ]
 NOT_FOR = {"sslkern.functional": "sslkern.backends"}  # a loss takes primitives
 NATIVE = {"sslkern._cpu"}
