@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from ssltrain import UsageError
 from ssltrain.draws import drawing, rand
 
+RECOLOUR = "jitter", "hue", "gray"
+
 
 class Drawn(nn.Module):
     """A step of kornia's, with the draws of the samples."""
@@ -73,14 +75,14 @@ class Hue(nn.Module):
 
 
 def build(
-    channels: int, size: tuple[int, int], flip: bool | None = None, names: str | None = None
+    channels: int, size: tuple[int, int], flip: bool | None = None, names: str | None = None, recoloured: bool = True
 ) -> Callable[[Tensor], Tensor]:
     """The augmentation for images of `channels` (1 or 3) and `size` (height, width): float [B, C, H, W] to the same.
 
     Colour images are cropped, flipped, colour-jittered and sometimes turned gray, as in SimCLR's appendix A. Grayscale
     images are rotated, moved, scaled and sheared, blurred, and partly erased. `flip=None` mirrors colour images only,
-    since a mirrored digit is another sign. `names`, such as "crop,gray", are the steps that are on, "none" if none is;
-    then `flip` says nothing.
+    since a mirrored digit is another sign. `recoloured=False` leaves colours as they are. `names`, such as "crop,gray",
+    are the steps that are on, "none" if none is; then `flip` and `recoloured` say nothing.
 
     >>> build(3, (32, 32))(torch.rand(4, 3, 32, 32)).shape
     torch.Size([4, 3, 32, 32])
@@ -88,7 +90,8 @@ def build(
     there = _steps(channels, size)
     if names is None:
         mirrored = flip or (flip is None and channels == 3)
-        chosen = [name for name in there if name != "flip" or mirrored]
+        left_out = [*([] if mirrored else ["flip"]), *([] if recoloured else RECOLOUR)]
+        chosen = [name for name in there if name not in left_out]
     else:
         chosen = [] if names == "none" else [name.strip() for name in names.split(",")]
     for name in chosen:

@@ -165,6 +165,7 @@ class ImageConfig(Config):
     """What methods on images have."""
 
     unit: ClassVar[str] = "images"
+    recoloured: ClassVar[bool] = True  # whether the views of colour images are, if --augmentations says nothing
 
     data: str = option(
         "mnist5k",
@@ -185,7 +186,8 @@ class ImageConfig(Config):
     augmentations: str | None = option(
         None,
         "What is done to views, with commas between: of crop, jitter, hue, gray, flip for colour images, of affine, "
-        "blur, erase, flip for grayscale ones; or none. [default: all, flip as --flip says]",
+        "blur, erase, flip for grayscale ones; or none. [default: all, flip as --flip says; of cmc none that "
+        "recolours]",
     )
     image_size: int | None = option(
         None,
@@ -229,7 +231,7 @@ class ImageConfig(Config):
         """What makes a view of an image."""
         from ssltrain import augment
 
-        return augment.build(data.channels, data.size, self.flip, self.augmentations)
+        return augment.build(data.channels, data.size, self.flip, self.augmentations, self.recoloured)
 
     def build_encoder(self, shape: Sequence[int]) -> Encoder:
         """The encoder of a run for images of that shape, [C, H, W], before its weights are loaded."""

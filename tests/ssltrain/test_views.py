@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from ssltrain import UsageError, planes
+from ssltrain import UsageError, augment, planes
 from ssltrain.draws import Draws
 from ssltrain.images import Images
 from ssltrain.methods.cmc import CMCConfig
@@ -56,6 +56,15 @@ def test_each_view_of_cmc_has_an_encoder_that_sees_its_planes_only():
         (gradient,) = torch.autograd.grad(per_view[view].sum(), seen, retain_graph=True)
         assert (gradient.abs().sum((0, 2, 3)) > 0).nonzero().flatten().tolist() == own
     assert encoder.features == 3 * 128 and [network[0].in_channels for network in encoder[1].networks] == [1, 2, 3]
+
+
+def test_cmc_leaves_the_colours_of_its_images_as_they_are():
+    data = images(3)
+    for flip, names in ((None, "crop,flip"), (False, "crop")):
+        with Draws(0, 0, 0, torch.arange(16)):
+            views = CMCConfig(flip=flip).build(data).views(data.train)
+        with Draws(0, 0, 0, torch.arange(16)):
+            assert torch.equal(views, augment.build(3, (32, 32), names=names)(data.train / 255))
 
 
 @pytest.mark.parametrize("graph, pairs", [("core", [(0, 1), (0, 2)]), ("full", [(0, 1), (0, 2), (1, 2)])])

@@ -39,6 +39,7 @@ class CMCConfig(ImageConfig):
     """
 
     method: ClassVar[str] = "cmc"
+    recoloured: ClassVar[bool] = False  # which would change what lightness and colours tell of each other
     # By the published code.
     presets: ClassVar[dict] = {
         "imagenet": dict(candidates="bank", negatives=16384, temperature=0.07, batch_size=128, optimizer="sgd", lr=0.03)
