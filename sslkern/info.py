@@ -57,7 +57,7 @@ def main() -> None:
         print(f"{'  ' + name:<10} {state}")
 
 
-def _listed(value):
+def _listed(value: list[str] | str | int | None) -> str | int | None:
     if isinstance(value, list):
         return ", ".join(value)
     return value

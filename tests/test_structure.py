@@ -120,6 +120,21 @@ def unannotated(function: Callable) -> list[str]:
     return names
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("sslkern.backends.triton.")])
+def test_beside_kernels_all_is_annotated(module):
+    """mypy does not look for annotations in files with kernels of Triton (pyproject.toml)."""
+    for function in ast.walk(ast.parse(MODULES[module].read_text())):
+        if not isinstance(function, ast.FunctionDef) or is_kernel(function):
+            continue
+        arguments = [node for node in ast.walk(function.args) if isinstance(node, ast.arg)]
+        bare = [one.arg for one in arguments if one.annotation is None and one.arg not in ("self", "cls")]
+        assert not bare and (function.returns or function.name == "__init__"), f"{module}.{function.name}: {bare}"
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+
+
 def sources(*folders: str, suffixes: tuple[str, ...]) -> list[Path]:
     checkout = Path(__file__).parents[1]
     return [path for folder in folders for path in (checkout / folder).rglob("*") if path.suffix in suffixes]

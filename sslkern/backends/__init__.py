@@ -12,6 +12,8 @@ import functools
 import importlib
 import os
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +68,7 @@ class use_backend:
         _publish()
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         _context_choice.reset(self._token)
         _publish()
 
@@ -109,7 +111,7 @@ def chosen() -> str:
     return _latest if torch.compiler.is_compiling() else _context_choice.get() or _of_process
 
 
-def find(primitive: str, x: Tensor, **options) -> str | None:
+def find(primitive: str, x: Tensor, **options: Any) -> str | None:
     """The backend that runs `primitive` on features x: under "auto" the fastest that can, else the one asked for by
     name; None if it cannot. options: what else a backend may decide by, see `resolve`."""
     if is_dynamo_compiling():
@@ -127,7 +129,7 @@ def find(primitive: str, x: Tensor, **options) -> str | None:
         return found
 
 
-def resolve(primitive: str, x: Tensor, **options) -> str:
+def resolve(primitive: str, x: Tensor, **options: Any) -> str:
     """As `find`, where there is no other way. It is asked once, in the forward: a backward, also of compiled code, runs
     where its forward ran.
 
@@ -146,7 +148,7 @@ def resolve(primitive: str, x: Tensor, **options) -> str:
     return resolve_each((primitive,), x, options)[0]
 
 
-def resolve_each(primitives: Sequence[str], x: Tensor, options: dict) -> list[str]:
+def resolve_each(primitives: Sequence[str], x: Tensor, options: dict[str, Any]) -> list[str]:
     """`resolve`, of several primitives."""
     choice, device, dtype, names = chosen(), x.device.type, x.dtype, []
     for primitive in primitives:
@@ -160,14 +162,18 @@ def resolve_each(primitives: Sequence[str], x: Tensor, options: dict) -> list[st
     return names
 
 
-def _find(primitive, choice, device, dtype, x, options) -> str | None:
+def _find(
+    primitive: str, choice: str, device: str, dtype: torch.dtype, x: Tensor, options: dict[str, Any]
+) -> str | None:
     for name in _OFFERED.get(primitive, ()):
         if (choice == "auto" or choice == name) and _lacks(name, primitive, device, dtype, x, options) is None:
             return name
     return None
 
 
-def _lacks(name, primitive, device, dtype, x, options) -> str | None:
+def _lacks(
+    name: str, primitive: str, device: str, dtype: torch.dtype, x: Tensor, options: dict[str, Any]
+) -> str | None:
     """What the backend cannot do, or None."""
     backend = BACKENDS[name]
     if backend.MISSING is not None:
@@ -199,6 +205,6 @@ def rows_to_keep(backend: str, N: int, M: int, D: int, groups: int = 1, *, itsel
 
 
 @functools.cache
-def load(backend: str, primitive: str):
+def load(backend: str, primitive: str) -> ModuleType:
     """The module that implements `primitive`."""
     return importlib.import_module(f"{__name__}.{backend}.{primitive}")

@@ -10,7 +10,7 @@ from .numbers import shown
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def describe(x) -> str:
+def describe(x: object) -> str:
     """What x is, and which part of it may have been meant, for an error message."""
     if isinstance(x, Tensor):
         return f"a tensor {list(x.shape)}"

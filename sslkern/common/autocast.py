@@ -4,7 +4,8 @@ It would round the factors of a product to 16 bits. On the CPU its `cat` and `st
 bits the one that it does not take.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def stack(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return _join(torch.stack, tensors, dim)
 
 
-def _join(function, tensors, dim):
+def _join(function: Callable[..., Tensor], tensors: Sequence[Tensor], dim: int) -> Tensor:
     if tensors[0].dtype == torch.float32 or not autocast_active(tensors[0].device.type):
         return function(tensors, dim)
     with torch.autocast(tensors[0].device.type, enabled=False):
@@ -43,20 +44,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return _product.way(True, a, b)(a, b)
 
 
-def _multiply(a, b):
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
     if not autocast_active(a.device.type):
         return a @ b
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
     if not torch.compiler.is_compiling():
         ctx.save_for_forward(*inputs)
 
 
-def _backward(ctx, g):
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     da = db = None
     if ctx.needs_input_grad[0]:
@@ -66,10 +67,10 @@ def _backward(ctx, g):
     return da, db
 
 
-def _jvp(ctx, da, db):
+def _jvp(ctx: Any, da: Tensor | None, db: Tensor | None) -> Tensor | None:
     a, b = ctx.saved_tensors
     parts = [product(x, y) for x, y in ((da, b), (a, db)) if x is not None and y is not None]
-    return sum(parts) if parts else None
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 _product = Node(_multiply, _save, _backward, name="product", jvp=_jvp)

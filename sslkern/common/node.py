@@ -7,7 +7,7 @@ take the registered operator. `torch.func` takes the same formulas around that o
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,12 +23,12 @@ def past_dispatcher(*tensors: Tensor | None) -> bool:
     return not (is_dynamo_compiling() or eagerly_transformed()) and plain(*tensors)
 
 
-def from_eager(ctx) -> bool:
+def from_eager(ctx: Any) -> bool:
     """Whether the forward of this context was called as it is."""
     return getattr(ctx, "eager", False)
 
 
-def past_dispatcher_in(ctx, *grads: Tensor | None) -> bool:
+def past_dispatcher_in(ctx: Any, *grads: Tensor | None) -> bool:
     """The same in a backward: what its context saved is plain if the forward was called so."""
     if not from_eager(ctx) or not past_dispatcher(*grads):
         return False
@@ -63,7 +63,7 @@ class Operator:
         """What to call with inputs of which these are the tensors."""
         return self.function if past_dispatcher(*tensors) else self.registered
 
-    def way_back(self, ctx, *grads: Tensor | None) -> Callable:
+    def way_back(self, ctx: Any, *grads: Tensor | None) -> Callable:
         """What to call in a backward, with what its context saved and these gradients."""
         return self.function if past_dispatcher_in(ctx, *grads) else self.registered
 
@@ -92,7 +92,7 @@ class Node:
         outputs: int | None = None,
         jvp: Callable | None = None,
     ):
-        def setup(ctx, inputs, output):
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor | None, ...]) -> None:
             if outputs is not None:
                 ctx.mark_non_differentiable(*[x for x in output[outputs:] if x is not None])
                 ctx.set_materialize_grads(False)
@@ -120,7 +120,9 @@ class Node:
         return self.eager if learns else self.function
 
 
-def _autograd_function(name, function, setup, backward, jvp=None) -> type[torch.autograd.Function]:
+def _autograd_function(
+    name: str, function: Callable, setup: Callable, backward: Callable, jvp: Callable | None = None
+) -> type[torch.autograd.Function]:
     parts = dict(forward=function, setup_context=setup, backward=backward, jvp=jvp)
     parts = {part: staticmethod(of) for part, of in parts.items() if of is not None}  # the compiler takes no jvp
     return type(f"sslkern::{name}", (torch.autograd.Function,), parts | {"generate_vmap_rule": True})
@@ -138,7 +140,7 @@ def _eager_apply(function: type[torch.autograd.Function]) -> Callable:
 def _without_none(function: Callable) -> Callable:
     """The outputs of an operator, which are tensors."""
 
-    def call(*inputs):
+    def call(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         output = function(*inputs)
         if not isinstance(output, tuple):
             return output
@@ -163,14 +165,14 @@ def once(depend_on: Sequence[Tensor | None], *grads: Tensor | None) -> tuple[Ten
     return _Once.apply(len(depend_on), *depend_on, *grads) if torch.is_grad_enabled() else grads
 
 
-def no_forward_mode(ctx, *tangents):
+def no_forward_mode(ctx: object, *tangents: object) -> NoReturn:
     raise NotImplementedError(
         "sslkern has no forward-mode derivatives; use a backward (torch.func.grad, vjp or jacrev), or compute the loss"
         " densely"
     )
 
 
-def no_second_derivative(ctx, *grads):
+def no_second_derivative(ctx: object, *grads: object) -> NoReturn:
     raise NotImplementedError("sslkern has no second derivatives; compute the loss densely where one is needed")
 
 

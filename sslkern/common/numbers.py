@@ -74,7 +74,7 @@ def log(value: float, like: Tensor) -> float | Tensor:
     return math.log(value)
 
 
-def shown(x) -> str:
+def shown(x: object) -> str:
     """x for an error message, on one line."""
     if isinstance(x, Tensor):
         return f"a tensor {list(x.shape)}"

@@ -5,6 +5,7 @@ import math
 import operator
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,10 @@ def dense(problem: Problem, columns: bool, need_best: bool) -> TensorOrTuple:
     return out[0] if len(out) == 1 else tuple(out)
 
 
-def _dense_contrast(x, y, scale, ids, mode, normalize, need_best, reduction="none"):
+def _dense_contrast(
+    x: Tensor, y: Tensor, scale: Tensor, ids: Tensor | None, mode: str, normalize: bool, need_best: bool,
+    reduction: str = "none",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What `pair_contrast` returns, of a scale that is a tensor; best: empty unless `need_best`."""
     scale = scale.to(accumulator(x))
     if _suits(x, ids):
@@ -68,7 +72,7 @@ def _dense_contrast(x, y, scale, ids, mode, normalize, need_best, reduction="non
         losses, positive, best, *_ = _by_hand.way(True, x, y, scale)(x, y, scale, mode, need_best)
     else:
         losses, positive, best = _left_to_the_compiler(x, y, scale, ids, mode, normalize, need_best)
-    if not need_best:
+    if best is None:
         best = losses.new_empty(0)
     return reduced(losses, mode, reduction), positive, best
 
@@ -83,7 +87,9 @@ def reduced(losses: Tensor, mode: str, reduction: str) -> Tensor:
     return total(losses)
 
 
-def _left_to_the_compiler(x, y, scale, ids, mode, normalize, need_best):
+def _left_to_the_compiler(
+    x: Tensor, y: Tensor, scale: Tensor, ids: Tensor | None, mode: str, normalize: bool, need_best: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     N = x.shape[0]
     if normalize:
         x, y = unit(x), unit(y)
@@ -129,7 +135,7 @@ def _suits(x: Tensor, ids: Tensor | None) -> bool:
 # product instead of two.
 
 
-def _contrast(x, y, scale, mode, need_best):
+def _contrast(x: Tensor, y: Tensor, scale: Tensor, mode: str, need_best: bool) -> tuple[Tensor | None, ...]:
     N = x.shape[0]
     q, k = x, y
     if mode == "views":
@@ -152,17 +158,17 @@ def _contrast(x, y, scale, mode, need_best):
     return losses, positive, best, s, saved
 
 
-def _nonzero(scale):
+def _nonzero(scale: Tensor) -> Tensor:
     """scale, by which an infinite score is still one."""
     return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).tiny)
 
 
-def _save(ctx, inputs, outputs):
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
     x, y, scale, ctx.mode, _ = inputs
     ctx.save_for_backward(x, y, scale, *outputs[3:])
 
 
-def _backward(ctx, g, *_):
+def _backward(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x, y, scale, s, saved = ctx.saved_tensors
     N, dtype = x.shape[0], x.dtype
     negatives, share = saved.chunk(2)

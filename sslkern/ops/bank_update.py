@@ -55,11 +55,11 @@ def bank_update_(bank: Tensor, index: Tensor, x: Tensor, momentum: float = 0.5) 
     _write.registered(bank, index, x.detach(), momentum, backend)
 
 
-def _written(bank, index, x, momentum, backend):
+def _written(bank: Tensor, index: Tensor, x: Tensor, momentum: float, backend: str) -> None:
     load(backend, "bank_update").bank_update_(bank, index, apart(x, bank), momentum)
 
 
-def _fake(bank, index, x, momentum, backend):
+def _fake(bank: Tensor, index: Tensor, x: Tensor, momentum: float, backend: str) -> None:
     return None
 
 

@@ -15,7 +15,7 @@ with the arguments of the operators `small_pair_contrast` and `small_pair_contra
 its own affair.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,7 +124,10 @@ def few_pairs(x: Tensor, rows: int, ids: Tensor | None) -> bool:
 # ---- the node --------------------------------------------------------------------------------------------------------
 
 
-def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, frozen, kept_rows, backends):
+def _forward(
+    x: Tensor, y: Tensor, bank: Tensor | None, scale_tensor: Tensor | None, scale: float, ids: Tensor | None, mode: str,
+    normalize: bool, need_best: bool, frozen: bool, kept_rows: int, backends: str,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     backend, pairs, losses = backends.split(",")
     N = x.shape[0]
     z, norm, cosine = load(pairs, "unit_pairs").unit_pairs_fwd(x, y, normalize)
@@ -143,11 +146,14 @@ def _forward(x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, f
     return losses, positive, best.view(-1, N) if need_best else None, z, norm, cosine, gap, row, col, kept
 
 
-def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, frozen, kept_rows, backends):
+def _fake(
+    x: Tensor, y: Tensor, bank: Tensor | None, scale_tensor: Tensor | None, scale: float, ids: Tensor | None, mode: str,
+    normalize: bool, need_best: bool, frozen: bool, kept_rows: int, backends: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     (N, D), dtype = x.shape, accumulator(x)
     views, sides = mode == "views", 1 if mode == "one_way" else 2
 
-    def new(*shape):
+    def new(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=dtype)
 
     z, norm, cosine = x.new_empty(2 * N, D), new(2 * N if normalize else 0), new(N)
@@ -156,7 +162,7 @@ def _fake(x, y, bank, scale_tensor, scale, ids, mode, normalize, need_best, froz
     return new(sides, N), new(N), new(sides, N) if need_best else new(0), z, norm, cosine, new(sides, N), row, col, kept
 
 
-def _save(ctx, inputs, outputs) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
     x, y, _, scale_tensor, ctx.scale, ids, ctx.mode, ctx.normalize, _, ctx.frozen, _, ctx.backends = inputs
     _, _, _, z, norm, cosine, gap, row, col, kept = outputs
     # What learns, to tell that its gradient has none.
@@ -167,7 +173,7 @@ def _save(ctx, inputs, outputs) -> None:
     ctx.save_for_backward(*learn, scale_tensor, ids, *saved)
 
 
-def _backward(ctx, g, *_):
+def _backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 12
     saved = ctx.saved_tensors
@@ -241,7 +247,7 @@ class _Context(NamedTuple):
     needs_input_grad: tuple[bool, ...]
 
 
-def _by_operator(ctx, g, saved):
+def _by_operator(ctx: Any, g: Tensor, saved: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     *learn, scale_tensor, ids, z, norm, cosine, gap, row, col, kept = saved
     need_x, need_y, _, need_scale, *_ = ctx.needs_input_grad
     inputs = g, z, norm, cosine, gap, row, col, kept, scale_tensor, ctx.scale, ids
@@ -252,14 +258,20 @@ def _by_operator(ctx, g, saved):
     return dx, dy, None, dscale, *(None,) * 8
 
 
-def _gradients_of(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, ids, *options):
+def _gradients_of(
+    g: Tensor, z: Tensor, norm: Tensor | None, cosine: Tensor, gap: Tensor, row: Tensor, col: Tensor | None,
+    kept: Tensor | None, scale_tensor: Tensor | None, scale: float, ids: Tensor | None, *options: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     mode, normalize, frozen, need_x, need_y, need_scale, backends = options
     saved, needs = (scale_tensor, ids, z, norm, cosine, gap, row, col, kept), (need_x, need_y, False, need_scale)
     dx, dy, _, dscale, *_ = _backward(_Context(saved, scale, mode, normalize, frozen, backends, needs), g)
     return dx, dy, dscale
 
 
-def _gradients_fake(g, z, norm, cosine, gap, row, col, kept, scale_tensor, scale, ids, *options):
+def _gradients_fake(
+    g: Tensor, z: Tensor, norm: Tensor | None, cosine: Tensor, gap: Tensor, row: Tensor, col: Tensor | None,
+    kept: Tensor | None, scale_tensor: Tensor | None, scale: float, ids: Tensor | None, *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     *_, need_x, need_y, need_scale, _ = options
     dx, dy = (z.new_empty(cosine.shape[0], z.shape[1]) if need else g.new_empty(0) for need in (need_x, need_y))
     return dx, dy, torch.empty_like(scale_tensor) if need_scale else g.new_empty(0)
@@ -306,8 +318,9 @@ def pair_labels(x: Tensor, scale: float | Tensor, labels: Tensor, normalize: boo
 
 
 def _whole(
-    x, y, bank, scale, bias, ids, ptr, mode, normalize, unit_bank, need_best, reduction, backend
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x: Tensor, y: Tensor, bank: Tensor | None, scale: float | Tensor, bias: float | Tensor, ids: Tensor | None,
+    ptr: Tensor | None, mode: str, normalize: bool, unit_bank: bool, need_best: bool, reduction: str, backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     scale_tensor, scale = scale_parts(scale, x)
     bias_tensor, bias = scale_parts(bias, x) if mode == "sigmoid" else (None, 0.0)
     need_x = need_y = need_scale = need_bias = False
@@ -330,16 +343,16 @@ def _whole(
     return (loss, positive, best) if need_best else (loss, None, None)
 
 
-def _whole_forward(*inputs):
+def _whole_forward(*inputs: Any) -> tuple[Tensor | None, ...]:
     return load(inputs[-1], "pair_contrast").pair_contrast_fwd(*inputs[:-1])
 
 
-def _whole_fake(*inputs):
+def _whole_fake(*inputs: Any) -> tuple[Tensor, ...]:
     *inputs, backend = inputs
     return load(backend, "pair_contrast").pair_contrast_fake(*inputs)
 
 
-def _whole_save(ctx, inputs, outputs) -> None:
+def _whole_save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
     x, y, _, scale, _, bias = inputs[:6]
     need_x, need_y, need_scale, need_bias, ctx.backend = inputs[14:]
     ctx.dtype = x.dtype
@@ -347,7 +360,7 @@ def _whole_save(ctx, inputs, outputs) -> None:
     ctx.save_for_backward(*learn, outputs[3])
 
 
-def _whole_backward(ctx, g, *_):
+def _whole_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 19
     x, y, scale, bias, kept = ctx.saved_tensors
@@ -363,11 +376,14 @@ def _whole_backward(ctx, g, *_):
     return dx, dy, None, dscale, None, dbias, *(None,) * 13
 
 
-def _scale(g, x, y, scale_tensor, bias_tensor, kept, dtype, backend):
+def _scale(
+    g: Tensor, x: Tensor | None, y: Tensor | None, scale_tensor: Tensor | None, bias_tensor: Tensor | None,
+    kept: Tensor, dtype: torch.dtype, backend: str,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     return load(backend, "pair_contrast").pair_contrast_bwd(g, x, y, scale_tensor, bias_tensor, kept, dtype)
 
 
-def _scale_fake(g, *learn):
+def _scale_fake(g: Tensor, *learn: Any) -> tuple[Tensor, ...]:
     contiguous = torch.contiguous_format
     return tuple(g.new_empty(0) if of is None else torch.empty_like(of, memory_format=contiguous) for of in learn[:4])
 

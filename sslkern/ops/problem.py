@@ -1,5 +1,7 @@
 """The arguments that the primitives of the similarity family share: their checks, and their part of a schema."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -103,7 +105,7 @@ def per_row(name: str, x: float | Tensor | None, q: Tensor) -> Tensor | None:
     return torch.full(shape, x, dtype=accumulator(q), device=q.device)
 
 
-def options(problem: Problem) -> dict:
+def options(problem: Problem) -> dict[str, Any]:
     """What a backend is asked about it by `resolve`."""
     return dict(sizes=sizes_of(problem), bias=problem.k_bias is not None, limit=problem.q_limit is not None)
 
@@ -117,9 +119,12 @@ def scale_parts(scale: float | Tensor, q: Tensor) -> tuple[Tensor | None, float]
     return None, float(scale)
 
 
-def gradients_of(problem: Problem, dq, dk, dscale, need_q: bool, need_k: bool, need_scale: bool):
-    """What autograd takes of gradients in the type of the sums, dscale that of scale * scale_tensor; None where not
-    needed."""
+def gradients_of(
+    problem: Problem, dq: Tensor | Any, dk: Tensor | Any, dscale: Tensor | Any,
+    need_q: bool, need_k: bool, need_scale: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """What autograd takes of gradients in the type of the sums, dscale that of scale * scale_tensor, of which those
+    that are needed are tensors; None for the others."""
     dtype = problem.q.dtype
     of_q = of_k = of_scale = None
     if need_q:
@@ -136,7 +141,10 @@ def empty_gradients(like: Tensor, *wanted: tuple[bool, tuple[int, ...]]) -> tupl
     return tuple(like.new_empty(shape if needed else 0, dtype=accumulator(like)) for needed, shape in wanted)
 
 
-def _problem(q, k, scale, q_ids, k_ids, same, k_bias, q_limit) -> Problem:
+def _problem(
+    q: Tensor, k: Tensor | None, scale: float | Tensor, q_ids: Tensor | None, k_ids: Tensor | None, same: bool,
+    k_bias: Tensor | None, q_limit: Tensor | None,
+) -> Problem:  # fmt: skip
     scale_tensor, scale = scale_parts(scale, q)
     if q_ids is None and k_bias is None and q_limit is None:
         return Problem(q, k, scale_tensor, scale)

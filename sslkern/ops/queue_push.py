@@ -55,11 +55,11 @@ def check_push(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool) -> Non
     check_flags(normalize=normalize)
 
 
-def _written(queue, ptr, keys, normalize, backend):
+def _written(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool, backend: str) -> None:
     load(backend, "queue_push").queue_push_(queue, ptr, apart(keys, queue), normalize)
 
 
-def _fake(queue, ptr, keys, normalize, backend):
+def _fake(queue: Tensor, ptr: Tensor, keys: Tensor, normalize: bool, backend: str) -> None:
     return None
 
 

@@ -5,6 +5,8 @@ With j = index_it and g = dL/dout:
     out_it = <q_i, bank_j>      dq_i = sum_t g_it bank_j      dbank_j = sum_{it: index_it = j} g_it q_i
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,12 +80,12 @@ def sampled_similarity_bwd(
     return dq, dbank
 
 
-def _backend(q, bank, index) -> str:
+def _backend(q: Tensor, bank: Tensor, index: Tensor) -> str:
     sizes = sizes_of(Problem(q, bank))
     return resolve("sampled_similarity", q, sizes=sizes, n=index.shape[-1])
 
 
-def _check(q, bank, index) -> None:
+def _check(q: Tensor, bank: Tensor, index: Tensor) -> None:
     for name, x in (("q", q), ("bank", bank)):
         check_dense(name, x)
     if not isinstance(q, Tensor) or q.ndim not in (2, 3):
@@ -106,20 +108,20 @@ def _check(q, bank, index) -> None:
     check_devices("q", q, bank=bank, index=index)
 
 
-def _forward(q, bank, index, backend):
+def _forward(q: Tensor, bank: Tensor, index: Tensor, backend: str) -> Tensor:
     return load(backend, "sampled_similarity").sampled_similarity_fwd(q, bank, index)
 
 
-def _fake(q, bank, index, backend):
+def _fake(q: Tensor, bank: Tensor, index: Tensor, backend: str) -> Tensor:
     return q.new_empty(index.shape, dtype=accumulator(q))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, bank, index, ctx.backend = inputs
     ctx.save_for_backward(q, bank, index)
 
 
-def _backward(ctx, g):
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     q, bank, index = ctx.saved_tensors
     need_q, need_bank, *_ = ctx.needs_input_grad
     with outside_autograd():
@@ -128,12 +130,14 @@ def _backward(ctx, g):
     return *once((g, q, bank), dq, dbank), None, None
 
 
-def _gradients_of(*inputs):
+def _gradients_of(*inputs: Any) -> tuple[Tensor | None, ...]:
     *inputs, backend = inputs
     return load(backend, "sampled_similarity").sampled_similarity_bwd(*inputs)
 
 
-def _gradients_fake(q, bank, index, g, need_q, need_bank, backend):
+def _gradients_fake(
+    q: Tensor, bank: Tensor, index: Tensor, g: Tensor, need_q: bool, need_bank: bool, backend: str
+) -> tuple[Tensor, ...]:
     return empty_gradients(q, (need_q, q.shape), (need_bank, bank.shape))
 
 

@@ -16,6 +16,7 @@ It keeps no keys, so that a queue may be overwritten between forward and backwar
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,12 +171,12 @@ def similarity_lse_bwd(
 # ---- the log-sum-exps ------------------------------------------------------------------------------------------------
 
 
-def _forward(*inputs):
+def _forward(*inputs: Any) -> tuple[Tensor | None, ...]:
     *problem, columns, need_best, kept_rows, backend = inputs
     return load(backend, "similarity_lse").similarity_lse_fwd(Problem(*problem), columns, need_best, kept_rows)
 
 
-def _fake(*inputs):
+def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     *problem, columns, need_best, kept_rows, _ = inputs
     problem = Problem(*problem)
     q, groups, (_, N, M, _) = problem.q, problem.q.shape[:-2], sizes_of(problem)
@@ -185,7 +186,7 @@ def _fake(*inputs):
     return row, *empty_gradients(q, *shapes)
 
 
-def _save(ctx, inputs, outputs) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
     *problem, ctx.columns, _, kept_rows, ctx.backend = inputs
     row, col, _, kept = outputs
     problem = Problem(*problem)
@@ -197,7 +198,7 @@ def _save(ctx, inputs, outputs) -> None:
     ctx.save_for_backward(*tensors_of(problem), row, col, kept)
 
 
-def _backward(ctx, g, h, *_):
+def _backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if not ctx.columns:
         h = None
     if g is None and h is None:
@@ -219,13 +220,13 @@ def _backward(ctx, g, h, *_):
     return dq, dk, dscale, None, None, None, None, dbias, *(None,) * 5
 
 
-def _gradients_of(*inputs):
+def _gradients_of(*inputs: Any) -> tuple[Tensor | None, ...]:
     *problem, row, col, g, h, kept, need_q, need_k, need_scale, need_bias, backend = inputs
     needs = need_q, need_k, need_scale, need_bias
     return load(backend, "similarity_lse").similarity_lse_bwd(Problem(*problem), row, col, g, h, kept, *needs)
 
 
-def _gradients_fake(*inputs):
+def _gradients_fake(*inputs: Any) -> tuple[Tensor, ...]:
     *problem, _, _, _, _, _, need_q, need_k, need_scale, need_bias, _ = inputs
     q, keys = inputs[0], keys_of(Problem(*problem))
     return empty_gradients(q, (need_q, q.shape), (need_k, keys.shape), (need_scale, ()), (need_bias, keys.shape[:-1]))
@@ -259,24 +260,24 @@ def frozen_gradient(g: Tensor, mean: Tensor) -> Tensor:
     return g.unsqueeze(-1) * mean
 
 
-def _frozen_forward(*inputs):
+def _frozen_forward(*inputs: Any) -> tuple[Tensor | None, ...]:
     *problem, need_best, backend = inputs
     return load(backend, "similarity_lse").similarity_lse_frozen_fwd(Problem(*problem), need_best)
 
 
-def _frozen_fake(*inputs):
+def _frozen_fake(*inputs: Any) -> tuple[Tensor, ...]:
     q, *_, need_best, _ = inputs
     rows = q.shape[:-1]
     return empty_gradients(q, (True, rows), (True, q.shape), (need_best, rows))
 
 
-def frozen_save(ctx, inputs, outputs) -> None:
+def frozen_save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
     q, _, scale_tensor, ctx.scale, *_ = inputs
     row, mean, _ = outputs
     ctx.save_for_backward(q, scale_tensor, row, mean)
 
 
-def frozen_backward(ctx, g, *_):
+def frozen_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 11
     q, scale_tensor, row, mean = ctx.saved_tensors

@@ -11,6 +11,8 @@ overwritten before. Gradients of the rows, with upstream values of their own, ar
 weights: only then S is computed again.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -96,12 +98,12 @@ def similarity_softplus(
 # ---- the total, with its gradients -----------------------------------------------------------------------------------
 
 
-def _forward(*inputs):
+def _forward(*inputs: Any) -> tuple[Tensor | None, ...]:
     problem, rest, backend = Problem(*inputs[:FIELDS]), inputs[FIELDS:-1], inputs[-1]
     return load(backend, "similarity_softplus").similarity_softplus_fwd(problem, *rest)
 
 
-def _fake(*inputs):
+def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     *_, need_q, need_k, need_scale, need_bias, need_k_bias, _ = inputs
     problem = Problem(*inputs[:FIELDS])
     q, keys = problem.q, keys_of(problem)
@@ -110,7 +112,7 @@ def _fake(*inputs):
     return empty_gradients(q, (True, groups), (True, rows), *shapes)
 
 
-def _save(ctx, inputs, outputs) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
     q, _, _, ctx.scale, *_ = inputs
     weights = inputs[FIELDS + 1]
     total, row, *grads = outputs
@@ -120,7 +122,7 @@ def _save(ctx, inputs, outputs) -> None:
     ctx.dtype = q.dtype
 
 
-def _backward(ctx, g, *_):
+def _backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 18
     total, row, dq, dk, dscale, dbias, dk_bias = ctx.saved_tensors
@@ -160,24 +162,24 @@ _total = Node(_sums, _save, _backward, outputs=1)
 # ---- the rows: what their gradients weigh is known in the backward only ----------------------------------------------
 
 
-def _rows_forward(*inputs):
+def _rows_forward(*inputs: Any) -> Tensor:
     *problem, bias, sign, backend = inputs
     forward = load(backend, "similarity_softplus").similarity_softplus_fwd
     return forward(Problem(*problem), bias, None, sign, *(False,) * 5)[1]
 
 
-def _rows_fake(q, *_):
+def _rows_fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape[:-1], dtype=accumulator(q))
 
 
-def _rows_save(ctx, inputs, output) -> None:
+def _rows_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *problem, bias, ctx.sign, ctx.backend = inputs
     problem = Problem(*problem)
     ctx.scale, ctx.same = problem.scale, problem.same
     ctx.save_for_backward(*tensors_of(problem), bias)
 
 
-def _rows_backward(ctx, g):
+def _rows_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, bias = ctx.saved_tensors
     problem = Problem.of(tensors, ctx.scale, ctx.same)
     needs = need_q, need_k, need_scale, need_bias, need_k_bias = [ctx.needs_input_grad[i] for i in (0, 1, 2, 9, 7)]

@@ -8,6 +8,8 @@ With s_ij = scale * <q_i, k_j> over the pairs that count, j = index_it the key i
 Those are sums of few weighted rows in a fixed order, `embedding_bag`, which does not gather [N, n, D].
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,23 +74,23 @@ def similarity_topk(
     return _topk.way(learns, *tensors_of(problem))(*problem, n, backend)
 
 
-def _forward(*inputs):
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     *problem, n, backend = inputs
     return load(backend, "similarity_topk").similarity_topk_fwd(Problem(*problem), n)
 
 
-def _fake(*inputs):
+def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:
     q, n = inputs[0], inputs[-2]
     values = q.new_empty((*q.shape[:-1], n), dtype=accumulator(q))
     return values, torch.empty_like(values, dtype=torch.int64)
 
 
-def _save(ctx, inputs, outputs) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     q, k, scale_tensor, ctx.scale, *_ = inputs
     ctx.save_for_backward(q, k, scale_tensor, outputs[1])
 
 
-def _backward(ctx, g, _):
+def _backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 11
     q, k, scale_tensor, index = ctx.saved_tensors
@@ -119,7 +121,7 @@ def _backward(ctx, g, _):
     return dq, dk, dscale, *(None,) * 8
 
 
-def sum_by_row(g, index, left_out, keys):
+def sum_by_row(g: Tensor, index: Tensor, left_out: Tensor, keys: Tensor) -> Tensor:
     """sum_t g_it keys[index_it] [N, D]."""
     if index.shape[0] == 0 or keys.numel() == 0:
         return keys.new_zeros(index.shape[0], keys.shape[1])
@@ -128,7 +130,7 @@ def sum_by_row(g, index, left_out, keys):
     return F.embedding_bag(index, keys, per_sample_weights=g, mode="sum").masked_fill(left_out[:, :1], 0)
 
 
-def sum_by_key(g, index, left_out, rows, keys):
+def sum_by_key(g: Tensor, index: Tensor, left_out: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
     """sum_it g_it rows_i over the i, t with index_it = j [M, D]."""
     M, n = keys.shape[0], index.shape[1]
     if rows.numel() == 0 or M == 0:

@@ -5,6 +5,8 @@
 With du the gradient of u, to which cosine adds dcosine_i v_i:      dx = (du - u <u, du>) / |x|
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,18 +27,20 @@ def unit_pairs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return a, b, cosine
 
 
-def _forward(x, y, backend):
+def _forward(x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, ...]:
     z, norm, cosine = load(backend, "unit_pairs").unit_pairs_fwd(x, y, True)
     return *z.split([len(x), len(y)]), cosine, z, norm  # also of no rows
 
 
-def _save(ctx, inputs, outputs) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     x, y, ctx.backend = inputs
     *_, z, norm = outputs
     ctx.save_for_backward(x, y, z, norm)
 
 
-def _backward(ctx, da, db, dcosine, *_):
+def _backward(
+    ctx: Any, da: Tensor | None, db: Tensor | None, dcosine: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
     x, y, z, norm = ctx.saved_tensors
     need_x, need_y, _ = ctx.needs_input_grad
     upstream = da, db, dcosine

@@ -26,7 +26,7 @@ except ImportError as error:
     MISSING = f"the native module is not built ({error}); build it with `make setup` or `pip install -e .`"
 
 
-def _lacks_topk(x: torch.Tensor, sizes: tuple[int, ...], **_) -> str | None:
+def _lacks_topk(x: torch.Tensor, sizes: tuple[int, ...], **_: object) -> str | None:
     return f"it counts fewer than {COLUMNS} columns" if sizes[2] >= COLUMNS else None
 
 

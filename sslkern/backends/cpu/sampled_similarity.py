@@ -34,7 +34,9 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> tuple[Tensor | None, Tensor | None]:
+def sampled_similarity_bwd(
+    q: Tensor, bank: Tensor, index: Tensor, g: Tensor, need_q: bool, need_bank: bool
+) -> tuple[Tensor | None, Tensor | None]:
     problem, K = Problem(q, bank), index.shape[-1]
     sizes = problem.sizes
     if 0 in sizes or K == 0:

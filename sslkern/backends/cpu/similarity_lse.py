@@ -40,8 +40,9 @@ def similarity_lse_frozen_fwd(problem: Problem, need_best: bool) -> tuple[Tensor
 
 
 def similarity_lse_bwd(
-    problem: Problem, row, col, g, h, kept, need_q: bool, need_k: bool, need_scale: bool, need_bias: bool
-) -> tuple[Tensor | None, ...]:
+    problem: Problem, row: Tensor | None, col: Tensor | None, g: Tensor | None, h: Tensor | None, kept: Tensor | None,
+    need_q: bool, need_k: bool, need_scale: bool, need_bias: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     sizes = problem.sizes
     if 0 in sizes:
         return reference.similarity_lse_bwd(problem, row, col, g, h, kept, need_q, need_k, need_scale, need_bias)

@@ -12,7 +12,7 @@ from ._native import native, new_needed
 
 
 def similarity_softplus_fwd(
-    problem: Problem, bias, weights, sign: float,
+    problem: Problem, bias: Tensor | None, weights: Tensor | None, sign: float,
     need_q: bool, need_k: bool, need_scale: bool, need_bias: bool, need_k_bias: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     sizes = problem.sizes

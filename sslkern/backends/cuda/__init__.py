@@ -14,6 +14,8 @@ a CUDA graph.
 """
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,8 +51,8 @@ if MISSING is not None and os.environ.get("SSLKERN_CUDA") == "1":
     raise ImportError(f"SSLKERN_CUDA=1, but the cuda backend cannot be used: {MISSING}")
 
 
-def _lacks(primitive: str):
-    def lacks(x: Tensor, other: torch.dtype | None = None, **_) -> str | None:
+def _lacks(primitive: str) -> Callable[..., str | None]:
+    def lacks(x: Tensor, other: torch.dtype | None = None, **_: object) -> str | None:
         from . import launch
 
         if other is None:
@@ -62,19 +64,19 @@ def _lacks(primitive: str):
     return lacks
 
 
-def _lacks_pair_contrast(x: Tensor, **options) -> str | None:
+def _lacks_pair_contrast(x: Tensor, **options: Any) -> str | None:
     from . import pair_contrast
 
     return pair_contrast.lacks(x, **options)
 
 
-def _lacks_similarity_lse(x: Tensor, **options) -> str | None:
+def _lacks_similarity_lse(x: Tensor, **options: Any) -> str | None:
     from . import similarity_lse
 
     return similarity_lse.lacks(x, **options)
 
 
-def _lacks_similarity_softplus(x: Tensor, **options) -> str | None:
+def _lacks_similarity_softplus(x: Tensor, **options: Any) -> str | None:
     from . import similarity_softplus
 
     return similarity_softplus.lacks(x, **options)

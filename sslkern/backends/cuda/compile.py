@@ -21,7 +21,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -307,7 +307,7 @@ def _check(facts: bytes, code: bytes) -> str:
 
 
 @contextlib.contextmanager
-def _alone(path: Path):
+def _alone(path: Path) -> Iterator[None]:
     """One process at a time, where the folder has locks. A lock goes with the process that holds it."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ import ctypes
 import functools
 import struct
 import threading
+from typing import Any
 
 try:
     from sslkern import _cpu
@@ -33,7 +34,7 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def call(function: str, *arguments, doing: str | None = None) -> None:
+def call(function: str, *arguments: Any, doing: str | None = None) -> None:
     """Calls a function of the driver; what it refuses is raised as a sentence."""
     cuda = library()
     if cuda is None:
@@ -103,7 +104,7 @@ class Context:
     def __enter__(self) -> None:
         call("cuCtxPushCurrent_v2", ctypes.c_void_p(self.handle))
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
 

@@ -51,8 +51,8 @@ def _kernels(program: str, arguments: tuple, index: int) -> dict[str, driver.Ker
     return found
 
 
-def _word(argument) -> str:
-    return NAMES.get(argument) or str(argument).lower()
+def _word(argument: torch.dtype | int | str) -> str:
+    return NAMES[argument] if isinstance(argument, torch.dtype) else str(argument).lower()
 
 
 def _load(unit: compile.Unit, index: int) -> dict[str, driver.Kernel] | str:
@@ -147,7 +147,7 @@ class Call:
 
     __slots__ = "_device", "_index", "stream", "kernels"
 
-    def __init__(self, program: str, device: torch.device, *arguments):
+    def __init__(self, program: str, device: torch.device, *arguments: torch.dtype | int | str):
         self._device = device
         self._index, self.stream = place(device)
         kernels = _loaded.get((program, arguments, self._index)) or _kernels(program, arguments, self._index)
@@ -164,8 +164,9 @@ class Call:
         return next(iter(self.kernels.values())).context
 
     def launch(
-        self, kernel: str, blocks: int, *arguments, threads: int = THREADS, shared: int = 0, cluster: int = 1
-    ) -> None:
+        self, kernel: str, blocks: int, *arguments: float | bytes, threads: int = THREADS, shared: int = 0,
+        cluster: int = 1,
+    ) -> None:  # fmt: skip
         """kernel: its name in compile.PROGRAMS. Arguments are numbers; a tensor is what `address`, `matrix` or `vector`
         says of it. shared: bytes of dynamic shared memory; cluster: blocks that run together."""
         self.kernels[kernel](blocks, threads, self.stream, arguments, shared, cluster)

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,14 +98,14 @@ class Nvrtc:
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
 
-    def _text(self, program, size_of: str, get: str) -> bytes:
+    def _text(self, program: ctypes.c_void_p, size_of: str, get: str) -> bytes:
         size = ctypes.c_size_t()
         self._call(size_of, program, ctypes.byref(size))
         buffer = ctypes.create_string_buffer(size.value)
         self._call(get, program, buffer)
         return buffer.raw
 
-    def _call(self, function: str, *arguments) -> None:
+    def _call(self, function: str, *arguments: Any) -> None:
         try:
             status = getattr(self._library, function)(*arguments)
         except AttributeError:

@@ -30,7 +30,9 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> tuple[Tensor | None, Tensor | None]:
+def sampled_similarity_bwd(
+    q: Tensor, bank: Tensor, index: Tensor, g: Tensor, need_q: bool, need_bank: bool
+) -> tuple[Tensor | None, Tensor | None]:
     sizes = _sizes(q, bank, index)
     if 0 in sizes:
         return reference.sampled_similarity_bwd(q, bank, index, g, need_q, need_bank)
@@ -39,7 +41,7 @@ def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> 
     return dq, reference.sum_by_key(q, bank, index, g) if need_bank else None
 
 
-def _gradient_of_queries(q, bank, index, g, sizes) -> Tensor:
+def _gradient_of_queries(q: Tensor, bank: Tensor, index: Tensor, g: Tensor, sizes: tuple[int, ...]) -> Tensor:
     G, N, M, D, K = sizes
     bank, index, g = bank.contiguous(), index.contiguous(), g.contiguous()
     dq, parts = q.new_empty(q.shape, dtype=torch.float32), _parts(G * N, D, K)
@@ -67,6 +69,6 @@ def _parts(queries: int, D: int, K: int) -> int:
     return min((BLOCKS + tasks - 1) // tasks, (K + PART - 1) // PART)
 
 
-def _sizes(q, bank, index):
+def _sizes(q: Tensor, bank: Tensor, index: Tensor) -> tuple[int, int, int, int, int]:
     """Groups, queries, rows of the bank, features, names."""
     return q.shape[0] if q.ndim == 3 else 1, q.shape[-2], bank.shape[-2], q.shape[-1], index.shape[-1]

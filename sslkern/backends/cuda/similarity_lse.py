@@ -24,7 +24,7 @@ from .pairs import lacks as lacks_of
 BOTH_SIDES = 128  # features up to which two gradients come from owners of rows, which compute S for each of them
 
 
-def lacks(x: Tensor, sizes: tuple[int, ...], limit: bool = False, frozen: bool = False, **_) -> str | None:
+def lacks(x: Tensor, sizes: tuple[int, ...], limit: bool = False, frozen: bool = False, **_: object) -> str | None:
     """Why it cannot run for features x, or None. The first to ask compiles what it then needs."""
     return lacks_of(x, sizes, limit, _programs(x.dtype, sizes[-1], frozen))
 
@@ -79,8 +79,9 @@ def similarity_lse_frozen_fwd(problem: Problem, need_best: bool) -> tuple[Tensor
 
 
 def similarity_lse_bwd(
-    problem: Problem, row, col, g, h, kept, need_q: bool, need_k: bool, need_scale: bool, need_bias: bool
-) -> tuple[Tensor | None, ...]:
+    problem: Problem, row: Tensor | None, col: Tensor | None, g: Tensor | None, h: Tensor | None, kept: Tensor | None,
+    need_q: bool, need_k: bool, need_scale: bool, need_bias: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns dq [N, D], dk [M, D], dscale [], dbias [M], None where not needed; k=None: all of dZ in dq."""
     if 0 in problem.sizes:
         return reference.similarity_lse_bwd(problem, row, col, g, h, kept, need_q, need_k, need_scale, need_bias)

@@ -1,6 +1,7 @@
 """Log-sum-exps of `similarity_lse` with a running maximum: kernels/similarity_lse_rows.cu."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +60,9 @@ def with_best(pairs: Pairs, columns: bool) -> tuple[Tensor, Tensor | None, Tenso
     return row, col, best
 
 
-def redo(pairs: Pairs, row: Tensor, row_flags: Tensor, col: Tensor | None = None, col_flags: Tensor | None = None):
+def redo(
+    pairs: Pairs, row: Tensor, row_flags: Tensor, col: Tensor | None = None, col_flags: Tensor | None = None
+) -> None:
     """Computes what has a flag (uint8, on a multiple of 8 bytes) in the log-sum-exps row [N] and col [M] anew."""
     _running(pairs, Rows(row, flags=row_flags), None if col is None else Rows(col, flags=col_flags))
 
@@ -119,5 +122,5 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _allocator(pairs: Pairs):
+def _allocator(pairs: Pairs) -> Callable[..., Tensor]:
     return functools.partial(torch.empty, dtype=torch.float32, device=pairs.q.device)

@@ -19,8 +19,9 @@ class Columns(NamedTuple):
 
     @classmethod
     def of(
-        cls, M: int, width: int, col: Tensor | None, h: Tensor | None, bias: Tensor | None, itself: bool, fold, device
-    ) -> "Columns":
+        cls, M: int, width: int, col: Tensor | None, h: Tensor | None, bias: Tensor | None, itself: bool,
+        fold: Tensor | None, device: torch.device,
+    ) -> "Columns":  # fmt: skip
         """col, h: [M] fp32 without gaps, or None where only rows count; bias: [M] of the columns in s_ij, or None."""
         tiles = -(-M // width)
         columns = cls(_new(device, tiles, width + PAST), _new(device, tiles, 3, width))

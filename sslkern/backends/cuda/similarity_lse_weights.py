@@ -22,8 +22,9 @@ STRIP = 2**30  # weights of a strip, 2 GB; more only where a strip of the fewest
 
 
 def gradients_of(
-    pairs: Pairs, row, col, g, h, need_q: bool, need_k: bool, need_scale: bool, need_bias: bool
-) -> tuple[Tensor | None, ...]:
+    pairs: Pairs, row: Tensor | None, col: Tensor | None, g: Tensor | None, h: Tensor | None,
+    need_q: bool, need_k: bool, need_scale: bool, need_bias: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns dq [N, D], dk [M, D], dscale [], dbias [M] in fp32, None where not needed; of q with itself all of dZ in
     dq. g or h may be None."""
     # Without a bias S of q with itself is symmetric; with one q is taken for both sides, and rows are all there is.
@@ -69,7 +70,10 @@ class _Weights(NamedTuple):
     dbias: list[Tensor] | None
 
     @classmethod
-    def of(cls, pairs, row, g, col, h, symmetric=False, need_scale=False, need_bias=False) -> "_Weights":
+    def of(
+        cls, pairs: Pairs, row: Tensor | None, g: Tensor | None, col: Tensor | None, h: Tensor | None,
+        symmetric: bool = False, need_scale: bool = False, need_bias: bool = False,
+    ) -> "_Weights":  # fmt: skip
         row, g, col, h = (None if x is None else x.contiguous() for x in (row, g, col, h))
         fold = fold_of(pairs.q, row, g, col, h)
         columns = Columns.of(len(pairs.k), COLUMNS, col, h, pairs.bias, False, fold, pairs.q.device)

@@ -16,7 +16,7 @@ from .pairs import Pairs
 from .pairs import lacks as lacks_of
 
 
-def lacks(x: Tensor, sizes: tuple[int, ...], limit: bool = False, **_) -> str | None:
+def lacks(x: Tensor, sizes: tuple[int, ...], limit: bool = False, **_: object) -> str | None:
     """Why it cannot run for features x, or None. The first to ask compiles what it then needs."""
     if sizes[-1] <= gradient.FEATURES:
         program = "similarity_softplus_gradient", x.dtype
@@ -26,7 +26,7 @@ def lacks(x: Tensor, sizes: tuple[int, ...], limit: bool = False, **_) -> str | 
 
 
 def similarity_softplus_fwd(
-    problem: Problem, bias, weights, sign: float,
+    problem: Problem, bias: Tensor | None, weights: Tensor | None, sign: float,
     need_q: bool, need_k: bool, need_scale: bool, need_bias: bool, need_k_bias: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns total [], row [N], and the gradients of total, None where not needed: dq [N, D], dk [M, D], dscale [],

@@ -22,7 +22,9 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     return out.view(index.shape)
 
 
-def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> tuple[Tensor | None, Tensor | None]:
+def sampled_similarity_bwd(
+    q: Tensor, bank: Tensor, index: Tensor, g: Tensor, need_q: bool, need_bank: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """Returns dq [G, N, D] and dbank [G, M, D] in fp32 (fp64), None where not needed."""
     check_index(index, bank)
     rows, keys, flat = _one_group(q, bank, index)
@@ -49,20 +51,20 @@ def sum_by_key(q: Tensor, bank: Tensor, index: Tensor, g: Tensor) -> Tensor:
     return sums.view(bank.shape)
 
 
-def _one_group(q, bank, index):
+def _one_group(q: Tensor, bank: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [G N, D], keys [G M, D] and index [G N, K] into all of them, features in the type of the sums."""
     if q.ndim == 3:
         index = index + bank.shape[1] * torch.arange(q.shape[0], device=q.device).view(-1, 1, 1)
     return wide(q.flatten(0, -2)), wide(bank.flatten(0, -2)), index.flatten(0, -2)
 
 
-def _parts(index, keys):
+def _parts(index: Tensor, keys: Tensor) -> list[slice]:
     """Slices of the rows of index."""
     step = max(1, _GATHERED // max(1, index.shape[1] * keys.shape[1]))
     return [slice(i, i + step) for i in range(0, index.shape[0], step)]
 
 
-def check_index(index, bank) -> None:
+def check_index(index: Tensor, bank: Tensor) -> None:
     if index.device.type == "cpu" and index.numel() and not 0 <= index.amin() <= index.amax() < bank.shape[-2]:
         outside(index, bank)  # elsewhere torch's own indexing stops, without making the host wait
 

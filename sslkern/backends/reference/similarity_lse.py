@@ -160,8 +160,9 @@ def similarity_lse_frozen_fwd(problem: Problem, need_best: bool) -> tuple[Tensor
 
 
 def similarity_lse_bwd(
-    problem: Problem, row, col, g, h, kept, need_q: bool, need_k: bool, need_scale: bool, need_bias: bool
-) -> tuple[Tensor | None, ...]:
+    problem: Problem, row: Tensor | None, col: Tensor | None, g: Tensor | None, h: Tensor | None, kept: Tensor | None,
+    need_q: bool, need_k: bool, need_scale: bool, need_bias: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns dq [G, N, D], dk [G, M, D], dscale [], dbias [G, M], None where not needed; k=None: all of dZ in dq."""
     groupless, problem = problem.q.ndim == 2, grouped(problem)
     k, scale = problem.k, problem.full_scale
@@ -206,7 +207,9 @@ def similarity_lse_bwd(
     return dq, dk, dscale, dbias
 
 
-def sums_for(problem: Problem, need_q: bool, need_k: bool, need_scale: bool, need_bias: bool):
+def sums_for(
+    problem: Problem, need_q: bool, need_k: bool, need_scale: bool, need_bias: bool
+) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor]:
     """Zeros for dq, dk and dbias to be summed into, None where they are not needed, and the factors of W in dq and dk.
 
     The gradient of the scale is that of q or k times its factor, so one of them is made for it. For k=None dk is dq.
@@ -226,7 +229,9 @@ def sums_for(problem: Problem, need_q: bool, need_k: bool, need_scale: bool, nee
     return (dq, dk, dbias), q, keys
 
 
-def products_for_scale(problem: Problem, dq: Tensor | None, dk: Tensor | None, q_factor: Tensor, k_factor: Tensor):
+def products_for_scale(
+    problem: Problem, dq: Tensor | None, dk: Tensor | None, q_factor: Tensor, k_factor: Tensor
+) -> Tensor:
     """What sums to <Q, W K>, from dq or dk, which then become NaN where infinite features of the other side have it."""
     products = dk * k_factor if dq is None else dq * q_factor
     spread_nonfinite(dq, problem.keys)

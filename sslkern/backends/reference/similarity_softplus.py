@@ -12,7 +12,7 @@ from .similarity_lse import blocks, grouped, products_for_scale, sums_for, with_
 
 
 def similarity_softplus_fwd(
-    problem: Problem, bias, weights, sign: float,
+    problem: Problem, bias: Tensor | None, weights: Tensor | None, sign: float,
     need_q: bool, need_k: bool, need_scale: bool, need_bias: bool, need_k_bias: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns total [G], row [G, N], and the gradients of total, None where not needed: dq [G, N, D], dk [G, M, D],

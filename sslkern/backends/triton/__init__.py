@@ -46,7 +46,7 @@ def _missing() -> str | None:
 MISSING = _missing()
 
 
-def _lacks_topk(x: torch.Tensor, sizes: tuple[int, ...], n: int, **_) -> str | None:
+def _lacks_topk(x: torch.Tensor, sizes: tuple[int, ...], n: int, **_: object) -> str | None:
     if n > MOST:
         return f"it finds at most {MOST} for each row"
     return f"it counts fewer than {COLUMNS} columns" if sizes[2] >= COLUMNS else None

@@ -39,7 +39,7 @@ class force:
     def __enter__(self) -> None:
         _forced[self.name] = self.config
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         del _forced[self.name]
 
 

@@ -70,7 +70,9 @@ def sampled_similarity_fwd(q: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-def sampled_similarity_bwd(q, bank, index, g, need_q: bool, need_bank: bool) -> tuple[Tensor | None, Tensor | None]:
+def sampled_similarity_bwd(
+    q: Tensor, bank: Tensor, index: Tensor, g: Tensor, need_q: bool, need_bank: bool
+) -> tuple[Tensor | None, Tensor | None]:
     reference.check_index(index, bank)
     if q.numel() == 0 or bank.numel() == 0 or index.numel() == 0:
         return reference.sampled_similarity_bwd(q, bank, index, g, need_q, need_bank)

@@ -28,7 +28,7 @@ class use_scheme:
     def __enter__(self) -> None:
         _forced.append(self.name)
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         _forced.pop()
 
 

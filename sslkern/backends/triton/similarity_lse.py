@@ -267,9 +267,11 @@ def _sums(
     return Sums(row, row_best, col, col_best)
 
 
-def _sums_of_strip(launch: Launch, options: _Options, *strip) -> Sums:
+def _sums_of_strip(
+    launch: Launch, options: _Options, x: Tensor, y: Tensor, x_side: Side, y_side: Side, products: Tensor
+) -> Sums:
     config = options.config
-    row, row_best, col, col_best = _sums(launch, options, *strip)
+    row, row_best, col, col_best = _sums(launch, options, x, y, x_side, y_side, products)
     row, row_best = _merged(config, row, row_best)
     if options.triangle:
         col, col_best = _merged(config, None, None, col, col_best)
@@ -278,7 +280,10 @@ def _sums_of_strip(launch: Launch, options: _Options, *strip) -> Sums:
     return Sums(row, row_best, col, col_best)
 
 
-def _merged(config: Config, row, row_best, col=None, col_best=None) -> tuple[Tensor | None, Tensor | None]:
+def _merged(
+    config: Config, row: Tensor | None, row_best: Tensor | None,
+    col: Tensor | None = None, col_best: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """The log-sum-exps over the first dimension of row and col, which is of a triangle, and the best of row_best and
     col_best; each may be None."""
     if row is None and col is None:
@@ -564,8 +569,9 @@ def similarity_lse_bwd_kernel(
 
 
 def similarity_lse_bwd(
-    problem: Problem, row, col, g, h, kept, need_q: bool, need_k: bool, need_scale: bool, need_bias: bool
-) -> tuple[Tensor | None, ...]:
+    problem: Problem, row: Tensor | None, col: Tensor | None, g: Tensor | None, h: Tensor | None, kept: Tensor | None,
+    need_q: bool, need_k: bool, need_scale: bool, need_bias: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns dq [G, N, D], dk [G, M, D], dscale [], dk_bias [G, M], None where not needed; k=None: all of dZ in dq."""
     launch = Launch.of(problem)
     problem, (_, N, M, D), itself, _, chip = launch

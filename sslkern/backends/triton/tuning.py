@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch.nn.functional import normalize
 import sslkern
 
 from . import INTERPRETED, MISSING, chips, configs, measured, schemes
+
+_Name = TypeVar("_Name", str, configs.Config)  # of a contender
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -62,8 +64,9 @@ def tune(rows: int, D: int, device: torch.device, deadline: float) -> None:
 
 
 def _fastest(
-    title: str, step: Callable, contenders: Mapping[Any, AbstractContextManager], device: torch.device, deadline: float
-):
+    title: str, step: Callable[[], tuple[Tensor, ...]], contenders: Mapping[_Name, AbstractContextManager],
+    device: torch.device, deadline: float,
+) -> _Name | None:  # fmt: skip
     """Which of the contenders, {name: what to run within}, is the fastest that agrees with the first; None where fewer
     than two had time."""
     times, expected = {}, None
@@ -99,7 +102,7 @@ def _two_way(rows: int, D: int, device: torch.device) -> Callable[[], tuple[Tens
     few, ids = 4096, torch.arange(rows, device=device) // 2
     some, others = q[:few].detach().requires_grad_(), k[:few].detach().requires_grad_()
 
-    def step():
+    def step() -> tuple[Tensor, ...]:
         row, col = sslkern.ops.similarity_lse(q, k, 10.0, columns=True)
         of_itself = sslkern.ops.similarity_lse(some, scale=10.0, q_ids=ids[:few])
         one_way, best = sslkern.ops.similarity_lse(some, others, 10.0, q_ids=ids[:few], k_ids=ids[:few], best=True)
