@@ -35,7 +35,7 @@ DEFAULT_EPOCHS = 40
 PLACE = {"data", "device", "threads", "compile", "save_every"}  # where and how a run is computed, not what
 
 
-def option(default: Any, help: str, ok: Callable[[Any], bool] | None = None, wrong: str = "", flags: str = ""):
+def option(default: Any, help: str, ok: Callable[[Any], bool] | None = None, wrong: str = "", flags: str = "") -> Any:
     """A field with its help; `ok` is asked of every value but None, and `wrong` says what to do if it says no."""
     return field(default=default, metadata={"help": help, "ok": ok, "wrong": wrong, "flags": flags})
 
@@ -48,7 +48,7 @@ def positive(what: str = "") -> dict[str, Any]:
     return {"ok": lambda x: 0 < x < math.inf, "wrong": f"must be more than 0{what}"}
 
 
-def one_of(*names) -> dict[str, Any]:
+def one_of(*names: object) -> dict[str, Any]:
     return {"ok": lambda x: x in names, "wrong": f"choose one of {', '.join(map(str, names))}"}
 
 

@@ -15,6 +15,7 @@ import pickle
 from collections.abc import Sequence
 from importlib.resources import files as package_files
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def _is_cifar10(path: Path) -> bool:
 class _ArraysOnly(pickle.Unpickler):
     """Reads NumPy arrays in containers and refuses whatever else a pickle could call."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if (module.removeprefix("numpy.").replace("_core", "core"), name) == ("core.multiarray", "_reconstruct"):
             core = "core" if np.__version__ < "2" else "_core"
             return importlib.import_module(f"numpy.{core}.multiarray")._reconstruct
@@ -134,7 +135,7 @@ def _cifar10(path: Path) -> Images:
         batches = {name: _ArraysOnly(io.BytesIO(content), encoding="bytes").load() for name, content in found.items()}
         classes = [name.decode() for name in batches.pop("batches.meta", {}).get(b"label_names", [])]
 
-        def part(names) -> tuple[Tensor, Tensor]:
+        def part(names: Sequence[str]) -> tuple[Tensor, Tensor]:
             pixels = np.concatenate([np.asarray(batches[name][b"data"], np.uint8) for name in names])
             labels = torch.tensor([label for name in names for label in batches[name][b"labels"]])
             return torch.from_numpy(pixels.reshape(len(labels), 3, 32, 32)), labels

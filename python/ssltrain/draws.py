@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,10 +41,10 @@ class Draws:
         self.before, Draws.current = Draws.current, self
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         Draws.current = self.before
 
-    def rand(self, *size, dtype: torch.dtype | None = None, device=None) -> Tensor:
+    def rand(self, *size: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
         first, *rest = size if isinstance(size[0], int) else size[0]
         views, over = divmod(first, len(self.samples))
         if over:
@@ -61,16 +62,16 @@ class Draws:
             uniform = torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
         return _to(uniform.view(first, *rest).to(dtype), device)
 
-    def randperm(self, n: int, dtype: torch.dtype = torch.int64, device=None) -> Tensor:
+    def randperm(self, n: int, dtype: torch.dtype = torch.int64, device: torch.device | str | None = None) -> Tensor:
         return _to(torch.from_numpy(self.batch.next(n)[0].argsort()).to(dtype), device)
 
 
-def rand(*size: int, device=None) -> Tensor:
+def rand(*size: int, device: torch.device | str | None = None) -> Tensor:
     """As `torch.rand`, by the current draws if there are some."""
     return (Draws.current or torch).rand(*size, device=device)
 
 
-def rows(device=None) -> Tensor:
+def rows(device: torch.device | str | None = None) -> Tensor:
     """int64 [B]: which rows of the training set the samples of the current batch are, of this process its own.
 
     With it a memory finds the place of a sample, and a method with labels its label.
@@ -80,7 +81,7 @@ def rows(device=None) -> Tensor:
     return _to(Draws.current.rows, device)
 
 
-def others(count: int, device=None) -> Tensor:
+def others(count: int, device: torch.device | str | None = None) -> Tensor:
     """int64 [count]: for each of so many images another one, drawn once for the batch; none is drawn twice.
 
     >>> (others(7) == torch.arange(7)).any()
@@ -119,7 +120,9 @@ class _Drawing(TorchFunctionMode):
         super().__init__()
         self.draws = draws
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is torch.rand:
             func = self.draws.rand
         elif func is torch.randperm:
@@ -158,7 +161,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _to(drawn: Tensor, device) -> Tensor:
+def _to(drawn: Tensor, device: torch.device | str | None) -> Tensor:
     """On the device, without waiting for the work that is queued there."""
     device = torch.device(device or "cpu")
     if device.type == "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,7 +37,21 @@ def _conv(c_in: int, c_out: int, stride: int) -> list[nn.Module]:
     return [nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out)]
 
 
-class ConvNet(nn.Sequential):
+class _Pooled(nn.Module, ABC):
+    """A network whose features are the means of its last maps, under the names of timm."""
+
+    @abstractmethod
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last maps."""
+
+    def forward_head(self, maps: Tensor) -> Tensor:
+        return maps.mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class ConvNet(_Pooled, nn.Sequential):
     """Three 3 x 3 convolutions of stride 2 and a global average. [B, C, H, W] -> [B, 4 * width]."""
 
     def __init__(self, channels: int, width: int = 32):
@@ -51,13 +66,7 @@ class ConvNet(nn.Sequential):
         )
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-    def forward_head(self, maps: Tensor) -> Tensor:
-        return maps.mean((2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        return nn.Sequential.forward(self, x)
 
 
 class _Block(nn.Module):
@@ -76,7 +85,7 @@ class _Block(nn.Module):
         return torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + shortcut)
 
 
-class ResNet18(nn.Module):
+class ResNet18(_Pooled):
     """ResNet-18 for small images: a 3 x 3 stem of stride 1 and no max-pooling, as SimCLR's appendix B.9 does for CIFAR.
 
     [B, C, H, W] -> [B, 8 * width]; 11 M parameters at width 64. Its weights have the names that torchvision and timm
@@ -101,12 +110,6 @@ class ResNet18(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(x)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
-
-    def forward_head(self, maps: Tensor) -> Tensor:
-        return maps.mean((2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _timm(name: str, channels: int) -> nn.Module:

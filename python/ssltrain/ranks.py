@@ -283,7 +283,7 @@ class _Moments(torch.autograd.Function):
     """Mean and biased variance by channel over the batches of all ranks, and how many values that are of each."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
         ctx.group = group
         own = x.new_tensor([x.numel() // x.shape[1]])
         var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
@@ -299,7 +299,7 @@ class _Moments(torch.autograd.Function):
         return whole, var, total
 
     @staticmethod
-    def backward(ctx, by_mean: Tensor, by_var: Tensor, _) -> tuple[Tensor, None]:
+    def backward(ctx: Any, by_mean: Tensor, by_var: Tensor, _: Tensor) -> tuple[Tensor, None]:
         x, mean, count = ctx.saved_tensors
         both = torch.stack([by_mean, by_var])
         dist.all_reduce(both, group=ctx.group)

@@ -65,7 +65,7 @@ class Progress:
         self.task = self.bar.add_task(self.config.method, total=1.0, figures="")
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.bar.stop()
         if self.logged is not None:
             self.curves.close()

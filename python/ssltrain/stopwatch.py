@@ -24,11 +24,11 @@ class Stopwatch:
     def __enter__(self) -> Stopwatch:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for hook in self.hooks:
             hook.remove()
 
-    def _mark(self, *_) -> None:
+    def _mark(self, *_: object) -> None:
         if self.device.type == "cuda":
             mark = torch.cuda.Event(enable_timing=True)
             mark.record(torch.cuda.current_stream(self.device))

@@ -1,5 +1,7 @@
 """Positives and negatives beyond `pair_contrast`: two views stacked, rows and their best, sums over ids, smoothing."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ..common.arguments import check_flags
@@ -33,7 +35,7 @@ def own_ids(ids: Tensor | None, x: Tensor, ranks: Ranks | None) -> Tensor:
 
 
 def row_and_best(
-    q: Tensor, k: Tensor | None, scale: float | Tensor, *, need_best: bool, **options
+    q: Tensor, k: Tensor | None, scale: float | Tensor, *, need_best: bool, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """`similarity_lse` of the rows and, where needed, the best score of each, else None."""
     out = similarity_lse(q, k, scale, best=need_best, **options)
@@ -50,7 +52,7 @@ def over_different(
     return dots(q, total_of(wide(k).sum(0), ranks) - equal).masked_fill(count == 0, 0), count
 
 
-def above_mean(positive: Tensor, total: Tensor, count: Tensor) -> Tensor:
+def above_mean(positive: Tensor, total: Tensor, count: Tensor | int) -> Tensor:
     """positive - the mean score of all classes: the positive and `count` others, which sum to `total`.
 
     Cross-entropy with label smoothing e is (1 - e)(lse - positive) + e (lse - mean): the plain loss plus e times this.

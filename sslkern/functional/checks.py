@@ -1,6 +1,7 @@
 """The checks of the arguments that losses share."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from ..common.arguments import FLOATS, check_choice, check_dense, check_device, 
 from ..common.autocast import autocast_active
 from ..common.numbers import FLOAT32_MAX, check_finite
 from ..common.tensors import wide
-from ..distributed import GRAD_REDUCES, STRATEGIES, Ranks, all_rows, alone, check_group, replicated
+from ..distributed import GRAD_REDUCES, STRATEGIES, Group, Ranks, all_rows, alone, check_group, replicated
 
 
 def check_features(name: str, x: Tensor, ranks: Ranks | None = None) -> None:
@@ -51,7 +52,7 @@ def check_pair(
     return x, other
 
 
-def promoted(*features):
+def promoted(*features: Tensor | None) -> tuple[Any, ...]:
     """Inside autocast, features of several types in the widest of them, as torch does with what it does not round: an
     encoder's output in bf16 meets a queue in fp32. Elsewhere all stay as they are: the checks refuse what does not fit.
     """
@@ -78,7 +79,7 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, shape: str
     if not fits:
         raise ValueError(
             f"{name} must be a tensor {shape or list(other.shape)} to go with {other_name} {list(other.shape)}, not"
-            f" {describe(x)}" + _hint(x, shape is not None and other.shape[-1])
+            f" {describe(x)}" + _hint(x, 0 if shape is None else other.shape[-1])
         )
     if x.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, not {x.dtype}; convert one")
@@ -106,7 +107,9 @@ def check_weights(weights: Tensor | None, N: int, like: Tensor) -> None:
     check_device("weights", weights, like)
 
 
-def check_options(reduction: str, group=None, strategy: str = "auto", grad_reduce: str = "mean", **flags: bool) -> None:
+def check_options(
+    reduction: str, group: Group = None, strategy: str = "auto", grad_reduce: str = "mean", **flags: bool
+) -> None:
     """group, strategy, grad_reduce: who shares the batch, see `ranks_of`. flags: the options that are True or False."""
     for flag in flags.values():
         if flag is not True and flag is not False:
@@ -182,8 +185,8 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None = None) -> floa
     return wide(value)
 
 
-def _hint(x, D: int | bool = False) -> str:
-    """What x, which does not fit, may have been meant as. D: features of each row of a queue, if it could be one."""
+def _hint(x: object, D: int = 0) -> str:
+    """What x, which does not fit, may have been meant as. D: features of a queue, if it could be one."""
     if not isinstance(x, Tensor):
         return ""
     if x.ndim == 1 and not x.dtype.is_floating_point:

@@ -92,15 +92,27 @@ def dclw(
 
 
 def _decoupled(
-    name, z0, z1, temperature, sigma, logit_scale, ids, normalize, reduction, weights, group, strategy, grad_reduce
-):
+    name: str,
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor,
+    sigma: float | None,
+    logit_scale: float | Tensor | None,
+    ids: Tensor | None,
+    normalize: bool,
+    reduction: str,
+    weights: Tensor | None,
+    group: Group,
+    strategy: str,
+    grad_reduce: str,
+) -> Tensor:
     ranks = None
     if group is not None:
         given = dict(z0=z0, z1=z1, temperature=temperature, sigma=sigma, logit_scale=logit_scale, ids=ids)
         options = dict(normalize=normalize, reduction=reduction, weights=weights)
         ranks = ranks_of(group, strategy, grad_reduce, name, **given, **options)
     if name == "dclw":
-        sigma = check_number("sigma", sigma, 1e-6)
+        sigma = check_number("sigma", sigma, 1e-6)  # type: ignore[arg-type]  # refuses None
     z, ids, cosine = two_views(z0, z1, ids, normalize, ranks)
     N = z0.shape[0]
     check_options(reduction, group, strategy, grad_reduce)

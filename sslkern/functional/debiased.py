@@ -106,15 +106,29 @@ def hard_negative(
     return _debiased("hard_negative", z0, z1, temperature, beta, tau_plus, *options, *shared)
 
 
-def _debiased(name, z0, z1, temperature, beta, tau_plus, logit_scale, ids, normalize, reduction, weights, *sharing):
-    group, strategy, grad_reduce = sharing
+def _debiased(
+    name: str,
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor,
+    beta: float | None,
+    tau_plus: float,
+    logit_scale: float | Tensor | None,
+    ids: Tensor | None,
+    normalize: bool,
+    reduction: str,
+    weights: Tensor | None,
+    group: Group,
+    strategy: str,
+    grad_reduce: str,
+) -> Tensor:
     ranks = None
     if group is not None:
         given = dict(z0=z0, z1=z1, temperature=temperature, beta=beta, tau_plus=tau_plus, logit_scale=logit_scale)
         options = dict(ids=ids, normalize=normalize, reduction=reduction, weights=weights)
         ranks = ranks_of(group, strategy, grad_reduce, name, **given, **options)
     if name == "hard_negative":
-        beta = check_number("beta", beta, 0)
+        beta = check_number("beta", beta, 0)  # type: ignore[arg-type]  # refuses None
     z, ids, cosine = two_views(z0, z1, ids, normalize, ranks)
     N = z0.shape[0]
     views = copies(ranks, 2)

@@ -1,6 +1,7 @@
 """The few formulas that losses share, beside the primitives."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,12 +49,12 @@ def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None, ranks:
     return loss / share.masked_fill(share == 0, 1)
 
 
-def rows_of(x) -> int:
+def rows_of(x: object) -> int:
     """N of x [N, ..]; 0 where x is no such tensor, which the checks refuse later."""
     return x.shape[0] if isinstance(x, Tensor) and not x.is_nested and x.ndim else 0
 
 
-def rows_of_views(views) -> int:
+def rows_of_views(views: Any) -> int:
     """N of V views [N, D], likewise."""
     listed = isinstance(views, (list, tuple)) or isinstance(views, Tensor) and not views.is_nested and views.ndim > 1
     if not listed or len(views) == 0:

@@ -1,5 +1,7 @@
 """InfoNCE: van den Oord et al., "Representation Learning with Contrastive Predictive Coding" (CPC), 2018."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from ..common.sums import pair_loss, times
 from ..common.tensors import TensorOrTuple, transformed, wide
 from ..distributed import (
     Group,
+    Ranks,
     Shard,
     lse_over_shards,
     pair_contrast_over,
@@ -94,7 +97,8 @@ def info_nce(
     if group is not None:
         given = dict(query=query, key=key, negatives=negatives, temperature=temperature, logit_scale=logit_scale)
         given |= dict(ids=ids, negative_ids=negative_ids, weights=weights, in_batch=in_batch, two_way=two_way)
-        options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
+        options: dict[str, Any] = dict(normalize=normalize, reduction=reduction, stats=stats)
+        options |= dict(label_smoothing=label_smoothing)
         ranks = ranks_of(group, strategy, grad_reduce, "info_nce", **given, **options)
     shard = None
     if negatives is not None:
@@ -140,7 +144,18 @@ def info_nce(
 
 
 def _over_batch(
-    query, key, scale, ids, two_way, *, normalize, reduction, stats, weights, label_smoothing, ranks
+    query: Tensor,
+    key: Tensor,
+    scale: float | Tensor,
+    ids: Tensor | None,
+    two_way: bool,
+    *,
+    normalize: bool,
+    reduction: str,
+    stats: bool,
+    weights: Tensor | None,
+    label_smoothing: float,
+    ranks: Ranks | None,
 ) -> TensorOrTuple:
     """The loss over the other keys of the batch, one way or both."""
     at_once = at_once_of(reduction, weights, label_smoothing, ranks)
@@ -165,14 +180,26 @@ def _over_batch(
 
 
 def over_bank(
-    query, key, bank, scale, *, normalize, unit_bank, reduction, stats, weights, label_smoothing, ptr=None, ranks=None
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor | Shard,
+    scale: float | Tensor,
+    *,
+    normalize: bool,
+    unit_bank: bool,
+    reduction: str,
+    stats: bool,
+    weights: Tensor | None,
+    label_smoothing: float,
+    ptr: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> TensorOrTuple:
     """The loss of queries over rows of a bank that get no gradient, which are normalised first where `unit_bank` says
     so. With a ptr the keys are pushed onto the bank then, unless it is sharded."""
     if isinstance(bank, Shard):
-        options = dict(normalize=normalize, reduction=reduction, stats=stats, weights=weights, ranks=ranks)
-        options |= dict(unit_negatives=unit_bank, label_smoothing=label_smoothing)
-        return _over_given(query, key, bank, scale, None, None, False, **options)
+        given: dict[str, Any] = dict(normalize=normalize, reduction=reduction, stats=stats, weights=weights)
+        given |= dict(unit_negatives=unit_bank, label_smoothing=label_smoothing, ranks=ranks)
+        return _over_given(query, key, bank, scale, None, None, False, **given)
     if query.shape[0] == 0:  # a rank without rows, which takes part in the sums over ranks
         positive = times(dots(query, key), scale)
         loss = reduce(positive, reduction, weights, ranks)
@@ -203,21 +230,21 @@ def over_bank(
 
 
 def _over_given(
-    query,
-    key,
-    negatives,
-    scale,
-    ids,
-    negative_ids,
-    in_batch,
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | Shard,
+    scale: float | Tensor,
+    ids: Tensor | None,
+    negative_ids: Tensor | Shard | None,
+    in_batch: bool,
     *,
-    normalize,
-    unit_negatives,
-    reduction,
-    stats,
-    weights,
-    label_smoothing,
-    ranks,
+    normalize: bool,
+    unit_negatives: bool,
+    reduction: str,
+    stats: bool,
+    weights: Tensor | None,
+    label_smoothing: float,
+    ranks: Ranks | None,
 ) -> TensorOrTuple:
     """The loss over given negatives and, with `in_batch`, the other keys of the batch."""
     row_ids = own_ids(ids, query, ranks)
@@ -257,12 +284,21 @@ def _check_negatives(negatives: Tensor, query: Tensor, two_way: bool) -> None:
         raise ValueError(f"negatives must be [M, {D}] or [{N}, M, {D}], not {describe(negatives)}")
 
 
-def _lse_over_negatives(query, negatives, scale, ids, negative_ids, need_best, ranks) -> tuple[Tensor, Tensor | None]:
+def _lse_over_negatives(
+    query: Tensor,
+    negatives: Tensor | Shard,
+    scale: float | Tensor,
+    ids: Tensor | None,
+    negative_ids: Tensor | Shard | None,
+    need_best: bool,
+    ranks: Ranks | None,
+) -> tuple[Tensor, Tensor | None]:
     """The log-sum-exp [N] over the given negatives and, where needed, their best score [N]."""
     if negative_ids is None:
         ids = None
     if isinstance(negatives, Shard):
-        out = lse_over_shards(query, negatives, scale, q_ids=ids, k_ids=negative_ids, best=need_best, ranks=ranks)
+        options: dict[str, Any] = dict(q_ids=ids, k_ids=negative_ids, best=need_best, ranks=ranks)
+        out = lse_over_shards(query, negatives, scale, **options)
         return (out[0], out[1]) if need_best else (out, None)
     if negatives.ndim == 2:
         return row_and_best(query, negatives, scale, q_ids=ids, k_ids=negative_ids, need_best=need_best)
@@ -274,16 +310,22 @@ def _lse_over_negatives(query, negatives, scale, ids, negative_ids, need_best, r
     return row.reshape(-1), None if best is None else best.reshape(-1)
 
 
-def _sum_over_negatives(query, negatives, ids, negative_ids, ranks):
+def _sum_over_negatives(
+    query: Tensor,
+    negatives: Tensor | Shard,
+    ids: Tensor | None,
+    negative_ids: Tensor | Shard | None,
+    ranks: Ranks | None,
+) -> tuple[Tensor, Tensor | int]:
     """The sum [N] of the cosines with the given negatives, and their number."""
     if isinstance(negatives, Shard):
         return dots(query, total_of(wide(negatives.rows).sum(0), ranks)), negatives.size
-    if negatives.ndim == 3 and negative_ids is not None:
+    if negatives.ndim == 3 and ids is not None and isinstance(negative_ids, Tensor):
         counts, negatives = ids.unsqueeze(1) != negative_ids, wide(negatives)
         total = product(counts.unsqueeze(1).to(negatives.dtype), negatives).squeeze(1)
         return dots(query, total), counts.sum(1)
     if negatives.ndim == 3:
         return dots(query, wide(negatives).sum(1)), negatives.shape[1]
-    if negative_ids is not None:
+    if ids is not None and isinstance(negative_ids, Tensor):
         return over_different(query, negatives, ids, negative_ids)
     return dots(query, wide(negatives).sum(0)), negatives.shape[0]

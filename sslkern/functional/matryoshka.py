@@ -10,6 +10,7 @@ from torch import Tensor
 from ..common.arguments import FLOATS, check_dense, check_flags, describe
 from ..common.numbers import check_finite, check_size, shown
 from ..common.rows import unit
+from ..common.tensors import TensorOrTuple
 
 
 def matryoshka(
@@ -45,7 +46,9 @@ def matryoshka(
     return functools.partial(loss_of_prefixes, loss_fn, dims, weights, normalize)
 
 
-def checked_prefixes(loss_fn, dims, weights, normalize) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def checked_prefixes(
+    loss_fn: Callable[..., Any], dims: Sequence[int], weights: Sequence[float] | None, normalize: bool
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a loss, a function or a module, not {describe(loss_fn)}")
     check_flags(normalize=normalize)
@@ -63,14 +66,22 @@ def checked_prefixes(loss_fn, dims, weights, normalize) -> tuple[tuple[int, ...]
     return given, tuple(check_finite("each of weights", w) for w in factors)
 
 
-def _listed(x) -> tuple:
+def _listed(x: object) -> tuple[Any, ...]:
     """What is in x, which is to be a list or the like; nothing where it is something else."""
     if isinstance(x, Iterable) and not isinstance(x, (str, Tensor)):
         return tuple(x)
     return ()
 
 
-def loss_of_prefixes(loss_fn, dims, weights, normalize, /, *features, **options):
+def loss_of_prefixes(
+    loss_fn: Callable[..., Any],
+    dims: Sequence[int],
+    weights: Sequence[float],
+    normalize: bool,
+    /,
+    *features: Any,
+    **options: Any,
+) -> TensorOrTuple:
     arguments = {"features": features, "options": options}
     D = _width(arguments)
     if D is not None and max(dims) > D:
@@ -85,11 +96,12 @@ def loss_of_prefixes(loss_fn, dims, weights, normalize, /, *features, **options)
     return _weighted_sum(weights, losses), *map(torch.stack, others)
 
 
-def _weighted_sum(weights, losses):
-    return sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+def _weighted_sum(weights: Sequence[float], losses: Sequence[Tensor]) -> Tensor:
+    weighted = (weight * loss for weight, loss in zip(weights, losses, strict=True))
+    return sum(weighted)  # type: ignore[return-value]  # of one at least
 
 
-def _is_features(x) -> bool:
+def _is_features(x: Any) -> bool:
     # nested ones have no width: the loss refuses them
     return isinstance(x, Tensor) and x.ndim >= 2 and x.dtype in FLOATS and not x.is_nested
 
@@ -104,7 +116,7 @@ def _width(x: Any) -> int | None:
     return None
 
 
-def _items(x):
+def _items(x: object) -> Sequence[Any]:
     if isinstance(x, Mapping):
         return [one for name, one in x.items() if name != "guide"]
     if isinstance(x, (tuple, list)):

@@ -245,7 +245,16 @@ def _ids_of(batch: _Batch, a: int, b: int) -> tuple[Tensor | None, Tensor | None
     return batch.ids, batch.negative_ids.flatten()
 
 
-def _guided_lse(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
+def _guided_lse(
+    q: Tensor,
+    k: Tensor,
+    scale: float | Tensor,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    guide_q: Tensor,
+    guide_k: Tensor,
+    limit: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """The log-sum-exp [N] over the keys that the guide finds no more similar than `limit`, and their best score [N]."""
     from torch.utils.checkpoint import checkpoint  # late: with it torch 2.6 imports sympy
 
@@ -261,7 +270,16 @@ def _guided_lse(q, k, scale, q_ids, k_ids, guide_q, guide_k, limit):
     return cat(row), cat(best)
 
 
-def _guided_block(q, q_ids, guide_q, limit, k, scale, k_ids, guide_k):
+def _guided_block(
+    q: Tensor,
+    q_ids: Tensor | None,
+    guide_q: Tensor,
+    limit: Tensor,
+    k: Tensor,
+    scale: float | Tensor,
+    k_ids: Tensor | None,
+    guide_k: Tensor,
+) -> tuple[Tensor, Tensor]:
     out = product(guide_q, guide_k.T) > limit.unsqueeze(1)
     if q_ids is not None:
         out = out | (q_ids.unsqueeze(1) == k_ids)
@@ -286,7 +304,13 @@ def _stacked(name: str, x: Tensor | Sequence[Tensor]) -> Tensor:
     return stack(x, 1)
 
 
-def _check_negatives(anchor, negatives, ids, negative_ids, directions) -> None:
+def _check_negatives(
+    anchor: Tensor,
+    negatives: Tensor | None,
+    ids: Tensor | None,
+    negative_ids: Tensor | None,
+    directions: Sequence[str],
+) -> None:
     N, D = anchor.shape
     if negatives is not None:
         check_alike("negatives", negatives, "anchor", anchor, "[N, H, D]")
@@ -317,7 +341,9 @@ def check_directions(directions: Sequence[str], partition: str) -> None:
         )
 
 
-def checked_margin(margin, margin_strategy, scale, guide) -> float | None:
+def checked_margin(
+    margin: float | None, margin_strategy: str, scale: float | Tensor, guide: Sequence[Tensor] | None
+) -> float | None:
     check_choice("margin_strategy", margin_strategy, "absolute", "relative")
     if margin is None:
         return None if guide is None else 0.0
@@ -327,7 +353,7 @@ def checked_margin(margin, margin_strategy, scale, guide) -> float | None:
     return margin
 
 
-def _checked_guide(guide, anchor: Tensor, negatives: Tensor | None) -> list[Tensor]:
+def _checked_guide(guide: Sequence[Any], anchor: Tensor, negatives: Tensor | None) -> list[Tensor]:
     """The guide's features as unit rows in fp32 (fp64)."""
     names = ["anchors", "positives"] if negatives is None else ["anchors", "positives", "negatives"]
     if isinstance(guide, Tensor) or not isinstance(guide, Sequence) or len(guide) != len(names):

@@ -71,7 +71,8 @@ def moco(
     ranks = None
     if group is not None:
         given = dict(query=query, key=key, queue=queue, temperature=temperature, logit_scale=logit_scale)
-        options = dict(normalize=normalize, reduction=reduction, stats=stats, label_smoothing=label_smoothing)
+        options: dict[str, Any] = dict(normalize=normalize, reduction=reduction, stats=stats)
+        options |= dict(label_smoothing=label_smoothing)
         ranks = ranks_of(group, strategy, grad_reduce, "moco", **given, weights=weights, ptr=ptr, **options)
     given_queue, shard = rows_and_shard("queue", queue, ranks)
     query, key, queue = promoted(query, key, given_queue)

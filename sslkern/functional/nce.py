@@ -9,6 +9,7 @@ Of a query's logits l_0 (positive), l_1 ... l_K (negatives) over a bank of M row
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..common.tensors import TensorOrTuple, transformed
 from ..distributed import (
     Group,
     Ranks,
+    Shard,
     all_rows,
     ranks_of,
     replicated,
@@ -120,22 +122,22 @@ def nce(
 
 
 def nce_and_log_z(
-    query,
-    bank,
-    index,
-    temperature,
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    temperature: float | Tensor,
     *,
-    form,
-    log_z,
-    logit_scale,
-    weights,
-    normalize,
-    reduction,
-    stats,
-    group,
-    strategy,
-    grad_reduce,
-):
+    form: str,
+    log_z: float | Tensor | None,
+    logit_scale: float | Tensor | None,
+    weights: Tensor | None,
+    normalize: bool,
+    reduction: str,
+    stats: bool,
+    group: Group,
+    strategy: str,
+    grad_reduce: str,
+) -> tuple[Tensor, Tensor | None, float | Tensor | None]:
     """`nce`, the share or None, and the log Z that was used, for a module to keep."""
     ranks = None
     if group is not None:
@@ -156,7 +158,16 @@ def nce_and_log_z(
     return reduce(losses, reduction, weights, ranks), share, log_z
 
 
-def _check(query, bank, index, scale, form, log_z, weights, ranks) -> None:
+def _check(
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    scale: float | Tensor,
+    form: str,
+    log_z: float | Tensor | None,
+    weights: Tensor | None,
+    ranks: Ranks | None,
+) -> None:
     check_features("query", query, ranks)
     check_features("bank", bank)
     check_alike("bank", bank, "query", query, "[M, D]")
@@ -171,7 +182,16 @@ def _check(query, bank, index, scale, form, log_z, weights, ranks) -> None:
     check_weights(weights, query.shape[0], query)
 
 
-def _losses_over(bank, query, index, scale, form, log_z, stats, ranks):
+def _losses_over(
+    bank: Tensor | Shard,
+    query: Tensor,
+    index: Tensor,
+    scale: float | Tensor,
+    form: str,
+    log_z: float | Tensor | None,
+    stats: bool,
+    ranks: Ranks | None,
+) -> tuple[Tensor, Tensor | None, float | Tensor | None]:
     """The losses [N], the share if asked for, and the log Z that was used.
 
     The gradient of a frozen bank's losses is computed here, so that the bank may be updated before the backward.
@@ -210,17 +230,27 @@ def _estimated_log_z(logits: Tensor, M: int, ranks: Ranks | None) -> Tensor:
     return log_total_of(logits.detach(), ranks) + log(M / count, logits)
 
 
-def _with_gradients(losses, logits, dots, bank, query, index, scale, form, ranks) -> Tensor:
+def _with_gradients(
+    losses: Tensor,
+    logits: Tensor,
+    dots: Tensor,
+    bank: Tensor | Shard,
+    query: Tensor,
+    index: Tensor,
+    scale: float | Tensor,
+    form: str,
+    ranks: Ranks | None,
+) -> Tensor:
     """The losses as a function of query and scale, whose gradients are computed now; logits are overwritten."""
-    scale_learns = isinstance(scale, Tensor) and scale.requires_grad
-    if not (query.requires_grad or scale_learns):
+    learned = scale if isinstance(scale, Tensor) and scale.requires_grad else None
+    if not query.requires_grad and learned is None:
         return losses
     with torch.no_grad():
         slopes = _slopes(logits, losses, form)
         dq = sampled_similarity_bwd(query, bank, index, slopes, ranks)
-        dscale = (slopes * dots).sum(1) if scale_learns else None
+        dscale = None if learned is None else (slopes * dots).sum(1)
         dq = dq * scale
-    inputs = losses, query, dq, scale if scale_learns else None, dscale
+    inputs = losses, query, dq, learned, dscale
     return _known.way(True, *inputs)(*inputs)
 
 
@@ -239,11 +269,11 @@ def _slopes(logits: Tensor, losses: Tensor, form: str) -> Tensor:
     return logits
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _backward(ctx, g):
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     q, dq, scale, dscale = ctx.saved_tensors
     with torch.no_grad():
         dq = (g.unsqueeze(1) * dq).to(q.dtype) if ctx.needs_input_grad[1] else None
@@ -334,7 +364,7 @@ def cmc_pairs(views: int, graph: str) -> list[tuple[int, int]]:
 
 def checked_views(views: Sequence[Tensor], ranks: Ranks | None = None) -> Sequence[Tensor]:
     """Two views or more, of one shape and type."""
-    if not isinstance(views, (Sequence, Tensor)) or isinstance(views, str) or len(_each(views)) < 2:
+    if not isinstance(views, (Sequence, Tensor)) or isinstance(views, str) or _count(views) < 2:
         raise ValueError(f"views must be two tensors [N, D] or more, not {describe(views)}")
     if not isinstance(views, Tensor):
         views = promoted(*views)
@@ -345,22 +375,22 @@ def checked_views(views: Sequence[Tensor], ranks: Ranks | None = None) -> Sequen
 
 
 def cmc_and_log_z(
-    views,
-    banks,
-    index,
-    temperature,
+    views: Sequence[Tensor],
+    banks: Sequence[Tensor],
+    index: Tensor,
+    temperature: float | Tensor,
     *,
-    graph,
-    form,
-    log_z,
-    logit_scale,
-    weights,
-    normalize,
-    reduction,
-    group,
-    strategy,
-    grad_reduce,
-):
+    graph: str,
+    form: str,
+    log_z: Tensor | None,
+    logit_scale: float | Tensor | None,
+    weights: Tensor | None,
+    normalize: bool,
+    reduction: str,
+    group: Group,
+    strategy: str,
+    grad_reduce: str,
+) -> tuple[Tensor, Tensor | None]:
     """`cmc` and the log Z [P] that was used, for a module to keep."""
     ranks = None
     if group is not None:
@@ -388,13 +418,15 @@ def cmc_and_log_z(
         used.append(of_z)
     loss = stack(losses).sum(0)
     if form == "nce":
-        return loss, stack(used)
+        return loss, stack(used)  # type: ignore[arg-type]  # tensors, in this form
     return loss, None
 
 
-def _checked_banks(banks: Sequence[Tensor], count: int, ranks: Ranks | None):
+def _checked_banks(
+    banks: Sequence[Tensor], count: int, ranks: Ranks | None
+) -> tuple[Sequence[Tensor], Sequence[Shard | None]]:
     """As many banks as views, of one shape and type; of sharded ones the rows here, and the shards."""
-    if not isinstance(banks, (Sequence, Tensor)) or len(_each(banks)) != count:
+    if not isinstance(banks, (Sequence, Tensor)) or _count(banks) != count:
         raise ValueError(f"banks must be {count} tensors [M, D], one for each view")
     parts = [rows_and_shard(f"banks[{i}]", bank, ranks) for i, bank in enumerate(banks)]
     banks, shards = zip(*parts, strict=True)
@@ -405,7 +437,6 @@ def _checked_banks(banks: Sequence[Tensor], count: int, ranks: Ranks | None):
     return banks, shards
 
 
-def _each(tensors):
-    if isinstance(tensors, Tensor) and tensors.ndim == 0:
-        return ()
-    return tensors
+def _count(tensors: Sequence[Tensor] | Tensor) -> int:
+    """How many there are: none in a 0-d tensor, which has no length."""
+    return 0 if isinstance(tensors, Tensor) and tensors.ndim == 0 else len(tensors)

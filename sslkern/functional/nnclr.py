@@ -117,7 +117,9 @@ def nearest_neighbors(z: Tensor, support: Tensor, *, normalize: bool = True) -> 
     return _nearest(z, support, normalize)
 
 
-def _nearest(z, support, normalize: bool, ranks: Ranks | None = None, shard: Shard | None = None) -> Tensor:
+def _nearest(
+    z: Tensor, support: Tensor, normalize: bool, ranks: Ranks | None = None, shard: Shard | None = None
+) -> Tensor:
     """support: all of it, or the rows here of a shard; of that z are two views of each sample."""
     check_features("z", z, ranks)
     check_features("support", support)

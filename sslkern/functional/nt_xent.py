@@ -191,7 +191,7 @@ def _stacked(views: Tensor | Sequence[Tensor], ranks: Ranks | None) -> Tensor:
     return stack(views)
 
 
-def _what(views) -> str:
+def _what(views: object) -> str:
     if isinstance(views, (list, tuple)):
         return str(len(views))
     return describe(views)
