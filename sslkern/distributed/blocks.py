@@ -24,7 +24,7 @@ from .schedule import Schedule
 PLACE = "str group, int[] counts, str strategy"
 
 
-def place_of(ranks: Ranks, strategy: str) -> tuple:
+def place_of(ranks: Ranks, strategy: str) -> tuple[str, tuple[int, ...], str]:
     """What an operator is told of the ranks; PLACE in its schema."""
     return ranks.group, ranks.counts, strategy
 
@@ -82,6 +82,7 @@ class Block:
 
 
 Tensors = Sequence[Tensor | None]
+Arrive = Callable[[int, Sequence[Tensor]], object]  # gets what a rank has computed for this one's keys
 
 
 def keys_for_all(problem: Problem) -> Tensors:
@@ -103,7 +104,7 @@ def gathered(tensors: Tensors, place: Place) -> Tensors:
     """The rows of all ranks: features in one exchange, and everything that has a number for each row in another."""
     dim = place.dim
 
-    def everyones(x):
+    def everyones(x: Tensor) -> Tensor:
         return gather_rows(x.movedim(dim, 0), place.counts, place.group).movedim(0, dim).contiguous()
 
     vectors = [x for x in tensors if x is not None and x.ndim == dim + 1]
@@ -121,13 +122,17 @@ def _rows_of(part: Tensor, like: Tensor, dim: int) -> Tensor:
     return part.contiguous().view(like.dtype).view(-1, *groups).movedim(0, dim).contiguous()
 
 
+def none_arrive(worker: int, results: Sequence[Tensor]) -> None:
+    """For blocks without results."""
+
+
 def blocks(
     place: Place,
     schedule: Schedule,
     tensors: Tensors,
     apart: bool,
     results: Sequence[Tensor] = (),
-    arrive: Callable[[int, Sequence[Tensor]], None] = lambda worker, results: None,
+    arrive: Arrive = none_arrive,
 ) -> Iterator[Block]:
     """Blocks of the keys that this rank computes with.
 
@@ -147,7 +152,14 @@ def blocks(
 # ---- all_gather ------------------------------------------------------------------------------------------------------
 
 
-def _at_once(place, schedule, tensors, apart, results, arrive):
+def _at_once(
+    place: Place,
+    schedule: Schedule,
+    tensors: Tensors,
+    apart: bool,
+    results: Sequence[Tensor],
+    arrive: Arrive,
+) -> Iterator[Block]:
     dim, M = place.dim, sum(place.counts)
     visited = [step.compute for step in schedule if step.compute is not None]
     collected, alone = [], None
@@ -184,7 +196,14 @@ def _runs(ranks: list[int], apart: int | None) -> Iterator[tuple[int, int]]:
 # ---- ring ------------------------------------------------------------------------------------------------------------
 
 
-def _one_by_one(place, schedule, tensors, apart, results, arrive):
+def _one_by_one(
+    place: Place,
+    schedule: Schedule,
+    tensors: Tensors,
+    apart: bool,
+    results: Sequence[Tensor],
+    arrive: Arrive,
+) -> Iterator[Block]:
     packed = {"keys": _Packed(tensors, place), "result": _Packed(results, place)}
     keys, given = packed.values()
     # What this rank has for the next.
@@ -209,7 +228,7 @@ def _one_by_one(place, schedule, tensors, apart, results, arrive):
         while coming:
             x, message = coming.pop()
             if message.what == "result":
-                arrive(message.peer, given.unpacked(x, place.rank))
+                arrive(message.peer, given.unpacked(x, place.rank))  # type: ignore[arg-type]  # none is missing
             else:
                 sent["keys"] = x
         x = post = None  # what has been sent or added up is let go before there is more

@@ -5,7 +5,7 @@ Everything goes through this file. `recorded` counts the payload and keeps a log
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ class Record:
     """Bytes of payload that this process sent to and received from others, and the events of a ring: ("post", step),
     ("compute", step), ("wait", step)."""
 
-    def __init__(self):
-        self.sent, self.received, self.events = 0, 0, []
+    def __init__(self) -> None:
+        self.sent, self.received = 0, 0
+        self.events: list[tuple[str, int]] = []
 
 
 _records: list[Record] = []
@@ -144,7 +145,9 @@ class Post:
     On a GPU NCCL moves them on a stream of its own, beside what is computed until then.
     """
 
-    def __init__(self, sends: Sequence[tuple], receives: Sequence[tuple], name: str):
+    def __init__(
+        self, sends: Sequence[tuple[Tensor, int, str]], receives: Sequence[tuple[Tensor, int, str]], name: str
+    ):
         self.group = group = group_of(name)
         sends, receives = ([m for m in messages if m[0].numel()] for messages in (sends, receives))
         self._arriving = [(_through(group, x), x) for x, _, _ in receives]
@@ -155,7 +158,7 @@ class Post:
             of = [self._message(dist.irecv, here, peer, what) for (here, _), (_, peer, what) in receives]
             self._works = dist.batch_isend_irecv(to + of) if to or of else []
 
-    def _message(self, function, x, peer, what):
+    def _message(self, function: Callable, x: Tensor, peer: int, what: str) -> "dist.P2POp":
         return dist.P2POp(function, x, dist.get_global_rank(self.group, peer), self.group, _TAGS[what])
 
     def wait(self) -> None:
@@ -173,7 +176,7 @@ _TAGS = {"keys": 1, "result": 2, "rows": 3}
 # ---- the ways there --------------------------------------------------------------------------------------------------
 
 
-def _sent_to_all(x: Tensor, group) -> Tensor:
+def _sent_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     size, each = group.size(), x.numel() * x.element_size()
     here = _through(group, x.contiguous())
     everyone = here.new_empty(size, *x.shape)
@@ -196,17 +199,17 @@ def _bytes(x: Tensor) -> Tensor:
     return x.reshape(-1).view(torch.uint8)
 
 
-def _through(group, x: Tensor) -> Tensor:
+def _through(group: dist.ProcessGroup, x: Tensor) -> Tensor:
     """x where the group can send it from: Gloo's rows go through the host."""
     return x.cpu() if x.device.type != "cpu" and _is_gloo(group, x) else x
 
 
-def _is_gloo(group, x: Tensor) -> bool:
+def _is_gloo(group: dist.ProcessGroup, x: Tensor) -> bool:
     return group._get_backend(x.device).name() == "gloo"
 
 
 @contextlib.contextmanager
-def _explained(group):
+def _explained(group: dist.ProcessGroup) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

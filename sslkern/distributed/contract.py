@@ -9,6 +9,9 @@ The loss is that of the batch of all ranks. What multiplies its gradients is W, 
 "mean" is for DDP and FSDP, which average the gradients of the encoder over the ranks; "sum" for who adds them up.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,8 @@ from ..common.tensors import wide
 from .collectives import gather_rows, group_of, summed, summed_rows
 from .preflight import equal_rows
 from .ranks import Ranks
+
+T = TypeVar("T")
 
 
 def over_ranks(x: Tensor, ranks: Ranks | None) -> Tensor:
@@ -34,7 +39,7 @@ def own_rows(x: Tensor, ranks: Ranks | None) -> Tensor:
     return x if ranks is None or ranks.grad_reduce == "sum" else _own_rows.way(True, x)(x, _factor(ranks))
 
 
-def replicated(x, ranks: Ranks | None):
+def replicated(x: T, ranks: Ranks | None) -> T:
     """A tensor that is the same on all ranks, at the beginning of a loss. Numbers pass as they are."""
     if ranks is None or ranks.grad_reduce == "sum" or not isinstance(x, Tensor) or not x.requires_grad:
         return x
@@ -56,7 +61,7 @@ def _factor(ranks: Ranks) -> float:
     return float(ranks.size) if ranks.grad_reduce == "mean" else 1.0
 
 
-def counts_of(counts, rows: int, name: str) -> list[int]:
+def counts_of(counts: Sequence[int], rows: int, name: str) -> list[int]:
     """The rows of each rank, in an operator that was given those of `ranks`."""
     if counts:
         return list(counts)
@@ -68,57 +73,57 @@ def counts_of(counts, rows: int, name: str) -> list[int]:
 # ---- as operators ----------------------------------------------------------------------------------------------------
 
 
-def _summed(x, group):
+def _summed(x: Tensor, group: str) -> Tensor:
     return summed(wide(x), group).to(x.dtype)
 
 
-def _summed_fake(x, group):
+def _summed_fake(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x)
 
 
-def _gathered(x, group, counts):
+def _gathered(x: Tensor, group: str, counts: Sequence[int]) -> Tensor:
     return gather_rows(x, counts_of(counts, x.shape[0], group), group)
 
 
-def gathered_rows(rows, counts, group: str):
+def gathered_rows(rows: int, counts: Sequence[int], group: str) -> int:
     """How many rows all ranks have where this one has `rows`."""
     return sum(counts) if counts else rows * group_of(group).size()
 
 
-def _gathered_fake(x, group, counts):
+def _gathered_fake(x: Tensor, group: str, counts: Sequence[int]) -> Tensor:
     return x.new_empty(gathered_rows(x.shape[0], counts, group), *x.shape[1:])
 
 
-def _brought_home(x, group, counts):
+def _brought_home(x: Tensor, group: str, counts: Sequence[int]) -> Tensor:
     counts = counts or [x.shape[0] // group_of(group).size()] * group_of(group).size()
     return summed_rows(wide(x), counts, group).to(x.dtype)
 
 
-def _brought_home_fake(x, group, counts):
+def _brought_home_fake(x: Tensor, group: str, counts: Sequence[int]) -> Tensor:
     ranks = group_of(group)
     return x.new_empty(counts[ranks.rank()] if counts else x.shape[0] // ranks.size(), *x.shape[1:])
 
 
-def _backward_of_own_rows(ctx, g):
+def _backward_of_own_rows(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     return g * ctx.factor, None
 
 
-def _backward_of_replicated(ctx, g):
+def _backward_of_replicated(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
     return _sum.way_back(ctx, g)(g, ctx.group) / ctx.size, None, None
 
 
-def _backward_of_total(ctx, g):
+def _backward_of_total(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     return _sum.way_back(ctx, g)(g, ctx.group), None
 
 
-def _backward_of_gather(ctx, g):
+def _backward_of_gather(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
     return _bring_home.way_back(ctx, g)(g, ctx.group, ctx.counts), None, None
 
 
-def _keeps(*names):
+def _keeps(*names: str) -> Callable[[Any, tuple[Any, ...], Tensor], None]:
     """Saves the last inputs under these names."""
 
-    def save(ctx, inputs, output):
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         for name, value in zip(names, inputs[1:], strict=True):
             setattr(ctx, name, value)
 

@@ -10,7 +10,7 @@ import numbers
 import os
 import zlib
 from collections.abc import Sequence, Set
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ def preflight(on: bool) -> None:
     _ON = on
 
 
-def compared(group, rows: int, what: str, arguments: dict) -> tuple[int, ...]:
+def compared(group: dist.ProcessGroup, rows: int, what: str, arguments: dict[str, Any]) -> tuple[int, ...]:
     """The rows of each rank; () for as many as here.
 
     Args:
@@ -70,7 +70,7 @@ def compared(group, rows: int, what: str, arguments: dict) -> tuple[int, ...]:
     return tuple(counts.tolist())
 
 
-def equal_rows(group, rows: int) -> None:
+def equal_rows(group: dist.ProcessGroup, rows: int) -> None:
     """In compiled code, whose shapes are those of as many rows on each rank: whether there are."""
     if not _ON:
         return
@@ -81,7 +81,7 @@ def equal_rows(group, rows: int) -> None:
         )
 
 
-def _kind(value) -> str:
+def _kind(value: object) -> str:
     """What of an argument is the same on all ranks."""
     if isinstance(value, Tensor):
         if value.is_nested:
@@ -94,14 +94,14 @@ def _kind(value) -> str:
     return _named(value)
 
 
-def _dims(value) -> list[int]:
+def _dims(value: object) -> list[int]:
     """The dimensions of a tensor, or of all in a list of them."""
     if isinstance(value, (list, tuple)):
         return [dim for x in value for dim in _dims(x)]
     return list(value.shape) if isinstance(value, Tensor) and not value.is_nested else []
 
 
-def _named(value) -> str:
+def _named(value: object) -> str:
     """Of an object, whose `repr` may be its address, what it is."""
     if isinstance(value, Set):  # whose order is another one in each process
         return str(sorted(map(_named, value)))
@@ -114,7 +114,7 @@ def _modes() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), any(map(autocast_active, ("cpu", "cuda")))
 
 
-def _shown(value) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, Tensor):
         shape = "nested" if value.is_nested else f"{list(value.shape)}"
         layout = "" if value.layout is torch.strided else f" {str(value.layout)[6:]}"
@@ -125,7 +125,7 @@ def _shown(value) -> str:
     return _named(value)
 
 
-def _say(host, what: str, mine: dict) -> None:
+def _say(host: dist.ProcessGroup, what: str, mine: dict[str, Any]) -> NoReturn:
     """Raises, with each rank's values of what differs."""
     everyone = [None] * host.size()
     dist.all_gather_object(everyone, (what, _modes(), mine), group=host)
@@ -153,15 +153,15 @@ def _listed(values: Sequence) -> str:
     return ", ".join(f"{value} on rank{'s' * (len(of) > 1)} {', '.join(of)}" for value, of in ranks.items())
 
 
-_hosts: dict[str, tuple] = {}
+_hosts: dict[str, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
 
-def host_group(group):
+def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of the same ranks that takes tensors of the host: the group itself, or one beside it."""
     if any(device.type == "cpu" for device in group._device_types):
         return group
     of, host = _hosts.get(group.group_name, (None, None))
-    if of is not group:
+    if host is None or of is not group:
         ranks = dist.get_process_group_ranks(group)
         host = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         _hosts[group.group_name] = group, host

@@ -31,7 +31,7 @@ class Ranks(NamedTuple):
 
 
 def ranks_of(
-    group, strategy: str, grad_reduce: str, what: str, /, *, rows: Any = None, **arguments: Any
+    group: Group, strategy: str, grad_reduce: str, what: str, /, *, rows: Any = None, **arguments: Any
 ) -> Ranks | None:
     """The ranks that share the batch of a loss; None where this process is alone with it.
 
@@ -67,7 +67,7 @@ def ranks_of(
     return Ranks(name, size, rank, counts, strategy, grad_reduce)
 
 
-def check_group(group) -> None:
+def check_group(group: object) -> None:
     """group: None, "world", a process group that holds this process, or a one-dimensional device mesh."""
     if group is None or isinstance(group, Ranks) or isinstance(group, str) and group == "world":
         return
@@ -81,13 +81,13 @@ def check_group(group) -> None:
         raise TypeError(f"group must be None, 'world', a process group or a device mesh of one dimension, not {given}")
 
 
-def group_object(group):
+def group_object(group: Any) -> dist.ProcessGroup:
     if isinstance(group, str):
-        return dist.group.WORLD
+        return dist.group.WORLD  # type: ignore[return-value]  # there is one, or this process is alone
     return group.get_group() if hasattr(group, "get_group") else group
 
 
-def _place(group) -> tuple[str, int, int]:
+def _place(group: Group) -> tuple[str, int, int]:
     """Name, size and own rank; a constant in compiled code."""
     check_group(group)
     if isinstance(group, str) and not (dist.is_available() and dist.is_initialized()):
@@ -96,7 +96,7 @@ def _place(group) -> tuple[str, int, int]:
     return group.group_name, group.size(), group.rank()
 
 
-def members_of(group) -> tuple[tuple[int, ...], int]:
+def members_of(group: Group) -> tuple[tuple[int, ...], int]:
     """The ranks of a group by their number in the world, and the place of this one among them."""
     _, size, rank = _place(group)
     return tuple(dist.get_process_group_ranks(group_object(group))) if size > 1 else (0,), rank

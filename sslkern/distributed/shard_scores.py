@@ -9,6 +9,8 @@ home; the keys of a memory, of which there are many more, stay where they are.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +60,11 @@ def lse_over_shards(
     return (row, best_scores) if best else row
 
 
-def _place_of(ranks: Ranks, q: Tensor, shard: Shard) -> tuple:
+def _place_of(ranks: Ranks, q: Tensor, shard: Shard) -> tuple[str, tuple[int, ...], str]:
     return place_of(ranks, strategy_of(ranks, q, itself=False, shard=-(-shard.size // ranks.size)))
 
 
-def _forward(*inputs):
+def _forward(*inputs: Any) -> tuple[Tensor, ...]:
     *problem, need_best, learns, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
     q, place = problem.q, Place.of(problem.q, group, counts, strategy)
@@ -70,7 +72,7 @@ def _forward(*inputs):
     results = [sums] * (1 + need_best) + [torch.empty_like(q, dtype=accumulator(q))] * learns
     rows, row, mean = {}, None, None
 
-    def arrive(worker, theirs):
+    def arrive(worker: int, theirs: Sequence[Tensor]) -> None:
         nonlocal row, mean
         rows[worker] = [x.clone() for x in theirs[: 1 + need_best]]  # or all that came with them would be kept
         if learns:
@@ -94,14 +96,14 @@ def _forward(*inputs):
     return row, mean, best
 
 
-def _fake(*inputs):
+def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     *_, need_best, learns, _, _, _, _ = inputs
     q = inputs[0]
     row, mean = q.new_empty(q.shape[:-1], dtype=accumulator(q)), torch.empty_like(q, dtype=accumulator(q))
     return row, mean.contiguous() if learns else row.new_empty(0), row.new_empty(q.shape[:-1] if need_best else 0)
 
 
-def _backward(ctx, g, *_):
+def _backward(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor, ...]:
     return *frozen_backward(ctx, g), *(None,) * 4
 
 
@@ -128,12 +130,21 @@ def nearest_over_shards(q: Tensor, shard: Shard, normalize: bool, ranks: Ranks) 
     return _nearest.registered(*inputs)
 
 
-def _found(q, rows, size, normalize, group, counts, strategy, backend):
+def _found(
+    q: Tensor,
+    rows: Tensor,
+    size: int,
+    normalize: bool,
+    group: str,
+    counts: Sequence[int],
+    strategy: str,
+    backend: str,
+) -> Tensor:
     place = Place.of(q, group, counts, strategy)
     best = q.new_full((q.shape[0],), -math.inf, dtype=accumulator(q))
     index, found = torch.full_like(best, -1, dtype=torch.int64), torch.empty_like(q)
 
-    def arrive(worker, theirs):
+    def arrive(worker: int, theirs: Sequence[Tensor]) -> None:
         value, at, row = theirs
         first_of_equal = (value == best) & torch.where(value > -math.inf, at < index, at > index)
         better = (value > best) | first_of_equal
@@ -209,7 +220,7 @@ class _Lists:
         return lists.transpose(0, 1).flatten(1).gather(1, self.cell)
 
 
-def _named(index: Tensor, size: int, q: Tensor, group: str, counts) -> tuple[_Lists, Tensor, Tensor]:
+def _named(index: Tensor, size: int, q: Tensor, group: str, counts: Sequence[int]) -> tuple[_Lists, Tensor, Tensor]:
     """The lists, the rows here that queries name [M, L], and which of them name none [M, 1]. Where a list has ended
     stands what is named first: of other rows a query takes nothing, NaN neither."""
     place = Place.of(q, group, counts, "all_gather")
@@ -219,13 +230,17 @@ def _named(index: Tensor, size: int, q: Tensor, group: str, counts) -> tuple[_Li
     return lists, torch.where(names < 0, first, names).clamp_(min=0), first < 0
 
 
-def _scores_of(q, rows, index, size, group, counts, backend):
+def _scores_of(
+    q: Tensor, rows: Tensor, index: Tensor, size: int, group: str, counts: Sequence[int], backend: str
+) -> Tensor:
     lists, names, _ = _named(index, size, q, group, counts)
     with use_backend(backend):
         return lists.home(ops.sampled_similarity(gather_rows(q, lists.place.counts, group), rows, names))
 
 
-def _gradient_of(q, rows, index, g, size, group, counts, backend):
+def _gradient_of(
+    q: Tensor, rows: Tensor, index: Tensor, g: Tensor, size: int, group: str, counts: Sequence[int], backend: str
+) -> Tensor:
     lists, names, none = _named(index, size, q, group, counts)
     like = q.new_empty(names.shape[0], q.shape[1])  # of which only the shape is asked
     with use_backend(backend):

@@ -73,7 +73,7 @@ class Shard:
         return f"{whose} of a memory {shape} {dtype} on {self.device.type} sharded over ranks {list(self.members)}"
 
 
-def rows_and_shard(name: str, x, ranks: Ranks | None) -> tuple[Tensor, Shard | None]:
+def rows_and_shard(name: str, x: TensorOrShard, ranks: Ranks | None) -> tuple[Tensor, Shard | None]:
     """Of a `Shard` the rows here, and itself where there are others; of all else x."""
     if not isinstance(x, Shard):
         return x, None
@@ -120,7 +120,17 @@ def push_rows(
     )
 
 
-def _pushed(rows, ptr, keys, own_labels, labels, size, normalize, group, counts):
+def _pushed(
+    rows: Tensor,
+    ptr: Tensor,
+    keys: Tensor,
+    own_labels: Tensor | None,
+    labels: Tensor | None,
+    size: int,
+    normalize: bool,
+    group: str,
+    counts: Sequence[int],
+) -> None:
     counts, ranks = counts_of(counts, keys.shape[0], group), group_of(group)
     W, rank = ranks.size(), ranks.rank()
     start, total = int(ptr) % size, sum(counts)
@@ -135,7 +145,7 @@ def _pushed(rows, ptr, keys, own_labels, labels, size, normalize, group, counts)
     order = (places % size % W).argsort(stable=True) + keys.shape[0] - (stop - first)
     here = rows.shape[0]
     place = torch.tensor([_passed(start + kept, rank, W, size) % here], dtype=torch.int64, device=ptr.device)
-    if labels is not None:
+    if own_labels is not None and labels is not None:
         arrived = send_rows(labels[order], sends, receives, group)
         at = torch.arange(len(arrived), device=own_labels.device) + place
         own_labels.index_copy_(0, at % here, arrived)
@@ -157,7 +167,9 @@ def update_rows(shard: Shard, index: Tensor, features: Tensor, momentum: float, 
     _update.registered(shard.rows, index, features.detach(), shard.size, momentum, ranks.group, ranks.counts)
 
 
-def _updated(rows, index, features, size, momentum, group, counts):
+def _updated(
+    rows: Tensor, index: Tensor, features: Tensor, size: int, momentum: float, group: str, counts: Sequence[int]
+) -> None:
     counts_of(counts, index.shape[0], group)
     ranks = group_of(group)
     W, rank = ranks.size(), ranks.rank()
@@ -186,7 +198,7 @@ def raise_for_any(wrong: Sequence[int], size: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _nothing(*inputs):
+def _nothing(*inputs: Any) -> None:
     return None
 
 

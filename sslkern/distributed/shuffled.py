@@ -95,7 +95,7 @@ def route(order: Tensor, counts: Sequence[int], rank: int) -> Route:
     return Route(order[leaving] - first, to, of, coming.argsort(stable=True))
 
 
-def _shuffled(x, seed, back, group, counts):
+def _shuffled(x: Tensor, seed: int, back: bool, group: str, counts: Sequence[int]) -> Tensor:
     if not group:
         return torch.empty_like(x).index_copy_(0, _beside(order_of(x.shape[0], seed, not back), x), x)
     counts = counts_of(counts, x.shape[0], group)

@@ -84,7 +84,7 @@ def _is_symmetric(problem: Problem) -> bool:
     return problem.k is None and problem.k_bias is None and problem.q_limit is None
 
 
-def _given(problem: Problem) -> dict:
+def _given(problem: Problem) -> dict[str, Any]:
     """What a block has in common with all others."""
     pairs = "same" if problem.same else "different"
     return dict(scale=full_scale_of(problem), q_ids=problem.q_ids, pairs=pairs, q_limit=problem.q_limit)
@@ -93,7 +93,7 @@ def _given(problem: Problem) -> dict:
 # ---- the log-sum-exps ------------------------------------------------------------------------------------------------
 
 
-def _forward(*inputs):
+def _forward(*inputs: Any) -> tuple[Tensor | None, ...]:
     *problem, columns, need_best, keep, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
     q, keys, symmetric, itself = problem.q, keys_of(problem), _is_symmetric(problem), problem.k is None
@@ -153,7 +153,7 @@ def merged(partials: Mapping[int, Sequence[Tensor]], need_best: bool) -> tuple[T
     return stack(lse).logsumexp(0), best
 
 
-def _fake(*inputs):
+def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     *problem, columns, need_best, keep, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
     q, keys = problem.q, keys_of(problem)
@@ -170,7 +170,7 @@ def _fake(*inputs):
     return row, col, best, *kept
 
 
-def _save(ctx, inputs, outputs) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
     *problem, ctx.columns, _, _, ctx.group, ctx.counts, ctx.strategy, ctx.backend = inputs
     row, col, _, *everyones = outputs
     problem = Problem(*problem)
@@ -179,7 +179,7 @@ def _save(ctx, inputs, outputs) -> None:
     ctx.save_for_backward(*tensors_of(problem), row, *needed([ctx.columns, *there], col, *everyones))
 
 
-def _backward(ctx, g, h, *_):
+def _backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if not ctx.columns:
         h = None
     if g is None and h is None:
@@ -198,7 +198,7 @@ def _backward(ctx, g, h, *_):
     return dq, dk, dscale, None, None, None, None, dbias, *(None,) * 8
 
 
-def _gradients_of(*inputs):
+def _gradients_of(*inputs: Any) -> tuple[Tensor | None, ...]:
     *problem, row, col, g, h, keys, ids, bias = inputs[:-8]
     need_q, need_k, need_scale, need_bias, group, counts, strategy, backend = inputs[-8:]
     problem = Problem(*problem)
@@ -219,7 +219,7 @@ def _gradients_of(*inputs):
         dk, need_k = dq, need_q and (met_once or not symmetric)
     results = [x for x, need in ((dk, need_k), (dbias, need_bias)) if need and x is not None]
 
-    def arrive(_, theirs):
+    def arrive(_: int, theirs: Sequence[Tensor]) -> None:
         for x, their in zip(results, theirs, strict=True):
             x += their
 
@@ -247,7 +247,7 @@ def _gradients_of(*inputs):
     return dq, dk, dscale, dbias
 
 
-def _gradients_fake(*inputs):
+def _gradients_fake(*inputs: Any) -> tuple[Tensor, ...]:
     *problem, _, _, _, _, _, _, _, need_q, need_k, need_scale, need_bias, _, _, _, _ = inputs
     q, keys = inputs[0], keys_of(Problem(*problem))
     return empty_gradients(q, (need_q, q.shape), (need_k, keys.shape), (need_scale, ()), (need_bias, keys.shape[:-1]))
@@ -276,7 +276,7 @@ _gradients = Operator(
 # ---- rows only, with keys that need no gradient ----------------------------------------------------------------------
 
 
-def _frozen_forward(*inputs):
+def _frozen_forward(*inputs: Any) -> tuple[Tensor | None, ...]:
     *problem, need_best, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
     q, place = problem.q, Place.of(keys_of(problem), group, counts, strategy)
@@ -304,14 +304,14 @@ def mean_of_both(row: Tensor | None, mean: Tensor | None, lse: Tensor, of_block:
     return both, mean.lerp_(of_block, share)
 
 
-def _frozen_fake(*inputs):
+def _frozen_fake(*inputs: Any) -> tuple[Tensor, ...]:
     *_, need_best, _, _, _, _ = inputs
     q = inputs[0]
     row, mean = q.new_empty(q.shape[:-1], dtype=accumulator(q)), torch.empty_like(q, dtype=accumulator(q))
     return row, mean.contiguous(), *empty_gradients(q, (need_best, q.shape[:-1]))
 
 
-def _backward_of_frozen(ctx, g, *_):
+def _backward_of_frozen(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     grads = frozen_backward(ctx, g)
     return *grads, *(None,) * 3
 

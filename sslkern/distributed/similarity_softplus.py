@@ -5,7 +5,7 @@ computed again: two passes forward and back over what one process does in three,
 what ranks make of their sums may differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..common.node import Node, Operator, once
 from ..common.sums import total
 from ..common.tensors import accumulator, needed, transformed, zeros_needed
 from ..ops.problem import SCHEMA, checked_problem, checked_sign, empty_gradients, gradients_of, options, per_row
-from .blocks import PLACE, Place, blocks, keys_for_all, place_of, shared, strategy_of
+from .blocks import PLACE, Arrive, Block, Place, blocks, keys_for_all, none_arrive, place_of, shared, strategy_of
 from .ranks import Ranks
 from .schedule import ring
 
@@ -68,7 +68,16 @@ def similarity_softplus(
     return sums.sum(-1)
 
 
-def _of_blocks(problem, bias, weights, sign, needs, place, results: Sequence[Tensor] = (), arrive=None):
+def _of_blocks(
+    problem: Problem,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    sign: float,
+    needs: Sequence[bool],
+    place: Place,
+    results: Sequence[Tensor] = (),
+    arrive: Arrive = none_arrive,
+) -> Iterator[tuple[Block, tuple[Any, ...]]]:
     """The block of keys, and what the primitive makes of it."""
     itself, order = problem.k is None, ring(place.rank, place.size, results=bool(results))
     for block in blocks(place, order, shared(keys_for_all(problem), place), itself, results, arrive):
@@ -80,7 +89,7 @@ def _of_blocks(problem, bias, weights, sign, needs, place, results: Sequence[Ten
         yield block, load(backend, "similarity_softplus").similarity_softplus_fwd(part, bias, weights, sign, *needs)
 
 
-def _forward(*inputs):
+def _forward(*inputs: Any) -> Tensor:
     *problem, bias, sign, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
     place = Place.of(keys_of(problem), group, counts, strategy)
@@ -91,18 +100,18 @@ def _forward(*inputs):
     return row
 
 
-def _fake(q, *_):
+def _fake(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape[:-1], dtype=accumulator(q))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *problem, bias, ctx.sign, ctx.group, ctx.counts, ctx.strategy, ctx.backend = inputs
     problem = Problem(*problem)
     ctx.scale, ctx.same = problem.scale, problem.same
     ctx.save_for_backward(*tensors_of(problem), bias)
 
 
-def _backward(ctx, g):
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, bias = ctx.saved_tensors
     problem = Problem.of(tensors, ctx.scale, ctx.same)
     needs = need_q, need_k, need_scale, need_bias, need_k_bias = [ctx.needs_input_grad[i] for i in (0, 1, 2, 9, 7)]
@@ -115,7 +124,7 @@ def _backward(ctx, g):
     return dq, dk, dscale, *(None,) * 4, dk_bias, None, dbias, *(None,) * 5
 
 
-def _gradients_of(*inputs):
+def _gradients_of(*inputs: Any) -> tuple[Tensor | None, ...]:
     *problem, bias, g, sign = inputs[:-9]
     need_q, need_k, need_scale, need_bias, need_k_bias, group, counts, strategy, backend = inputs[-9:]
     problem = Problem(*problem)
@@ -128,7 +137,7 @@ def _gradients_of(*inputs):
         dk, need_k = dq, need_q
     results = [x for x, need in ((dk, need_k), (dk_bias, need_k_bias)) if need and x is not None]
 
-    def arrive(_, theirs):
+    def arrive(_: int, theirs: Sequence[Tensor]) -> None:
         for x, their in zip(results, theirs, strict=True):
             x += their
 
@@ -151,7 +160,7 @@ def _gradients_of(*inputs):
     return dq, dk, dscale, dbias, dk_bias
 
 
-def _gradients_fake(*inputs):
+def _gradients_fake(*inputs: Any) -> tuple[Tensor, ...]:
     problem, q = Problem(*inputs[:9]), inputs[0]
     keys, needs = keys_of(problem), inputs[-9:-4]
     shapes = q.shape, keys.shape, (), q.shape[:-1], keys.shape[:-1]

@@ -3,6 +3,7 @@
 The n best of each block are merged into those so far. In the backward each block gives what is among its own keys.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def similarity_topk(
     return _topk.way(learns, *tensors_of(problem))(*problem, n, *place, chosen())
 
 
-def _forward(*inputs):
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     *problem, n, group, counts, strategy, backend = inputs
     problem = Problem(*problem)
     q, itself = problem.q, problem.k is None
@@ -82,19 +83,19 @@ def _best(values: Tensor, index: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return values[:, :n], index.gather(1, by_value)[:, :n]
 
 
-def _fake(*inputs):
+def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:
     q, n = inputs[0], inputs[9]
     values = q.new_empty((*q.shape[:-1], n), dtype=accumulator(q))
     return values, torch.empty_like(values, dtype=torch.int64)
 
 
-def _save(ctx, inputs, outputs) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
     q, k, scale_tensor, ctx.scale, *_ = inputs
     _, ctx.group, ctx.counts, ctx.strategy, _ = inputs[9:]
     ctx.save_for_backward(q, k, scale_tensor, outputs[1])
 
 
-def _backward(ctx, g, _):
+def _backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 14
     q, k, scale_tensor, index = ctx.saved_tensors
@@ -112,17 +113,27 @@ def _backward(ctx, g, _):
     return dq, dk, dscale, *(None,) * 11
 
 
-def _gradients_of(q, k, index, g, need_q, need_k, need_scale, group, counts, strategy):
-    itself = k is None
+def _gradients_of(
+    q: Tensor,
+    k: Tensor | None,
+    index: Tensor,
+    g: Tensor,
+    need_q: bool,
+    need_k: bool,
+    need_scale: bool,
+    group: str,
+    counts: Sequence[int],
+    strategy: str,
+) -> tuple[Tensor | None, ...]:
     rows = q.to(accumulator(q))
     dq, dscale = torch.zeros_like(rows), rows.new_zeros(())
-    if itself:  # dk belongs to the same rows
+    if k is None:  # dk belongs to the same rows
         keys, dk, need_k = q, dq, need_q
     else:
         keys, dk = k, torch.zeros_like(k, dtype=rows.dtype)
     place = Place.of(keys, group, counts, strategy, backward=True)
 
-    def arrive(_, theirs):
+    def arrive(_: int, theirs: Sequence[Tensor]) -> None:
         dk.add_(theirs[0])
 
     order = ring(place.rank, place.size, results=need_k)
@@ -141,10 +152,12 @@ def _gradients_of(q, k, index, g, need_q, need_k, need_scale, group, counts, str
             block.results = [sum_by_key(weight, at, elsewhere, rows, of_block)]
         if need_q:
             dq += by_row
-    return tuple(needed((need_q, need_k and not itself, need_scale), dq, dk, dscale))
+    return tuple(needed((need_q, need_k and k is not None, need_scale), dq, dk, dscale))
 
 
-def _gradients_fake(q, k, index, g, need_q, need_k, need_scale, *_):
+def _gradients_fake(
+    q: Tensor, k: Tensor | None, index: Tensor, g: Tensor, need_q: bool, need_k: bool, need_scale: bool, *_: Any
+) -> tuple[Tensor, ...]:
     keys = keys_of(Problem(q, k))
     return empty_gradients(q, (need_q, q.shape), (need_k, keys.shape), (need_scale, ()))
 

@@ -3,6 +3,9 @@
 sum_i = sum_j [q_id_i = k_id_j] k_j      dk_j = sum_i [q_id_i = k_id_j] g_i
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +26,9 @@ def sum_of_equal(k: Tensor, q_ids: Tensor, k_ids: Tensor, ranks: Ranks | None = 
     return _sum.way(k.requires_grad, k, q_ids, k_ids)(k, q_ids, k_ids, *place)
 
 
-def _forward(k, q_ids, k_ids, group, counts, strategy):
+def _forward(
+    k: Tensor, q_ids: Tensor, k_ids: Tensor, group: str, counts: Sequence[int], strategy: str
+) -> tuple[Tensor, Tensor]:
     place = Place.of(k, group, counts, strategy)
     sums, count = k.new_zeros(len(q_ids), k.shape[1], dtype=accumulator(k)), torch.zeros_like(q_ids)
     for block in blocks(place, ring(place.rank, place.size), shared([k, k_ids], place), False):
@@ -33,24 +38,24 @@ def _forward(k, q_ids, k_ids, group, counts, strategy):
     return sums, count
 
 
-def _fake(k, q_ids, *_):
+def _fake(k: Tensor, q_ids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return k.new_empty(len(q_ids), k.shape[1], dtype=accumulator(k)), torch.empty_like(q_ids)
 
 
-def _save(ctx, inputs, outputs) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
     k, q_ids, k_ids, ctx.group, ctx.counts, ctx.strategy = inputs
     ctx.dtype = k.dtype
     ctx.save_for_backward(q_ids, k_ids)
 
 
-def _backward(ctx, g, _):
+def _backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 6
     dk = _gradient.way_back(ctx, g)(g, *ctx.saved_tensors, ctx.group, ctx.counts, ctx.strategy)
     return dk.to(ctx.dtype), *(None,) * 5
 
 
-def _gradient_of(g, q_ids, k_ids, group, counts, strategy):
+def _gradient_of(g: Tensor, q_ids: Tensor, k_ids: Tensor, group: str, counts: Sequence[int], strategy: str) -> Tensor:
     dk = g.new_zeros(len(k_ids), g.shape[1])
     place = Place.of(dk, group, counts, strategy, backward=True)
     order = ring(place.rank, place.size, results=True)
