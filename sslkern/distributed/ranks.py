@@ -114,10 +114,12 @@ def alone() -> None:
     global _warned
     if _warned or not (_available and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    _warned = True
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("sslkern", "torch"):
+        if frame.f_globals["__name__"].startswith("sslkern.compat."):
+            return  # another package's loss, which means it so
         frame, level = frame.f_back, level + 1  # to whoever called the loss, or made a module of it
+    _warned = True
     warnings.warn(
         "group=None is the loss of this process's rows alone, and its process is one of"
         f" {dist.get_world_size()}; pass group='world' for the loss of the rows of all, or filter this warning",

@@ -31,7 +31,14 @@ import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
 # The last is what torch.use_deterministic_algorithms imports.
-_context.set_forkserver_preload(["pytest", "torch.distributed", "sslkern", "torch._inductor.config"])
+_preloaded = ["pytest", "torch.distributed", "sslkern", "torch._inductor.config"]
+_context.set_forkserver_preload(_preloaded)
+
+
+def preload(module: str) -> None:
+    """Ranks have it imported when they are made, once for all of them, if none were made before."""
+    _preloaded.append(module)
+    _context.set_forkserver_preload(_preloaded)
 
 
 class RankError(RuntimeError):
