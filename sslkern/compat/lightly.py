@@ -8,6 +8,7 @@ It is lightly.loss and lightly.models.modules, and does not import lightly. docs
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed
@@ -128,7 +129,8 @@ class NNMemoryBankModule(MemoryBankModule):
         assert bank is not None, "size must be (K, D) with rows to choose from"
         bank = bank.to(output.device)
         with torch.no_grad():
-            _, index = similarity_topk(*promoted(unit(output), unit(bank)), 1)
+            query, keys = promoted(unit(output), unit(bank))
+            _, index = similarity_topk(query, keys, 1)
             nearest = bank.index_select(0, index.squeeze(1))
         if update:
             self._dequeue_and_enqueue(output)
@@ -182,7 +184,7 @@ class NTXentLoss(nn.Module):
         query, key = check_pair("out0", query, "out1", key)
         check_alike("memory_bank", bank, "out0", query, "[K, D]")
         scale = scale_of(self.temperature, None, query)
-        options = dict(reduction="mean", stats=False, weights=None, label_smoothing=0.0)
+        options: dict[str, Any] = dict(reduction="mean", stats=False, weights=None, label_smoothing=0.0)
         loss = over_bank(query, key, bank, scale, normalize=True, unit_bank=False, **options)
         if out0.requires_grad and torch.is_grad_enabled():
             self.memory_bank._dequeue_and_enqueue(unit(out1.detach()))
