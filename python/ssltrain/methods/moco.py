@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import sslkern
 from ssltrain import UsageError, encoders
-from ssltrain.config import ImageConfig, at_least, one_of, option
+from ssltrain.config import ImageConfig, at_least, one_of, option, positive
 from ssltrain.draws import of_batch
 from ssltrain.images import Images
 from ssltrain.methods._method import Method
@@ -46,6 +46,9 @@ class MoCoConfig(ImageConfig):
     method: ClassVar[str] = "moco"
     presets: ClassVar[dict] = {"v1": _V2 | dict(version=1, temperature=0.07), "v2": _V2, "v3": _V3 | {"version": 3}}
 
+    temperature: float = option(
+        0.1, "Divides the similarities. Lower: the hardest negatives count for more.", **positive("; 0.1 is usual")
+    )
     version: int = option(
         2, "1: a linear head. 2: a head of two layers. 3: no queue, a predictor, both directions.", **one_of(1, 2, 3)
     )
@@ -95,7 +98,7 @@ class MoCo(Method):
         encoder: encoders.Encoder,
         augment: Callable[[Tensor], Tensor],
         dim: int = 128,
-        temperature: float = 0.2,
+        temperature: float = 0.1,
         version: int = 2,
         momentum: float = 0.99,
         queue: int = 4096,
