@@ -63,8 +63,9 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --di
 test: setup  ## the tests, without the slow and the long ones
 	$(PYTEST) $(if $(MARKED),-m '$(MARKED)')
 
-test-all: setup  ## all tests
+test-all: setup  ## all tests, also those of the kernels of a GPU
 	$(PYTEST) -m ''
+	$(MAKE) triton-test cuda-test
 
 test-distributed: setup  ## the tests of losses over many processes, with all combinations of their choices
 	$(PYTEST) -m '' tests/distributed
@@ -80,12 +81,13 @@ INTERPRETED = tests/ops tests/gpu/test_triton_paths.py \
 triton-interpret-newest: INTERPRETED := tests/ops/test_similarity_lse.py tests/functional/test_nt_xent.py
 
 triton-interpret-%: $(VENV)/triton-%
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest -n 2 --dist worksteal $(INTERPRETED)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest -n 2 --dist worksteal \
+		-m 'not slow$(if $(MARKED), and $(MARKED))' $(INTERPRETED)
 
 triton-test:  ## the Triton kernels without a GPU: their values in the interpreter, their code for three architectures
 	$(MAKE) triton-interpret-3.6.0
 	$(MAKE) triton-interpret-newest
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0 $(BIN)/python -m pytest -n 2 -m '' tests/gpu/test_triton_offline.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0 $(BIN)/python -m pytest -m '$(MARKED)' tests/gpu/test_triton_offline.py
 
 # CUDA's compiler as a library, 60 MB, as every CUDA build of torch has it.
 $(VENV)/nvrtc: | $(VENV)/.setup
@@ -95,7 +97,7 @@ $(VENV)/nvrtc: | $(VENV)/.setup
 OFFLINE = PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6.0:$(CURDIR)/$(VENV)/nvrtc $(BIN)/python
 
 cuda-test: $(VENV)/triton-3.6.0 $(VENV)/nvrtc  ## the CUDA kernels without a GPU or nvcc: how they compile, their code for three architectures
-	$(OFFLINE) -m pytest -n 2 --dist loadfile -m '' tests/test_cuda_kernels.py tests/gpu/test_cuda_resources.py tests/gpu/test_hopper_resources.py
+	$(OFFLINE) -m pytest -n 2 --dist loadfile -m '$(MARKED)' tests/test_cuda_kernels.py tests/gpu/test_cuda_resources.py tests/gpu/test_hopper_resources.py
 
 triton-offline: $(VENV)/triton-3.6.0  ## compile all Triton kernels, into benchmarks/results/offline
 	PYTHONPATH=$(CURDIR)/$< $(BIN)/python tests/gpu/offline.py --all

@@ -69,6 +69,15 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("backend", names, indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Large problems take the interpreter seconds: there they are long tests in fp16, which runs the lines of bf16."""
+    for item in items if EVERY == ["triton"] else ():
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(x is torch.float16 for x in values) and any(isinstance(x, int) and x > 100 for x in values):
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory):
     """The current folder is one where nothing lies, for whatever a test starts too."""

@@ -17,18 +17,22 @@ TABLE = json.loads((offline.RESULTS / "triton.json").read_text())
 if triton.__version__ != TABLE["triton"]:
     pytest.skip(f"the table is of Triton {TABLE['triton']}, which `make triton-test` brings", allow_module_level=True)
 
-# All cases once, and the most used ones with so many features that a tile takes them in parts.
-JOBS = offline.jobs(dtypes=["bf16"], sizes=[128]) + [
-    job
-    for name in ("nt_xent", "two_way", "frozen", "siglip")
-    for job in offline.jobs(name, dtypes=["bf16"], sizes=[512], archs=[90])
-]
-JOBS += offline.jobs("similarity_lse/small", dtypes=["fp32"], sizes=[512], archs=[90])  # products without matrix units
+# All cases for the H100, those used most for the others, and one with so many features that a tile takes them in parts.
+BRIEF = offline.jobs(dtypes=["bf16"], sizes=[128], archs=[90])
+for name in ("nt_xent", "siglip"):
+    BRIEF += offline.jobs(name, dtypes=["bf16"], sizes=[128], archs=[80, 100])
+BRIEF += offline.jobs("nt_xent", dtypes=["bf16"], sizes=[512], archs=[90])
+BRIEF += offline.jobs("similarity_lse/small", dtypes=["fp32"], sizes=[512], archs=[90])  # products without matrix units
+# All cases for all of them, and the most used ones in parts.
+ALL = offline.jobs(dtypes=["bf16"], sizes=[128])
+for name in ("two_way", "frozen", "siglip"):
+    ALL += offline.jobs(name, dtypes=["bf16"], sizes=[512], archs=[90])
+REST = [job for job in ALL if job not in BRIEF]
 
 
-@pytest.fixture(scope="module")
-def rows():
-    return list(offline.compile_all(JOBS))
+@pytest.fixture(scope="module", params=[BRIEF, pytest.param(REST, marks=pytest.mark.long)], ids=["brief", "rest"])
+def rows(request):
+    return list(offline.compile_all(request.param))
 
 
 def bad(rows):
