@@ -118,8 +118,8 @@ format: $(VENV)/.dev  ## what lint asks for
 	git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 sanitize: $(VENV)/constraints.txt  ## the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer
-	$(BIN)/python csrc/native_build.py address,undefined
-	$(BIN)/python csrc/native_build.py thread
+	$(BIN)/python csrc/native_build.py address,undefined $(BRIEF)
+	$(BIN)/python csrc/native_build.py thread $(BRIEF)
 
 bench-setup: $(VENV)/.bench  ## the packages that the benchmarks compare with
 
