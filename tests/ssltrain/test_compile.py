@@ -23,13 +23,13 @@ from .test_loop import COMMON, WITHOUT_DIM, stop_at
 COMMON, WITHOUT_DIM = {**COMMON, "epochs": 2}, {**WITHOUT_DIM, "epochs": 2}
 METHODS = [
     CMCConfig(**COMMON),
-    pytest.param(CMCConfig(**COMMON, candidates="bank", negatives=64), marks=pytest.mark.slow),
+    pytest.param(CMCConfig(**COMMON, candidates="bank", negatives=64), marks=pytest.mark.long),
     pytest.param(DeepInfoMaxConfig(**COMMON, prior=0.1), marks=pytest.mark.slow),
     pytest.param(CPCImagesConfig(**COMMON, patch=4, steps=1, context_width=32), marks=pytest.mark.slow),
     SimCLRConfig(**COMMON),
     MoCoConfig(**COMMON, queue=256),
     MoCoConfig(**COMMON, version=3),
-    pytest.param(MoCoConfig(**COMMON, queue=256, shuffle_bn=8), marks=pytest.mark.slow),
+    pytest.param(MoCoConfig(**COMMON, queue=256, shuffle_bn=8), marks=pytest.mark.long),
     CPCConfig(batch_size=16, epochs=2, width=8, units=8, precision="fp32", threads=1, device="cpu"),
     pytest.param(InstDiscConfig(**COMMON, negatives=64), marks=pytest.mark.slow),
     pytest.param(NNCLRConfig(**COMMON, support=256), marks=pytest.mark.slow),

@@ -51,9 +51,10 @@ per_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="needs a newer torch"
 )
-def test_no_step_waits_for_a_pretended_gpu():
+@pytest.mark.parametrize("cases", [["brief"], pytest.param([], marks=pytest.mark.long)], ids=["brief", "all"])
+def test_no_step_waits_for_a_pretended_gpu(cases):
     """`pretend_gpu.py`, which a machine without a GPU can run: all work on the device, no copy that waits, no value."""
-    command = [sys.executable, "-m", "tests.ssltrain.pretend_gpu"]
+    command = [sys.executable, "-m", "tests.ssltrain.pretend_gpu", *cases]
     run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
