@@ -106,9 +106,11 @@ def test_random_calls_are_right_or_refused():
     fails_on(300, seed=2)
 
 
-@pytest.mark.slow
-def test_two_thousand_random_calls_are_right_or_refused():
-    fails_on(2000)
+@pytest.mark.parametrize(
+    "count", [pytest.param(1000, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.long)]
+)
+def test_thousands_of_random_calls_are_right_or_refused(count):
+    fails_on(count)
 
 
 @pytest.mark.long
@@ -215,8 +217,9 @@ def test_a_wrapper_of_a_sign_bit_or_an_offset_is_the_tensor():
         assert torch.equal(wrapped.as_strided((2,), (odd.stride(1),), wrapped.storage_offset()).inner, x[0, :2])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["dies", "hangs"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("dies", marks=pytest.mark.slow), pytest.param("hangs", marks=pytest.mark.long)]
+)
 def test_the_fuzzer_outlives_what_dies_or_hangs(how, monkeypatch):
     monkeypatch.setenv("SSLKERN_FUZZ_PLANTED", how)
     start = time.monotonic()

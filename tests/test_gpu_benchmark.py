@@ -26,9 +26,18 @@ def test_scripts_parse(script):
     subprocess.run(["bash", "-n", BENCHMARKS / script], check=True)
 
 
-@pytest.mark.slow
-def test_dry_run_measures_checks_and_reports(tmp_path):
-    selected = "^(clip-65536-512-bf16|nt_xent-65536-128-fp16|moco-65536-128-bf16|queue_push|cpc|nce|clip-8192-512-fp32)"
+BRIEF = "clip-65536-512-bf16|moco-65536-128-bf16|cpc"
+
+
+@pytest.mark.parametrize(
+    "selected",
+    [
+        pytest.param(f"^({BRIEF})", marks=pytest.mark.slow),
+        pytest.param(f"^({BRIEF}|nt_xent-65536-128-fp16|queue_push|nce|clip-8192-512-fp32)", marks=pytest.mark.long),
+    ],
+    ids=["brief", "more"],
+)
+def test_dry_run_measures_checks_and_reports(tmp_path, selected):
     command = [sys.executable, BENCHMARKS / "gpu.py", tmp_path, "--dry-run", "--seconds", "300", "--select", selected]
     run = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr

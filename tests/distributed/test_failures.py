@@ -17,8 +17,8 @@ from sslkern.functional import nt_xent
 from .pool import NoAnswer, Pool
 
 TIMEOUT = 2  # of the group
-# For each strategy 10 in CI and 50 by `make test-distributed`, half of them of each kind.
-MOMENTS = [pytest.param(i, marks=pytest.mark.slow if i < 5 else pytest.mark.long) for i in range(25)]
+# For each strategy 6 in CI and 50 by `make test-distributed`, half of them of each kind.
+MOMENTS = [pytest.param(i, marks=pytest.mark.slow if i < 3 else pytest.mark.long) for i in range(25)]
 
 
 def steps(group, strategy, victim, delay, how):

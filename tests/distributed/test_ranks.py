@@ -276,7 +276,10 @@ def compiled(group, loss, strategy, grad_reduce):
     return results
 
 
-@pytest.mark.parametrize("strategy, grad_reduce", [("all_gather", "mean"), ("ring", "sum"), ("auto", "mean")])
+@pytest.mark.parametrize(
+    "strategy, grad_reduce",
+    [("all_gather", "mean"), ("ring", "sum"), pytest.param("auto", "mean", marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize("loss", [nt_xent, clip], ids=["nt_xent", "clip"])
 @pytest.mark.slow
 def test_compiles(pool, loss, strategy, grad_reduce):
