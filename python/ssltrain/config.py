@@ -48,6 +48,12 @@ def positive(what: str = "") -> dict[str, Any]:
     return {"ok": lambda x: 0 < x < math.inf, "wrong": f"must be more than 0{what}"}
 
 
+def divides(temperature: float) -> Any:
+    """The option of a temperature, as most methods have it, each with a default of its own."""
+    about = "Divides the similarities. Lower: the hardest negatives count for more."
+    return option(temperature, about, **positive("; 0.05 to 0.5 is usual"))
+
+
 def one_of(*names: object) -> dict[str, Any]:
     return {"ok": lambda x: x in names, "wrong": f"choose one of {', '.join(map(str, names))}"}
 
@@ -67,11 +73,7 @@ class Config(ABC):
     batch_size: int = option(
         256, "Samples a step, shared among all processes.", **at_least(2, ", for a pair needs others to differ from")
     )
-    temperature: float = option(
-        0.2,
-        "Divides the similarities. Lower: the hardest negatives count for more.",
-        **positive("; 0.1 to 0.5 is usual"),
-    )
+    temperature: float = divides(0.2)
     optimizer: str = option(
         "adamw",
         "adamw, sgd with a momentum of 0.9, or lars, the same with steps that fit to each layer, for large batches.",

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import sslkern
 from ssltrain import UsageError, draws, encoders, ranks
-from ssltrain.config import ImageConfig, at_least, one_of, option
+from ssltrain.config import ImageConfig, at_least, divides, one_of, option
 from ssltrain.images import Images
 from ssltrain.methods._method import Method
 from ssltrain.methods.instdisc import one_view
@@ -47,6 +47,7 @@ class DeepInfoMaxConfig(ImageConfig):
     method: ClassVar[str] = "deep_infomax"
     presets: ClassVar[dict] = {"cifar10": dict(estimator="jsd", prior=0.1, batch_size=64, lr=1e-4)}
 
+    temperature: float = divides(0.1)
     estimator: str = option(
         "infonce",
         "Of the mutual information: infonce, jsd, or dv (Donsker-Varadhan).",
@@ -98,7 +99,7 @@ class DeepInfoMax(Method):
         encoder: encoders.Encoder,
         augment: Callable[[Tensor], Tensor],
         dim: int = 128,
-        temperature: float = 0.2,
+        temperature: float = 0.1,
         estimator: str = "infonce",
         prior: float = 0.0,
         shuffle_positives: bool = False,

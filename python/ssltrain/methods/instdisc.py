@@ -28,7 +28,7 @@ from torch import Tensor
 
 import sslkern
 from ssltrain import draws, encoders
-from ssltrain.config import ImageConfig, at_least, one_of, option, positive
+from ssltrain.config import ImageConfig, at_least, divides, one_of, option
 from ssltrain.images import Images
 from ssltrain.methods._method import Method
 from ssltrain.methods.simclr import head
@@ -47,11 +47,7 @@ class InstDiscConfig(ImageConfig):
         | dict(optimizer="sgd", lr=0.03, weight_decay=1e-4),
     }
 
-    temperature: float = option(
-        0.1,
-        "Divides the similarities. Lower: the hardest negatives count for more.",
-        **positive("; 0.05 to 0.2 is usual"),
-    )
+    temperature: float = divides(0.1)
     negatives: int = option(
         4096, "Vectors of the bank that each image is told from, drawn anew each step.", **at_least(1)
     )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import sslkern
 from ssltrain import UsageError, encoders
-from ssltrain.config import ImageConfig, at_least, one_of, option, positive
+from ssltrain.config import ImageConfig, at_least, divides, one_of, option
 from ssltrain.draws import of_batch
 from ssltrain.images import Images
 from ssltrain.methods._method import Method
@@ -46,9 +46,7 @@ class MoCoConfig(ImageConfig):
     method: ClassVar[str] = "moco"
     presets: ClassVar[dict] = {"v1": _V2 | dict(version=1, temperature=0.07), "v2": _V2, "v3": _V3 | {"version": 3}}
 
-    temperature: float = option(
-        0.1, "Divides the similarities. Lower: the hardest negatives count for more.", **positive("; 0.1 is usual")
-    )
+    temperature: float = divides(0.1)
     version: int = option(
         2, "1: a linear head. 2: a head of two layers. 3: no queue, a predictor, both directions.", **one_of(1, 2, 3)
     )
