@@ -54,6 +54,12 @@ def divides(temperature: float) -> Any:
     return option(temperature, about, **positive("; 0.05 to 0.5 is usual"))
 
 
+def peak(lr: float) -> Any:
+    """The option of the learning rate, where a method has a default of its own."""
+    usual = "; 0.001 to 0.005 is usual for AdamW, 0.03 to 0.3 for SGD, 1 to 5 for LARS"
+    return option(lr, "Peak learning rate; 5 % warm-up, then a cosine to zero.", **positive(usual))
+
+
 def one_of(*names: object) -> dict[str, Any]:
     return {"ok": lambda x: x in names, "wrong": f"choose one of {', '.join(map(str, names))}"}
 
@@ -79,11 +85,7 @@ class Config(ABC):
         "adamw, sgd with a momentum of 0.9, or lars, the same with steps that fit to each layer, for large batches.",
         **one_of("adamw", "sgd", "lars"),
     )
-    lr: float = option(
-        2e-3,
-        "Peak learning rate; 5 % warm-up, then a cosine to zero.",
-        **positive("; 0.001 to 0.005 is usual for AdamW, 0.03 to 0.3 for SGD, 1 to 5 for LARS"),
-    )
+    lr: float = peak(2e-3)
     weight_decay: float = option(1e-4, "Weight decay, on matrices and filters only.", **at_least(0))
     seed: int = option(
         0,

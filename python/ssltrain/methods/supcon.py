@@ -22,7 +22,7 @@ from torch import Tensor
 
 import sslkern
 from ssltrain import UsageError, draws, encoders
-from ssltrain.config import ImageConfig, option, positive
+from ssltrain.config import ImageConfig, peak
 from ssltrain.images import Images
 from ssltrain.methods._method import Method
 from ssltrain.methods.simclr import head, two_views
@@ -40,11 +40,7 @@ class SupConConfig(ImageConfig):
         "cifar10": dict(temperature=0.1, batch_size=1024, optimizer="sgd", lr=0.5, weight_decay=1e-4),
     }
 
-    temperature: float = option(
-        0.1,
-        "Divides the similarities. Lower: the hardest negatives count for more.",
-        **positive("; 0.05 to 0.2 is usual"),
-    )
+    lr: float = peak(4e-3)
 
     def build(self, data: Images) -> SupCon:
         labels = labels_of(data, self.method)
@@ -75,7 +71,7 @@ class SupCon(Method):
         augment: Callable[[Tensor], Tensor],
         labels: Tensor,
         dim: int = 128,
-        temperature: float = 0.1,
+        temperature: float = 0.2,
         shuffle_positives: bool = False,
     ):
         super().__init__()
