@@ -99,7 +99,7 @@ def mnrl(
         gradient. A pair without negatives adds 0 and counts in the mean.
 
         Similarities are never stored; with a guide, which no kernel knows, blocks of 2^20 of them are, in plain
-        torch, and computed anew in the backward.
+        torch, and computed anew in the backward where there is more than one.
 
     Raises:
         ValueError, TypeError: an argument does not fit, or the batch is empty; the message names it.
@@ -222,7 +222,8 @@ def _over(batch: _Batch, a: int, b: int) -> tuple[Tensor, Tensor | None]:
         guide_q, guide_k = batch.guide[a], gather(batch.guide[b], ranks)
         if k_ids is not None:
             k_ids = gather(k_ids, ranks)
-        return _guided_lse(q, gather(k, ranks), batch.scale, q_ids, k_ids, guide_q, guide_k, batch.limit)
+        left_out = partial(_above_limit, guide_k=guide_k, k_ids=k_ids)
+        return masked_lse(q, gather(k, ranks), batch.scale, left_out, guide_q, batch.limit, q_ids)
     limit = batch.limit
     if limit is not None:
         limit = limit * (batch.scale.detach() if isinstance(batch.scale, Tensor) else batch.scale)
@@ -245,45 +246,40 @@ def _ids_of(batch: _Batch, a: int, b: int) -> tuple[Tensor | None, Tensor | None
     return batch.ids, batch.negative_ids.flatten()
 
 
-def _guided_lse(
-    q: Tensor,
-    k: Tensor,
-    scale: float | Tensor,
-    q_ids: Tensor | None,
-    k_ids: Tensor | None,
-    guide_q: Tensor,
-    guide_k: Tensor,
-    limit: Tensor | None,
+def _above_limit(guide_q: Tensor, limit: Tensor, q_ids: Tensor | None, guide_k: Tensor, k_ids: Tensor | None) -> Tensor:
+    """Which pairs do not count: those that the guide finds more similar than `limit`, and those with equal ids."""
+    out = product(guide_q, guide_k.T) > limit.unsqueeze(1)
+    if q_ids is not None:
+        out = out | (q_ids.unsqueeze(1) == k_ids)
+    return out
+
+
+def masked_lse(
+    q: Tensor, k: Tensor, scale: float | Tensor, left_out: Callable[..., Tensor], *of_rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp [N] over the keys that the guide finds no more similar than `limit`, and their best score [N]."""
+    """The log-sum-exp [N] over the keys that count, and their best score [N], where no kernel can tell which do.
+
+    left_out: a function of a block of the rows of `of_rows`, each [N, ..] or None, which returns a bool tensor of these
+    rows by all keys. Of more than one block it is asked anew in the backward.
+    """
     from torch.utils.checkpoint import checkpoint  # late: with it torch 2.6 imports sympy
 
-    block: Callable = partial(checkpoint, _guided_block, use_reentrant=False, preserve_rng_state=False)
-    if transformed():  # torch.func has no checkpoints
-        block = _guided_block
     N, size = q.shape[0], max(1, BLOCK // max(1, k.shape[0]))
+    block: Callable = _masked_block
+    if N > size and not transformed():  # torch.func has no checkpoints
+        block = partial(checkpoint, _masked_block, use_reentrant=False, preserve_rng_state=False)
     blocks = []
     for i in range(0, N, size) if N > size else (0,):  # a range ties compiled code to N
-        of_rows = [None if x is None else x[i : i + size] for x in (q, q_ids, guide_q, limit)]
-        blocks.append(block(*of_rows, k, scale, k_ids, guide_k))
+        rows = [None if x is None else x[i : i + size] for x in of_rows]
+        blocks.append(block(q[i : i + size], k, scale, left_out, *rows))
     row, best = zip(*blocks, strict=True)
     return cat(row), cat(best)
 
 
-def _guided_block(
-    q: Tensor,
-    q_ids: Tensor | None,
-    guide_q: Tensor,
-    limit: Tensor,
-    k: Tensor,
-    scale: float | Tensor,
-    k_ids: Tensor | None,
-    guide_k: Tensor,
+def _masked_block(
+    q: Tensor, k: Tensor, scale: float | Tensor, left_out: Callable[..., Tensor], *of_rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    out = product(guide_q, guide_k.T) > limit.unsqueeze(1)
-    if q_ids is not None:
-        out = out | (q_ids.unsqueeze(1) == k_ids)
-    s = (product(wide(q), wide(k).T) * scale).masked_fill(out, -math.inf)
+    s = (product(wide(q), wide(k).T) * scale).masked_fill(left_out(*of_rows), -math.inf)
     row = logsumexp(s)
     if s.shape[1] == 0:
         return row, row.detach()

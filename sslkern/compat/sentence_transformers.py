@@ -1,0 +1,248 @@
+"""Stand-ins for the losses of sentence-transformers 6.2 that contrast within a batch.
+
+    from sslkern.compat import sentence_transformers as losses   # was: from sentence_transformers import losses
+    loss = losses.MatryoshkaLoss(model, losses.CachedMultipleNegativesRankingLoss(model, scale=20.0), [64, 32])
+
+They are subclasses of the package's: constructors, checks, `get_config_dict`, the embedding of columns and mini-batches
+are its own code. What is computed of the embeddings, and their gradient, is ours. All other losses of the package are
+found here, too, as they are.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..common.arguments import FLOATS
+from ..common.autocast import autocast_active, cat, product
+from ..common.rows import dots
+from ..common.sums import pair_loss
+from ..common.tensors import wide
+from ..functional import mnrl
+from ..functional.formulas import logaddexp
+from ..functional.mnrl import masked_lse
+from ._dense import warn_once
+from ._types import typed_as
+
+try:
+    from sentence_transformers.base.losses.merged_forward import embed_columns
+    from sentence_transformers.sentence_transformer import losses as peer
+    from sentence_transformers.util import all_gather_with_grad, batch_to_device, cos_sim, dot_score, get_rank
+    from typing_extensions import deprecated
+except ImportError as error:
+    raise ImportError(
+        "sslkern.compat.sentence_transformers needs sentence-transformers >= 6.2, whose losses it stands in for; "
+        "pip install 'sentence-transformers>=6.2'"
+    ) from error
+
+
+def __getattr__(name: str) -> Any:
+    """The other losses."""
+    if name not in peer.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(peer, name)
+
+
+# ---- multiple negatives ranking --------------------------------------------------------------------------------------
+
+
+class MultipleNegativesRankingLoss(peer.MultipleNegativesRankingLoss):
+    """Multiple negatives ranking; the fused loss is `sslkern.functional.mnrl`.
+
+    Two quirks stay: in partition_mode "joint" with "doc_to_query" the positive counts twice, so that a batch of one
+    pair has the loss ln 2; and with `gather_across_devices` each process returns the mean over its own rows.
+    """
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
+        loss = _ranking(self, embeddings)
+        if loss is None:
+            return super().compute_loss_from_embeddings(embeddings, labels)
+        return loss
+
+
+class CachedMultipleNegativesRankingLoss(peer.CachedMultipleNegativesRankingLoss):
+    """The same with a gradient cache. Mini-batches are those of the model only: the loss needs none."""
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        loss = _ranking(self, [torch.cat(of_column) for of_column in reps])
+        if loss is None:
+            return super().calculate_loss(reps, labels, with_backward=with_backward)
+        return _backward(loss) if with_backward else loss
+
+
+def _ranking(loss: nn.Module, columns: Sequence[Tensor]) -> Tensor | None:
+    """The fused loss of the columns [N, D], with the options that `loss` has now; None where the package's own code has
+    to compute it."""
+    if len(columns) < 2 or len(columns[0]) < 2:
+        return None  # an error, or a batch in which the positive may be the only negative
+    columns = [wide(x) if x.dtype in FLOATS else x for x in columns]
+    reason = _unfit(loss, columns)
+    if reason is not None:
+        warn_once(loss, reason)
+        return None
+    device = columns[0].device.type
+    if autocast_active(device):  # as its product would be
+        columns = [x.to(torch.get_autocast_dtype(device)) for x in columns]
+    options: dict[str, Any] = dict(directions=set(loss.directions), partition=loss.partition_mode)
+    options |= dict(normalize=_normalizes(loss.similarity_fct), logit_scale=loss.scale, negatives=columns[2:] or None)
+    if loss.gather_across_devices:
+        return mnrl(*columns[:2], group="world", grad_reduce="sum", reduction="none", **options).mean()
+    return mnrl(*columns[:2], **options)
+
+
+def _unfit(loss: nn.Module, columns: Sequence[Tensor]) -> str | None:
+    """Why the fused loss cannot take them."""
+    first = columns[0]
+    if _normalizes(loss.similarity_fct) is None:
+        return "similarity_fct is neither cos_sim nor dot_score; take one of them"
+    if loss.hardness_mode is not None and loss.hardness_strength > 0:
+        return "hardness_mode weighs negatives by their similarity; leave it None"
+    if any(x.shape != first.shape or x.dtype != first.dtype or x.layout is not torch.strided for x in columns):
+        return "the columns differ in shape or layout; make them tensors [N, D] of one size"
+    if first.ndim != 2 or first.dtype not in FLOATS:
+        return "embeddings are no floating-point tensors [N, D]; convert them"
+    return None
+
+
+def _normalizes(similarity_fct: Any) -> bool | None:
+    """Whether this is the cosine, or the dot product, of rows; None if neither."""
+    owner = getattr(similarity_fct, "__self__", None)
+    if owner is not None and getattr(similarity_fct, "__name__", "") == "similarity":  # of a model
+        return {"cosine": True, "dot": False}.get(getattr(owner, "similarity_fn_name", ""))
+    if similarity_fct is cos_sim:
+        return True
+    return False if similarity_fct is dot_score else None
+
+
+def _backward(loss: Tensor) -> Tensor:
+    """What a gradient cache asks for: the gradients of the leaves, and the value alone."""
+    loss.backward()
+    return loss.detach()
+
+
+with warnings.catch_warnings():  # that the classes are deprecated is said to who makes one
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    @deprecated(peer.MultipleNegativesSymmetricRankingLoss.__deprecated__)
+    class MultipleNegativesSymmetricRankingLoss(
+        MultipleNegativesRankingLoss, peer.MultipleNegativesSymmetricRankingLoss
+    ):
+        """Both directions, each with a softmax of its own."""
+
+    @deprecated(peer.CachedMultipleNegativesSymmetricRankingLoss.__deprecated__)
+    class CachedMultipleNegativesSymmetricRankingLoss(
+        CachedMultipleNegativesRankingLoss, peer.CachedMultipleNegativesSymmetricRankingLoss
+    ):
+        """The same with a gradient cache."""
+
+
+# ---- with a guide ----------------------------------------------------------------------------------------------------
+
+
+class GISTEmbedLoss(peer.GISTEmbedLoss):
+    """Multiple negatives ranking with a guide that finds false negatives. Of similarities a block of rows is stored at
+    a time, where the package stores [N, N, D]."""
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
+        features = list(sentence_features)
+        if not _is_as_made(self, peer.GISTEmbedLoss):
+            return super().forward(features, labels)
+        for_guide = [dict(of_column) for of_column in features]  # a model writes into what it is given
+        columns = embed_columns(self.model, features)
+        if len(columns) not in (2, 3):
+            raise ValueError(f"sentence_features must have 2 or 3 columns, not {len(columns)}")
+        with torch.no_grad():
+            if self.must_retokenize:
+                for_guide = [self._for_guide(of_column) for of_column in features]
+            guides = embed_columns(self.guide, for_guide)
+        return _guided(self, columns, guides)
+
+    def _for_guide(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The texts as the guide's tokenizer has them."""
+        ids: Any = features["input_ids"]
+        if "cu_seq_lens_q" in features:  # all texts in one row
+            ids = [part.tolist() for part in ids[0].tensor_split(features["cu_seq_lens_q"][1:-1].cpu())]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return batch_to_device(self.guide.preprocess(texts), self.guide.device)
+
+
+class CachedGISTEmbedLoss(peer.CachedGISTEmbedLoss):
+    """The same with a gradient cache."""
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
+    ) -> Tensor:
+        if len(reps) != len(reps_guided):
+            raise ValueError(f"reps_guided must have the {len(reps)} columns of reps, not {len(reps_guided)}")
+        if not _is_as_made(self, peer.CachedGISTEmbedLoss):
+            return super().calculate_loss(reps, reps_guided, with_backward=with_backward)
+        columns, guides = ([torch.cat(of_column) for of_column in of_model] for of_model in (reps, reps_guided))
+        loss = _guided(self, columns, guides)
+        return _backward(loss) if with_backward else loss
+
+
+def _is_as_made(loss: Any, by: Any) -> bool:
+    """Whether what computes similarities and losses is still what the constructor made."""
+    plain = type(loss.similarity_fct) is nn.CosineSimilarity and type(loss).sim_matrix is by.sim_matrix
+    if plain and type(loss.cross_entropy_loss) is nn.CrossEntropyLoss:
+        return True
+    warn_once(loss, "similarity_fct, sim_matrix or cross_entropy_loss was replaced; leave them as they are")
+    return False
+
+
+def _guided(loss: nn.Module, columns: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
+    """The loss of anchors, positives and hard negatives, with what the guide makes of them.
+
+    A pair is a false negative if the guide finds it more similar than anchor and positive, less a margin. That holds
+    for a row with itself as well: it drops out as it is more similar than any other, and where the positive is the same
+    text, it does not. Over processes positives and negatives come together, anchors do not.
+    """
+    anchor, *documents = columns
+    of_anchor, *of_documents = map(wide, guides)
+    N, offset = anchor.shape[0], 0
+    if loss.gather_across_devices:
+        documents, of_documents = (list(map(all_gather_with_grad, x)) for x in (documents, of_documents))
+        offset = get_rank() * N
+    own = slice(offset, offset + N)
+    limit = F.cosine_similarity(of_anchor, of_documents[0][own])
+    limit = limit - (loss.margin if loss.margin_strategy == "absolute" else limit.abs() * loss.margin)
+
+    rows = [_unit(x) for x in (anchor, *documents)]
+    anchor, positive, scale = rows[0], rows[1][own], 1 / loss.temperature
+    keys, of_keys = [rows[1], *rows[2:]], [*of_documents]
+    if loss.contrast_anchors:
+        keys, of_keys = [*keys, anchor], [*of_keys, of_anchor]
+    positives = torch.arange(offset, offset + N, device=anchor.device)
+    left_out = partial(_false_negatives, of_keys=cat(of_keys))
+    negative, _ = masked_lse(anchor, cat(keys), scale, left_out, of_anchor, limit, positives)
+    if loss.contrast_positives:
+        left_out = partial(_false_negatives, of_keys=of_documents[0])
+        more, _ = masked_lse(positive, rows[1], scale, left_out, of_documents[0][own], limit, None)
+        negative = logaddexp(negative, more)
+    losses = pair_loss(negative, dots(anchor, positive) * scale).mean()
+    return typed_as(losses, columns[0])
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows by their norm, as `cosine_similarity` has it."""
+    return F.normalize(wide(x), dim=-1, eps=1e-8)
+
+
+def _false_negatives(of_rows: Tensor, limit: Tensor, positives: Tensor | None, of_keys: Tensor) -> Tensor:
+    """Which pairs of rows and keys [n, M] the guide finds more similar than `limit` [n], and the `positives` [n].
+
+    Equal texts have equal similarities, which are not above each other, but for their rounding in a product. So what is
+    as near to the limit as that is computed pair by pair, as the package does it.
+    """
+    limit = limit.unsqueeze(1)
+    similarity = product(_unit(of_rows), _unit(of_keys).T)
+    out = similarity > limit
+    i, j = ((similarity - limit).abs() <= 64 * torch.finfo(limit.dtype).eps).nonzero(as_tuple=True)
+    out[i, j] = F.cosine_similarity(of_rows[i], of_keys[j]) > limit[i, 0]
+    return out if positives is None else out.scatter(1, positives.unsqueeze(1), True)
