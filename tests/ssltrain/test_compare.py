@@ -287,9 +287,10 @@ def test_trials_are_drawn_alike_around_the_defaults_and_the_best_one_counts(tmp_
     there = plan(tmp_path, "simclr", "moco:lr=0.1", tune=Tuning(5, 300, epochs=7))
     simclr, moco = there.entries
     draws = [[tuning.drawn(there, entry, trial) for trial in range(5)] for entry in (simclr, moco)]
-    assert draws[0][0] == {"lr": 2e-3, "temperature": 0.2} and draws[1][0] == {"lr": 0.1, "temperature": 0.2}
+    assert draws[0][0] == {"lr": 2e-3, "temperature": 0.2} and draws[1][0] == {"lr": 0.1, "temperature": 0.1}
     for one, other in zip(*draws, strict=True):
-        assert other["lr"] == pytest.approx(50 * one["lr"], rel=0.01) and one["temperature"] == other["temperature"]
+        assert other["lr"] == pytest.approx(50 * one["lr"], rel=0.01)
+        assert other["temperature"] == pytest.approx(one["temperature"] / 2, rel=0.01)
         assert 2e-3 / 4 <= one["lr"] <= 2e-3 * 4 and 0.1 <= one["temperature"] <= 0.4
     assert len({one["lr"] for one in draws[0]}) == 5
     trials = tuning.trials(there, simclr)
