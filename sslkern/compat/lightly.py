@@ -231,13 +231,12 @@ def _negatives_and_positives(
     out0, out1 = check_pair("out0", out0, "out1", out1, ranks)
     scale = scale_of(temperature, None, out0)
     x, y = unit(out0), unit(out1)
-    z, ids, ranks_of_views = cat((x, y)), row_ids(x.shape[0], x.device, ranks).repeat(2), copies(ranks, 2)
+    z, ids = cat((x, y)), row_ids(x.shape[0], x.device, ranks).repeat(2)
     if ranks is not None and isinstance(scale, Tensor) and scale.requires_grad:
-        # Its gradient is that of the loss of this rank: none of its pairs is left to another one.
-        keys, key_ids = gather(z, ranks_of_views), gather(ids, ranks_of_views)
-        negative = similarity_lse(z, keys, scale, q_ids=ids, k_ids=key_ids)
+        # Its gradient is that of the loss of this rank: none of its pairs is left to another one, as with k=None.
+        negative = similarity_lse(z, z, scale, q_ids=ids, k_ids=ids, ranks=copies(ranks, 2))
     else:
-        negative = similarity_lse(z, scale=scale, q_ids=ids, ranks=ranks_of_views)
+        negative = similarity_lse(z, scale=scale, q_ids=ids, ranks=copies(ranks, 2))
     return negative.view(2, -1), times(dots(x, y), scale), (x, y)
 
 
