@@ -33,6 +33,9 @@ except ImportError as error:
     ) from error
 
 
+SMALL = 2**10  # similarities up to which the package's own code is the quicker one
+
+
 def __getattr__(name: str) -> Any:
     """The other losses."""
     if name.startswith("_") or not hasattr(peer, name):
@@ -150,20 +153,19 @@ class _Fused(peer.BaseMetricLossFunction):
         ref_emb: Tensor,
         ref_labels: Tensor | None,
     ) -> dict[str, Any]:
-        if labels is None:
-            return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        pairs = _pairs(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        if isinstance(pairs, _Pairs):
-            return {"loss": self._of_pairs(pairs)}
-        if pairs == "":
-            return self.zero_losses()
-        warn_once(self, pairs)
+        if labels is not None and len(embeddings) * len(ref_emb) > SMALL:
+            pairs = _pairs(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+            if isinstance(pairs, _Pairs):
+                return {"loss": self._of_pairs(pairs)}
+            if pairs == "":
+                return self.zero_losses()
+            warn_once(self, pairs)
         if isinstance(indices_tuple, AllPairs):
             indices_tuple = _listed(labels, labels if ref_labels is None else ref_labels, indices_tuple.own)
         return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
-def _listed(labels: Tensor, ref_labels: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _listed(labels: Any, ref_labels: Any, own: Tensor | None) -> tuple[Tensor, ...]:
     """All pairs one by one."""
     same = labels.unsqueeze(1) == ref_labels
     different = ~same
@@ -191,6 +193,8 @@ class NTXentLoss(_Fused, peer.NTXentLoss):
         anchors, positives, of_negatives, _ = indices_tuple
         if len(anchors) == 0 or len(of_negatives) == 0:
             return self.zero_losses()
+        if len(anchors) * len(of_negatives) <= 32 * SMALL:
+            return super()._compute_loss(pos_pairs, neg_pairs, indices_tuple)
         scale = (1 if self.distance.is_inverted else -1) / self.temperature
         rows = 1 + torch.stack((anchors.max(), of_negatives.max())).max()
         negative = _lse_of_rows(wide(neg_pairs) * scale, of_negatives, rows)

@@ -38,6 +38,12 @@ REDUCERS = [
 pytestmark = pytest.mark.filterwarnings("ignore:.*takes the dense path")
 
 
+@pytest.fixture(autouse=True)
+def none_is_small(monkeypatch):
+    """The sizes of these tests are left to the package otherwise."""
+    monkeypatch.setattr(ours, "SMALL", 0)
+
+
 def both(name, **options):
     return getattr(ours, name)(**options), getattr(losses, name)(**options)
 
@@ -291,6 +297,15 @@ def test_a_memory_that_is_set():
     same(*found)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_small_batches_are_left_to_the_package(name, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(ours, "similarity_lse", None)
+    equal(both(name), [torch.randn(32, 4)], torch.arange(32) % 5)
+    with pytest.raises(TypeError):
+        both(name)[0](torch.randn(33, 4), torch.arange(33) % 5)
+
+
 def test_their_memory_around_our_loss():
     """Its pairs are listed, and the number is the same."""
     found = []
@@ -355,6 +370,7 @@ def test_the_wrapper_in_one_process():
 
 def wrapped(group, cases, x, labels):
     """On each rank: value and gradients of its rows, ours and theirs."""
+    ours.SMALL = 0
     with as_world(group):
         rank, found = torch.distributed.get_rank(), []
         for name, efficient, memory in cases:
