@@ -58,7 +58,7 @@ class _Pairs(NamedTuple):
 
     scores: Tensor  # [N, K], of what is a positive
     positive: Tensor  # bool [N, K]
-    index: Tensor  # [N, K], which row of the others that is
+    rows: Tensor  # [N, K], which row of the others that is
     negative: Tensor  # [N], the log-sum-exp over the negatives
     best: Tensor  # [N], the largest score with anything, the row itself included
     dtype: torch.dtype  # in which the package computes
@@ -165,13 +165,14 @@ class _Fused(peer.BaseMetricLossFunction):
         return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
-def _listed(labels: Any, ref_labels: Any, own: Tensor | None) -> tuple[Tensor, ...]:
+def _listed(labels: Any, ref_labels: Any, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All pairs one by one."""
     same = labels.unsqueeze(1) == ref_labels
     different = ~same
     if own is not None:
         same.scatter_(1, own.unsqueeze(1), False)
-    return *same.nonzero(as_tuple=True), *different.nonzero(as_tuple=True)
+    (anchors, positives), (rows, negatives) = same.nonzero(as_tuple=True), different.nonzero(as_tuple=True)
+    return anchors, positives, rows, negatives
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ class NTXentLoss(_Fused, peer.NTXentLoss):
     def _of_pairs(self, pairs: _Pairs) -> dict[str, Any]:
         losses = softplus(pairs.negative.unsqueeze(1) - pairs.scores)[pairs.positive]
         anchors, _ = pairs.positive.nonzero(as_tuple=True)
-        return self._losses(losses, pairs.dtype, (anchors, pairs.index[pairs.positive]))
+        return self._losses(losses, pairs.dtype, (anchors, pairs.rows[pairs.positive]))
 
     def _compute_loss(self, pos_pairs: Tensor, neg_pairs: Tensor, indices_tuple: tuple[Tensor, ...]) -> dict[str, Any]:
         anchors, positives, of_negatives, _ = indices_tuple

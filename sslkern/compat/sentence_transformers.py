@@ -76,7 +76,7 @@ class CachedMultipleNegativesRankingLoss(peer.CachedMultipleNegativesRankingLoss
         return _backward(loss) if with_backward else loss
 
 
-def _ranking(loss: nn.Module, columns: Sequence[Tensor]) -> Tensor | None:
+def _ranking(loss: Any, columns: Sequence[Tensor]) -> Tensor | None:
     """The fused loss of the columns [N, D], with the options that `loss` has now; None where the package's own code has
     to compute it."""
     if len(columns) < 2 or len(columns[0]) < 2:
@@ -96,7 +96,7 @@ def _ranking(loss: nn.Module, columns: Sequence[Tensor]) -> Tensor | None:
     return mnrl(*columns[:2], **options)
 
 
-def _unfit(loss: nn.Module, columns: Sequence[Tensor]) -> str | None:
+def _unfit(loss: Any, columns: Sequence[Tensor]) -> str | None:
     """Why the fused loss cannot take them."""
     first = columns[0]
     if _normalizes(loss.similarity_fct) is None:
@@ -196,7 +196,7 @@ def _is_as_made(loss: Any, by: Any) -> bool:
     return False
 
 
-def _guided(loss: nn.Module, columns: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
+def _guided(loss: Any, columns: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
     """The loss of anchors, positives and hard negatives, with what the guide makes of them.
 
     A pair is a false negative if the guide finds it more similar than anchor and positive, less a margin. That holds
