@@ -237,7 +237,11 @@ class MemoryBank(_Memory):
             self.register_buffer("bank", _first_rows(size, dim, group))
 
     def update(self, index: Tensor, features: Tensor) -> None:
-        """Moves the vectors of samples index int64 [B] towards features [B, dim]; of equal samples the last counts."""
+        """Moves the vectors of samples index int64 [B] towards features [B, dim]; of equal samples the last counts.
+
+        Features are divided by their norm first, as by the networks of the papers: how long a row is does not change
+        how far its vector moves.
+        """
         given = dict(index=index, features=features, bank=self.bank, momentum=self.momentum)
         update_of(_ranks(self.group, "MemoryBank.update", **given), self, index, features)
 

@@ -60,6 +60,17 @@ def test_compiled_push_does_not_clone_the_queue(backend):
     assert torch.equal(memory.queue, twin.queue) and memory.queue_ptr.item() == 5 and memory.queue.data_ptr() == at
 
 
+def test_a_bank_divides_features_by_their_norm(backend):
+    """How long a row is does not change how far its vector moves; the published code normalises in the network."""
+    bank, x, index = MemoryBank(size=8, dim=3, momentum=0.3), torch.randn(4, 3), torch.tensor([1, 6, 0, 3])
+    before, twin, others = bank.bank.clone(), copy.deepcopy(bank), [2, 4, 5, 7]
+    bank.update(index, x)
+    twin.update(index, x * torch.tensor([[0.1], [2.0], [30.0], [1e4]]))
+    moved = 0.3 * before[index] + 0.7 * torch.nn.functional.normalize(x, dim=1)
+    assert torch.allclose(bank.bank[index], torch.nn.functional.normalize(moved, dim=1), atol=1e-6)
+    assert torch.allclose(twin.bank, bank.bank, atol=1e-6) and torch.equal(bank.bank[others], before[others])
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="size must"):
         FeatureQueue(3, 0)

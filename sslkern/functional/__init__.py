@@ -1,4 +1,10 @@
-"""The losses as functions: check the arguments, compose primitives."""
+"""The losses as functions: check the arguments, compose primitives.
+
+A loss is computed in the type of its features, with sums in fp32, and returned in fp32 (of fp64 both are fp64).
+Features of several types, as queries in bf16 and a queue in fp32, are a TypeError that names one to convert; inside
+`torch.autocast`, where an encoder returns such queries, they are computed in the widest of their types, as torch does
+with what it does not round, and each gets its gradient in its own.
+"""
 
 from .alignment_uniformity import alignment, alignment_uniformity, uniformity
 from .clip import clamp_logit_scale_, clip

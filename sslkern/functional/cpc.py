@@ -22,7 +22,7 @@ from ..distributed import (
 )
 from ._pairs import row_and_best
 from .checks import check_features, check_options, promoted, scale_of
-from .formulas import reduce
+from .formulas import reduce, tie, wins
 
 NEGATIVES = ("all", "sample", "time")
 
@@ -66,7 +66,8 @@ def cpc(
         normalize: divide predictions and targets by their norm first (cosine similarity).
         reduction: over the K losses of the steps, each of them the mean over its N (T - k) predictions: "mean", "sum",
             or "none".
-        stats: also return the share of predictions that are most similar to their target, of each step.
+        stats: also return the share of predictions that are most similar to their target, of each step; a tie is no
+            win, as in `info_nce`. (An argmax over scores that begin with the positive, as in CPC_audio, counts it.)
         group, strategy, grad_reduce: the processes that share a batch, each with its own samples, as in `nt_xent`;
             predictors are the same on all of them, and so are the losses of the steps.
 
@@ -105,6 +106,7 @@ def cpc(
         query, targets = unit(query), unit(targets)
     target = cat([targets[:, T - count :] for count in counts], 1)  # [N, S, Dz]
     positive = times(dots(query, target), scale)  # [N, S]
+    room = tie(scale, query, target, normalize) if stats else 0.0
 
     key, q_ids, k_ids = targets, time, torch.arange(T, device=targets.device)
     spread = None  # "time": N groups, each of keys that are here
@@ -120,8 +122,8 @@ def cpc(
     loss = reduce(_by_step(pair_loss(_by_sample(row, positive, negatives), positive), counts, ranks), reduction)
     if best is None:
         return loss
-    wins = (_by_sample(best, positive, negatives) < positive.detach()).float()
-    return loss, _by_step(wins, counts, ranks)
+    won = wins(_by_sample(best, positive, negatives), positive, room)
+    return loss, _by_step(won, counts, ranks)
 
 
 def _by_sample(x: Tensor, positive: Tensor, negatives: str) -> Tensor:

@@ -7,15 +7,35 @@ import torch
 from torch import Tensor
 
 from ..common.sums import log_total, mean, total
+from ..common.tensors import accumulator, wide
 from ..distributed import Ranks, all_rows, gather, one_each, over_ranks, own_rows
 
+# Equal scores, of a kernel and of `dots`, were seen 11 roundings apart (512 features in bf16).
+_TIE = 64
 
-def beaten(best: Tensor, positive: Tensor, ranks: Ranks | None = None) -> Tensor:
-    """The share of rows whose positive beats every negative, 0-d."""
-    wins = (best < positive.detach()).float()
+
+def tie(scale: float | Tensor, x: Tensor, y: Tensor, normalized: bool) -> float | Tensor:
+    """By how much scores may differ from scale <x_i, y_i> that equal it but for rounding: their products are summed in
+    another order. x, y: rows [.., D], of length 1 if `normalized`."""
+    room = _TIE * torch.finfo(accumulator(x)).eps * abs(scale.detach() if isinstance(scale, Tensor) else scale)
+    if normalized:
+        return room
+    x, y = (torch.linalg.vector_norm(wide(rows.detach()), dim=-1) for rows in (x, y))
+    return room * x * y
+
+
+def beaten(best: Tensor, positive: Tensor, room: float | Tensor, ranks: Ranks | None = None) -> Tensor:
+    """The share of rows whose positive beats every negative by more than `room`, 0-d."""
+    won = wins(best, positive, room)
     if ranks is None:
-        return wins.mean()
-    return reduce(wins, "mean", ranks=ranks)
+        return won.mean()
+    return reduce(won, "mean", ranks=ranks)
+
+
+def wins(best: Tensor, positive: Tensor, room: float | Tensor) -> Tensor:
+    """1 where the positive beats the best negative by more than `room`, else 0. A `tie` is no win: all scores of an
+    encoder that has collapsed are equal, and it finds nothing."""
+    return (best < positive.detach() - room).float()
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from ..ops import queue_push_
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different, own_ids, row_and_best
 from .checks import check_alike, check_ids, check_options, check_pair, check_weights, promoted, scale_of
-from .formulas import at_once_of, beaten, logaddexp, reduce
+from .formulas import at_once_of, beaten, logaddexp, reduce, tie
 
 
 def info_nce(
@@ -61,7 +61,8 @@ def info_nce(
             q1   -  +  -    -  -
 
     Args:
-        query, key: [N, D], row i of key is the positive of row i of query. fp32, bf16, fp16 or fp64.
+        query, key: [N, D], row i of key is the positive of row i of query. fp32, bf16, fp16 or fp64; of
+            several types, which only autocast allows, the loss is computed in the widest.
         negatives: [M, D] for all queries, or [N, M, D] with their own for each. A queue stored as (D, M) is passed
             as `queue.t()`.
         temperature: divides the similarities: a nonzero number, or a tensor with one element that gets a gradient.
@@ -73,7 +74,8 @@ def info_nce(
         negative_ids: int64 [M] or [N, M]; a negative with the id of a row is none for that row. Needs `ids`.
         normalize: divide all rows by their norm first (cosine similarity).
         reduction: "mean" or "sum" over the N rows, or "none".
-        stats: also return the share of rows whose positive beats every negative (with `two_way`, of both directions).
+        stats: also return the share of rows whose positive beats every negative (with `two_way`, of both directions); a
+            tie, up to rounding, is no win, so that a collapsed encoder has a share of 0.
         group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. `negatives` [M, D] are the same
             on all of them, or those of a memory that is sharded over them; [N, M, D] and all others have this process's
             rows.
@@ -162,6 +164,7 @@ def _over_batch(
     mode = "two_way" if two_way else "one_way"
     contrast = pair_contrast if ranks is None else pair_contrast_over(ranks)
     losses, positive, best = contrast(query, key, scale, ids, mode, normalize, stats, None, at_once)
+    room = tie(scale, query, key, normalize) if stats else 0.0
     if label_smoothing > 0:
         if normalize:
             query, key = unit(query), unit(key)
@@ -175,7 +178,7 @@ def _over_batch(
             losses = losses.mean(0)
         losses = reduce(losses, reduction, weights, ranks)
     if best is not None:
-        return losses, beaten(best, positive, ranks)
+        return losses, beaten(best, positive, room, ranks)
     return losses
 
 
@@ -204,7 +207,7 @@ def over_bank(
         positive = times(dots(query, key), scale)
         loss = reduce(positive, reduction, weights, ranks)
         if stats:
-            return loss, beaten(positive.detach(), positive, ranks)
+            return loss, beaten(positive.detach(), positive, 0.0, ranks)
         return loss
     at_once = at_once_of(reduction, weights, label_smoothing, ranks)
     within = ptr  # the push, in the launches of the loss
@@ -225,7 +228,7 @@ def over_bank(
     if at_once == "none":
         loss = reduce(loss.squeeze(0), reduction, weights, ranks)
     if best is not None:
-        return loss, beaten(best.squeeze(0), positive, ranks)
+        return loss, beaten(best.squeeze(0), positive, tie(scale, query, key, normalize), ranks)
     return loss
 
 
@@ -271,7 +274,7 @@ def _over_given(
         losses = losses + label_smoothing * scale * above_mean(cosine, total, count)
     loss = reduce(losses, reduction, weights, ranks)
     if best is not None:
-        return loss, beaten(best, positive, ranks)
+        return loss, beaten(best, positive, tie(scale, query, key, normalize), ranks)
     return loss
 
 

@@ -20,7 +20,7 @@ from ..ops import logsumexp
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import own_ids, row_and_best
 from .checks import check_alike, check_features, check_ids, check_options, promoted, scale_of
-from .formulas import beaten, logaddexp, reduce
+from .formulas import beaten, logaddexp, reduce, tie
 
 BLOCK = 2**20  # scores that a guide decides on at a time
 
@@ -90,7 +90,7 @@ def mnrl(
             width. Their cosine similarity then decides which negatives drop out. It gets no gradient.
         normalize: divide all rows by their norm first (cosine similarity).
         reduction: "mean" or "sum" over the N pairs, or "none".
-        stats: also return the share of pairs whose positive beats every negative.
+        stats: also return the share of pairs whose positive beats every negative; a tie is no win, as in `info_nce`.
         group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. With a guide all features come
             together, whatever the strategy.
 
@@ -158,7 +158,7 @@ def mnrl(
             best = stack([fold(torch.maximum, of_one) for of_one in scores])
     loss = reduce(losses.mean(0), reduction, ranks=ranks)
     if best is not None:
-        return loss, beaten(best, toward, ranks)
+        return loss, beaten(best, toward, tie(scale, anchor, positive, normalize), ranks)
     return loss
 
 

@@ -36,7 +36,8 @@ def moco(
     """The loss of MoCo v1 (eq. 1 of https://arxiv.org/abs/1911.05722) and v2 (https://arxiv.org/abs/2003.04297).
 
     Each query has to find its key, which the momentum encoder made of the other view, among the keys of earlier
-    batches. Keys and queue get no gradient, and the queue may be overwritten before the backward.
+    batches. Keys and queue get no gradient, and the queue may be overwritten before the backward. A key that requires
+    one is detached, as by the `no_grad` of the published code; `info_nce(query, key, queue)` lets it learn.
 
                 k0 k1 k2   n0 n1 .. nK        n: the queue; + positive, - negative, . left out
             q0   +  .  .    -  -     -
@@ -44,8 +45,8 @@ def moco(
 
     Args:
         query, key: [N, D], row i of both are views of sample i. fp32, bf16, fp16 or fp64.
-        queue: [K, D], the type of query, the keys as they are to be compared: `FeatureQueue` has normalised them. Its
-            buffer (D, K) is passed as `memory.queue.t()`.
+        queue: [K, D], the keys as they are to be compared: `FeatureQueue` has normalised them. Its buffer (D, K) is
+            passed as `memory.queue.t()`. In the type of query; inside autocast in any, as the key may be.
         normalize: divide query and key, but not the queue, by their norm.
         group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. The queue is the same on all of
             them, as `FeatureQueue(..., group=...)` keeps it, and nothing but sums is exchanged; or each has a part of
@@ -122,7 +123,8 @@ def moco_v3(
 
         loss_i = 2T (l(query0_i, key1) + l(query1_i, key0))
 
-    with l the cross-entropy of the own key among the keys of the batch. Keys get no gradient.
+    with l the cross-entropy of the own key among the keys of the batch. Keys get no gradient: those that require one
+    are detached, as by the `no_grad` of the published code; `info_nce(query0, key1)` lets them learn.
 
                 c0 c1 c2        q: query0, c: key1; the same for query1 and key0
             q0   +  -  -        + positive, - negative

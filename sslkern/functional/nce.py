@@ -72,7 +72,7 @@ def nce(
 
     Args:
         query: [N, D], fp32, bf16, fp16 or fp64.
-        bank: [M, D], the type of query. A gradient is computed where it is wanted.
+        bank: [M, D], in the type of query, inside autocast in any. A gradient is computed where it is wanted.
         index: int64 [N, 1 + K], rows of bank, the positive first. `MemoryBank.sample` draws it.
         temperature: divides the similarities: a nonzero number, or a tensor with one element that gets a gradient.
         form: "nce" or "softmax".
@@ -82,7 +82,7 @@ def nce(
         weights: [N], of the samples; the mean is sum w l / sum w.
         normalize: divide the queries by their norm first. Rows of the bank are used as they are.
         reduction: "mean" or "sum" over the N queries, or "none".
-        stats: also return the share of queries whose positive beats every sampled negative.
+        stats: also return the share of queries whose positive beats every sampled negative; a tie is no win.
         group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. The bank is the same on all of
             them, as `MemoryBank(..., group=...)` keeps it, and nothing but sums is exchanged; or each has a part of
             it, of `MemoryBank(..., group=..., sharded=True)`, and queries are, with the scores of the named rows.
@@ -221,7 +221,7 @@ def _share(logits: Tensor, ranks: Ranks | None) -> Tensor:
     """The share of rows whose positive beats every negative: all of them where there is no negative."""
     if logits.shape[1] == 1:
         return logits.new_ones(())
-    return beaten(logits[:, 1:].amax(1), logits[:, 0], ranks)
+    return beaten(logits[:, 1:].amax(1), logits[:, 0], 0.0, ranks)  # all of them are summed in one order
 
 
 def _estimated_log_z(logits: Tensor, M: int, ranks: Ranks | None) -> Tensor:

@@ -54,7 +54,7 @@ def nnclr(
         ids: int64 [N]; samples with equal ids are not negatives of each other. Default: all differ.
         normalize: divide all rows by their norm first. Without it, neighbours are nearest by dot product.
         reduction: "mean" or "sum" over the N samples, or "none".
-        stats: also return the share of rows whose positive beats every negative.
+        stats: also return the share of rows whose positive beats every negative; a tie is no win, as in `info_nce`.
         group, strategy, grad_reduce: the processes that share a batch, as in `nt_xent`. The support set is the same on
             all of them, as `FeatureQueue(..., group=...)` keeps it, or sharded over them.
 

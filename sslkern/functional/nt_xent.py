@@ -15,7 +15,7 @@ from ..distributed import Group, Ranks, copies, pair_contrast_over, ranks_of, si
 from ..ops.pair_contrast import pair_contrast
 from ._pairs import above_mean, over_different, own_ids, two_views
 from .checks import check_alike, check_features, check_ids, check_options, check_pair, check_weights, promoted, scale_of
-from .formulas import at_once_of, beaten, reduce, rows_of_views
+from .formulas import at_once_of, beaten, reduce, rows_of_views, tie
 
 POSITIVES = ("separate", "joint")
 
@@ -52,7 +52,8 @@ def nt_xent(
         ids: int64 [N]; samples with equal ids are not negatives of each other. Default: all differ.
         normalize: divide the rows by their norm first (cosine similarity).
         reduction: "mean" or "sum" over the 2N rows, or "none".
-        stats: also return the share of rows whose positive beats every negative.
+        stats: also return the share of rows whose positive beats every negative; a tie, up to rounding, is no win, so
+            that a collapsed encoder has a share of 0.
         group: the processes that share a batch, each with its own rows: None (this one), "world", a process group or a
             device mesh of one dimension. The loss is that of all their rows, the same on each; ids are global.
         strategy: how keys come from other processes: "all_gather", all at once; "ring", one process's at a time, in
@@ -99,7 +100,7 @@ def nt_xent(
         if reduction == "none":
             loss = loss.view(-1)
     if best is not None:
-        return loss, beaten(best, positive, ranks)
+        return loss, beaten(best, positive, tie(scale, z0, z1, normalize), ranks)
     return loss
 
 

@@ -67,6 +67,9 @@ def sup_con(
             b0   -  -   .  +  +   -
             c0   -  -   -  -  -   .        no positive: adds 0
 
+    A batch of one label has no negatives, and the formulas hold: positives compete with each other, so that "out" of N
+    such rows is log(N - 1) or more, least where all scores are equal, and "in" is log(N - 1), without a gradient.
+
     Args:
         z: [N, D], or V views of each sample, [N, V, D]. fp32, bf16, fp16 or fp64.
         labels: int64 [N], any values; or bool [N, C], which of C labels a sample has, any number of them. All views of

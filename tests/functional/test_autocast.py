@@ -61,6 +61,18 @@ def test_the_widest_of_several_types(name):
         assert same_bits(got, [b if a is None else b.to(a.dtype) for a, b in zip(got, want, strict=True)]), i
 
 
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_types_are_refused_outside(name):
+    """In one sentence, the same of all. What is no features of the batch is cast: predictors, a guide."""
+    said = r"^\S+ must have the dtype of \S+, torch\.\w+, not torch\.\w+; convert one$"
+    own = 2 if "guide" in name or name.startswith("cpc") else None
+    for i in features(LOSSES[name]())[:own]:
+        example = LOSSES[name]()
+        example = example.with_tensor(i, example.tensors()[i].detach().bfloat16())
+        with pytest.raises(TypeError, match=said):
+            example()
+
+
 def test_products_beyond_fp16(backend):
     """Scores of 90,000 overflow fp16, where the positives became infinite and the loss 0."""
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import sslkern
-from sslkern.functional import moco, moco_v3
+from sslkern.functional import info_nce, moco, moco_v3
 
 from .agreement import agrees_exactly, agrees_on_kernels, compiles, none, product, refuses, unit
 
@@ -71,6 +71,20 @@ def test_keys_get_no_gradient_and_the_queue_may_change():
     loss.backward()
     assert torch.equal(q.grad, expected) and k.grad is None
     assert moco(q, k, QUEUE, reduction="sum", stats=True)[1] <= 1
+
+
+def test_a_key_that_learns_is_detached():
+    """As by the no_grad of the published code; `info_nce` is the loss without it."""
+    query, key, other = torch.randn(3, 9, 33, requires_grad=True).unbind()
+    for loss, same in (
+        (moco(query, key, QUEUE), info_nce(query, key, QUEUE, 0.07)),
+        (moco_v3(query, query, other, key, times_2t=False), info_nce(query, key, None, 0.2)),
+    ):
+        assert torch.autograd.grad(loss, key, allow_unused=True)[0] is None
+        assert torch.autograd.grad(same, key)[0].abs().sum() > 0
+    with torch.no_grad():
+        assert torch.equal(moco(query, key, QUEUE), moco(query, key.detach(), QUEUE))
+        assert torch.allclose(moco(query, key, QUEUE), info_nce(query, key, QUEUE, 0.07))
 
 
 def test_gradcheck():

@@ -133,6 +133,22 @@ def test_rows_without_positives_or_competitors(backend, form):
 
 
 @pytest.mark.parametrize("form", ["out", "in"])
+def test_a_batch_of_one_label(backend, form):
+    """No negatives: positives compete with each other, log(8) at least, and of "in" always."""
+    z, labels = torch.randn(9, 4, requires_grad=True), torch.full((9,), 3)
+    losses = sup_con(z, labels, form=form, reduction="none")
+    assert torch.allclose(losses, dense(z, 0.1, labels, form), rtol=1e-5)
+    (grad,) = torch.autograd.grad(losses.sum(), z)
+    (want,) = torch.autograd.grad(dense(z, 0.1, labels, form).sum(), z)
+    assert torch.allclose(grad, want, rtol=1e-4, atol=1e-4)
+    tags = sup_con(z, torch.ones(9, 1, dtype=torch.bool), reduction="none") if form == "out" else losses
+    assert torch.allclose(tags, losses, rtol=1e-5)
+    least = torch.tensor(math.log(8)).expand(9)
+    assert (losses > least + 1).all() if form == "out" else torch.allclose(losses, least) and (grad == 0).all()
+    assert torch.allclose(sup_con(torch.ones(9, 4), labels, form=form, reduction="none"), least)
+
+
+@pytest.mark.parametrize("form", ["out", "in"])
 def test_tiny_losses_keep_their_digits(backend, form):
     z = torch.eye(20, 32).repeat(2, 1).requires_grad_()
     labels, T = torch.arange(20).repeat(2), 0.05
