@@ -94,6 +94,17 @@ def test_the_checks_above_find_what_they_look_for():
     assert ("sslkern._cpu", "") in imports("sslkern.backends.cpu.similarity_lse")
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("sslkern.compat.")])
+def test_stand_ins_say_whose_rows_a_loss_has(module):
+    """Without a group a loss takes those of its own process, and warns where there are others."""
+    losses = {name for source, name in imports(module) if source == "sslkern.functional"}
+    calls = (node for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.Call))
+    for call in calls:
+        if isinstance(call.func, ast.Name) and call.func.id in losses:
+            takes_group = "group" in inspect.signature(getattr(sslkern.functional, call.func.id)).parameters
+            assert not takes_group or "group" in {keyword.arg for keyword in call.keywords}, f"line {call.lineno}"
+
+
 def test_every_function_has_its_module_in_a_file_of_the_same_name():
     files = {package: {path.stem for path in (ROOT / package).glob("[!_]*.py")} for package in ("functional", "losses")}
     assert files["losses"] - {"base"} == files["functional"] - {"checks", "formulas"}

@@ -175,7 +175,7 @@ class NTXentLoss(nn.Module):
             return typed_as(self._over_bank(out0, out1, bank.to(out0.device)), out0)
         ranks = _ranks(self.gather_distributed, "NTXentLoss", out0=out0, out1=out1)
         if ranks is None:
-            return typed_as(nt_xent(out0, out1, self.temperature), out0)
+            return typed_as(nt_xent(out0, out1, self.temperature, group="self"), out0)
         negative, positive, _ = _negatives_and_positives(out0, out1, self.temperature, ranks)
         return typed_as(pair_loss(negative, positive).mean(), out0)
 

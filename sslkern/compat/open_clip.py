@@ -136,7 +136,7 @@ class ClipLoss(nn.Module):
 
     def _fused(self, image: Tensor, text: Tensor, logit_scale: Scale) -> Tensor:
         if self.world_size == 1:
-            return clip(image, text, logit_scale, normalize=False)
+            return clip(image, text, logit_scale, normalize=False, group="self")
         _check_place(self.rank, self.world_size)
         if not self.local_loss:
             if not self.gather_with_grad:  # only these rows have one, which is not summed over the losses of all ranks
@@ -313,7 +313,8 @@ class SigLipLoss(nn.Module):
             return -F.logsigmoid(labels * logits).sum() / image.shape[0]
         bias = 0.0 if logit_bias is None else logit_bias
         if image.shape == text.shape and not negative_only and image.shape[0]:
-            return typed_as(siglip(image, text, logit_scale, bias, normalize=False), image_features)
+            loss = siglip(image, text, logit_scale, bias, normalize=False, group="self")
+            return typed_as(loss, image_features)
         image, text = promoted(image, text)
         scale, bias = scalar("logit_scale", logit_scale, image), scalar("logit_bias", bias, image)
         if negative_only:

@@ -93,7 +93,7 @@ def _ranking(loss: Any, columns: Sequence[Tensor]) -> Tensor | None:
     options |= dict(normalize=_normalizes(loss.similarity_fct), logit_scale=loss.scale, negatives=columns[2:] or None)
     if loss.gather_across_devices:
         return mnrl(*columns[:2], group="world", grad_reduce="sum", reduction="none", **options).mean()
-    return mnrl(*columns[:2], **options)
+    return mnrl(*columns[:2], group="self", **options)
 
 
 def _unfit(loss: Any, columns: Sequence[Tensor]) -> str | None:

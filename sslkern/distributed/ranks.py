@@ -68,8 +68,8 @@ def ranks_of(
 
 
 def check_group(group: object) -> None:
-    """group: None, "world", a process group that holds this process, or a one-dimensional device mesh."""
-    if group is None or isinstance(group, Ranks) or isinstance(group, str) and group == "world":
+    """group: None, "world", "self", a process group that holds this process, or a one-dimensional device mesh."""
+    if group is None or isinstance(group, Ranks) or isinstance(group, str) and group in ("world", "self"):
         return
     if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group does not hold this process; call the loss on its members only")
@@ -78,7 +78,8 @@ def check_group(group: object) -> None:
             raise ValueError(f"group must be a device mesh of one dimension, not {group.ndim}; pass mesh['name']")
     elif not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         given = repr(group) if isinstance(group, str) else describe(group)
-        raise TypeError(f"group must be None, 'world', a process group or a device mesh of one dimension, not {given}")
+        wanted = "None, 'world', 'self', a process group or a device mesh of one dimension"
+        raise TypeError(f"group must be {wanted}, not {given}")
 
 
 def group_object(group: Any) -> dist.ProcessGroup:
@@ -90,7 +91,7 @@ def group_object(group: Any) -> dist.ProcessGroup:
 def _place(group: Group) -> tuple[str, int, int]:
     """Name, size and own rank; a constant in compiled code."""
     check_group(group)
-    if isinstance(group, str) and not (dist.is_available() and dist.is_initialized()):
+    if isinstance(group, str) and (group == "self" or not (dist.is_available() and dist.is_initialized())):
         return "", 1, 0
     group = group_object(group)
     return group.group_name, group.size(), group.rank()
@@ -116,13 +117,11 @@ def alone() -> None:
         return
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("sslkern", "torch"):
-        if frame.f_globals["__name__"].startswith("sslkern.compat."):
-            return  # another package's loss, which means it so
         frame, level = frame.f_back, level + 1  # to whoever called the loss, or made a module of it
     _warned = True
     warnings.warn(
         "group=None is the loss of this process's rows alone, and its process is one of"
-        f" {dist.get_world_size()}; pass group='world' for the loss of the rows of all, or filter this warning",
+        f" {dist.get_world_size()}; pass group='world' for the loss of the rows of all, or group='self' if it is meant",
         stacklevel=level,
     )
 

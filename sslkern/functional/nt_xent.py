@@ -54,8 +54,9 @@ def nt_xent(
         reduction: "mean" or "sum" over the 2N rows, or "none".
         stats: also return the share of rows whose positive beats every negative; a tie, up to rounding, is no win, so
             that a collapsed encoder has a share of 0.
-        group: the processes that share a batch, each with its own rows: None (this one), "world", a process group or a
-            device mesh of one dimension. The loss is that of all their rows, the same on each; ids are global.
+        group: the processes that share a batch, each with its own rows: None or "self" (this one), "world", a process
+            group or a device mesh of one dimension. The loss is that of all their rows, the same on each; ids are
+            global.
         strategy: how keys come from other processes: "all_gather", all at once; "ring", one process's at a time, in
             memory for two; "auto".
         grad_reduce: "mean" where gradients of the encoder are averaged over the group (DDP, FSDP), "sum" where they are

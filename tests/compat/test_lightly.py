@@ -144,6 +144,12 @@ def test_temperatures_near_zero_are_refused(package):
     package.NTXentLoss(1e-8)
 
 
+@pytest.mark.parametrize("name, args", [("NTXentLoss", ()), ("NTXentLoss", ((8, 4),)), ("DCLLoss", ())])
+def test_temperatures_may_be_negative(name, args):
+    batches = [drawn(0, torch.float64, (6, 4), (6, 4))]
+    same(*(stepped(loss, batches)[:3] for loss in both(name, -0.3, *args)))
+
+
 @pytest.mark.parametrize("name", ["NTXentLoss", "DCLLoss", "DCLWLoss"])
 def test_torch_without_distributed_is_refused(name, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)

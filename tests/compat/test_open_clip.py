@@ -10,7 +10,7 @@ from torch import nn
 from sslkern.compat import open_clip as ours
 
 from ..distributed.pool import preload
-from . import peer
+from . import pages, peer
 from .agreement import drawn, errs_no_more, random_configurations, same, stepped, trained
 from .ranks import as_world, three  # noqa: F401
 
@@ -386,13 +386,29 @@ def arguments(**changed):
     )
 
 
+@pytest.fixture
+def factory(monkeypatch):
+    """open_clip.factory, as it is again after the test."""
+    module = peer("open_clip.factory")
+    for name in (*CLIP, "SigLipLoss"):
+        monkeypatch.setattr(module, name, getattr(theirs, name))
+    return module
+
+
+def test_the_recipe_for_create_loss_puts_all_losses_in_place(factory):
+    weights = dict(coca_caption_loss_weight=2.0, coca_contrastive_loss_weight=1.0)
+    asked = dict(distill=True), dict(siglip=True), dict(model="coca_ViT-B-32", **weights), {}
+    pages.run("migrate_open_clip.md", "From open_clip")
+    made = [type(factory.create_loss(arguments(**each))) for each in asked]
+    assert made == [ours.DistillClipLoss, ours.SigLipLoss, ours.CoCaLoss, ours.ClipLoss]
+
+
 @pytest.mark.parametrize("siglip", [False, True])
-def test_trains_the_same_by_create_loss(siglip, monkeypatch):
-    """The recipe of docs/migrate_open_clip.md, for training scripts that ask the factory."""
-    factory, found = peer("open_clip.factory"), []
+def test_trains_the_same_by_create_loss(siglip, factory):
+    found = []
     for package in (theirs, ours):
-        for name in (*CLIP, "SigLipLoss"):
-            monkeypatch.setattr(factory, name, getattr(package, name))
+        if package is ours:
+            pages.run("migrate_open_clip.md", "From open_clip")
         torch.manual_seed(0)
         model, loss = Towers().double(), factory.create_loss(arguments(siglip=siglip))
         assert type(loss) is getattr(package, "SigLipLoss" if siglip else "ClipLoss")

@@ -57,6 +57,10 @@ def alone(group):
             warnings.simplefilter("always")
             loss = [call(*z) for _ in range(2)][0]
         said += [w.filename for w in caught if "group=None is the loss of this process's rows alone" in str(w.message)]
+    module._warned = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(nt_xent(*z, group="self"), loss) and torch.equal(sslkern.NTXentLoss(group="self")(*z), loss)
     other = dist.GroupMember.NON_GROUP_MEMBER
     with pytest.raises(ValueError, match="group does not hold this process"):
         nt_xent(*z, 0.1, group=other)
@@ -134,7 +138,7 @@ def test_several_groups_at_once(pool):
 @pytest.mark.parametrize(
     "group, said",
     [
-        ("all", "group must be None, 'world', a process group or a device mesh of one dimension, not 'all'"),
+        ("all", "group must be None, 'world', 'self', a process group or a device mesh of one dimension, not 'all'"),
         (3, "group must be None, .*, not a int"),
         (types.SimpleNamespace(ndim=2, get_group=None), "device mesh of one dimension, not 2; pass mesh"),
     ],
