@@ -18,7 +18,7 @@ from ..common.sums import mean, pair_loss, softplus, times, total
 from ..distributed import ranks_of, row_ids, similarity_lse, similarity_softplus
 from ..functional import clip, siglip
 from ..functional.checks import check_pair, promoted, scalar
-from ._dense import warn_once
+from ._dense import few, warn_once
 from ._types import typed_as
 
 Losses = Tensor | dict[str, Tensor]
@@ -113,8 +113,12 @@ class ClipLoss(nn.Module):
             warn_once(self, why)
             return self._of_logits(*self.get_logits(image, text, logit_scale, logit_bias))
         # The mean over nothing is NaN.
-        few = self.world_size == 1 and image.shape[0] <= FEW_ROWS and _few(image, text.numel(), FEW_PRODUCTS)
-        if few or image.shape[0] == 0:
+        small = (
+            self.world_size == 1
+            and image.shape[0] <= FEW_ROWS
+            and few(image, image.shape[0] * text.numel(), FEW_PRODUCTS)
+        )
+        if small or image.shape[0] == 0:
             loss = self._of_logits(*self.get_logits(image, text, logit_scale))
         else:
             if self.cache_labels:
@@ -307,7 +311,7 @@ class SigLipLoss(nn.Module):
         why = _why_dense(self, SigLipLoss, logit_scale, logit_bias)
         if why:
             warn_once(self, why)
-        if why or image.shape == text.shape and _few(image, text.shape[0], FEW_PAIRS):
+        if why or image.shape == text.shape and few(image, image.shape[0] * text.shape[0], FEW_PAIRS):
             logits = self.get_logits(image, text, logit_scale, logit_bias)
             labels = self.get_ground_truth(image.device, image.dtype, image.shape[0], negative_only)
             return -F.logsigmoid(labels * logits).sum() / image.shape[0]
@@ -399,10 +403,6 @@ def _why_dense(loss: nn.Module, base: type, logit_scale: Scale, logit_bias: Scal
         if isinstance(value, Tensor) and value.numel() != 1:
             return f"{name} has {value.numel()} elements; pass one"
     return None
-
-
-def _few(image: Tensor, of_each_row: int, most: int) -> bool:
-    return image.device.type == "cpu" and image.shape[0] * of_each_row <= most and not torch.compiler.is_compiling()
 
 
 def _check_place(rank: int, world_size: int) -> None:
