@@ -48,6 +48,10 @@ def positive(what: str = "") -> dict[str, Any]:
     return {"ok": lambda x: 0 < x < math.inf, "wrong": f"must be more than 0{what}"}
 
 
+def below_one() -> dict[str, Any]:
+    return {"ok": lambda x: 0 <= x < 1, "wrong": "must be from 0 to below 1"}
+
+
 def divides(temperature: float) -> Any:
     """The option of a temperature, as most methods have it, each with a default of its own."""
     about = "Divides the similarities. Lower: the hardest negatives count for more."

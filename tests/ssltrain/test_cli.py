@@ -417,6 +417,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_at_the_same_bits(tmp_path)
         (["moco", "--queue", "0"], "--queue"),
         (["moco", "--shuffle-bn", "3"], "--shuffle-bn 3: does not cut a --batch-size of 256 into equal parts"),
         (["moco", "--shuffle-bn", "8", "--version", "3"], "--shuffle-bn 8: is for versions 1 and 2"),
+        (["moco", "--symmetric", "--version", "3"], "--symmetric: is for versions 1 and 2"),
         (["cpc"], "--data is needed"),
         (["cpc", "--data", "/no/such/folder"], "/no/such/folder"),
         (["simclr", "--config", "/no/such/file.yaml"], "--config /no/such/file.yaml"),

@@ -34,6 +34,7 @@ METHODS = {
     "simclr without head": SimCLRConfig(**COMMON, head="none"),
     "moco": MoCoConfig(**COMMON, queue=256),
     "moco v3": MoCoConfig(**COMMON, version=3),
+    "moco symmetric": MoCoConfig(**COMMON, queue=256, symmetric=True),
     "moco shuffled": MoCoConfig(**COMMON, queue=256, shuffle_bn=8),
     "instdisc": InstDiscConfig(**COMMON, negatives=64),
     "instdisc nce": InstDiscConfig(**COMMON, negatives=64, form="nce", temperature=0.5),
@@ -167,6 +168,18 @@ def test_keys_are_normalised_beside_other_images_than_their_queries(images, tmp_
     assert len({state.losses[0] for state in (shuffled, straight, whole)}) == 3
 
 
+def test_symmetric_moco_asks_with_either_view_for_the_other(images):
+    method = build(images, METHODS["moco symmetric"])
+    views, queue = method.views(images.train[:64]), method.criterion.memory.queue.clone().t()
+    queries, keys = method.queries(views).chunk(2), method.keys(views).chunk(2)
+    ways = [sslkern.functional.moco(q, k, queue, 0.1, stats=True) for q, k in zip(queries, keys[::-1], strict=True)]
+    loss, stats = method.loss(views)
+    torch.testing.assert_close(loss, sum(way[0] for way in ways) / 2)
+    torch.testing.assert_close(stats["top1"], sum(way[1] for way in ways) / 2)
+    kept = torch.nn.functional.normalize(torch.stack(keys[::-1], 1).flatten(0, 1), dim=1)
+    torch.testing.assert_close(method.criterion.memory.queue[:, :128].t(), kept)
+
+
 def test_an_interrupt_leaves_the_signal_handler_as_it_was(images, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(loop.Interrupted):
@@ -263,7 +276,15 @@ def test_the_stopwatch_sees_forward_and_backward_of_its_module_only():
         assert stopwatch.read() == 0
 
 
-PASSES = [("simclr", 2), ("moco", 2), ("moco v3", 4), ("moco shuffled", 2), ("instdisc", 1), ("cmc", 1)]
+PASSES = [
+    ("simclr", 2),
+    ("moco", 2),
+    ("moco v3", 4),
+    ("moco symmetric", 4),
+    ("moco shuffled", 2),
+    ("instdisc", 1),
+    ("cmc", 1),
+]
 
 
 @pytest.mark.parametrize("name, passes", PASSES)

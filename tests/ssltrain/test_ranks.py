@@ -36,6 +36,7 @@ METHODS = {
     "simclr v2": SimCLRConfig(**COMMON, **IMAGES, version=2),
     "moco": MoCoConfig(**COMMON, **IMAGES, queue=128),
     "moco v3": MoCoConfig(**COMMON, **IMAGES, version=3),
+    "moco symmetric": MoCoConfig(**COMMON, **IMAGES, queue=128, symmetric=True),
     "moco shuffled": MoCoConfig(**COMMON | dict(epochs=5, batch_size=40), **IMAGES, queue=128, shuffle_bn=4),
     "instdisc": InstDiscConfig(**COMMON, **IMAGES, negatives=64),
     "instdisc nce": InstDiscConfig(**COMMON, **IMAGES, negatives=64, form="nce", temperature=0.5),
@@ -107,7 +108,8 @@ def test_as_many_processes_as_one_likes_train_the_same(worlds, tmp_path, name, s
     options, whole = METHODS[name], of_one_process(name)
     assert len(whole[0]) == 30 and whole[0][-1] != whole[0][0]
     if "criterion.memory.queue_ptr" in whole[2]:  # all in the queue are keys of this run, and compared below
-        assert whole[2]["criterion.memory.queue_ptr"] == 30 * options.batch_size % options.queue
+        keys = options.batch_size * (2 if options.symmetric else 1)
+        assert whole[2]["criterion.memory.queue_ptr"] == 30 * keys % options.queue
     folders = [tmp_path / str(rank) for rank in range(size)]
     runs = worlds[size].run(train, options, folders, ranks=size)
     assert all(difference(whole, run) < 1e-9 for run in runs)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import sslkern
 from ssltrain import draws, encoders
-from ssltrain.config import ImageConfig, at_least, divides, one_of, option
+from ssltrain.config import ImageConfig, at_least, below_one, divides, one_of, option
 from ssltrain.images import Images
 from ssltrain.methods._method import Method
 from ssltrain.methods.simclr import head
@@ -56,9 +56,7 @@ class InstDiscConfig(ImageConfig):
         "softmax: over the own vector and those drawn. nce: with a constant Z; give it a --temperature of 0.2 or more.",
         **one_of("softmax", "nce"),
     )
-    momentum: float = option(
-        0.5, "How much of an image's vector stays when it is seen.", lambda x: 0 <= x < 1, "must be from 0 to below 1"
-    )
+    momentum: float = option(0.5, "How much of an image's vector stays when it is seen.", **below_one())
 
     def build(self, data: Images) -> InstDisc:
         encoder = encoders.build(self.encoder, data.train, self.width)

@@ -8,9 +8,10 @@ depend on the batch:
     loss_i = -log( exp(q_i . k_i / T) / (exp(q_i . k_i / T) + sum over queue of exp(q_i . k / T)) )        (equation 1)
     key encoder <- momentum * key encoder + (1 - momentum) * query encoder                                (equation 2)
 
-Version 3 has no queue: the keys of the batch are the negatives, in both directions, and a predictor follows the query.
-With shuffled batch normalisation (section 3.3 of the first) a batch is normalised in parts, and for keys it is drawn
-who is in which: a query and its key do not have the statistics of the same images, by which they could find each other.
+Symmetric, as in the notebook of its authors, either view is a query, which the key of the other answers. Version 3 is,
+and has no queue: the keys of the batch are the negatives, and a predictor follows the query. With shuffled batch
+normalisation (section 3.3 of the first) a batch is normalised in parts, and for keys it is drawn who is in which: a
+query and its key do not have the statistics of the same images, by which they could find each other.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 import sslkern
 from ssltrain import UsageError, encoders
-from ssltrain.config import ImageConfig, at_least, divides, one_of, option
+from ssltrain.config import ImageConfig, at_least, below_one, divides, one_of, option
 from ssltrain.draws import of_batch
 from ssltrain.images import Images
 from ssltrain.methods._method import Method
@@ -48,11 +49,10 @@ class MoCoConfig(ImageConfig):
 
     temperature: float = divides(0.1)
     version: int = option(
-        2, "1: a linear head. 2: a head of two layers. 3: no queue, a predictor, both directions.", **one_of(1, 2, 3)
+        2, "1: a linear head. 2: a head of two layers. 3: no queue, a predictor, symmetric.", **one_of(1, 2, 3)
     )
-    momentum: float = option(
-        0.99, "How much of the key encoder stays at each step.", lambda x: 0 <= x < 1, "must be from 0 to below 1"
-    )
+    momentum: float = option(0.99, "How much of the key encoder stays at each step.", **below_one())
+    symmetric: bool = option(False, "Either view is a query: twice the passes (versions 1 and 2).")
     queue: int = option(4096, "Keys of earlier batches that serve as negatives (versions 1 and 2).", **at_least(1))
     shuffle_bn: int | None = option(
         None,
@@ -62,8 +62,9 @@ class MoCoConfig(ImageConfig):
 
     def check(self) -> MoCoConfig:
         checked, parts, batch = super().check(), self.shuffle_bn, self.batch_size
-        if parts and self.version == 3:
-            raise UsageError(f"--shuffle-bn {parts}: is for versions 1 and 2; leave it out.")
+        for given, name in ((parts, f"--shuffle-bn {parts}"), (self.symmetric, "--symmetric")):
+            if given and self.version == 3:
+                raise UsageError(f"{name}: is for versions 1 and 2; leave it out.")
         if parts and (batch % parts or batch < 2 * parts):
             wrong = f"does not cut a --batch-size of {batch} into equal parts of two samples or more"
             raise UsageError(f"--shuffle-bn {parts}: {wrong}; choose a number that does.")
@@ -71,7 +72,7 @@ class MoCoConfig(ImageConfig):
 
     def build(self, data: Images) -> MoCo:
         encoder, views = encoders.build(self.encoder, data.train, self.width), self.augment(data)
-        options = self.version, self.momentum, self.queue, self.shuffle_bn, self.shuffle_positives
+        options = self.version, self.momentum, self.symmetric, self.queue, self.shuffle_bn, self.shuffle_positives
         return MoCo(encoder, views, self.dim, self.temperature, *options)
 
 
@@ -99,13 +100,14 @@ class MoCo(Method):
         temperature: float = 0.1,
         version: int = 2,
         momentum: float = 0.99,
+        symmetric: bool = False,
         queue: int = 4096,
         shuffle_bn: int | None = None,
         shuffle_positives: bool = False,
     ):
         super().__init__()
         self.encoder, self.augment, self.shuffled = encoder, augment, shuffle_positives
-        self.momentum, self.parts = momentum, shuffle_bn
+        self.momentum, self.symmetric, self.parts = momentum, symmetric or version == 3, shuffle_bn
         self.head = head(encoder.features, dim, layers=version)
         self.key = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
         self.predictor = head(dim, dim, layers=2) if version == 3 else None
@@ -120,21 +122,19 @@ class MoCo(Method):
         return two_views(self.augment, images, self.shuffled)
 
     def loss(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean over the B queries (version 3: of the 2B), and `top1`: how many find their key first."""
+        """The mean over the B queries (symmetric and version 3: 2B), and `top1`: how many find their key first."""
         self._follow()
-        if self.predictor is None:
-            first, second = views.chunk(2)
-            query = self.queries(first)
-            with torch.no_grad():
-                key = sslkern.distributed.shuffled(self.keys, second, of_batch()) if self.parts else self.keys(second)
-            with torch.autocast(views.device.type, enabled=False):  # the engine chooses its own precision
-                loss, top1 = self.criterion(query, key)
-            return loss, {"top1": top1}
-        queries = self.queries(views).chunk(2)
+        first, second = (views, views) if self.symmetric else views.chunk(2)
+        query = self.queries(first)
         with torch.no_grad():
-            keys = self.keys(views).chunk(2)
-        with torch.autocast(views.device.type, enabled=False):
-            return self.criterion(*queries, *keys), {}
+            key = sslkern.distributed.shuffled(self.keys, second, of_batch()) if self.parts else self.keys(second)
+        with torch.autocast(views.device.type, enabled=False):  # the engine chooses its own precision
+            if self.predictor is not None:
+                return self.criterion(*query.chunk(2), *key.chunk(2)), {}
+            if self.symmetric:  # sample by sample, as the queue has them for any number of processes
+                query, key = (torch.stack(x, 1).flatten(0, 1) for x in (query.chunk(2), key.chunk(2)[::-1]))
+            loss, top1 = self.criterion(query, key)
+        return loss, {"top1": top1}
 
     def queries(self, views: Tensor) -> Tensor:
         query = self.head(self.encoder(views))
