@@ -1,6 +1,9 @@
 """The packages that sslkern.compat stands in for, in the versions whose numbers it gives."""
 
+import hashlib
 import importlib.metadata
+import importlib.util
+from pathlib import Path
 
 import pytest
 
@@ -15,13 +18,40 @@ PINNED = {
 }
 
 
+# Modules of a checkout, found by PYTHONPATH: where from, and the beginning of the SHA-256 of their text without blanks.
+CHECKED_OUT = {
+    "losses": ("HobbitLong/SupContrast", "720cac0cbe927f82"),
+    "moco.builder": ("facebookresearch/moco", "de495ac39fa549af"),
+}
+
+
 def peer(module: str):
     """A module of one of these packages; skips the tests of a file where it is missing, or another version of it."""
-    distribution, version = PINNED[module.partition(".")[0]]
+    if module in CHECKED_OUT:
+        reason = _why_not_checked_out(module)
+    else:
+        reason = _why_not_installed(*PINNED[module.partition(".")[0]])
+    if reason:
+        pytest.skip(reason, allow_module_level=True)
+    return imported(module)
+
+
+def _why_not_installed(distribution: str, version: str) -> str | None:
     try:
         found = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"{distribution} {version} is not installed", allow_module_level=True)
-    if found != version:
-        pytest.skip(f"of {distribution} {version} is wanted, not {found}", allow_module_level=True)
-    return imported(module)
+        return f"{distribution} {version} is not installed"
+    return None if found == version else f"of {distribution} {version} is wanted, not {found}"
+
+
+def _why_not_checked_out(module: str) -> str | None:
+    repository, digest = CHECKED_OUT[module]
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        return f"no checkout of {repository} is on PYTHONPATH"
+    text = "".join(Path(spec.origin).read_text().split())
+    found = hashlib.sha256(text.encode()).hexdigest()
+    return None if found.startswith(digest) else f"{spec.origin} is not that of {repository} at its last version"
