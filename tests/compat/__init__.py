@@ -1,4 +1,4 @@
-"""The packages that sslkern.compat stands in for, in the versions whose numbers it gives."""
+"""The packages that sslkern.compat and docs/recipes.md are for, in the versions whose numbers they give."""
 
 import hashlib
 import importlib.metadata
@@ -14,7 +14,9 @@ PINNED = {
     "lightly": ("lightly", "1.6.0"),
     "open_clip": ("open-clip-torch", "3.3.0"),
     "pytorch_metric_learning": ("pytorch-metric-learning", "2.9.0"),
+    "pytorch_lightning": ("pytorch-lightning", "2.6.6"),
     "sentence_transformers": ("sentence-transformers", "6.2.0"),
+    "transformers": ("transformers", "5.24.0"),
 }
 
 
