@@ -13,6 +13,7 @@ import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.autocast import autocast_active
 from ..common.rows import dots
 from ..common.sums import mean, pair_loss, softplus, times, total
 from ..distributed import ranks_of, row_ids, similarity_lse, similarity_softplus
@@ -240,7 +241,8 @@ class SigLipLoss(nn.Module):
         rank, world_size: the place of this process; 1 for this process alone. The loss of a rank is that of its images
             with the texts of all, and gradients of texts are the sum over the losses of all ranks.
         dist_impl: "bidir" (the default) and "shift": texts go round; "gather" and "reduce": all come at once.
-        chunk_size: of later versions; not used, as no logits are stored.
+        chunk_size: of later versions, which store the logits of so many rows at a time: if not 0, none are stored of
+            small batches either (but inside autocast), and as there the loss of 16-bit features is in fp32.
 
     Example:
         >>> from sslkern.compat.open_clip import SigLipLoss
@@ -311,14 +313,15 @@ class SigLipLoss(nn.Module):
         why = _why_dense(self, SigLipLoss, logit_scale, logit_bias)
         if why:
             warn_once(self, why)
-        if why or image.shape == text.shape and few(image, image.shape[0] * text.shape[0], FEW_PAIRS):
+        # Inside autocast, where products are in 16 bits, theirs are near to each other with a chunk_size and without.
+        stored = not self.chunk_size or autocast_active(image.device.type)
+        if why or stored and image.shape == text.shape and few(image, image.shape[0] * text.shape[0], FEW_PAIRS):
             logits = self.get_logits(image, text, logit_scale, logit_bias)
             labels = self.get_ground_truth(image.device, image.dtype, image.shape[0], negative_only)
             return -F.logsigmoid(labels * logits).sum() / image.shape[0]
         bias = 0.0 if logit_bias is None else logit_bias
         if image.shape == text.shape and not negative_only and image.shape[0]:
-            loss = siglip(image, text, logit_scale, bias, normalize=False, group="self")
-            return typed_as(loss, image_features)
+            return self._typed(siglip(image, text, logit_scale, bias, normalize=False, group="self"), image_features)
         image, text = promoted(image, text)
         scale, bias = scalar("logit_scale", logit_scale, image), scalar("logit_bias", bias, image)
         if negative_only:
@@ -328,7 +331,10 @@ class SigLipLoss(nn.Module):
             loss = similarity_softplus(image, text, scale, bias, q_ids=ids[: len(image)], k_ids=ids[: len(text)])
             both = min(len(image), len(text))
             loss = loss + total(softplus(-(times(dots(image[:both], text[:both]), scale) + bias)))
-        return typed_as(loss / len(image), image_features)
+        return self._typed(loss / len(image), image_features)
+
+    def _typed(self, loss: Tensor, features: Tensor) -> Tensor:
+        return loss if self.chunk_size else typed_as(loss, features)
 
     def _over_ranks(self, image: Tensor, text: Tensor, logit_scale: Scale, logit_bias: Scale | None) -> Tensor:
         _check_place(self.rank, self.world_size)
@@ -349,7 +355,7 @@ class SigLipLoss(nn.Module):
         ids = row_ids(images.shape[0], images.device, ranks)
         positives = total(softplus(-(times(dots(images, texts), scale) + bias)))
         negatives = similarity_softplus(images, texts, scale, bias, q_ids=ids, k_ids=ids, ranks=ranks)
-        return typed_as((positives + negatives) / images.shape[0], image)
+        return self._typed((positives + negatives) / images.shape[0], image)
 
 
 _STRATEGIES = {"bidir": "ring", "shift": "ring", "reduce": "all_gather", "gather": "all_gather"}

@@ -250,6 +250,18 @@ def test_small_batches_are_computed_as_they_do(name, learned):
     assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 
 
+def test_siglip_with_a_chunk_size_stores_no_logits_of_small_batches():
+    """And as in later versions its loss of 16 bits is in fp32, where 3.3.0's overflows."""
+    saved, batch = [], [*pairs(0, 64, 4), *scalars()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        loss = ours.SigLipLoss(chunk_size=16)(*batch)
+    assert max(saved) < 64 * 64
+    same([loss.detach()], [theirs.SigLipLoss()(*batch).detach()])
+    alike = [torch.zeros(256, 4, dtype=torch.float16)] * 2 + [1.0, torch.tensor(10.0)]
+    loss = ours.SigLipLoss(chunk_size=16)(*alike)
+    assert loss.dtype == torch.float32 and loss.isfinite() and theirs.SigLipLoss()(*alike).isinf()
+
+
 # ---- the dense path --------------------------------------------------------------------------------------------------
 
 
