@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..common.arguments import FLOATS
 from ..common.autocast import autocast_active
-from ..common.rows import dots, unit
+from ..common.rows import unit
 from ..common.sums import softplus
 from ..common.tensors import wide
 from ..ops import logsumexp, sampled_similarity, similarity_lse
-from ._dense import warn_once
+from ._dense import few, warn_once
 
 try:
     from pytorch_metric_learning import losses as peer
@@ -33,7 +33,9 @@ except ImportError as error:
     ) from error
 
 
-SMALL = 2**10  # similarities up to which the package's own code is the quicker one
+# Similarities of a CPU up to which storing them is quicker, forward and backward; four times as many where their pairs
+# are named one by one, which the fused losses would have to look through.
+SMALL = 2**14
 
 
 def __getattr__(name: str) -> Any:
@@ -53,6 +55,10 @@ class AllPairs(NamedTuple):
     own: Tensor | None
 
 
+def _is_all(indices_tuple: Any) -> bool:
+    return indices_tuple is None or isinstance(indices_tuple, AllPairs)
+
+
 class _Pairs(NamedTuple):
     """What the fused losses are made of: the scores of each row with its positives, and all of its negatives as one."""
 
@@ -69,8 +75,6 @@ def _pairs(
 ) -> _Pairs | str:
     """The pairs of a batch, or why the package's own code has to find them; "" where it has no positives or no
     negatives, and its loss is 0."""
-    if indices_tuple is not None and not isinstance(indices_tuple, AllPairs):
-        return "indices_tuple, or a miner, names the pairs one by one; leave it out where all pairs count"
     distance = loss.distance
     if type(distance) not in (CosineSimilarity, DotProductSimilarity) or distance.p != 2 or distance.power != 1:
         return f"{type(distance).__name__} is no dot product; take CosineSimilarity or DotProductSimilarity"
@@ -87,29 +91,35 @@ def _pairs(
     elif ref_emb.dtype != dtype:
         return "ref_emb is of another type than embeddings; convert it"
 
-    itself = ref_emb is embeddings
-    if isinstance(indices_tuple, AllPairs):
-        own = indices_tuple.own
-    else:  # the package takes one tensor for both labels as a sign that rows are the same
-        own = torch.arange(len(labels), device=labels.device) if ref_labels is labels else None
     ids, key_ids = _ids(labels, ref_labels)
-    index, positive, others = _positives(ids, key_ids, own)
+    listed = None
+    if not _is_all(indices_tuple):
+        listed = _positives_beside_all_negatives(indices_tuple, ids, key_ids)
+        if listed is None:
+            return "indices_tuple, or a miner, names pairs one by one, and not all negatives; leave it out if all count"
+    index, same, others = _of_one_label(ids, key_ids)
+    if listed is not None:
+        positive = same & listed.gather(1, index)
+    else:
+        if indices_tuple is not None:
+            own = indices_tuple.own
+        else:  # the package takes one tensor for both labels as a sign that rows are the same
+            own = torch.arange(len(labels), device=labels.device) if ref_labels is labels else None
+        positive = same if own is None else same & (index != own.unsqueeze(1))
     positives, negatives = torch.stack((positive.sum(), others)).tolist()
     if positives == 0 or negatives == 0 or max(positives, negatives) == 1:
         return ""
 
     scale = 1 / loss.temperature
     q = k = _rows(embeddings, distance).to(dtype)
-    if itself:
+    if ref_emb is embeddings:
         negative, best = similarity_lse(q, None, scale, q_ids=ids, best=True)
     else:
         k = _rows(ref_emb, distance).to(dtype)
         negative, best = similarity_lse(q, k, scale, q_ids=ids, k_ids=key_ids, best=True)
     scores = sampled_similarity(q, k, index) * scale
     with torch.no_grad():
-        best = torch.maximum(best, scores.masked_fill(~positive, -math.inf).amax(1))
-        if own is not None:
-            best = torch.maximum(best, dots(q, k[own]) * scale)
+        best = torch.maximum(best, scores.masked_fill(~same, -math.inf).amax(1))
     return _Pairs(scores, positive, index, negative, best, dtype)
 
 
@@ -125,18 +135,33 @@ def _ids(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
     return ids[: len(labels)], ids[len(labels) :]
 
 
-def _positives(ids: Tensor, key_ids: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the others of its label, in their order: index [N, K], which of those count, bool [N, K], and how
-    many pairs of different labels there are, 0-d."""
+def _of_one_label(ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row those of its label, in their order: index [N, K], which of these count, bool [N, K], and how many
+    pairs of different labels there are, 0-d."""
     in_order, order = key_ids.sort(stable=True)
     first, end = torch.searchsorted(in_order, ids), torch.searchsorted(in_order, ids, right=True)
     count = end - first
     place = first.unsqueeze(1) + torch.arange(int(count.max()), device=ids.device)
-    positive = place < end.unsqueeze(1)
-    index = order[place.clamp_max(len(order) - 1)]
-    if own is not None:
-        positive &= index != own.unsqueeze(1)
-    return index, positive, len(ids) * len(key_ids) - count.sum()
+    return order[place.clamp_max(len(order) - 1)], place < end.unsqueeze(1), len(ids) * len(key_ids) - count.sum()
+
+
+def _positives_beside_all_negatives(indices_tuple: Any, ids: Tensor, key_ids: Tensor) -> Tensor | None:
+    """The positives of pairs that are named one by one, bool [N, M]. None unless they are of one label, in order and
+    each once, and the negatives are all pairs of different labels: the package's own wrappers name such pairs."""
+    if len(indices_tuple) != 4 or any(x.dtype != torch.int64 for x in indices_tuple):
+        return None
+    rows, positives, of_negatives, negatives = indices_tuple
+    seen = ids.unsqueeze(1) == key_ids
+    if len(negatives) != seen.numel() - int(seen.sum()):
+        return None
+    in_order = (rows * len(key_ids) + positives).diff() > 0
+    fit = seen[rows, positives].all() & in_order.all()
+    seen[of_negatives, negatives] = True  # no more than there are, so each of them once
+    if not fit & seen.all():
+        return None
+    listed = torch.zeros_like(seen)
+    listed[rows, positives] = True
+    return listed
 
 
 class _Fused(peer.BaseMetricLossFunction):
@@ -153,7 +178,8 @@ class _Fused(peer.BaseMetricLossFunction):
         ref_emb: Tensor,
         ref_labels: Tensor | None,
     ) -> dict[str, Any]:
-        if labels is not None and len(embeddings) * len(ref_emb) > SMALL:
+        most = SMALL if _is_all(indices_tuple) else 4 * SMALL
+        if labels is not None and not few(embeddings, len(embeddings) * len(ref_emb), most):
             pairs = _pairs(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
             if isinstance(pairs, _Pairs):
                 return {"loss": self._of_pairs(pairs)}
@@ -194,7 +220,7 @@ class NTXentLoss(_Fused, peer.NTXentLoss):
         anchors, positives, of_negatives, _ = indices_tuple
         if len(anchors) == 0 or len(of_negatives) == 0:
             return self.zero_losses()
-        if len(anchors) * len(of_negatives) <= 32 * SMALL:
+        if len(anchors) * len(of_negatives) <= 2 * SMALL:
             return super()._compute_loss(pos_pairs, neg_pairs, indices_tuple)
         scale = (1 if self.distance.is_inverted else -1) / self.temperature
         rows = 1 + torch.stack((anchors.max(), of_negatives.max())).max()

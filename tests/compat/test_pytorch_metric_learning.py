@@ -64,8 +64,12 @@ def equal(pair, x, *args, **options):
 
 
 def tuples(kind, labels, ref_labels):
-    """Pairs one by one, some of them more than once."""
+    """Pairs one by one: all of them, without one positive, or some, of which some more than once."""
     pairs = lmu.get_all_pairs_indices(labels, ref_labels)
+    if kind == "all":
+        return pairs
+    if kind == "all but one":
+        return pairs[0][1:], pairs[1][1:], *pairs[2:]
     if kind == "pairs":
         some = [torch.randint(max(1, len(x)), (9,)) if len(x) else x for x in pairs[::2]]
         return pairs[0][some[0]], pairs[1][some[0]], pairs[2][some[1]], pairs[3][some[1]]
@@ -83,7 +87,7 @@ def tuples(kind, labels, ref_labels):
     distance=st.sampled_from(sorted(DISTANCES)),
     reducer=st.sampled_from(REDUCERS),
     reference=st.sampled_from([None, "labels", "the same labels", "none"]),
-    given_pairs=st.sampled_from([None, None, "pairs", "triplets"]),
+    given_pairs=st.sampled_from([None, None, None, "all", "all but one", "pairs", "triplets"]),
     sizes=st.tuples(st.integers(1, 17), st.integers(1, 6), st.sampled_from([1, 2, 4, 100])),
     seed=st.integers(0, 10**6),
 )
@@ -301,19 +305,46 @@ def test_a_memory_that_is_set():
 def test_small_batches_are_left_to_the_package(name, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(ours, "similarity_lse", None)
-    equal(both(name), [torch.randn(32, 4)], torch.arange(32) % 5)
+    equal(both(name), [torch.randn(128, 4)], torch.arange(128) % 5)
+    x, labels = torch.randn(129, 4), torch.arange(129) % 5
+    equal(both(name), [x], labels, lmu.get_all_pairs_indices(labels))
     with pytest.raises(TypeError):
-        both(name)[0](torch.randn(33, 4), torch.arange(33) % 5)
+        both(name)[0](x, labels)
 
 
-def test_their_memory_around_our_loss():
-    """Its pairs are listed, and the number is the same."""
+def in_silence(function, *args, **options):
+    """Called where a warning, as of the dense path, is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return function(*args, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("N", [6, 1])
+def test_their_memory_around_our_loss(name, N):
+    """It names one by one all pairs of the batch and the memory, but those of rows with themselves: the usual case."""
     found = []
     for package in (ours, losses):
         torch.manual_seed(0)
-        loss = losses.CrossBatchMemory(package.NTXentLoss(), 4, 16)
-        found.append([loss(torch.randn(6, 4).double(), torch.arange(6) % 3) for _ in range(4)])
+        loss = losses.CrossBatchMemory(getattr(package, name)(), 4, 16)
+        found.append([in_silence(loss, torch.randn(N, 4).double(), torch.arange(N) % 3) for _ in range(4)])
     same(*found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_negatives_one_by_one_are_the_usual_case(name):
+    """Whatever the positives are, if they stand in order and once."""
+    labels, ref_labels = torch.randint(4, (2, 12), generator=torch.Generator().manual_seed(0))
+    x = [torch.randn(12, 4), torch.randn(12, 4)]
+    a, p, b, n = lmu.get_all_pairs_indices(labels, ref_labels)
+    twice = torch.arange(len(b)).clamp_min(1)  # the second negative, and never the first
+    for pairs in (a, p, b, n), (a[1:], p[1:], b, n), (a[::3], p[::3], b.flip(0), n.flip(0)):
+        in_silence(equal, both(name), x, labels, indices_tuple=pairs, ref_labels=ref_labels)
+    for pairs in (a, p, b[1:], n[1:]), (a, p, b[twice], n[twice]), (a.flip(0), p.flip(0), b, n), (a, p, a, n[: len(a)]):
+        if pairs[2] is a and name == "SupConLoss":
+            continue  # it refuses a pair that is of both kinds
+        with pytest.warns(UserWarning, match="one by one"):
+            equal(both(name), x, labels, indices_tuple=pairs, ref_labels=ref_labels)
 
 
 def test_what_a_memory_refuses():
