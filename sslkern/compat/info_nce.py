@@ -62,16 +62,17 @@ def info_nce(
 ) -> Tensor:
     """The loss of `InfoNCE`."""
     _check(query, positive_key, negative_keys, negative_mode)
-    given = query, positive_key, negative_keys, temperature, reduction
+    dense = _is_small(query, negative_keys)
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
         warn_once(info_nce, f"temperature has {temperature.numel()} elements; pass one")
-        return _dense(*given)
-    if _is_small(query, negative_keys):
-        return _dense(*given)
+        dense = True
+    if dense:
+        return _dense(query, positive_key, negative_keys, temperature, reduction)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(query.device)
     if negative_keys is None or negative_keys.ndim == 2:
-        loss = functional.info_nce(query, positive_key, negative_keys, temperature, reduction=reduction)
+        given = query, positive_key, negative_keys, temperature
+        loss = functional.info_nce(*given, reduction=reduction, group="self")
     else:
         loss = _over_own(query, positive_key, negative_keys, temperature, reduction)
     if autocast_active(query.device.type):

@@ -22,6 +22,10 @@ PINNED = {
 
 # Modules of a checkout, found by PYTHONPATH: where from, and the beginning of the SHA-256 of their text without blanks.
 CHECKED_OUT = {
+    "grad_cache.context_managers": ("luyug/GradCache", "e9da315cc31fbd5d"),
+    "grad_cache.functional": ("luyug/GradCache", "e9287548455fe020"),
+    "grad_cache.grad_cache": ("luyug/GradCache", "61bdc563bfe13229"),
+    "grad_cache.loss": ("luyug/GradCache", "14437106f5df8665"),
     "losses": ("HobbitLong/SupContrast", "720cac0cbe927f82"),
     "moco.builder": ("facebookresearch/moco", "de495ac39fa549af"),
 }

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from sslkern.compat import info_nce
+from sslkern.compat import grad_cache, info_nce
 
 from .agreement import drawn, same
 
@@ -32,3 +33,43 @@ def test_info_nce(kind, sizes, small, monkeypatch):
     for reduction, want in (("none", losses), ("sum", losses.sum()), ("mean", losses.mean())):
         got = info_nce.InfoNCE(0.2, reduction, kind)(*batch)
         same(results(got, batch), results(want, batch))
+
+
+# ---- grad_cache ------------------------------------------------------------------------------------------------------
+
+
+def contrasted(x, y, targets, reduction="mean"):
+    scores = torch.einsum("nd,md->nm", x, y).exp()
+    losses = (scores.sum(1) / scores[torch.arange(len(x)), targets]).log()
+    return {"mean": losses.mean, "sum": losses.sum, "none": losses.clone}[reduction]()
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("hard", [0, 2])
+def test_grad_cache_losses(hard, small, monkeypatch):
+    monkeypatch.setattr(grad_cache, "FEW_SCORES", 2**20 if small else -1)
+    loss, batch = grad_cache.SimpleContrastiveLoss(hard), drawn(0, torch.float64, (5, 4), (5 * (1 + hard), 4))
+    for reduction in ("mean", "sum", "none"):
+        want = contrasted(*batch, torch.arange(5) * (1 + hard), reduction)
+        same(results(loss(*batch, reduction=reduction), batch), results(want, batch))
+    targets = torch.tensor([4, 0, 0, 2, 1])
+    same(results(loss(*batch, targets), batch), results(contrasted(*batch, targets), batch))
+    some = targets.masked_fill(targets == 0, -100)
+    want = contrasted(batch[0][[0, 3, 4]], batch[1], targets[[0, 3, 4]])
+    same(results(loss(*batch, some), batch), results(want, batch))
+
+
+def test_grad_cache():
+    """A step over chunks has the gradient of the whole batch, in which what is dropped was drawn chunk by chunk."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(width, 4), nn.Dropout(0.4)).double() for width in (6, 5)]
+    parameters = [p for model in models for p in model.parameters()]
+    inputs = [x.detach() for x in drawn(0, torch.float64, (7, 6), (7, 5))]
+    torch.manual_seed(1)
+    chunks = [torch.cat([*map(model, x.split(size))]) for model, x, size in zip(models, inputs, (3, 4), strict=True)]
+    want = results(contrasted(*chunks, torch.arange(7)), parameters)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    loss = grad_cache.GradCache(models, [3, 4], grad_cache.SimpleContrastiveLoss())(*inputs)
+    same([loss, *(p.grad for p in parameters)], want)
+    assert torch.equal(torch.get_rng_state(), after)
