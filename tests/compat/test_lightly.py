@@ -372,6 +372,21 @@ def test_gather_distributed(three, name, options, learned, ranks):  # noqa: F811
             same(a, b)
 
 
+def own_rows(group):
+    batch = drawn(group.rank(), torch.float64, (4, 3), (4, 3))
+    with as_world(group):
+        return torch.autograd.grad(ours.NTXentLoss(gather_distributed=True)(*batch), batch)
+
+
+@pytest.mark.slow
+def test_what_ddp_makes_of_the_gradients_is_exact(three):  # noqa: F811
+    """Their mean over the ranks is that of the loss of all rows."""
+    rows = zip(*(drawn(rank, torch.float64, (4, 3), (4, 3)) for rank in range(2)), strict=True)
+    batch = [torch.cat(x).detach().requires_grad_() for x in rows]
+    exact = torch.autograd.grad(theirs.NTXentLoss()(*batch), batch)
+    same([torch.cat(x) / 2 for x in zip(*three.run(own_rows, ranks=2), strict=True)], list(exact))
+
+
 # ---- in lightly's own models -----------------------------------------------------------------------------------------
 
 

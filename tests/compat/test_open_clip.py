@@ -359,6 +359,34 @@ def test_over_ranks(three, name, options, ranks):  # noqa: F811
         same(a, b)
 
 
+def own_rows(group, options):
+    image, text = pairs(group.rank(), 4, 3)
+    with as_world(group):
+        loss = ours.ClipLoss(**options, rank=group.rank(), world_size=group.size())(image, text, 10.0)
+    return torch.autograd.grad(loss, (image, text))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    COMBINATIONS,
+    ids=["neither_is_a_share", "gather_with_grad_is_exact", "local_loss_is_of_queries", "both_are_exact"],
+)
+def test_what_ddp_makes_of_the_gradients(three, options):  # noqa: F811
+    """Their mean over W ranks is that of the loss of all rows, or 1 / W of it, or that of the queries alone."""
+    rows = zip(*(pairs(rank, 4, 3) for rank in range(2)), strict=True)
+    image, text = (torch.cat(x).detach().requires_grad_() for x in rows)
+    if options == dict(local_loss=True, gather_with_grad=False):
+        keys = text.detach(), image.detach()
+    else:
+        keys = text, image
+    scores, labels = (10 * image @ keys[0].t(), 10 * text @ keys[1].t()), torch.arange(8)
+    exact = torch.autograd.grad(sum(F.cross_entropy(x, labels) for x in scores) / 2, (image, text))
+    share = 1.0 if any(options.values()) else 1 / 2
+    found = [torch.cat(x) / 2 for x in zip(*three.run(own_rows, options, ranks=2), strict=True)]
+    same(found, [share * x for x in exact])
+
+
 def in_another_place(group):
     with as_world(group):
         for loss in (ours.ClipLoss(world_size=group.size() + 1), ours.SigLipLoss(world_size=group.size() + 1)):
