@@ -17,7 +17,8 @@ _TIE = 64
 def tie(scale: float | Tensor, x: Tensor, y: Tensor, normalized: bool) -> float | Tensor:
     """By how much scores may differ from scale <x_i, y_i> that equal it but for rounding: their products are summed in
     another order. x, y: rows [.., D], of length 1 if `normalized`."""
-    room = _TIE * torch.finfo(accumulator(x)).eps * abs(scale.detach() if isinstance(scale, Tensor) else scale)
+    most: float | Tensor = scale.detach().abs() if isinstance(scale, Tensor) else abs(scale)
+    room = _TIE * torch.finfo(accumulator(x)).eps * most
     if normalized:
         return room
     x, y = (torch.linalg.vector_norm(wide(rows.detach()), dim=-1) for rows in (x, y))
