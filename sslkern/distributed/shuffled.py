@@ -101,7 +101,12 @@ def _shuffled(x: Tensor, seed: int, back: bool, group: str, counts: Sequence[int
     counts = counts_of(counts, x.shape[0], group)
     if x.shape[1:].numel() == 0 or sum(counts) == 0:
         return x.clone()
-    rows, to, of, places = route(order_of(sum(counts), seed, back), counts, group_of(group).rank())
+    return placed(x, order_of(sum(counts), seed, back), group, counts)
+
+
+def placed(x: Tensor, order: Tensor, group: str, counts: Sequence[int]) -> Tensor:
+    """Of the rows x of all ranks, row order[p] at place p: those whose places are this rank's."""
+    rows, to, of, places = route(order, counts_of(counts, x.shape[0], group), group_of(group).rank())
     arrived = send_rows(x.index_select(0, _beside(rows, x)), to, of, group)
     return torch.empty_like(x).index_copy_(0, _beside(places, x), arrived)
 
