@@ -68,16 +68,17 @@ def info_nce(
         dense = True
     if dense:
         return _dense(query, positive_key, negative_keys, temperature, reduction)
+    dtype = query.dtype
     if isinstance(temperature, Tensor):
+        if temperature.ndim > 0:
+            dtype = torch.promote_types(dtype, temperature.dtype)
         temperature = temperature.to(query.device)
     if negative_keys is None or negative_keys.ndim == 2:
         given = query, positive_key, negative_keys, temperature
         loss = functional.info_nce(*given, reduction=reduction, group="self")
     else:
         loss = _over_own(query, positive_key, negative_keys, temperature, reduction)
-    if autocast_active(query.device.type):
-        return loss
-    return loss.to(torch.result_type(query, temperature))
+    return loss if autocast_active(query.device.type) else loss.to(dtype)
 
 
 def transpose(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 
 from sslkern.compat import grad_cache, info_nce
 
+from ..functional.agreement import compiles
 from .agreement import drawn, same
 
 
@@ -73,3 +74,20 @@ def test_grad_cache():
     loss = grad_cache.GradCache(models, [3, 4], grad_cache.SimpleContrastiveLoss())(*inputs)
     same([loss, *(p.grad for p in parameters)], want)
     assert torch.equal(torch.get_rng_state(), after)
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "loss, sizes",
+    [
+        (info_nce.InfoNCE(torch.tensor([0.2])), [(6, 4), (6, 4)]),
+        (info_nce.InfoNCE(negative_mode="paired"), [(6, 4), (6, 4), (6, 3, 4)]),
+        (grad_cache.SimpleContrastiveLoss(1), [(6, 4), (12, 4)]),
+    ],
+    ids=["batch", "paired", "hard"],
+)
+def test_compiles(loss, sizes):
+    compiles(lambda *batch: loss(*batch), *drawn(0, torch.float32, *sizes))
