@@ -58,12 +58,16 @@ def test_solo_learn_simclr_does_not_overflow():
     assert not simclr(torch.cat((z[:3], z[:3])), indexes, 0.005).isfinite()  # as it has exp(1 / 0.005)
 
 
-@pytest.mark.parametrize("name, theirs", [("mocov2plus_loss_func", moco_v2_plus), ("mocov3_loss_func", moco_v3)])
-def test_solo_learn_moco(name, theirs):
-    """Rows of any length, which v2 takes as they are; keys that learn have a gradient, as in theirs."""
+def nnclr(nn, p, temperature=0.1):
+    return moco_v3(nn, p, temperature) / (2 * temperature)
+
+
+@pytest.mark.parametrize("name, theirs", [("mocov2plus", moco_v2_plus), ("mocov3", moco_v3), ("nnclr", nnclr)])
+def test_solo_learn_moco_and_nnclr(name, theirs):
+    """Rows of any length, which MoCo v2 takes as they are; keys that learn have a gradient, as in theirs."""
     batch = drawn(0, torch.float64, (5, 4), (5, 4), (4, 9))
-    batch = (*batch[:2], batch[2].detach()) if name.startswith("mocov2") else batch[:2]
-    mine = getattr(solo, name)
+    batch = (*batch[:2], batch[2].detach()) if name == "mocov2plus" else batch[:2]
+    mine = getattr(solo, f"{name}_loss_func")
     for options in ({}, {"temperature": 0.7}):
         same(*(stepped(lambda *batch, of=of, to=options: of(*batch, **to), [batch]) for of in (mine, theirs)))
 
