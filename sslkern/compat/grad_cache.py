@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..common.arguments import FLOATS
+from ..common.autocast import autocast_active
 from ..common.rows import dots
 from ..common.sums import pair_loss, total
 from ..functional import info_nce, mnrl
@@ -326,6 +327,8 @@ def _why_dense(x: Tensor, y: Tensor, target: Tensor | None) -> str | None:
     """What the fused loss cannot do, if anything, and what to change."""
     if x.ndim != 2 or y.ndim != 2 or x.dtype not in FLOATS:
         return "x and y are no floating-point tensors [N, D]; make them such"
+    if x.dtype != y.dtype and not autocast_active(x.device.type):
+        return "x and y have several types; convert one"
     if target is not None and (target.dtype != torch.int64 or target.ndim != 1):
         return "target does not name one passage for each query; pass int64 [N]"
     return None

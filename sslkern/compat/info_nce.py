@@ -62,11 +62,10 @@ def info_nce(
 ) -> Tensor:
     """The loss of `InfoNCE`."""
     _check(query, positive_key, negative_keys, negative_mode)
-    dense = _is_small(query, negative_keys)
-    if isinstance(temperature, Tensor) and temperature.numel() != 1:
-        warn_once(info_nce, f"temperature has {temperature.numel()} elements; pass one")
-        dense = True
-    if dense:
+    why = _why_dense(query, positive_key, negative_keys, temperature)
+    if why:
+        warn_once(info_nce, why)
+    if why or _is_small(query, negative_keys):
         return _dense(query, positive_key, negative_keys, temperature, reduction)
     dtype = query.dtype
     if isinstance(temperature, Tensor):
@@ -104,6 +103,19 @@ def _check(query: Tensor, positive_key: Tensor, negative_keys: Tensor | None, ne
             raise ValueError(f"{name} must have the {query.shape[-1]} features of query, not {x.shape[-1]}")
         if (dims == 3 or name == "positive_key") and len(x) != len(query):
             raise ValueError(f"{name} must have the {len(query)} rows of query, not {len(x)}")
+
+
+def _why_dense(query: Tensor, key: Tensor, negatives: Tensor | None, temperature: float | Tensor) -> str | None:
+    """What the fused loss cannot do, if anything, and what to change."""
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            return f"temperature has {temperature.numel()} elements; pass one"
+    elif temperature == 0:
+        return "temperature is 0; pass another number"
+    dtypes = {x.dtype for x in (query, key, negatives) if x is not None}
+    if len(dtypes) > 1 and not autocast_active(query.device.type):
+        return "query, positive_key and negative_keys have several types; convert them to one"
+    return None
 
 
 def _is_small(query: Tensor, negatives: Tensor | None) -> bool:

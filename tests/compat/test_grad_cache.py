@@ -411,6 +411,20 @@ def test_the_dense_path_says_why_once(sizes, target, why):
         assert loss(*batch, target) == value == theirs.SimpleContrastiveLoss()(*batch, target)
 
 
+@DENSE
+@each_package
+def test_several_types_are_refused(package):
+    with pytest.raises(RuntimeError):
+        package.SimpleContrastiveLoss()(torch.ones(3, 4), torch.ones(3, 4, dtype=torch.float64))
+
+
+def test_autocast_meets_passages_in_fp32():
+    x, y = drawn(0, torch.float32, (6, 4), (12, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mine, other = (package.SimpleContrastiveLoss(1)(x.bfloat16(), y) for package in PACKAGES.values())
+    assert mine.dtype == other.dtype == torch.float32 and torch.allclose(mine, other, rtol=0.02)
+
+
 def test_queries_from_a_function():
     x, y = drawn(0, torch.float64, (5, 4), (10, 4))
     found = []

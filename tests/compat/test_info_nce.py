@@ -6,12 +6,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sslkern.compat import info_nce as ours
+from sslkern.compat._dense import _said as warned
 
 from . import peer
 from .agreement import drawn, errs_no_more, random_configurations, same, stepped, trained
 
 theirs = peer("info_nce")
 KINDS = "batch", "unpaired", "paired"
+DENSE = pytest.mark.filterwarnings("ignore:sslkern.compat.info_nce.info_nce takes the dense path")
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +141,10 @@ def test_small_batches_are_computed_as_they_do(kind):
     assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:sslkern.compat.info_nce.info_nce takes the dense path")
+# ---- the dense path --------------------------------------------------------------------------------------------------
+
+
+@DENSE
 def test_a_temperature_for_each_query():
     temperature = torch.linspace(0.1, 1, 6, dtype=torch.float64).unsqueeze(1).requires_grad_()
     for kind in KINDS:
@@ -147,12 +152,35 @@ def test_a_temperature_for_each_query():
         same(*(stepped(loss, [batch], [temperature]) for loss in both(temperature, negative_mode=mode(kind))))
 
 
-def test_a_temperature_for_each_query_is_dense_and_says_so():
-    batch = drawn(0, torch.float32, (3, 4), (3, 4))
-    with pytest.warns(
-        UserWarning, match=r"info_nce.info_nce takes the dense path.* temperature has 3 elements; pass one"
+@DENSE
+def test_a_temperature_of_zero_is_nan():
+    batch = drawn(0, torch.float64, (6, 4), (6, 4))
+    same(*(stepped(loss, [batch]) for loss in both(0)))
+    assert ours.info_nce(*batch, temperature=0.0).isnan()
+
+
+@DENSE
+def test_several_types_are_promoted_where_torch_does():
+    (query, negatives), (key,) = drawn(0, torch.float32, (6, 4), (5, 4)), drawn(1, torch.float64, (6, 4))
+    same(*(stepped(loss, [(query, key, negatives)]) for loss in both()))
+    for loss in both():
+        with pytest.raises(RuntimeError):
+            loss(query, key)
+
+
+def test_the_dense_path_says_why_once():
+    x, y = drawn(0, torch.float32, (3, 4), (3, 4))
+    for given, options, why in (
+        ((x, y), dict(temperature=torch.ones(3, 1)), "temperature has 3 elements; pass one"),
+        ((x, y), dict(temperature=0), "temperature is 0; pass another number"),
+        ((x, y.double(), y), {}, "query, positive_key and negative_keys have several types; convert them to one"),
     ):
-        ours.info_nce(*batch, temperature=torch.ones(3, 1))
+        warned.pop(ours.info_nce, None)
+        with pytest.warns(UserWarning, match=f"info_nce.info_nce takes the dense path.*: {why}"):
+            ours.info_nce(*given, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ours.info_nce(*given, **options)
 
 
 # ---- constructors, calls, errors -------------------------------------------------------------------------------------
