@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..common.autocast import cat
 from ..common.rows import dots, unit
-from ..distributed import Ranks, all_rows, gather, ranks_of
+from ..distributed import Ranks, all_rows, gather, members_of
 from ..distributed.collectives import stacked
+from ..distributed.ranks import group_object
 from ..distributed.shuffled import placed
 from ..functional import moco
 from ..functional.checks import promoted
@@ -132,7 +133,7 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def _batch_shuffle_ddp(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As many rows as in x, drawn from those of all processes, for batch normalisation; and the way back."""
-        ranks = _ranks("MoCo", x)
+        ranks = _ranks(x)
         order = torch.randperm(all_rows(x.shape[0], ranks))
         if ranks is not None:
             order = stacked(order, ranks.group)[0]
@@ -140,7 +141,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def _batch_unshuffle_ddp(self, x: Tensor, idx_unshuffle: Tensor) -> Tensor:
-        return _placed(x, idx_unshuffle, _ranks("MoCo", x))
+        return _placed(x, idx_unshuffle, _ranks(x))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         parallel = prefix + "module."
@@ -152,11 +153,16 @@ class MoCo(nn.Module):
 @torch.no_grad()
 def concat_all_gather(tensor: Tensor) -> Tensor:
     """The rows of all processes, in their order, without gradient."""
-    return gather(tensor, _ranks("concat_all_gather", tensor))
+    return gather(tensor, _ranks(tensor))
 
 
-def _ranks(what: str, x: Tensor) -> Ranks | None:
-    return ranks_of("world", "auto", "sum", what, x=x)
+def _ranks(x: Tensor) -> Ranks | None:
+    """All processes, each with as many rows as this one: they are not asked, as there."""
+    members, rank = members_of("world")
+    if len(members) == 1:
+        return None
+    size = len(members)
+    return Ranks(group_object("world").group_name, size, rank, size * (x.shape[0],), "auto", "sum")
 
 
 def _placed(x: Tensor, order: Tensor, ranks: Ranks | None) -> Tensor:
