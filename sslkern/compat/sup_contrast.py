@@ -16,6 +16,7 @@ from ..common.tensors import wide
 from ..distributed import similarity_lse, sum_of_equal
 from ..functional import nt_xent, sup_con
 from ..functional.checks import scale_of
+from ._dense import warn_once
 
 NO_POSITIVE = 1e-6  # a row whose positives weigh less is divided by 1
 
@@ -60,6 +61,8 @@ class SupConLoss(nn.Module):
             raise ValueError(f"features must be [B, V, ...], with 3 dimensions or more, not {list(features.shape)}")
         features = features.flatten(2)
         B, V, _ = features.shape
+        if B * V == 0:
+            raise ValueError(f"features must have samples and views, not {list(features.shape)}; skip empty batches")
         if labels is not None and mask is not None:
             raise ValueError("labels and mask cannot both be given; leave one out")
         if labels is not None:
@@ -74,15 +77,20 @@ class SupConLoss(nn.Module):
             raise ValueError(f"mask must be [{B}, {B}], for each pair of samples of features, not {list(mask.shape)}")
         if self.contrast_mode not in ("all", "one"):
             raise ValueError(f"contrast_mode must be 'all' or 'one', not {self.contrast_mode!r}")
-        if labels is None and mask is None and V == 2 and self.contrast_mode == "all":
+        without_scale = not isinstance(self.temperature, Tensor) and self.temperature == 0
+        if without_scale:
+            warn_once(self, "temperature is 0; pass another number")
+        if without_scale or B * V == 1:
+            loss = self._dense(features, labels, mask)
+        elif labels is None and mask is None and V == 2 and self.contrast_mode == "all":
             loss = nt_xent(features[:, 0], features[:, 1], self.temperature, normalize=False, group="self")
-        elif B * V == 1 or _few(B * (V if self.contrast_mode == "all" else 1) * B * V, features):
+        elif _few(B * (V if self.contrast_mode == "all" else 1) * B * V, features):
             loss = self._dense(features, labels, mask)
         elif mask is not None or self.contrast_mode == "one":
             loss = self._of_weights(features, labels, mask)
         else:
             loss = sup_con(features, labels, self.temperature, normalize=False, group="self")
-        return self.temperature / self.base_temperature * loss
+        return (self.temperature / self.base_temperature * loss).reshape(())
 
     def _of_weights(self, features: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
         """The loss of a mask [B, B], or of labels for the first views as anchors.

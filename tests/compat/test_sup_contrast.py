@@ -146,6 +146,22 @@ def test_temperature_learns(small):
         same(found[i % 3], theirs)
 
 
+def test_a_temperature_in_one_element_is_one(small):
+    for kind in KINDS[:2] + KINDS[-1:]:
+        losses = [
+            loss(torch.tensor([0.2]).double())(unit(0, 6, 2, 4), *positives_of(kind, 0, 6))
+            for loss in (ours.SupConLoss, *yardsticks()[1:])
+        ]
+        assert all(loss.ndim == 0 and torch.allclose(loss, losses[0]) for loss in losses)
+
+
+def test_a_temperature_of_zero_is_nan_and_said(small):
+    for kind in KINDS[:2]:
+        with pytest.warns(UserWarning, match="temperature is 0; pass another number"):
+            assert ours.SupConLoss(0)(unit(0, 6, 2, 4), *positives_of(kind, 0, 6)).isnan()
+        assert all(loss(0)(unit(0, 6, 2, 4), *positives_of(kind, 0, 6)).isnan() for loss in yardsticks()[1:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, contrast_mode", [("nothing", "all"), ("labels", "all"), ("mask", "one")])
 def test_trains_the_same(small, kind, contrast_mode):
@@ -197,6 +213,12 @@ def test_a_mask_of_another_shape_is_refused(small):
     for shape in ((1, 4), (4, 1), (5, 5), (4,)):
         with pytest.raises(ValueError, match=r"mask must be \[4, 4\]"):
             ours.SupConLoss()(torch.ones(4, 2, 3), mask=torch.ones(shape))
+
+
+def test_an_empty_batch_is_refused(small):
+    for shape in ((0, 2, 3), (4, 0, 3)):
+        with pytest.raises(ValueError, match="features must have samples and views"):
+            ours.SupConLoss()(torch.ones(shape))
 
 
 def test_an_unknown_contrast_mode_is_an_error_of_the_call():
