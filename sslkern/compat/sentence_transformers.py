@@ -10,7 +10,7 @@ found here, too, as they are.
 
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from ..common.arguments import FLOATS
 from ..common.autocast import autocast_active, cat, product
-from ..common.rows import dots
+from ..common.rows import dots, unit
 from ..common.sums import pair_loss
 from ..common.tensors import wide
 from ..functional import mnrl
 from ..functional.formulas import logaddexp
 from ..functional.mnrl import masked_lse
-from ._dense import warn_once
+from ..ops import similarity_lse
+from ._dense import few, warn_once
 from ._types import typed_as
 
 try:
@@ -38,6 +39,11 @@ except ImportError as error:
         "sslkern.compat.sentence_transformers needs sentence-transformers >= 6.2, whose losses it stands in for; "
         "pip install 'sentence-transformers>=6.2'"
     ) from error
+
+
+# Similarities of one process on a CPU up to which the package's own code is quicker, forward and backward: of queries
+# and documents with hard negatives, and of more than one direction.
+FEW_ONE_WAY, FEW = 2**16, 2**13
 
 
 def __getattr__(name: str) -> Any:
@@ -86,9 +92,13 @@ def _ranking(loss: Any, columns: Sequence[Tensor]) -> Tensor | None:
     if reason is not None:
         warn_once(loss, reason)
         return None
+    if _are_few(loss, columns):
+        return None
     device = columns[0].device.type
     if autocast_active(device):  # as its product would be
         columns = [x.to(torch.get_autocast_dtype(device)) for x in columns]
+    if _hardens(loss):
+        return _hardened(loss, columns)
     options: dict[str, Any] = dict(directions=set(loss.directions), partition=loss.partition_mode)
     options |= dict(normalize=_normalizes(loss.similarity_fct), logit_scale=loss.scale, negatives=columns[2:] or None)
     if loss.gather_across_devices:
@@ -101,13 +111,57 @@ def _unfit(loss: Any, columns: Sequence[Tensor]) -> str | None:
     first = columns[0]
     if _normalizes(loss.similarity_fct) is None:
         return "similarity_fct is neither cos_sim nor dot_score; take one of them"
-    if loss.hardness_mode is not None and loss.hardness_strength > 0:
-        return "hardness_mode weighs negatives by their similarity; leave it None"
+    if _hardens(loss) and (isinstance(loss.scale, Tensor) or loss.scale <= 0 or loss.gather_across_devices):
+        return "hardness_mode is for one process and a positive number as scale; leave it None"
     if any(x.shape != first.shape or x.dtype != first.dtype or x.layout is not torch.strided for x in columns):
         return "the columns differ in shape or layout; make them tensors [N, D] of one size"
     if first.ndim != 2 or first.dtype not in FLOATS:
         return "embeddings are no floating-point tensors [N, D]; convert them"
     return None
+
+
+def _are_few(loss: Any, columns: Sequence[Tensor]) -> bool:
+    """Whether the package's own code is quicker, and as good: it has bf16 inside autocast, and may have a NaN for the
+    gradient of a scale."""
+    one_way, device = len(loss.directions) == 1, columns[0].device.type
+    if loss.gather_across_devices or isinstance(loss.scale, Tensor) or autocast_active(device):
+        return False
+    if len(columns) == 2 and (one_way or loss.partition_mode == "per_direction") and not _hardens(loss):
+        return False  # one quick kernel
+    blocks = sum(len(columns) - 1 if name.endswith("_to_doc") else 1 for name in loss.directions)
+    return few(columns[0], len(columns[0]) ** 2 * blocks, FEW_ONE_WAY if one_way else FEW)
+
+
+def _hardens(loss: Any) -> bool:
+    return loss.hardness_mode is not None and loss.hardness_strength > 0
+
+
+def _hardened(loss: Any, columns: Sequence[Tensor]) -> Tensor:
+    """The loss with some of the negatives for the queries harder: in the softmax `hardness_strength` is added to their
+    scale, but not in the gradient."""
+    scale, strength, mode = loss.scale, loss.hardness_strength, loss.hardness_mode
+    query, positive, *hard = (unit(x) for x in columns) if _normalizes(loss.similarity_fct) else columns
+    documents, own = cat([positive, *hard]), torch.arange(len(query), device=query.device)
+    of_documents = own.repeat(1 + len(hard))
+    toward = dots(query, positive) * scale
+
+    in_batch = strength if mode != "hard_negatives" else 0
+    row = similarity_lse(query, documents, scale + in_batch, q_ids=own, k_ids=of_documents)
+    row = row.detach() + (row - row.detach()) * (scale / (scale + in_batch))
+    of_own = strength if mode != "in_batch_negatives" else 0
+    similarities = [dots(query, x) for x in hard]
+    scores = [x * scale + x.detach() * of_own for x in similarities]
+    terms = {"query_to_doc": reduce(logaddexp, scores, logaddexp(row, toward))}
+    if "query_to_query" in loss.directions:
+        terms["query_to_query"] = similarity_lse(query, None, scale)
+    if "doc_to_query" in loss.directions:
+        terms["doc_to_query"] = similarity_lse(positive, query, scale)
+    if "doc_to_doc" in loss.directions:
+        terms["doc_to_doc"] = similarity_lse(positive, documents, scale, q_ids=own, k_ids=of_documents)
+    of_all = reduce(logaddexp if loss.partition_mode == "joint" else torch.add, terms.values())
+    if loss.partition_mode != "joint":
+        of_all = of_all / len(terms)
+    return (of_all - toward).mean()
 
 
 def _normalizes(similarity_fct: Any) -> bool | None:
@@ -207,7 +261,7 @@ def _guided(loss: Any, columns: Sequence[Tensor], guides: Sequence[Tensor]) -> T
     of_anchor, *of_documents = map(wide, guides)
     N, offset = anchor.shape[0], 0
     if loss.gather_across_devices:
-        documents, of_documents = (list(map(all_gather_with_grad, x)) for x in (documents, of_documents))
+        documents, of_documents = (list(map(_gathered, x)) for x in (documents, of_documents))
         offset = get_rank() * N
     own = slice(offset, offset + N)
     limit = F.cosine_similarity(of_anchor, of_documents[0][own])
@@ -227,6 +281,14 @@ def _guided(loss: Any, columns: Sequence[Tensor], guides: Sequence[Tensor]) -> T
         negative = logaddexp(negative, more)
     losses = pair_loss(negative, dots(anchor, positive) * scale).mean()
     return typed_as(losses, columns[0])
+
+
+def _gathered(x: Tensor) -> Tensor:
+    """Those of all processes, with a gradient in rows: torch mixes up that of any other layout over gloo."""
+    together = all_gather_with_grad(x)
+    if together.requires_grad:
+        together.register_hook(Tensor.contiguous)
+    return together
 
 
 def _unit(x: Tensor) -> Tensor:

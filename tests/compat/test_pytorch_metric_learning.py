@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from ..distributed.pool import preload
 from . import peer
 from .agreement import errs_no_more, random_configurations, same, stepped, trained
 from .ranks import as_world, three  # noqa: F401
@@ -35,6 +36,7 @@ REDUCERS = [
     lambda: reducers.ClassWeightedReducer(torch.linspace(1, 2, 100)),
     reducers.PerAnchorReducer,
 ]
+preload(__name__)  # the package takes seconds to import
 pytestmark = pytest.mark.filterwarnings("ignore:.*takes the dense path")
 
 
@@ -148,6 +150,39 @@ def test_losses_that_rounding_makes_zero_are_left_out_of_the_average():
 
 
 # ---- what there may be besides ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_every_distance(name, distance):
+    x, labels = torch.randn(12, 4), torch.arange(12) % 3
+    equal(both(name, distance=DISTANCES[distance]()), [x], labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reducer", REDUCERS[1:])
+def test_every_reducer(name, reducer):
+    equal(both(name, reducer=reducer()), [torch.randn(12, 4)], torch.arange(12) % 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ref_labels", [torch.arange(9) % 3, None])
+def test_ref_emb(name, ref_labels):
+    """Without labels of its own it has those of the rows, and no row is then a positive of the row in its place."""
+    equal(both(name), [torch.randn(9, 4), torch.randn(9, 4)], torch.arange(9) % 4, ref_labels=ref_labels)
+
+
+def test_a_pair_named_twice_counts_twice():
+    """In NTXent, as a loss and as a negative; in SupCon, which asks whether it is named, once."""
+    x, labels = torch.randn(8, 4), torch.arange(8) % 3
+    pairs = lmu.get_all_pairs_indices(labels)
+    for times in (2, 1), (1, 2):
+        again = *(z[:3].repeat(times[0] - 1) for z in pairs[:2]), *(z[:3].repeat(times[1] - 1) for z in pairs[2:])
+        more = tuple(torch.cat(z) for z in zip(pairs, again, strict=True))
+        for name in NAMES:
+            equal(both(name), [x], labels, indices_tuple=more)
+            values = [both(name)[0](x, labels, given) for given in (pairs, more)]
+            assert torch.isclose(*values, rtol=1e-5) == (name == "SupConLoss")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -276,6 +311,24 @@ def test_five_batches_through_a_memory(name, sizes, how, types, seed):
         found.append([*results, loss.embedding_memory, loss.label_memory])
         assert loss.embedding_memory.dtype == torch.float64 and loss.label_memory.dtype == types
     same(*found)
+
+
+def test_a_memory_wraps_and_is_written_before_the_loss():
+    """So a row finds itself in it, which is left out."""
+    loss, of_peer = memories("SupConLoss", 8)
+    x, labels = torch.randn(3, 5, 4), torch.arange(5) % 2
+    for batch in x:
+        assert torch.allclose(loss(batch, labels), of_peer(batch, labels), rtol=1e-5)
+    assert torch.equal(loss.embedding_memory, of_peer.embedding_memory) and loss.queue_idx == 15 - 8
+    assert torch.equal(loss.embedding_memory[2:7], x[2])
+
+
+def test_enqueue_mask():
+    """What is enqueued is contrasted with nothing, and only that is."""
+    loss, of_peer = memories("NTXentLoss", 8)
+    x, labels, mask = torch.randn(6, 4), torch.arange(6) % 2, torch.arange(6) > 2
+    assert torch.allclose(*(one(x, labels, enqueue_mask=mask) for one in (loss, of_peer)), rtol=1e-5)
+    assert torch.equal(loss.embedding_memory[:3], x[3:]) and (loss.embedding_memory[3:] == 0).all()
 
 
 def test_a_memory_is_recognised_and_no_pairs_are_listed(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from ..distributed.pool import preload
 from . import peer
 from .agreement import errs_no_more, random_configurations, same, stepped, trained
 from .ranks import as_world, three  # noqa: F401
@@ -23,7 +24,17 @@ from sentence_transformers.sentence_transformer import modules  # noqa: E402
 
 from sslkern.compat import sentence_transformers as ours  # noqa: E402
 
+preload(__name__)  # the package takes seconds to import
 pytestmark = pytest.mark.filterwarnings("ignore:.*hardness_mode")
+
+
+@pytest.fixture(autouse=True)
+def none_are_few(monkeypatch):
+    """Batches of the size of these tests are left to the package otherwise."""
+    monkeypatch.setattr(ours, "FEW", -1)
+    monkeypatch.setattr(ours, "FEW_ONE_WAY", -1)
+
+
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 JOINT = [DIRECTIONS[:1] + extra for n in range(4) for extra in itertools.combinations(DIRECTIONS[1:], n)]
 COMBINATIONS = [(directions, "joint") for directions in JOINT]
@@ -328,6 +339,36 @@ def test_the_similarity_of_a_model(fct, quick):
     assert quick == (not [w for w in said if "dense path" in str(w.message)])
 
 
+@pytest.mark.parametrize("name", RANKING)
+@pytest.mark.parametrize("mode, strength", HARDNESS[1:])
+def test_hardness_is_fused(name, mode, strength):
+    """With each of the directions; not with a scale that learns."""
+    options = dict(hardness_mode=mode, hardness_strength=strength)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for directions, partition in COMBINATIONS:
+            for count in (2, 4):
+                of_way = dict(directions=directions, partition_mode=partition)
+                equal(*both(ranking, name, **options, **of_way), columns(count, 6, 5))
+    with pytest.warns(UserWarning, match="hardness_mode"):
+        ranking(ours, name, scale=torch.tensor(7.0, requires_grad=True), **options)(*columns(2, 6, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hardness_errs_no_more_than_theirs(dtype):
+    options = dict(hardness_mode="all_negatives", hardness_strength=9.0, directions=DIRECTIONS)
+    errs_no_more(of_seed(33), *both(ranking, RANKING[0], **options), dtype)
+
+
+@pytest.mark.parametrize("options, count, N", [({}, 3, 181), (dict(directions=DIRECTIONS[:2]), 2, 64)])
+def test_small_batches_are_left_to_the_package(options, count, N, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(ours, "mnrl", None)
+    equal(*both(ranking, RANKING[0], **options), columns(count, N, 4))
+    with pytest.raises(TypeError):
+        ranking(ours, RANKING[0], **options)(*columns(count, N + 1, 4))
+
+
 def test_what_warns_warns_once():
     loss = ranking(ours, RANKING[0], similarity_fct=util.manhattan_sim)
     with warnings.catch_warnings(record=True) as said:
@@ -475,10 +516,20 @@ def test_the_trainer(make_model, tmp_path):
 # ---- over processes --------------------------------------------------------------------------------------------------
 
 
+def in_rows(x):
+    """What their `all_gather_with_grad` does. Over gloo torch mixes up gradients that are not laid out in rows."""
+    together = util.all_gather_with_grad(x)
+    if together.requires_grad:
+        together.register_hook(torch.Tensor.contiguous)
+    return together
+
+
 def gathered(group, cases, embeddings):
     """On each rank: value and gradients of its columns, ours and theirs."""
-    with as_world(group):
+    with as_world(group), pytest.MonkeyPatch.context() as patch:
         found = []
+        for name in RANKING + GUIDED:
+            patch.setattr(inspect.getmodule(getattr(losses, name)), "all_gather_with_grad", in_rows)
         for name, options in cases:
             make = ranking if name in RANKING else guided
             loss = both(make, name, gather_across_devices=True, **options)
