@@ -2,6 +2,7 @@
 the gradient that DDP, which averages, makes of it? And what does a rank receive, and hold?
 
     make bench-setup && .venv/bin/python -m pip install sentence-transformers
+    git clone https://github.com/luyug/GradCache /tmp/GradCache && export PYTHONPATH=/tmp/GradCache/src
     .venv/bin/python benchmarks/gradients_over_ranks.py
 """
 
@@ -46,6 +47,12 @@ def sentence_transformers(x, y, scale):
     return of.compute_loss_from_embeddings([x, y], None)
 
 
+def grad_cache(x, y, scale):
+    of = importlib.import_module("grad_cache.loss").DistributedContrastiveLoss()
+    x, y = (torch.nn.functional.normalize(z, dim=1) for z in (x, y))
+    return of(scale * x, y)
+
+
 def ours(loss, **options):
     def over_ranks(x, y, scale):
         return loss(x, y, logit_scale=scale, group="world", **options)
@@ -80,6 +87,7 @@ LOSSES = {
             "sslkern, all_gather": ours(info_nce, strategy="all_gather"),
             "sslkern, ring": ours(info_nce, strategy="ring"),
             "sentence-transformers, gather_across_devices": sentence_transformers,
+            "GradCache, DistributedContrastiveLoss": grad_cache,
         },
     ),
 }
@@ -131,7 +139,7 @@ def of_rank(rank, alone, loss):
     leaves = [x.clone().requires_grad_() for x in (want[0][rows], want[1][rows], want[2])]
     want = [x.requires_grad_() for x in want]
     with sslkern.use_backend("reference"):
-        exact = alone(want[0], want[1], logit_scale=want[2])
+        exact = alone(want[0], want[1], logit_scale=want[2], group="self")
         value = loss(*leaves)
     of_all = torch.autograd.grad(exact, want)
     grads = torch.autograd.grad(value, leaves, allow_unused=True)
