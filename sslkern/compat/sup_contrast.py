@@ -20,8 +20,9 @@ from ._dense import warn_once
 
 NO_POSITIVE = 1e-6  # a row whose positives weigh less is divided by 1
 
-# Up to which, on a CPU, storing the similarities is quicker, forward and backward; measured from 32 to 512 features.
-FEW_PAIRS = 2**17
+# Up to which, on a CPU, storing the similarities is quicker, forward and backward; measured from 32 to 512 features. Of
+# two views without labels they are symmetric, and fewer.
+FEW_PAIRS, FEW_OF_VIEWS = 2**17, 2**12
 
 
 class SupConLoss(nn.Module):
@@ -80,13 +81,15 @@ class SupConLoss(nn.Module):
         without_scale = not isinstance(self.temperature, Tensor) and self.temperature == 0
         if without_scale:
             warn_once(self, "temperature is 0; pass another number")
-        if without_scale or B * V == 1:
+        all_views = self.contrast_mode == "all"
+        of_views = labels is None and mask is None and V == 2 and all_views
+        few = _few(B * (V if all_views else 1) * B * V, FEW_OF_VIEWS if of_views else FEW_PAIRS, features)
+        if without_scale or few or B * V == 1:
             loss = self._dense(features, labels, mask)
-        elif labels is None and mask is None and V == 2 and self.contrast_mode == "all":
-            loss = nt_xent(features[:, 0], features[:, 1], self.temperature, normalize=False, group="self")
-        elif _few(B * (V if self.contrast_mode == "all" else 1) * B * V, features):
-            loss = self._dense(features, labels, mask)
-        elif mask is not None or self.contrast_mode == "one":
+        elif of_views:
+            first, second = features.unbind(1)
+            loss = nt_xent(first, second, self.temperature, normalize=False, group="self")
+        elif mask is not None or not all_views:
             loss = self._of_weights(features, labels, mask)
         else:
             loss = sup_con(features, labels, self.temperature, normalize=False, group="self")
@@ -150,5 +153,5 @@ def _at_least(weight: Tensor) -> Tensor:
     return weight.masked_fill(weight < NO_POSITIVE, 1)
 
 
-def _few(pairs: int, features: Tensor) -> bool:
-    return features.device.type == "cpu" and pairs <= FEW_PAIRS and not torch.compiler.is_compiling()
+def _few(pairs: int, most: int, features: Tensor) -> bool:
+    return features.device.type == "cpu" and pairs <= most and not torch.compiler.is_compiling()

@@ -52,6 +52,7 @@ def small(request, monkeypatch):
     """The path of small batches, and that of all others."""
     if not request.param:
         monkeypatch.setattr(ours, "FEW_PAIRS", -1)
+        monkeypatch.setattr(ours, "FEW_OF_VIEWS", -1)
     return request.param
 
 
@@ -107,6 +108,7 @@ def test_numbers(seed, B, V, D, kind, temperature, contrast_mode, base_temperatu
     options = dict(temperature=temperature, contrast_mode=contrast_mode, base_temperature=base_temperature)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "FEW_PAIRS", few)
+        patch.setattr(ours, "FEW_OF_VIEWS", few)
         if labels is not None and labels.ndim == 2:
             column = check_package_alone(unit(seed, B, V, D), labels, **options)
             assert torch.allclose(column, check(unit(seed, B, V, D), labels.view(-1), **options))
