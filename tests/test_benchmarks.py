@@ -158,3 +158,50 @@ def test_a_gpu_is_timed_by_events_and_a_graph_must_give_the_same_result(harness,
         harness.GPU.captured(lambda: (torch.full((2,), float(len(calls.append(1) or calls))),))
     harness.GPU.release()
     cuda.empty_cache.assert_called()
+
+
+@pytest.fixture
+def compat(monkeypatch, harness):
+    import compat
+
+    # In the place of other packages our own, which are there.
+    case = compat.Case("a peer's InfoNCE", "sslkern.compat.info_nce", "info_nce", 8, compat.two, lambda x: x.InfoNCE())
+    absent = compat.Case("absent", "no_such_package", "info_nce", 8, compat.two, lambda x: x.InfoNCE())
+    monkeypatch.setattr(compat, "CASES", [case, absent])
+    return compat
+
+
+@pytest.mark.slow
+def test_a_stand_in_is_measured_beside_its_peer(compat, monkeypatch, tmp_path, capsys):
+    """But for the process in which memory is measured."""
+
+    def climbed(case, whose, options):
+        return list(compat.climb(case, whose, options.sizes, 2**20, options.longest, options.device))
+
+    monkeypatch.setattr(compat, "climbed", climbed)
+    monkeypatch.setattr(compat, "extra_bytes", lambda step: len(step()[1]) * 2**14)
+    given = ["--seconds", "0.01", "--limit", str(2**-10), "--out", str(tmp_path)]
+    compat.main(["--sizes", "8", "32", "128", *given])
+    (result,) = json.loads((tmp_path / "compat.json").read_text())["results"]
+    assert list(result["times"]) == ["8", "32"] and result["times"]["8"]["times_faster"] > 0  # 128 needs 2 MiB
+    assert {of["n"] for of in result["largest"].values()} <= set(range(56, 65))
+    page = (tmp_path / "README.md").read_text()
+    assert "- absent: No module named 'no_such_package'" in page and (tmp_path / "time.png").exists()
+    compat.main(["--only", "InfoNCE", "--sizes", "8", "--longest", "0", *given])
+    (result,) = json.loads((tmp_path / "compat.json").read_text())["results"]
+    assert result["largest"]["sslkern"] == {"n": 8, "or_more": True}
+    assert "not run" in capsys.readouterr().out
+
+
+def test_sizes_at_which_a_stand_in_is_slower_are_named(compat):
+    def at(ours, peer):
+        seconds = {"sslkern": ours, "peer": peer}
+        return {"seconds": seconds, "times_faster": peer / ours}
+
+    times = {"8": at(2e-4, 1e-4), "64": at(1.02, 1.0), "512": at(1.0, 3.0)}
+    fits = {"n": 512, "or_more": False}
+    result = {"name": "a loss", "d": 8, "times": times, "largest": dict(sslkern=fits, peer=fits)}
+    result["memory"] = {"sslkern": {"8": 2**20}, "peer": {"8": 2**21}}
+    page = compat.page({"cpu": "some", "limit_gib": 2.0}, [result], {})
+    assert "- a loss: 8 (2.00 times the peer's time, more than it may), 64 (1.02 times the peer's time)\n" in page
+    assert "| a loss | **0.50** | **0.98** | 3.00 |" in page and "| a loss | 512 | 512 |" in page
