@@ -385,6 +385,15 @@ def test_their_memory_around_our_loss(name, N):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_pairs_of_their_distributed_wrapper_are_the_usual_case(name):
+    """With `efficient` it names those of its own rows and of all."""
+    labels = torch.randint(4, (24,))
+    pairs = distributed.get_indices_tuple(labels[:12], labels)
+    x = [torch.randn(12, 4), torch.randn(24, 4)]
+    in_silence(equal, both(name), x, labels[:12], indices_tuple=pairs, ref_labels=labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_all_negatives_one_by_one_are_the_usual_case(name):
     """Whatever the positives are, if they stand in order and once."""
     labels, ref_labels = torch.randint(4, (2, 12), generator=torch.Generator().manual_seed(0))
