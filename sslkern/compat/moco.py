@@ -104,9 +104,11 @@ class MoCo(nn.Module):
         return out
 
     def _logits(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        negatives = (q / self.T) @ self.queue.clone()  # which is written to before the backward reads it
-        positives = (dots(q, k) / self.T).unsqueeze(1).to(negatives.dtype)
-        return cat((positives, negatives), 1), torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
+        negatives = q @ self.queue.clone()  # which is written to before the backward reads it
+        positives = dots(q, k).unsqueeze(1).to(negatives.dtype)
+        logits = cat((positives, negatives), 1)
+        logits /= self.T
+        return logits, torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
 
     def _contrast(self, q: Tensor, k: Tensor) -> Contrast:
         q, k, queue = promoted(q, k, self.queue.t())
