@@ -16,7 +16,7 @@ from ..common.tensors import wide
 from ..distributed import similarity_lse, sum_of_equal
 from ..functional import nt_xent, sup_con
 from ..functional.checks import scale_of
-from ._dense import warn_once
+from ._dense import few, warn_once
 
 NO_POSITIVE = 1e-6  # a row whose positives weigh less is divided by 1
 
@@ -83,8 +83,8 @@ class SupConLoss(nn.Module):
             warn_once(self, "temperature is 0; pass another number")
         all_views = self.contrast_mode == "all"
         of_views = labels is None and mask is None and V == 2 and all_views
-        few = _few(B * (V if all_views else 1) * B * V, FEW_OF_VIEWS if of_views else FEW_PAIRS, features)
-        if without_scale or few or B * V == 1:
+        pairs, most = B * (V if all_views else 1) * B * V, FEW_OF_VIEWS if of_views else FEW_PAIRS
+        if without_scale or few(features, pairs, most) or B * V == 1:
             loss = self._dense(features, labels, mask)
         elif of_views:
             first, second = features.unbind(1)
@@ -151,7 +151,3 @@ class SupConLoss(nn.Module):
 
 def _at_least(weight: Tensor) -> Tensor:
     return weight.masked_fill(weight < NO_POSITIVE, 1)
-
-
-def _few(pairs: int, most: int, features: Tensor) -> bool:
-    return features.device.type == "cpu" and pairs <= most and not torch.compiler.is_compiling()
