@@ -13,7 +13,7 @@ import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FILES = sorted(path.stem for path in BENCHMARKS.glob("bench_*.py"))
-SLOW = "bench_losses", "bench_sampled_similarity"
+LONG = "bench_losses", "bench_sampled_similarity"
 ROWS, FEATURES = 64, 16
 
 
@@ -96,7 +96,7 @@ def run_benchmark(conftest, monkeypatch, module, function, **parameters) -> dict
     return benchmark.extra_info
 
 
-@pytest.mark.parametrize("file", [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in FILES])
+@pytest.mark.parametrize("file", [pytest.param(x, marks=[pytest.mark.long] if x in LONG else []) for x in FILES])
 def test_each_benchmark_checks_and_times_what_it_names(conftest, monkeypatch, file):
     module = importlib.import_module(file)
     functions = [f for name, f in inspect.getmembers(module, inspect.isfunction) if name.startswith("bench_")]

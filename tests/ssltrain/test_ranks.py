@@ -96,13 +96,13 @@ def of_one_process(name):
         return train(None, METHODS[name], [Path(out)])
 
 
-CI = ("simclr", 2), ("moco", 4)
+CI = "moco", 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, size",
-    [pytest.param(*x, marks=() if x in CI else pytest.mark.long) for x in itertools.product(METHODS, (2, 4))],
+    [pytest.param(*x, marks=() if x == CI else pytest.mark.long) for x in itertools.product(METHODS, (2, 4))],
 )
 def test_as_many_processes_as_one_likes_train_the_same(worlds, tmp_path, name, size):
     options, whole = METHODS[name], of_one_process(name)
