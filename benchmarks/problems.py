@@ -767,7 +767,7 @@ KERNELS = {
 
 
 def allow_torchvision_import() -> None:
-    """lightly, open_clip and transformers import torchvision, whose PyPI wheel finds no operators beside a CPU build of torch."""
+    """lightly, open_clip and transformers import it; its PyPI wheel finds no operators beside a CPU build of torch."""
     try:
         import torchvision  # noqa: F401
     except RuntimeError:

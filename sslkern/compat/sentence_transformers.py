@@ -42,8 +42,8 @@ except ImportError as error:
 
 
 # Similarities of one process on a CPU up to which the package's own code is quicker, forward and backward: of queries
-# and documents with hard negatives, and of more than one direction.
-FEW_ONE_WAY, FEW = 2**16, 2**13
+# and documents with hard negatives, and of more than one direction; with a guide those of the queries with each other.
+FEW_ONE_WAY, FEW, FEW_GUIDED = 2**16, 2**13, 2**7
 
 
 def __getattr__(name: str) -> Any:
@@ -205,7 +205,7 @@ class GISTEmbedLoss(peer.GISTEmbedLoss):
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
         features = list(sentence_features)
-        if not _is_as_made(self, peer.GISTEmbedLoss):
+        if not _is_as_made(self, peer.GISTEmbedLoss) or self._has_few(features):
             return super().forward(features, labels)
         for_guide = [dict(of_column) for of_column in features]  # a model writes into what it is given
         columns = embed_columns(self.model, features)
@@ -216,6 +216,13 @@ class GISTEmbedLoss(peer.GISTEmbedLoss):
                 for_guide = [self._for_guide(of_column) for of_column in features]
             guides = embed_columns(self.guide, for_guide)
         return _guided(self, columns, guides)
+
+    def _has_few(self, features: list[dict[str, Tensor]]) -> bool:
+        """Whether the package's own code is quicker; of texts that are all in one row it is not known how many."""
+        if self.gather_across_devices or any("cu_seq_lens_q" in of_column for of_column in features):
+            return False
+        tensors = [x for of_column in features for x in of_column.values() if isinstance(x, Tensor) and x.ndim]
+        return bool(tensors) and all(few(x, len(x) ** 2, FEW_GUIDED) for x in tensors)
 
     def _for_guide(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """The texts as the guide's tokenizer has them."""

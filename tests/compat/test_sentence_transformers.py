@@ -31,8 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*hardness_mode")
 @pytest.fixture(autouse=True)
 def none_are_few(monkeypatch):
     """Batches of the size of these tests are left to the package otherwise."""
-    monkeypatch.setattr(ours, "FEW", -1)
-    monkeypatch.setattr(ours, "FEW_ONE_WAY", -1)
+    for limit in ("FEW", "FEW_ONE_WAY", "FEW_GUIDED"):
+        monkeypatch.setattr(ours, limit, -1)
 
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -367,6 +367,15 @@ def test_small_batches_are_left_to_the_package(options, count, N, monkeypatch):
     equal(*both(ranking, RANKING[0], **options), columns(count, N, 4))
     with pytest.raises(TypeError):
         ranking(ours, RANKING[0], **options)(*columns(count, N + 1, 4))
+
+
+def test_small_guided_batches_are_left_to_the_package(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(ours, "_guided", None)
+    few, more = columns(3, 11, 4), columns(3, 12, 4)
+    equal(*(guided(package, GUIDED[0], few) for package in (ours, losses)), few)
+    with pytest.raises(TypeError):
+        guided(ours, GUIDED[0], more)(*more)
 
 
 def test_what_warns_warns_once():
