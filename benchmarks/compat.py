@@ -37,6 +37,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 from harness import CPU, GPU, OURS, Cpu, Step, checked, extra_bytes, medians, run_in_turn, step_of, times_faster
 from problems import allow_torchvision_import, learned, places, unit, views
 from tables import number, table
@@ -61,6 +62,7 @@ class Case:
     d: int
     inputs: Callable[[int, int, str], tuple[Tensor, ...]]
     make: Callable[..., Callable]
+    divides: int = 0  # what a batch has to divide
 
     def loss(self, whose: str) -> Callable:
         package = imported(f"sslkern.compat.{self.ours}" if whose == OURS else self.peer)
@@ -150,6 +152,33 @@ def guided(package) -> Callable:
     return of_columns(package.GISTEmbedLoss(*models))
 
 
+def query_and_key(n: int, d: int, device: str) -> tuple[Tensor, ...]:
+    query, key = two(n, d, device)
+    return query, key.detach()
+
+
+class Contrasted(nn.Module):
+    """The model of MoCo around encoders that return what they are given: its loss, and how many queries find their key
+    among the first five, as main_moco.py prints."""
+
+    def __init__(self, package: ModuleType):
+        super().__init__()
+        ours = package.__name__.startswith("sslkern")
+        self.model = package.MoCo(lambda num_classes: nn.Identity(), dim=128, **({"fused": True} if ours else {}))
+        if not ours and not dist.is_initialized():  # which the peer needs, in one process too
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        if self.model.queue.device.type == "cpu":
+            torch.Tensor.cuda = lambda x: x  # it has no other way to stay there
+        out = self.model(query, key)
+        if hasattr(out, "loss"):
+            return out.loss
+        logits, labels = out
+        logits.detach().topk(5, 1)
+        return nn.functional.cross_entropy(logits, labels)
+
+
 LIGHTLY = "lightly.loss", "lightly", 128
 OPEN_CLIP = "open_clip.loss", "open_clip", 512
 SENTENCES = "sentence_transformers.sentence_transformer.losses", "sentence_transformers", 384
@@ -186,6 +215,7 @@ CASES = [
         lambda package: package.SimpleContrastiveLoss(),
     ),
     Case("SupContrast SupConLoss", "losses", "sup_contrast", 128, stacked, lambda package: package.SupConLoss()),
+    Case("moco MoCo of 65,536, fused", "moco.builder", "moco", 128, query_and_key, Contrasted, divides=65536),
 ]
 
 # ---- memory, in a process of its own ---------------------------------------------------------------------------------
@@ -196,6 +226,8 @@ def climb(case: Case, whose: str, sizes: list[int], limit: int, longest: float, 
     between the last two. Each is {"n", "peak_bytes", "seconds"}, without a peak where memory ran out."""
     fits, too_large = 0, None
     for n in [*sizes, *(sizes[-1] * 2**i for i in range(1, 20))]:
+        if case.divides and case.divides % n:
+            return
         figures = probe(case, whose, n, device)
         yield figures
         if figures.get("peak_bytes", limit + 1) > limit:
@@ -204,7 +236,7 @@ def climb(case: Case, whose: str, sizes: list[int], limit: int, longest: float, 
         fits = n
         if figures["seconds"] > longest:
             return
-    while too_large is not None and fits and too_large / fits > 1.15:
+    while too_large is not None and fits and too_large / fits > 1.15 and not case.divides:
         n = round((too_large * fits) ** 0.5)
         figures = probe(case, whose, n, device)
         yield figures

@@ -122,8 +122,9 @@ class MoCo(nn.Module):
     def _momentum_update_key_encoder(self) -> None:
         keys: list[Tensor] = [*self.encoder_k.parameters()]
         queries: list[Tensor] = [*self.encoder_q.parameters()]
-        torch._foreach_mul_(keys, self.m)
-        torch._foreach_add_(keys, queries, alpha=1 - self.m)
+        if keys:  # an encoder may learn nothing
+            torch._foreach_mul_(keys, self.m)
+            torch._foreach_add_(keys, queries, alpha=1 - self.m)
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, keys: Tensor) -> None:

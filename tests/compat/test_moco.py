@@ -191,6 +191,13 @@ def test_the_package_is_compared_with(package):
     assert yardsticks() == [(Formula, contextlib.nullcontext), (package, alone)]
 
 
+def test_encoders_may_learn_nothing():
+    model, x = ours.MoCo(lambda num_classes: nn.Identity(), dim=6, K=8), torch.randn(4, 6, requires_grad=True)
+    logits, labels = model(x, x)
+    F.cross_entropy(logits, labels).backward()
+    assert logits.shape == (4, 9) and x.grad is not None
+
+
 def test_defaults_and_attributes_are_theirs():
     for of in (ours.MoCo, *(of for of, _ in yardsticks()[1:])):
         model = of(base_encoder=Encoder)
